@@ -1,0 +1,50 @@
+"""Back ends: fast forms of :func:`apollo_qn.rule.update`, all of one signature.
+
+A back end is a function ``step(batch, h)`` that changes the tensors of ``batch`` in place. It sees
+plain local real tensors and knows nothing of groups, state or meshes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from torch import Tensor
+
+from apollo_qn.rule import Hyperparameters
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Tensors that one call updates: non-empty, real, of one device and one type for each list.
+
+    ``params[i]``, ``grads[i]``, ``exp_avgs[i]`` and ``hessian_diags[i]`` have one shape. ``t`` is
+    the number of steps done: one float for all, or a 0-dim tensor for each. ``previous_lr`` (of the
+    same form) is needed with decoupled weight decay, ``thresholds`` (a 0-dim tensor for each, read
+    and written) with belief; they are None otherwise.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    hessian_diags: list[Tensor]
+    t: float | list[Tensor]
+    previous_lr: float | list[Tensor] | None = None
+    thresholds: list[Tensor] | None = None
+
+    def part(self, which: slice) -> Batch:
+        """The batch of some of the tensors."""
+        t, lr = self.t, self.previous_lr
+        return Batch(
+            self.params[which],
+            self.grads[which],
+            self.exp_avgs[which],
+            self.hessian_diags[which],
+            t[which] if isinstance(t, list) else t,
+            lr[which] if isinstance(lr, list) else lr,
+            None if self.thresholds is None else self.thresholds[which],
+        )
+
+
+BackEnd: TypeAlias = Callable[[Batch, Hyperparameters], None]

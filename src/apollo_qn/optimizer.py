@@ -1,0 +1,308 @@
+"""The class: hyperparameters, groups, state and step; the mathematics is in ``rule.py``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+
+from apollo_qn import checkpoint
+from apollo_qn.functional import check_back_end_choice, run, warmup_share
+from apollo_qn.rule import Hyperparameters, Rebound, Scalar
+
+
+class Apollo(Optimizer):
+    r"""APOLLO, the adaptive parameter-wise diagonal quasi-Newton method (Ma, 2020, Algorithm 1).
+
+    For each parameter tensor, with state m = B = 0 and t = 0, 1, ...:
+
+    .. code-block:: text
+
+        alpha  = (1 - beta) / (1 - beta^(t+1))
+        m'     = m + alpha (g - m)                                            eq. (9)
+        d      = m / max(|B|, sigma)                       direction of the step before
+        a      = (<d, m' - m> + <d, B d>) / (||d||_4 + eps / sigma)^4
+        B'     = B - a d^2                                                    eq. (8)
+        theta' = theta - lr m' / max(|B'|, sigma)                             eq. (11)
+
+    The sums run over the whole tensor. d is rebuilt from m and B, so that the state is two tensors
+    of the parameter's shape, ``exp_avg`` (m) and ``hessian_diag`` (B), float32 at least, and
+    0-dim tensors: ``step``, with decoupled decay ``previous_lr``, with belief ``threshold``.
+
+    lr and sigma are coupled (Theorem 1): (c lr, c sigma) gives the same trajectory for any c > 0,
+    so tune one of them.
+
+    Args:
+        params: tensors, or (name, tensor) pairs, or group dicts; a group may override every keyword.
+        lr: learning rate eta, a float >= 0 or a tensor of one element.
+        beta: decay of the moving average of gradients, in [0, 1).
+        eps: added to \|\|d\|\|_4 after division by sigma, >= 0.
+        sigma: convexity threshold, > 0 (section 3.3); unused with ``rebound="belief"``.
+        weight_decay: >= 0; added to the gradient (L2), as in the paper's experiments.
+        decoupled_weight_decay: add weight_decay * theta to the direction instead
+            (Loshchilov & Hutter, 2019); the secant condition accounts for it.
+        rebound: ``"constant"``, the paper's max(\|B\|, sigma), or ``"belief"``, the authors' later
+            max(\|B\|, max\|g - m\|) + eps / alpha, which needs eps > 0.
+        warmup_steps: steps over which the rate rises linearly from ``warmup_init_lr`` to ``lr``
+            (section 3.4), a whole number >= 0; 0 turns it off. It multiplies ``group["lr"]``, so
+            that every scheduler of ``torch.optim.lr_scheduler`` composes with it.
+        warmup_init_lr: rate of the first step, >= 0; None: lr / 1000.
+        foreach: True: all tensors together; False: one by one; None: the fastest that serves.
+        fused: True demands a fused kernel, False forbids it; None: the fastest that serves.
+        maximize: ascend instead of descend.
+        capturable: keep ``step`` on the parameters' device, so that a step can be captured in a
+            CUDA graph.
+        differentiable: let autograd run through the step.
+
+    Raises:
+        ValueError: a hyperparameter out of its range, named with its value; a state of a wrong
+            shape when one is loaded.
+        RuntimeError: a sparse gradient; a choice of back end that cannot be served.
+
+    Nothing is changed where an error is raised. Do not change ``sigma``, ``beta``, ``eps`` or
+    ``weight_decay`` of a group lightly in mid-run: the direction of the step before is rebuilt with
+    the new values.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Scalar = 1.0,
+        beta: float = 0.9,
+        eps: float = 1e-4,
+        sigma: float = 1.0,
+        weight_decay: float = 0.0,
+        *,
+        decoupled_weight_decay: bool = False,
+        rebound: Rebound = "constant",
+        warmup_steps: int = 500,
+        warmup_init_lr: float | None = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "beta": beta,
+            "eps": eps,
+            "sigma": sigma,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "rebound": rebound,
+            "warmup_steps": warmup_steps,
+            "warmup_init_lr": warmup_init_lr,
+            "foreach": foreach,
+            "fused": fused,
+            "maximize": maximize,
+            "capturable": capturable,
+            "differentiable": differentiable,
+        }
+        _check_hyperparameters(defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; ValueError or RuntimeError before anything is changed, as at construction."""
+        if isinstance(param_group, dict):
+            settings = {**self.defaults, **param_group}
+            _check_hyperparameters(settings)
+            lr = settings["lr"]
+            # what warmup_init_lr is a share of, whatever a scheduler makes of lr later
+            param_group.setdefault("warmup_base_lr", float(lr))
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+            group.setdefault("warmup_base_lr", float(group["lr"]))
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load a state of this optimizer, or of the authors' released one.
+
+        Load the model's parameters first: the released state's thresholds are recovered with them.
+
+        Raises:
+            ValueError: the groups or shapes do not fit, or a setting has no counterpart here;
+                nothing is changed.
+        """
+        loaded: StateDict = {}
+
+        def before(optimizer: Optimizer, given: StateDict) -> StateDict:
+            loaded.update(checkpoint.translated(given, self.param_groups))
+            checkpoint.check(loaded, self.param_groups)
+            return loaded
+
+        def after(optimizer: Optimizer) -> None:
+            checkpoint.restore(loaded, self.param_groups, self.state)
+
+        # after the user's own hooks, and before them
+        handles = [
+            self.register_load_state_dict_pre_hook(before),
+            self.register_load_state_dict_post_hook(after, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Do one step.
+
+        Args:
+            closure: evaluates the model anew and returns the loss.
+
+        Returns:
+            The closure's loss, if there is one.
+
+        Raises:
+            RuntimeError: a gradient is sparse; nothing has been changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        differentiable = self.defaults["differentiable"]
+        with torch.set_grad_enabled(differentiable):
+            for group, params in [(g, self._with_gradient(g)) for g in self.param_groups]:
+                self._step_group(group, params)
+        return loss
+
+    def _with_gradient(self, group: dict[str, Any]) -> list[Tensor]:
+        params = [p for p in group["params"] if p.grad is not None]
+        for p in params:
+            if p.grad.is_sparse:
+                raise RuntimeError(
+                    f"Apollo needs dense gradients, got a sparse one for a parameter of shape "
+                    f"{tuple(p.shape)}; build its embedding with sparse=False"
+                )
+        return params
+
+    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        h = _hyperparameters(group)
+        states = [self._state_of(p, group, h) for p in params]
+        run(
+            h,
+            params,
+            [p.grad for p in params if p.grad is not None],
+            [s["exp_avg"] for s in states],
+            [s["hessian_diag"] for s in states],
+            [s["step"] for s in states],
+            previous_lrs=[s["previous_lr"] for s in states] if h.decoupled_weight_decay else None,
+            thresholds=[s["threshold"] for s in states] if h.belief else None,
+            foreach=group["foreach"],
+            fused=group["fused"],
+            capturable=group["capturable"],
+            differentiable=group["differentiable"],
+        )
+
+    def _state_of(self, p: Tensor, group: dict[str, Any], h: Hyperparameters) -> dict[str, Any]:
+        state = self.state[p]
+        if "step" not in state:
+            state["step"] = _scalar(p, group["capturable"])
+            for name in checkpoint.TENSORS:
+                state[name] = torch.zeros_like(
+                    p, dtype=checkpoint.state_dtype(p), memory_format=torch.preserve_format
+                )
+        if h.decoupled_weight_decay and "previous_lr" not in state:
+            # the mode was chosen in mid-run: the rate of the step before is that of now
+            state["previous_lr"] = _scalar(p, group["capturable"], torch.float64)
+            state["previous_lr"] += h.lr
+        if h.belief and "threshold" not in state:
+            real = checkpoint.state_dtype(p).to_real()
+            state["threshold"] = torch.full((), h.sigma, dtype=real, device=p.device)
+        return state
+
+
+class ApolloW(Apollo):
+    """:class:`Apollo` with decoupled weight decay; its arguments are Apollo's."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Scalar = 1.0,
+        beta: float = 0.9,
+        eps: float = 1e-4,
+        sigma: float = 1.0,
+        weight_decay: float = 0.0,
+        *,
+        decoupled_weight_decay: bool = True,
+        **settings: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            beta,
+            eps,
+            sigma,
+            weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+            **settings,
+        )
+
+
+def _scalar(p: Tensor, capturable: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+    if capturable:
+        return torch.zeros((), dtype=torch.float32, device=p.device)
+    return torch.zeros((), dtype=dtype)
+
+
+def _hyperparameters(group: dict[str, Any]) -> Hyperparameters:
+    return Hyperparameters(
+        lr=group["lr"],
+        beta=group["beta"],
+        eps=group["eps"],
+        sigma=group["sigma"],
+        weight_decay=group["weight_decay"],
+        decoupled_weight_decay=group["decoupled_weight_decay"],
+        rebound=group["rebound"],
+        warmup_steps=group["warmup_steps"],
+        warmup_start=warmup_share(group["warmup_init_lr"], group["warmup_base_lr"])
+        if group["warmup_steps"]
+        else 1.0,
+        maximize=group["maximize"],
+    )
+
+
+def _check_hyperparameters(given: dict[str, Any]) -> None:
+    def need(name: str, holds: Callable[[Any], bool], what: str) -> None:
+        value = given[name]
+        if isinstance(value, bool) or not isinstance(value, Real) or not holds(value):
+            raise ValueError(f"{name} must be {what}, got {value!r}")
+
+    lr = given["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or lr.is_complex():
+            raise ValueError(f"lr must be a tensor of one real element, got shape {tuple(lr.shape)}")
+        given = {**given, "lr": float(lr)}
+    need("lr", lambda x: 0 <= x < math.inf, "a finite number >= 0")
+    need("beta", lambda x: 0 <= x < 1, "in [0, 1)")
+    need("eps", lambda x: 0 <= x < math.inf, "a finite number >= 0")
+    need("sigma", lambda x: 0 < x < math.inf, "a finite number > 0")
+    need("weight_decay", lambda x: 0 <= x < math.inf, "a finite number >= 0")
+    need("warmup_steps", lambda x: x >= 0 and x == int(x), "a whole number >= 0")
+    if given["warmup_init_lr"] is not None:
+        need("warmup_init_lr", lambda x: 0 <= x < math.inf, "None or a finite number >= 0")
+        if given["lr"] == 0 and given["warmup_init_lr"] > 0:
+            raise ValueError(
+                f"warmup_init_lr must be None or 0 where lr is 0, got {given['warmup_init_lr']!r}"
+            )
+    if given["rebound"] not in ("constant", "belief"):
+        raise ValueError(f"rebound must be 'constant' or 'belief', got {given['rebound']!r}")
+    if given["rebound"] == "belief" and given["eps"] == 0:
+        raise ValueError("eps must be > 0 with rebound='belief', got 0")
+    check_back_end_choice(given["foreach"], given["fused"], given["differentiable"])

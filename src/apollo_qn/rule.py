@@ -1,0 +1,208 @@
+"""Algorithm 1 of Ma (2020) on one tensor: the only place that says what the update is.
+
+Every back end is a faster form of :func:`update` and is tested against it. The letters are the
+paper's: ``theta`` parameter, ``g`` gradient, ``m`` moving average of gradients, ``B`` diagonal of
+the Hessian approximation, ``D`` its rectified absolute value, ``d`` update direction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+Scalar: TypeAlias = "float | Tensor"  # a Python number, or a tensor: no host synchronisation
+Rebound = Literal["constant", "belief"]
+
+_UNDETERMINED = 1e-6  # |1 - lr * weight_decay| below which theta_before cannot be rebuilt
+
+
+@dataclass(frozen=True, slots=True)
+class Hyperparameters:
+    """What a parameter group says of one step; the names are those of :class:`apollo_qn.Apollo`.
+
+    ``warmup_start`` is ``warmup_init_lr`` as a share of the initial learning rate.
+    """
+
+    lr: Scalar
+    beta: float
+    eps: float
+    sigma: float
+    weight_decay: float
+    decoupled_weight_decay: bool
+    rebound: Rebound
+    warmup_steps: int
+    warmup_start: float
+    maximize: bool
+
+    @property
+    def belief(self) -> bool:
+        return self.rebound == "belief"
+
+    @property
+    def l2(self) -> bool:
+        return self.weight_decay != 0 and not self.decoupled_weight_decay
+
+    @property
+    def decoupled(self) -> bool:
+        return self.weight_decay != 0 and self.decoupled_weight_decay
+
+    @property
+    def secant_eps(self) -> float:
+        """What is added to ||d||_4: eps / sigma, so that Theorem 1 is exact; eps with belief."""
+        return self.eps if self.belief else self.eps / self.sigma
+
+    def alpha(self, t: Scalar) -> Scalar:
+        """Weight of the new gradient in m at step ``t``, eq. (9): 1 at t = 0, then 1 - beta."""
+        return (1 - self.beta) / (1 - self.beta ** (t + 1))
+
+    def rate(self, t: Scalar) -> Scalar:
+        """Learning rate of step ``t``, warmed up linearly (section 3.4)."""
+        if self.warmup_steps == 0:
+            return self.lr
+        left = 1 - t / self.warmup_steps
+        left = left.clamp(min=0) if isinstance(left, Tensor) else max(left, 0.0)
+        return self.lr * (1 - (1 - self.warmup_start) * left)
+
+    def offset(self, t: Scalar) -> Scalar:
+        """What is added to D at step ``t``: eps / alpha with belief, nothing otherwise."""
+        return self.eps / self.alpha(t) if self.belief else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepScalars:
+    """The numbers of one step ``t`` (0 first): floats, or tensors that broadcast over ``theta``.
+
+    ``threshold`` and ``offset`` of the step before give its D. ``kappa`` and ``omega`` turn its
+    direction into its displacement, kappa d + omega theta; they are 1 and 0 unless weight decay is
+    decoupled.
+    """
+
+    alpha: Scalar
+    rate: Scalar
+    offset: Scalar
+    previous_threshold: Scalar
+    previous_offset: Scalar
+    kappa: Scalar
+    omega: Scalar
+
+    @classmethod
+    def at(
+        cls,
+        t: Scalar,
+        h: Hyperparameters,
+        previous_lr: Scalar | None = None,
+        previous_threshold: Scalar | None = None,
+    ) -> StepScalars:
+        """Scalars of step ``t``; the two last are needed with decoupled decay and with belief."""
+        before = (t - 1).clamp(min=0) if isinstance(t, Tensor) else max(t - 1, 0)
+        kappa: Scalar = 1.0
+        omega: Scalar = 0.0
+        if h.decoupled:
+            assert previous_lr is not None
+            kappa, omega = _displacement_weights(t, previous_lr, h.weight_decay)
+        if h.belief:
+            assert previous_threshold is not None
+        return cls(
+            alpha=h.alpha(t),
+            rate=h.rate(t),
+            offset=h.offset(t),
+            previous_threshold=previous_threshold if previous_threshold is not None else h.sigma,
+            previous_offset=h.offset(before),
+            kappa=kappa,
+            omega=omega,
+        )
+
+
+def _displacement_weights(t: Scalar, lr: Scalar, weight_decay: float) -> tuple[Scalar, Scalar]:
+    """kappa and omega with d + wd theta_before = kappa d + omega theta.
+
+    From theta = theta_before - lr (d + wd theta_before). Where lr wd = 1 theta holds nothing of
+    theta_before, and d alone stands for the displacement. At t = 0 there was no step.
+    """
+    kept = 1 - lr * weight_decay
+    if isinstance(kept, Tensor) or isinstance(t, Tensor):
+        kept = torch.as_tensor(kept)
+        known = (kept.abs() >= _UNDETERMINED) & torch.as_tensor(t > 0, device=kept.device)
+        safe = torch.where(known, kept, 1)
+        return 1 / safe, torch.where(known, weight_decay / safe, 0)
+    if t == 0 or abs(kept) < _UNDETERMINED:
+        return 1.0, 0.0
+    return 1 / kept, weight_decay / kept
+
+
+def rectify(B: Tensor, threshold: Scalar, offset: Scalar) -> Tensor:
+    """D = max(|B|, threshold) + offset: eq. (11) with threshold = sigma and offset = 0."""
+    D = B.abs().clamp(min=threshold)
+    return D if isinstance(offset, float) and offset == 0 else D + offset
+
+
+def accumulator(device: torch.device) -> torch.dtype:
+    """Type of the sums over a tensor: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def secant_coefficient(scale: Tensor, q4: Tensor, k: Tensor, eps: float) -> Tensor:
+    """c with B' = B - c u^2, from the sums over the tensor; all arguments of one shape.
+
+    With ``scale`` = max |d|, u = d / scale, ``q4`` = sum u^4 and ``k`` = <u, y + B d> this is
+    Algorithm 1's a d^2 = (<d, y> + <d, B d>) / (||d||_4 + eps)^4 d^2, in factors of which none
+    overflows or underflows before the result does. A saturated B stays finite.
+    """
+    q4 = torch.where(scale == 0, 1, q4)  # the root has no derivative at 0
+    n = scale * q4.sqrt().sqrt() + eps
+    nothing = n == 0  # eps = 0 and d = 0: no displacement, no information
+    n = torch.where(nothing, 1, n)
+    return torch.where(nothing, 0, (scale / n) ** 3 * (k / n))
+
+
+def finite(c: Tensor, dtype: torch.dtype) -> Tensor:
+    """``c`` in ``dtype``, saturated where it is too large for it; NaN stays NaN."""
+    largest = torch.finfo(dtype).max / 8
+    return c.clamp(-largest, largest).to(dtype)
+
+
+def update(
+    theta: Tensor, g: Tensor, m: Tensor, B: Tensor, h: Hyperparameters, s: StepScalars
+) -> tuple[Tensor, Tensor, Tensor, Scalar]:
+    """One step of Algorithm 1 on one real tensor; nothing is changed in place.
+
+    Args:
+        theta, g: parameter and gradient, any shape and floating type.
+        m, B: state, of the same shape; its type is that of the arithmetic and of the results.
+        h, s: hyperparameters and the scalars of this step.
+
+    Returns:
+        theta', m', B' and the threshold that this step's direction used.
+    """
+    theta, g = theta.to(m.dtype), g.to(m.dtype)
+    if h.maximize:
+        g = -g
+    if h.l2:
+        g = g + h.weight_decay * theta
+
+    # the displacement of the step before, rebuilt; 0 at t = 0 because m = 0
+    d = m / rectify(B, s.previous_threshold, s.previous_offset)
+    if h.decoupled:
+        d = s.kappa * d + s.omega * theta
+
+    delta = g - m
+    y = s.alpha * delta  # m' - m
+    m = m + y
+
+    # B' = B - a d^2, a = (<d, y> + <d, B d>) / (||d||_4 + eps)^4, eq. (8)
+    scale = d.detach().abs().amax()
+    u = d / torch.where(scale == 0, 1, scale)
+    q4 = (u**4).sum()
+    k = (u * (y + B * d)).sum()
+    wide = accumulator(m.device)
+    c = secant_coefficient(scale.to(wide), q4.to(wide), k.to(wide), h.secant_eps)
+    B = B - finite(c, m.dtype) * u**2
+
+    threshold: Scalar = delta.abs().amax() if h.belief else h.sigma
+    d = m / rectify(B, threshold, s.offset)
+    if h.decoupled:
+        d = d + h.weight_decay * theta
+    return theta - s.rate * d, m, B, threshold
