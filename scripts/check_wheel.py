@@ -27,7 +27,7 @@ assert p.abs().max() < 0.1, p
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        # --no-isolation: the pinned setuptools; the wheel is built from the sdist, so both are tried
+        # the wheel is built from the sdist, so both are tried, with the pinned setuptools
         run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT))
         (wheel,) = folder.glob("*.whl")
         (sdist,) = folder.glob("*.tar.gz")
@@ -42,8 +42,10 @@ def main() -> None:
         )
         run(str(python), "-c", TRIAL, cwd=folder)
         run(str(python), "-m", "apollo_qn.experiments.cli", "tasks", cwd=folder)
-        print(f"{sdist.name} ({sdist.stat().st_size:,} bytes) and {wheel.name} "
-              f"({wheel.stat().st_size:,} bytes) build, install and train")
+        print(
+            f"{sdist.name} ({sdist.stat().st_size:,} bytes) and {wheel.name} "
+            f"({wheel.stat().st_size:,} bytes) build, install and train"
+        )
 
 
 def run(*command: str, cwd: Path | None = None) -> None:

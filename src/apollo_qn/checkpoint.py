@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import StateDict
 
-from apollo_qn.rule import Hyperparameters, rectify
+from apollo_qn.rule import Hyperparameters
 
 TENSORS = ("exp_avg", "hessian_diag")
 _SCALARS = ("previous_lr", "threshold")
@@ -68,7 +68,9 @@ def restore(
                 continue
             kept = value.detach().clone(memory_format=torch.preserve_format)
             if name in TENSORS:
-                kept = kept.to(device=p.device, dtype=torch.promote_types(kept.dtype, state_dtype(p)))
+                kept = kept.to(
+                    device=p.device, dtype=torch.promote_types(kept.dtype, state_dtype(p))
+                )
                 layout = torch.empty_like(p, dtype=kept.dtype, memory_format=torch.preserve_format)
                 kept = kept if kept.stride() == layout.stride() else layout.copy_(kept)
             elif name == "threshold":

@@ -13,6 +13,8 @@ from apollo_qn.backends.foreach import step as foreach_step
 from apollo_qn.backends.reference import step as reference_step
 from apollo_qn.rule import Hyperparameters, Rebound, Scalar
 
+_PLAIN = (Tensor, torch.nn.Parameter)  # a subclass may lack the operations on many tensors
+
 
 def apollo(
     params: list[Tensor],
@@ -130,13 +132,16 @@ def run(
             )
 
     # numbers are read on the host only where they lie there and no compiler is tracing
-    on_host = not capturable and not torch.compiler.is_compiling()
+    compiling = torch.compiler.is_compiling()
+    on_host = not capturable and not compiling
     if on_host and isinstance(h.lr, Tensor):
         if h.lr.device.type != "cpu":
             raise ValueError(f"lr as a tensor on {h.lr.device} needs capturable=True")
         if not differentiable:
             h = replace(h, lr=h.lr.item())
 
+    # a compiler fuses the plain rule by itself
+    may_be_fast = foreach is not False and not differentiable and not compiling
     together: dict[Any, list[int]] = {}
     for i, p in enumerate(params):
         if p.numel() == 0:
@@ -145,7 +150,7 @@ def run(
             state_steps[i].item() if on_host else None,
             previous_lrs[i].item() if on_host and previous_lrs is not None else None,
         )
-        fast = foreach is not False and not differentiable and _plain(p) and _plain(grads[i])
+        fast = may_be_fast and type(p) in _PLAIN and type(grads[i]) in _PLAIN
         kind = (fast, p.device, p.dtype, grads[i].dtype, exp_avgs[i].dtype)
         together.setdefault((kind, numbers), []).append(i)
 
@@ -153,10 +158,10 @@ def run(
         steps = [state_steps[i] for i in members]
         rates = None if previous_lrs is None else [previous_lrs[i] for i in members]
         batch = Batch(
-            [_real(params[i]) for i in members],
-            [_real(grads[i]) for i in members],
-            [_real(exp_avgs[i]) for i in members],
-            [_real(hessian_diags[i]) for i in members],
+            _real([params[i] for i in members]),
+            _real([grads[i] for i in members]),
+            _real([exp_avgs[i] for i in members]),
+            _real([hessian_diags[i] for i in members]),
             t if on_host else steps,
             previous_lr if on_host else rates,
             None if thresholds is None else [thresholds[i] for i in members],
@@ -175,13 +180,10 @@ def _given(name: str, tensors: list[Tensor] | None) -> list[Tensor]:
     return tensors
 
 
-def _plain(tensor: Tensor) -> bool:
-    # a compiler fuses the plain rule by itself; a subclass may lack the collective operations
-    return type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
-
-
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+def _real(tensors: list[Tensor]) -> list[Tensor]:
+    if tensors[0].is_complex():
+        return [torch.view_as_real(tensor) for tensor in tensors]
+    return tensors
 
 
 def _record(rate: Scalar, rates: list[Tensor]) -> None:

@@ -38,7 +38,7 @@ class Apollo(Optimizer):
     so tune one of them.
 
     Args:
-        params: tensors, or (name, tensor) pairs, or group dicts; a group may override every keyword.
+        params: tensors, (name, tensor) pairs or group dicts; a group may override every keyword.
         lr: learning rate eta, a float >= 0 or a tensor of one element.
         beta: decay of the moving average of gradients, in [0, 1).
         eps: added to \|\|d\|\|_4 after division by sigma, >= 0.
@@ -108,7 +108,7 @@ class Apollo(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; ValueError or RuntimeError before anything is changed, as at construction."""
+        """Add a group; raises as the constructor does, before anything is changed."""
         if isinstance(param_group, dict):
             settings = {**self.defaults, **param_group}
             _check_hyperparameters(settings)
@@ -211,7 +211,7 @@ class Apollo(Optimizer):
         )
 
     def _state_of(self, p: Tensor, group: dict[str, Any], h: Hyperparameters) -> dict[str, Any]:
-        state = self.state[p]
+        state: dict[str, Any] = self.state[p]
         if "step" not in state:
             state["step"] = _scalar(p, group["capturable"])
             for name in checkpoint.TENSORS:
@@ -287,7 +287,9 @@ def _check_hyperparameters(given: dict[str, Any]) -> None:
     lr = given["lr"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1 or lr.is_complex():
-            raise ValueError(f"lr must be a tensor of one real element, got shape {tuple(lr.shape)}")
+            raise ValueError(
+                f"lr must be a tensor of one real element, got shape {tuple(lr.shape)}"
+            )
         given = {**given, "lr": float(lr)}
     need("lr", lambda x: 0 <= x < math.inf, "a finite number >= 0")
     need("beta", lambda x: 0 <= x < 1, "in [0, 1)")

@@ -39,14 +39,17 @@ class Hyperparameters:
 
     @property
     def belief(self) -> bool:
+        """Whether the threshold is that of the authors' later code."""
         return self.rebound == "belief"
 
     @property
     def l2(self) -> bool:
+        """Whether decay is added to the gradient."""
         return self.weight_decay != 0 and not self.decoupled_weight_decay
 
     @property
     def decoupled(self) -> bool:
+        """Whether decay is added to the direction."""
         return self.weight_decay != 0 and self.decoupled_weight_decay
 
     @property

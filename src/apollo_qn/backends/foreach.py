@@ -8,15 +8,14 @@ tensors. Nothing waits for the device.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from apollo_qn.backends import Batch
 from apollo_qn.rule import Hyperparameters, Scalar, StepScalars, accumulator, finite
@@ -25,7 +24,8 @@ from apollo_qn.rule import secant_coefficient as coefficient
 ROW = 256
 # Elements worked on at once: temporaries stay bounded, and on a CPU in its cache.
 BLOCK = {"cpu": 1 << 18}
-BLOCK_ELSEWHERE = 1 << 26
+BLOCK_ELSEWHERE = 1 << 24
+KEPT_LAYOUTS = 4096
 
 
 def step(batch: Batch, h: Hyperparameters) -> None:
@@ -44,7 +44,7 @@ def _buckets(batch: Batch, limit: int) -> Iterator[slice]:
     start = size = 0
     for i, tensor in enumerate(batch.params):
         n = tensor.numel()
-        if size and (n > limit // 4 or size > limit // 4 and i - start == 1 or size + n > limit):
+        if size and (n > limit // 4 or (size > limit // 4 and i - start == 1) or size + n > limit):
             yield slice(start, i)
             start, size = i, 0
         size += n
@@ -57,32 +57,29 @@ def _dense(batch: Batch) -> bool:
 
 
 class _Layout:
-    """Where each tensor lies in the matrix."""
+    """Where tensors of given shapes lie in a matrix: each in rows of its own, then zeros."""
 
     def __init__(
-        self, numels: tuple[int, ...], device: torch.device, dtype: torch.dtype
+        self, shapes: tuple[torch.Size, ...], device: torch.device, dtype: torch.dtype
     ) -> None:
+        numels = [shape.numel() for shape in shapes]
         rows = [-(-n // ROW) for n in numels]
-        self.padding = [r * ROW - n for r, n in zip(rows, numels, strict=True)]
+        self.rows = sum(rows)
         self.rows_of_tensor = torch.tensor(rows, device=device)
         self.tensor_of_row = torch.arange(len(rows), device=device).repeat_interleave(
-            self.rows_of_tensor, output_size=sum(rows)
+            self.rows_of_tensor, output_size=self.rows
+        )
+        self.shapes = shapes
+        self.sizes = list(
+            chain.from_iterable((n, r * ROW - n) for n, r in zip(numels, rows, strict=True))
         )
         self.dtype = dtype
         self.wide = accumulator(device)
 
-    def padded(self, tensors: list[Tensor]) -> list[Tensor]:
-        """``tensors``, each followed by the zeros that fill its last row."""
-        zeros = tensors[0].new_zeros(sum(self.padding)).split(self.padding)
-        return list(chain.from_iterable(zip(tensors, zeros, strict=True)))
-
-    def gather(self, padded: list[Tensor]) -> Tensor:
-        """A copy of the tensors as a matrix."""
-        return cast(Tensor, _flatten_dense_tensors(padded)).view(-1, ROW).to(self.dtype)
-
-    def scatter(self, matrix: Tensor, padded: list[Tensor]) -> list[Tensor]:
-        """Views of ``matrix`` with the shapes of the tensors."""
-        return list(_unflatten_dense_tensors(matrix.view(-1), padded)[::2])
+    def views(self, matrix: Tensor) -> list[Tensor]:
+        """Each tensor's place in ``matrix``, in its shape."""
+        pieces = matrix.view(-1).split_with_sizes(self.sizes)[::2]
+        return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
     def sum(self, matrix: Tensor) -> Tensor:
         """Sum over each tensor, shape (tensors,)."""
@@ -119,9 +116,47 @@ class _Block:
         return scalar
 
 
-@lru_cache(maxsize=4096)
-def _layout(numels: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> _Layout:
-    return _Layout(numels, device, dtype)
+class _Workspace(threading.local):
+    """Layouts, and on the CPU the memory of the matrices, kept from step to step in each thread.
+
+    All layouts share that memory, four blocks. Elsewhere an allocator that knows of streams gives
+    it anew for each step.
+    """
+
+    def __init__(self) -> None:
+        self.layouts: dict[Any, _Layout] = {}
+        self.memory: dict[torch.dtype, Tensor] = {}
+        self.kept: dict[Any, tuple[Tensor, list[list[Tensor]]]] = {}
+
+    def get(
+        self, params: list[Tensor], dtype: torch.dtype, matrices: int
+    ) -> tuple[_Layout, Tensor, list[list[Tensor]]]:
+        """A layout, that many zero matrices as one tensor, and the tensors' places in each."""
+        device = params[0].device
+        key = (tuple(p.shape for p in params), device, dtype)
+        layout = self.layouts.get(key)
+        if layout is None:
+            if len(self.layouts) >= KEPT_LAYOUTS:
+                self.layouts.clear()
+                self.kept.clear()
+            layout = self.layouts[key] = _Layout(*key)
+        size = (matrices, layout.rows, ROW)
+        if device.type != "cpu":
+            zeros = torch.zeros(size, dtype=dtype, device=device)
+            return layout, zeros, [layout.views(matrix) for matrix in zeros]
+        kept = self.kept.get((key, matrices))
+        if kept is None:
+            numel = matrices * layout.rows * ROW
+            memory = self.memory.get(dtype)
+            if memory is None or memory.numel() < numel:
+                memory = self.memory[dtype] = torch.empty(numel, dtype=dtype)
+                self.kept.clear()  # views of the memory before
+            both = memory[:numel].view(size)
+            kept = self.kept[key, matrices] = both, [layout.views(matrix) for matrix in both]
+        return layout, kept[0].zero_(), kept[1]
+
+
+_workspace = _Workspace()
 
 
 @dataclass(slots=True)
@@ -146,49 +181,53 @@ class _Sums:
 
 
 def _step_gathered(batch: Batch, h: Hyperparameters) -> None:
-    device = batch.params[0].device
-    layout = _layout(
-        tuple(p.numel() for p in batch.params), device, batch.exp_avgs[0].dtype
-    )
-    s = _scalars(batch, h, device)
-    params = layout.padded(batch.params)
-    work = _Work(
-        layout,
-        layout.gather(layout.padded(batch.grads)),
-        layout.gather(layout.padded(batch.exp_avgs)),
-        layout.gather(layout.padded(batch.hessian_diags)),
-        layout.gather(params) if h.weight_decay != 0 else None,
-    )
-    sums = _measure(work, h, s)
-    change = _apply(work, h, s, sums)
-    torch._foreach_sub_(batch.params, layout.scatter(change, params))
-    torch._foreach_copy_(batch.exp_avgs, layout.scatter(work.m, params))
-    torch._foreach_copy_(batch.hessian_diags, layout.scatter(work.B, params))
+    read = [batch.grads, batch.exp_avgs, batch.hessian_diags]
+    if h.weight_decay != 0:
+        read.append(batch.params)
+    dtype = batch.exp_avgs[0].dtype
+    layout, matrices, views = _workspace.get(batch.params, dtype, len(read))
+    for places, tensors in zip(views, read, strict=True):
+        torch._foreach_copy_(places, tensors)
+
+    s = _scalars(batch, h)
+    g, m, B = matrices[0], matrices[1], matrices[2]
+    work = _Work(layout, g, m, B, matrices[3] if h.weight_decay != 0 else None)
+    sums, u2, y = _measure(work, h, s)
+    _apply(work, h, s, sums, u2, y, out=g)
+
+    torch._foreach_sub_(batch.params, views[0])
+    torch._foreach_copy_(batch.exp_avgs, views[1])
+    torch._foreach_copy_(batch.hessian_diags, views[2])
     _keep_thresholds(batch, sums)
 
 
 def _step_in_blocks(batch: Batch, h: Hyperparameters, block: int) -> None:
-    device = batch.params[0].device
-    s = _scalars(batch, h, device)
+    s = _scalars(batch, h)
     p = batch.params[0].view(-1)
-    layout = _Block(device)
+    layout = _Block(p.device)
     works = [
         (p_block, _Work(layout, g, m, B, p_block if h.weight_decay != 0 else None))
         for p_block, g, m, B in zip(
-            p.split(block),
-            batch.grads[0].view(-1).split(block),
-            batch.exp_avgs[0].view(-1).split(block),
-            batch.hessian_diags[0].view(-1).split(block),
+            torch.split(p, block),
+            torch.split(batch.grads[0].view(-1), block),
+            torch.split(batch.exp_avgs[0].view(-1), block),
+            torch.split(batch.hessian_diags[0].view(-1), block),
             strict=True,
         )
     ]
-    sums = _merged([_measure(work, h, s) for _, work in works])
+    # a block's u^2 and y are taken anew rather than kept: memory stays that of a block
+    sums = _merged([_measure(work, h, s)[0] for _, work in works])
+    scale = torch.where(sums.scale == 0, 1, sums.scale)
     for p_block, work in works:
-        p_block.sub_(_apply(work, h, s, sums))
+        u2 = _displacement(work, h, s).div_(scale).square_()
+        y = _difference(work, h).mul_(s.alpha)
+        p_block.sub_(_apply(work, h, s, sums, u2, y, out=u2))
     _keep_thresholds(batch, sums)
 
 
-def _scalars(batch: Batch, h: Hyperparameters, device: torch.device) -> StepScalars:
+def _scalars(batch: Batch, h: Hyperparameters) -> StepScalars:
+    device = batch.params[0].device
+
     def vector(scalars: float | list[Tensor] | None) -> Scalar | None:
         return torch.stack(scalars).to(device) if isinstance(scalars, list) else scalars
 
@@ -240,47 +279,50 @@ def _displacement(work: _Work, h: Hyperparameters, s: StepScalars) -> Tensor:
 
 def _difference(work: _Work, h: Hyperparameters) -> Tensor:
     """g - m, with what maximize and L2 decay make of g."""
-    if h.maximize:
-        y = torch.add(work.m, work.g).neg_()
-    else:
-        y = torch.sub(work.g, work.m)
+    y = torch.add(work.m, work.g).neg_() if h.maximize else torch.sub(work.g, work.m)
     if h.l2:
         assert work.theta is not None
         y.add_(work.theta, alpha=h.weight_decay)
     return y
 
 
-def _measure(work: _Work, h: Hyperparameters, s: StepScalars) -> _Sums:
+def _measure(work: _Work, h: Hyperparameters, s: StepScalars) -> tuple[_Sums, Tensor, Tensor]:
+    """The sums, with u^2 (of this work's own scale) and y = m' - m for :func:`_apply`."""
     layout = work.layout
     d = _displacement(work, h, s)
     y = _difference(work, h)
     threshold = layout.max(y.abs()) if h.belief else None
-    y.mul_(layout.spread(s.alpha)).addcmul_(work.B, d)
-    scale = layout.max(d.abs())
+    y.mul_(layout.spread(s.alpha))
+    v = torch.abs(d)
+    scale = layout.max(v)
+    torch.addcmul(y, work.B, d, out=v)
     u = d.div_(layout.spread(torch.where(scale == 0, 1, scale)))
-    k = layout.sum(y.mul_(u))
+    k = layout.sum(v.mul_(u))
     u2 = u.mul_(u)
-    q4 = layout.sum(torch.mul(u2, u2, out=y))
-    return _Sums(scale, q4, k, threshold)
+    q4 = layout.sum(torch.mul(u2, u2, out=v))
+    return _Sums(scale, q4, k, threshold), u2, y
 
 
-def _apply(work: _Work, h: Hyperparameters, s: StepScalars, sums: _Sums) -> Tensor:
-    """m' and B' in place of m and B; returns what is to be subtracted from theta."""
+def _apply(
+    work: _Work,
+    h: Hyperparameters,
+    s: StepScalars,
+    sums: _Sums,
+    u2: Tensor,
+    y: Tensor,
+    out: Tensor,
+) -> Tensor:
+    """m' and B' in place of m and B, and in ``out`` what is to be subtracted from theta."""
     spread = work.layout.spread
-    u = _displacement(work, h, s)
-    y = _difference(work, h).mul_(spread(s.alpha))
     work.m.add_(y)
-
-    u.div_(spread(torch.where(sums.scale == 0, 1, sums.scale)))
-    c = finite(
-        coefficient(sums.scale.to(sums.k.dtype), sums.q4, sums.k, h.secant_eps), work.B.dtype
-    )
-    work.B.sub_(u.mul_(u).mul_(spread(c)))
+    scale = sums.scale.to(sums.k.dtype)
+    c = finite(coefficient(scale, sums.q4, sums.k, h.secant_eps), work.B.dtype)
+    work.B.sub_(u2.mul_(spread(c)))
 
     threshold = h.sigma if sums.threshold is None else sums.threshold
-    d = _rectify_(torch.abs(work.B, out=u), spread(threshold), spread(s.offset))
+    d = _rectify_(torch.abs(work.B, out=u2), spread(threshold), spread(s.offset))
     torch.div(work.m, d, out=d)
     if h.decoupled:
         assert work.theta is not None
         d.add_(work.theta, alpha=h.weight_decay)
-    return d.mul_(spread(s.rate))
+    return torch.mul(d, spread(s.rate), out=out)
