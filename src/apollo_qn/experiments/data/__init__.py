@@ -1,0 +1,1 @@
+"""Reading and preparing each corpus; ``embedded/`` holds small real data."""

@@ -1,0 +1,106 @@
+"""Fashion-MNIST: the embedded subset, or the whole set from a folder of the four IDX files."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from apollo_qn.experiments.data.idx import read_idx
+from apollo_qn.experiments.errors import ExperimentError
+
+EMBEDDED = Path(__file__).parent / "embedded" / "fashion_mnist"
+CLASSES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+FILES = (
+    *("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
+    *("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
+)
+
+
+class ImageSet(NamedTuple):
+    """Images as they lie on the disk, decoded."""
+
+    train_images: Tensor  # shape=(train, channels, height, width), dtype=uint8
+    train_labels: Tensor  # shape=(train,), dtype=int64
+    test_images: Tensor  # shape=(test, channels, height, width), dtype=uint8
+    test_labels: Tensor  # shape=(test,), dtype=int64
+    fingerprint: str  # of the files' bytes: which data a run has seen
+
+
+def load(folder: Path | None = None) -> ImageSet:
+    """Read the four files and check them.
+
+    Args:
+        folder: where the four gzipped IDX files lie, as Debian's package ships them;
+            None: the embedded subset, whose checksums are verified.
+
+    Raises:
+        ExperimentError: a file is missing, corrupt or truncated, or the four do not fit together.
+    """
+    embedded = folder is None
+    folder = EMBEDDED if folder is None else folder
+    remedy = (
+        "reinstall apollo-qn, or make it anew with scripts/make_fashion_mnist.py"
+        if embedded
+        else f"--data needs the four files {', '.join(FILES)}, as in Debian's dataset-fashion-mnist"
+    )
+    digests = _checksums(folder, remedy)
+    if embedded:
+        _verify(folder, digests, remedy)
+    train_images, train_labels = _split(folder, FILES[0], FILES[1], remedy)
+    test_images, test_labels = _split(folder, FILES[2], FILES[3], remedy)
+    if train_images.shape[1:] != test_images.shape[1:]:
+        raise ExperimentError(
+            f"{folder}: training images are {tuple(train_images.shape[1:])}, "
+            f"test images {tuple(test_images.shape[1:])}; {remedy}"
+        )
+    fingerprint = hashlib.sha256("".join(digests[name] for name in FILES).encode()).hexdigest()
+    return ImageSet(train_images, train_labels, test_images, test_labels, fingerprint)
+
+
+def _checksums(folder: Path, remedy: str) -> dict[str, str]:
+    digests = {}
+    for name in FILES:
+        try:
+            digests[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        except FileNotFoundError:
+            raise ExperimentError(f"{folder / name}: no such file; {remedy}") from None
+        except OSError as error:
+            raise ExperimentError(
+                f"{folder / name}: cannot be read ({error.strerror}); {remedy}"
+            ) from None
+    return digests
+
+
+def _verify(folder: Path, digests: dict[str, str], remedy: str) -> None:
+    listing = folder / "SHA256SUMS"
+    try:
+        lines = listing.read_text().splitlines()
+    except OSError as error:
+        raise ExperimentError(f"{listing}: cannot be read ({error.strerror}); {remedy}") from None
+    recorded = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    for name in FILES:
+        if recorded.get(name) != digests[name]:
+            raise ExperimentError(
+                f"{folder / name}: corrupt, its SHA-256 is not the one in SHA256SUMS; {remedy}"
+            )
+
+
+def _split(folder: Path, images: str, labels: str, remedy: str) -> tuple[Tensor, Tensor]:
+    pixels = read_idx(folder / images, 3, remedy)
+    classes = read_idx(folder / labels, 1, remedy)
+    if len(pixels) != len(classes):
+        raise ExperimentError(
+            f"{folder / labels}: {len(classes)} labels for {len(pixels)} images; {remedy}"
+        )
+    if int(classes.max()) >= len(CLASSES):
+        raise ExperimentError(
+            f"{folder / labels}: label {int(classes.max())}, allowed are 0 to "
+            f"{len(CLASSES) - 1}; {remedy}"
+        )
+    return pixels.unsqueeze(1), classes.long()
