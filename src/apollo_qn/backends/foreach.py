@@ -33,27 +33,38 @@ def step(batch: Batch, h: Hyperparameters) -> None:
     limit = BLOCK.get(batch.params[0].device.type, BLOCK_ELSEWHERE)
     for bucket in _buckets(batch, limit):
         part = batch.part(bucket)
-        if len(part.params) == 1 and part.params[0].numel() > limit // 4 and _dense(part):
-            _step_in_blocks(part, h, limit)
-        else:
+        large = len(part.params) == 1 and part.params[0].numel() > limit // 4
+        flat = _flat(part) if large else None
+        if flat is None:
             _step_gathered(part, h)
+        else:
+            _step_in_blocks(part, flat, h, limit)
 
 
 def _buckets(batch: Batch, limit: int) -> Iterator[slice]:
-    """Runs of small tensors of at most ``limit`` elements together; a larger tensor is alone."""
+    """Runs of small tensors whose rows hold ``limit`` elements; a larger tensor is alone."""
     start = size = 0
     for i, tensor in enumerate(batch.params):
-        n = tensor.numel()
-        if size and (n > limit // 4 or (size > limit // 4 and i - start == 1) or size + n > limit):
+        n = -(-tensor.numel() // ROW) * ROW
+        alone = n > limit // 4 or (size > limit // 4 and i - start == 1)
+        if size and (alone or size + n > limit):
             yield slice(start, i)
             start, size = i, 0
         size += n
     yield slice(start, len(batch.params))
 
 
-def _dense(batch: Batch) -> bool:
-    lists = (batch.params, batch.grads, batch.exp_avgs, batch.hessian_diags)
-    return all(tensors[0].is_contiguous() for tensors in lists)
+def _flat(batch: Batch) -> list[Tensor] | None:
+    """Parameter, gradient, m and B of a single tensor as vectors, where all lie alike in memory."""
+    p = batch.params[0]
+    order = sorted(
+        range(p.dim()), key=p.stride, reverse=True
+    )  # of channels-last: its channels last
+    tensors = (p, batch.grads[0], batch.exp_avgs[0], batch.hessian_diags[0])
+    in_order = [tensor.permute(order) for tensor in tensors]
+    if not all(tensor.is_contiguous() for tensor in in_order):
+        return None
+    return [tensor.view(-1) for tensor in in_order]
 
 
 class _Layout:
@@ -119,8 +130,8 @@ class _Block:
 class _Workspace(threading.local):
     """Layouts, and on the CPU the memory of the matrices, kept from step to step in each thread.
 
-    All layouts share that memory, four blocks. Elsewhere an allocator that knows of streams gives
-    it anew for each step.
+    All layouts share that memory, at most four matrices of a block. Elsewhere an allocator that
+    knows of streams gives it anew for each step, as it is for a large tensor in strange strides.
     """
 
     def __init__(self) -> None:
@@ -141,7 +152,7 @@ class _Workspace(threading.local):
                 self.kept.clear()
             layout = self.layouts[key] = _Layout(*key)
         size = (matrices, layout.rows, ROW)
-        if device.type != "cpu":
+        if device.type != "cpu" or layout.rows * ROW > 2 * BLOCK["cpu"]:
             zeros = torch.zeros(size, dtype=dtype, device=device)
             return layout, zeros, [layout.views(matrix) for matrix in zeros]
         kept = self.kept.get((key, matrices))
@@ -201,27 +212,20 @@ def _step_gathered(batch: Batch, h: Hyperparameters) -> None:
     _keep_thresholds(batch, sums)
 
 
-def _step_in_blocks(batch: Batch, h: Hyperparameters, block: int) -> None:
+def _step_in_blocks(batch: Batch, flat: list[Tensor], h: Hyperparameters, block: int) -> None:
     s = _scalars(batch, h)
-    p = batch.params[0].view(-1)
-    layout = _Block(p.device)
+    layout = _Block(flat[0].device)
     works = [
-        (p_block, _Work(layout, g, m, B, p_block if h.weight_decay != 0 else None))
-        for p_block, g, m, B in zip(
-            torch.split(p, block),
-            torch.split(batch.grads[0].view(-1), block),
-            torch.split(batch.exp_avgs[0].view(-1), block),
-            torch.split(batch.hessian_diags[0].view(-1), block),
-            strict=True,
-        )
+        (p, _Work(layout, g, m, B, p if h.weight_decay != 0 else None))
+        for p, g, m, B in zip(*(torch.split(vector, block) for vector in flat), strict=True)
     ]
     # a block's u^2 and y are taken anew rather than kept: memory stays that of a block
     sums = _merged([_measure(work, h, s)[0] for _, work in works])
     scale = torch.where(sums.scale == 0, 1, sums.scale)
-    for p_block, work in works:
+    for p, work in works:
         u2 = _displacement(work, h, s).div_(scale).square_()
         y = _difference(work, h).mul_(s.alpha)
-        p_block.sub_(_apply(work, h, s, sums, u2, y, out=u2))
+        p.sub_(_apply(work, h, s, sums, u2, y, out=u2))
     _keep_thresholds(batch, sums)
 
 
@@ -273,7 +277,12 @@ def _displacement(work: _Work, h: Hyperparameters, s: StepScalars) -> Tensor:
     torch.div(work.m, d, out=d)
     if h.decoupled:
         assert work.theta is not None
-        d.mul_(spread(s.kappa)).add_(work.theta * spread(s.omega))
+        omega = spread(s.omega)
+        d.mul_(spread(s.kappa))
+        if isinstance(omega, Tensor):
+            d.addcmul_(work.theta, omega)
+        else:
+            d.add_(work.theta, alpha=omega)
     return d
 
 
