@@ -1,0 +1,63 @@
+"""From the settings of a recipe to an optimizer and its schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from apollo_qn import Apollo
+from apollo_qn.experiments.recipe import SGD, Adam, ApolloSettings, RAdam, Schedule
+
+
+def build(
+    settings: SGD | Adam | RAdam | ApolloSettings, parameters: Iterable[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """Make the optimizer; all of them on their foreach back end, so that step times compare.
+
+    Raises:
+        TypeError: the weight decay is still a reference; resolve the run first.
+    """
+    decay = settings.weight_decay
+    if not isinstance(decay, float):
+        raise TypeError(f"weight decay is not resolved: {decay!r}")
+    if isinstance(settings, SGD):
+        return torch.optim.SGD(
+            parameters, settings.lr, settings.momentum, weight_decay=decay, foreach=True
+        )
+    if isinstance(settings, ApolloSettings):
+        return Apollo(
+            parameters,
+            settings.lr,
+            settings.beta,
+            settings.eps,
+            settings.sigma,
+            decay,
+            warmup_steps=settings.warmup_steps,
+            warmup_init_lr=settings.warmup_init_lr,
+            foreach=True,
+        )
+    betas = (settings.betas[0], settings.betas[1])
+    if isinstance(settings, Adam):
+        return torch.optim.AdamW(
+            parameters, settings.lr, betas, settings.eps, decay, foreach=True
+        )
+    return torch.optim.RAdam(
+        parameters,
+        settings.lr,
+        betas,
+        settings.eps,
+        decay,
+        decoupled_weight_decay=True,
+        foreach=True,
+    )
+
+
+def rate_factor(schedule: Schedule, steps: int) -> Callable[[int], float]:
+    """The factor on the learning rate at step 0, 1, ..., of ``steps``, for LambdaLR."""
+    if schedule.kind == "cosine":
+        return lambda step: 0.5 * (1.0 + math.cos(math.pi * min(step, steps) / steps))
+    edges = [round(share * steps) for share in schedule.milestones]
+    return lambda step: schedule.factor ** sum(step >= edge for edge in edges)

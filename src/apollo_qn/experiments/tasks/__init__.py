@@ -1,0 +1,45 @@
+"""One module a task family: data in, model, loss, metric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from apollo_qn.experiments.errors import ExperimentError
+from apollo_qn.experiments.recipe import Data, Model, RunSpec
+from apollo_qn.experiments.tasks import images
+from apollo_qn.experiments.tasks.base import Task
+
+
+class TaskFamily(NamedTuple):
+    """How a task is made, and what ``apollo-qn tasks`` says of it."""
+
+    make: Callable[[Model, Data, int, Path | None], Task]
+    data: str
+    source: str
+
+
+TASKS = {
+    "fashion-mnist": TaskFamily(
+        images.fashion,
+        "8000 + 2000 grey images 28 x 28, 10 classes (whole set: 60000 + 10000)",
+        "embedded; whole set: --data /usr/share/datasets/fashion-mnist "
+        "(Debian's dataset-fashion-mnist)",
+    ),
+}
+
+
+def make(spec: RunSpec, folder: Path | None = None) -> Task:
+    """Make the task of a run.
+
+    Args:
+        spec: the run.
+        folder: local data; None: what the task has by itself.
+
+    Raises:
+        ExperimentError: no such task, or bad data.
+    """
+    if spec.task not in TASKS:
+        raise ExperimentError(f"task is {spec.task!r}, allowed are {', '.join(TASKS)}")
+    return TASKS[spec.task].make(spec.model, spec.data, spec.train.batch_size, folder)

@@ -1,0 +1,66 @@
+"""One run in a process of its own: ``python -m apollo_qn.experiments.worker RUN --threads N``.
+
+Ends at once after a checkpoint when it is asked to (SIGTERM, SIGINT) or when its parent is gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+from apollo_qn.experiments import tasks
+from apollo_qn.experiments.engine import train
+from apollo_qn.experiments.errors import ExperimentError
+from apollo_qn.experiments.runs import RunDirectory
+
+STOPPED = 75  # exit status: not finished, there is a checkpoint to go on from
+UNUSABLE = 2  # exit status: an error that the user can mend
+
+
+def main() -> int:
+    """Train the run that the command line names; the exit status says how it ended."""
+    parser = argparse.ArgumentParser(description="Train one prepared run.")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    asked: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _frame: asked.append(number))
+    parent = os.getppid()
+    torch.set_num_threads(arguments.threads)
+    directory = RunDirectory(arguments.run)
+    try:
+        with _exclusive(directory):
+            spec = directory.spec()
+            folder = directory.read()["data"]["folder"]
+            task = tasks.make(spec, None if folder is None else Path(folder))
+            outcome = train(directory, spec, task, lambda: bool(asked) or os.getppid() != parent)
+    except ExperimentError as error:
+        print(error, file=sys.stderr)
+        return UNUSABLE
+    return STOPPED if outcome == "stopped" else 0
+
+
+def _exclusive(directory: RunDirectory) -> TextIO:
+    """Hold the run's lock until the file is closed; raises ExperimentError if another has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock; there a second process is the user's care
+        return open(directory.path / "lock", "w")
+    file = open(directory.path / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ExperimentError(f"{directory.path}: another process is training this run") from None
+    return file
+
+
+if __name__ == "__main__":
+    sys.exit(main())
