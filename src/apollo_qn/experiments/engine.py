@@ -116,7 +116,7 @@ class _Run:
     def _train_step(self, batch: tuple[torch.Tensor, ...]) -> None:
         loss = self.task.loss(self.model, batch)
         self.optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         before = time.perf_counter()
         self.optimizer.step()
         self.optimizer_times.append(time.perf_counter() - before)

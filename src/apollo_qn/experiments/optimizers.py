@@ -41,9 +41,7 @@ def build(
         )
     betas = (settings.betas[0], settings.betas[1])
     if isinstance(settings, Adam):
-        return torch.optim.AdamW(
-            parameters, settings.lr, betas, settings.eps, decay, foreach=True
-        )
+        return torch.optim.AdamW(parameters, settings.lr, betas, settings.eps, decay, foreach=True)
     return torch.optim.RAdam(
         parameters,
         settings.lr,

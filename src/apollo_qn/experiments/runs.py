@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -151,9 +150,9 @@ def machine() -> Record:
 
 def cores() -> int:
     """Cores that this process may use."""
-    if sys.platform == "linux":
+    if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return os.cpu_count() or 1  # not Linux
 
 
 def _differences(left: Record, right: Record, prefix: str = "") -> list[str]:

@@ -6,6 +6,7 @@ Ends at once after a checkpoint when it is asked to (SIGTERM, SIGINT) or when it
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import signal
 import sys
@@ -49,14 +50,10 @@ def main() -> int:
 
 def _exclusive(directory: RunDirectory) -> TextIO:
     """Hold the run's lock until the file is closed; raises ExperimentError if another has it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such lock; there a second process is the user's care
-        return open(directory.path / "lock", "w")
-    file = open(directory.path / "lock", "w")
+    file = (directory.path / "lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError:
         file.close()
         raise ExperimentError(f"{directory.path}: another process is training this run") from None
     return file

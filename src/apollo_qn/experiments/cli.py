@@ -1,0 +1,176 @@
+"""The command line ``apollo-qn``; thin: it reads options, calls, and tells errors in one line."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from apollo_qn.experiments.errors import ExperimentError
+from apollo_qn.experiments.recipe import RunSpec
+
+app = typer.Typer(
+    help="Train with Apollo beside other optimizers, and report.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+TaskName = Annotated[str, typer.Argument(help="A task (see `tasks`), or a recipe's .toml file.")]
+DataFolder = Annotated[Path | None, typer.Option("--data", help="Local data, in place of ours.")]
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except ExperimentError as error:
+        typer.echo(f"apollo-qn: {error}", err=True)
+        raise typer.Exit(2) from None
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        typer.echo(f"apollo-qn: {what}", err=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def compare(
+    task: TaskName = "fashion-mnist",
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder.  [default: runs/compare]")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A short look: under a minute.")] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds.")] = None,
+    optimizers: Annotated[
+        str | None, typer.Option(help="Which of the recipe's optimizers: a,b,c.")
+    ] = None,
+    data: DataFolder = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time.  [default: the cores]")
+    ] = None,
+) -> None:
+    """Train a task with every optimizer of its recipe and several seeds, and write a report.
+
+    Stop it with Ctrl-C; the same command goes on where it was.
+    """
+    with _one_line_errors():
+        from apollo_qn.experiments import recipe
+
+        folder = out or Path("runs") / ("compare-quick" if quick else "compare")
+        plan = recipe.load(task)
+        if quick:
+            plan = plan.quickened()
+        names = None if optimizers is None else [name for name in optimizers.split(",") if name]
+        specs = plan.runs(names, seeds)
+        _keep_caches_in(folder)
+        failed = _train(specs, folder, data, jobs)
+        _report([folder], folder)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    task: TaskName,
+    optimizer: Annotated[str, typer.Option(help="Which of the recipe's optimizers.")],
+    seed: Annotated[int | None, typer.Option(help="Default: the recipe's first.")] = None,
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/train"),
+    data: DataFolder = None,
+) -> None:
+    """Train one run, with all cores."""
+    with _one_line_errors():
+        from apollo_qn.experiments import recipe
+
+        plan = recipe.load(task)
+        spec = plan.run(optimizer, plan.seeds[0] if seed is None else seed)
+        failed = _train([spec], out, data, jobs=1)
+        typer.echo(f"{_run_folder(out, spec.name, spec.seed)}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Runs, or folders with runs in them.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write.  [default: the first folder]")
+    ] = None,
+) -> None:
+    """Write tables, curves and one HTML page from finished or running runs."""
+    with _one_line_errors():
+        folder = out or runs[0]
+        _keep_caches_in(folder)
+        _report(runs, folder)
+
+
+@app.command("tasks")
+def list_tasks() -> None:
+    """List what there is: data, size and where it comes from."""
+    with _one_line_errors():
+        from apollo_qn.experiments import recipe
+        from apollo_qn.experiments.tasks import TASKS
+
+        table = Table("task", "optimizers", "data", "from", box=None, pad_edge=False)
+        for name, family in TASKS.items():
+            table.add_row(name, ", ".join(recipe.load(name).optimizers), family.data, family.source)
+        Console().print(table)
+
+
+def _run_folder(folder: Path, name: str, seed: int) -> Path:
+    return folder / "runs" / f"{name}-seed{seed}"
+
+
+def _train(specs: list[RunSpec], folder: Path, data: Path | None, jobs: int | None) -> bool:
+    """Train what is not finished; True: a run has failed."""
+    from apollo_qn.experiments import matrix, tasks
+    from apollo_qn.experiments.progress import display
+    from apollo_qn.experiments.runs import RunDirectory, cores
+
+    task = tasks.make(specs[0], data)
+    runs = []
+    for spec in specs:
+        directory = RunDirectory(_run_folder(folder, spec.name, spec.seed))
+        directory.prepare(spec, task.fingerprint, data, sys.argv)
+        steps = spec.train.epochs * task.steps_per_epoch
+        runs.append(matrix.RunState(directory, spec, steps))
+    console = Console(stderr=True)
+    try:
+        with display(console) as shown:
+            matrix.run_all(runs, min(jobs or cores(), len(runs)), shown)
+    except matrix.Interrupted as interrupt:
+        again = shlex.join(["apollo-qn", *sys.argv[1:]])
+        typer.echo(f"Stopped; nothing is lost. Go on with:  {again}", err=True)
+        raise typer.Exit(128 + interrupt.number) from None
+    failed = [run for run in runs if run.status == "failed"]
+    for run in failed:
+        typer.echo(
+            f"apollo-qn: {run.name} failed ({run.reason}); see {run.directory.log}; "
+            "the same command tries it again",
+            err=True,
+        )
+    return bool(failed)
+
+
+def _report(runs: list[Path], folder: Path) -> None:
+    from apollo_qn.experiments import report as reporting
+
+    summary = reporting.write(runs, folder)
+    reporting.show(summary, Console())
+    typer.echo(f"Report: {folder / 'report.html'}")
+
+
+def _keep_caches_in(folder: Path) -> None:
+    """Let matplotlib write its font cache into the output folder, not into the user's home."""
+    os.environ.setdefault("MPLCONFIGDIR", str((folder / "cache" / "matplotlib").resolve()))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,203 @@
+"""Many runs, each a process of its own, as many at once as the cores allow."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Literal, Protocol
+
+from apollo_qn.experiments.recipe import RunSpec
+from apollo_qn.experiments.runs import Record, RunDirectory, cores
+from apollo_qn.experiments.worker import STOPPED
+
+Status = Literal["waiting", "running", "finished", "diverged", "failed", "stopped"]
+
+_POLL = 0.2  # seconds
+_GRACE = 30.0  # seconds that a worker has for its last checkpoint
+_TAIL = 4096  # bytes of the metrics that hold the newest lines
+
+
+@dataclass
+class RunState:
+    """What is known of one run while it is going on."""
+
+    directory: RunDirectory
+    spec: RunSpec
+    steps: int  # in the whole run
+    status: Status = "waiting"
+    step: int = 0
+    loss: float | None = None
+    accuracy: float | None = None
+    seconds: float = 0.0  # of training so far, over all its processes
+    images_per_second: float | None = None
+    reason: str = ""  # why it failed
+
+    @property
+    def name(self) -> str:
+        """The name of the run's directory."""
+        return self.directory.path.name
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that are complete."""
+        return self.step * self.spec.train.epochs // self.steps
+
+    @property
+    def seconds_left(self) -> float | None:
+        """What the rest takes at the pace so far; None before the first line."""
+        if not self.step:
+            return None
+        return self.seconds / self.step * (self.steps - self.step)
+
+    def refresh(self) -> None:
+        """Read the newest lines of the metrics."""
+        lines = _tail(self.directory)
+        steps = [line for line in lines if line["kind"] == "step"]
+        if not steps:
+            return
+        self.step, self.loss = steps[-1]["step"], steps[-1]["loss"]
+        self.seconds = steps[-1]["time"]["seconds"]
+        before: Record = steps[-2] if len(steps) > 1 else {"step": 0, "time": {"seconds": 0.0}}
+        took = self.seconds - before["time"]["seconds"]
+        if took > 0:
+            done = (self.step - before["step"]) * self.spec.train.batch_size
+            self.images_per_second = done / took
+        for line in lines:
+            if line["kind"] == "epoch":
+                self.accuracy = line.get("accuracy")
+
+
+class Display(Protocol):
+    """Shows the runs while they go on."""
+
+    def update(self, runs: list[RunState], jobs: int) -> None:
+        """Show the newest state."""
+
+
+class Interrupted(Exception):  # noqa: N818  (not an error: the user's wish)
+    """Ctrl-C or SIGTERM: the workers have written their checkpoints and ended."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def run_all(runs: list[RunState], jobs: int, display: Display) -> None:
+    """Train all runs that are not finished; a crash of one does not touch the others.
+
+    Args:
+        runs: prepared; their status says at the end what became of them.
+        jobs: processes at a time; each gets its share of the cores.
+        display: told several times a second.
+
+    Raises:
+        Interrupted: on SIGINT or SIGTERM, after the workers have stopped.
+    """
+    for run in runs:
+        run.refresh()
+        _settle(run)
+    threads = max(1, cores() // jobs)
+    workers: dict[int, subprocess.Popen[bytes]] = {}
+    with _signals() as received:
+        try:
+            while any(run.status in ("waiting", "running") for run in runs):
+                for index, run in enumerate(runs):
+                    if run.status == "waiting" and len(workers) < jobs:
+                        workers[index] = _start(run, threads)
+                        run.status = "running"
+                display.update(runs, jobs)
+                time.sleep(_POLL)
+                for index, process in list(workers.items()):
+                    runs[index].refresh()
+                    if process.poll() is not None:
+                        del workers[index]
+                        _settle(runs[index], process.returncode)
+                if received:
+                    raise Interrupted(received[0])
+        finally:
+            _stop(workers, runs, received)
+            display.update(runs, jobs)
+
+
+def _start(run: RunState, threads: int) -> subprocess.Popen[bytes]:
+    environment = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONDONTWRITEBYTECODE="1")
+    with run.directory.log.open("ab") as log:
+        # a session of its own: Ctrl-C reaches this process alone, which then asks the workers
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-m", "apollo_qn.experiments.worker"),
+                *(str(run.directory.path.resolve()), "--threads", str(threads)),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+        )
+
+
+def _settle(run: RunState, status: int | None = None) -> None:
+    """What became of a run whose process has ended with this status, or has not been started."""
+    verdict = run.directory.verdict()
+    if verdict is not None:
+        run.status = "diverged" if verdict["verdict"] == "diverged" else "finished"
+        run.step = verdict["step"]
+    elif status == STOPPED:
+        run.status = "stopped"
+    elif status is not None:
+        run.status = "failed"
+        lines = run.directory.log.read_text(errors="replace").strip().splitlines()
+        how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+        run.reason = f"{how}: {lines[-1]}" if lines and status > 0 else how
+
+
+def _stop(
+    workers: dict[int, subprocess.Popen[bytes]], runs: list[RunState], received: list[int]
+) -> None:
+    for process in workers.values():
+        process.terminate()
+    deadline = time.monotonic() + _GRACE
+    for index, process in workers.items():
+        # a second Ctrl-C means: now
+        while process.poll() is None and time.monotonic() < deadline and len(received) < 2:
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
+        runs[index].refresh()
+        _settle(runs[index], STOPPED)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tail(directory: RunDirectory) -> list[Record]:
+    try:
+        with directory.metrics.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL))
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return []
+    # the first may have lost its beginning, the last is empty or still being written
+    whole = lines[:-1] if size <= _TAIL else lines[1:-1]
+    return [json.loads(line) for line in whole]

@@ -1,0 +1,135 @@
+"""Live progress: a table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from apollo_qn.experiments.matrix import RunState, Status
+
+_STYLES: dict[Status, str] = {
+    "waiting": "dim",
+    "running": "bold",
+    "finished": "green",
+    "diverged": "red",
+    "failed": "red",
+    "stopped": "yellow",
+}
+
+
+def duration(seconds: float | None) -> str:
+    """Minutes and seconds, as 1:05; a dash where unknown."""
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def seconds_left(runs: list[RunState], jobs: int) -> float | None:
+    """What all runs together still take; None before the first has been measured."""
+    measured = [run for run in runs if run.step]
+    if not measured:
+        return None
+    pace = sum(run.seconds for run in measured) / sum(run.step for run in measured)
+    open_runs = [run for run in runs if run.status in ("waiting", "running")]
+    rest = [pace * (run.steps - run.step) for run in open_runs]
+    return max([sum(rest) / jobs, *rest], default=0.0)
+
+
+class LiveTable:
+    """A row for each run and a bar for all; use as a context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self._live = Live(console=console, auto_refresh=False, transient=False)
+
+    def __enter__(self) -> LiveTable:
+        self._live.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._live.__exit__(kind, error, trace)
+
+    def update(self, runs: list[RunState], jobs: int) -> None:
+        """Draw the newest state."""
+        table = Table(box=None, pad_edge=False)
+        table.add_column("run", no_wrap=True)
+        for title in ("epoch", "loss", "accuracy", "images/s", "time", "left"):
+            table.add_column(title, justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True)
+        for run in runs:
+            running = run.status == "running"
+            table.add_row(
+                run.name,
+                f"{run.epoch}/{run.spec.train.epochs}",
+                _number(run.loss, ".4f"),
+                _number(run.accuracy, ".2f", " %"),
+                _number(run.images_per_second if running else None, ".0f"),
+                duration(run.seconds) if run.step else "-",
+                duration(run.seconds_left) if running else "-",
+                run.status,
+                style=_STYLES[run.status],
+            )
+        total, done = sum(run.steps for run in runs), sum(run.step for run in runs)
+        line = Table.grid(padding=(0, 2))
+        left = duration(seconds_left(runs, jobs))
+        line.add_row(
+            ProgressBar(total=total, completed=done, width=40),
+            Text(f"{100 * done // total} %, {left} left"),
+        )
+        self._live.update(Group(table, line), refresh=True)
+
+
+class PlainLines:
+    """A line whenever a run ends an epoch or changes its status."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._shown: dict[str, tuple[Status, int]] = {}
+        self._started = time.monotonic()
+
+    def __enter__(self) -> PlainLines:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def update(self, runs: list[RunState], jobs: int) -> None:
+        """Print what is new."""
+        for run in runs:
+            now = (run.status, run.epoch)
+            if self._shown.get(run.name, ("waiting", run.epoch)) != now:
+                parts = [
+                    duration(time.monotonic() - self._started),
+                    run.name,
+                    run.status,
+                    f"epoch {run.epoch}/{run.spec.train.epochs}",
+                    f"loss {_number(run.loss, '.4f')}",
+                    f"accuracy {_number(run.accuracy, '.2f', ' %')}",
+                    f"{_number(run.images_per_second, '.0f')} images/s",
+                    f"{duration(seconds_left(runs, jobs))} left in all",
+                    run.reason,
+                ]
+                text = "  ".join(part for part in parts if part)
+                self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._shown[run.name] = now
+
+
+def display(console: Console) -> LiveTable | PlainLines:
+    """What fits the console."""
+    return LiveTable(console) if console.is_terminal else PlainLines(console)
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else format(value, form) + unit
