@@ -1,0 +1,389 @@
+"""Both back ends against the float64 NumPy reference, in every combination of options."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from apollo_qn import Apollo
+from apollo_qn.backends import foreach as foreach_module
+from tests import tolerances
+from tests.helpers import (
+    Comparison,
+    as_numpy,
+    give_gradients,
+    make,
+    normal,
+    parameters,
+    references,
+    run_steps,
+    same,
+    snapshot,
+)
+from tests.numpy_reference import Settings
+
+STEPS = 20
+DECAY = {
+    "none": {},
+    "zero-decoupled": {"decoupled_weight_decay": True},
+    "L2": {"weight_decay": 0.05},
+    "decoupled": {"weight_decay": 0.05, "decoupled_weight_decay": True},
+}
+# belief's threshold comes near 0 in tensors of one element: a larger eps keeps them well-conditioned
+REBOUND: list[dict[str, Any]] = [{"rebound": "constant"}, {"rebound": "belief", "eps": 0.1}]
+MODES: list[dict[str, Any]] = [
+    {**rebound, **decay} for rebound, decay in itertools.product(REBOUND, DECAY.values())
+]
+MODE_IDS = [f"{r}-{d}" for r, d in itertools.product(("constant", "belief"), DECAY)]
+BACK_ENDS = pytest.mark.parametrize("foreach", [False, True], ids=["rule", "foreach"])
+
+SetBlock = Callable[[int], None]
+
+
+@BACK_ENDS
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+@pytest.mark.parametrize("warmup_steps", [0, 7])
+@pytest.mark.parametrize("capturable", [False, True], ids=["host", "capturable"])
+@pytest.mark.parametrize("maximize", [False, True], ids=["min", "max"])
+@pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
+def test_every_combination_follows_the_reference(
+    mode: dict[str, Any],
+    maximize: bool,
+    capturable: bool,
+    warmup_steps: int,
+    dtype: torch.dtype,
+    foreach: bool,
+    set_block: SetBlock,
+) -> None:
+    set_block(600)  # three tensors gathered, one in blocks, others alone
+    settings = Settings(lr=0.3, sigma=0.5, maximize=maximize, warmup_steps=warmup_steps, **mode)
+    params = parameters(dtype=dtype)
+    wanted = references(params, settings)
+    optimizer = make(params, settings, capturable=capturable, foreach=foreach)
+    compare = Comparison()
+    narrow = dtype in (torch.bfloat16, torch.float16)
+    limit_m, limit_B = tolerances.STATE_OF_16_BIT[capturable]
+    for t in range(9 if narrow else STEPS):
+        give_gradients(params, t)
+        optimizer.step()
+        for p, reference in zip(params, wanted, strict=True):
+            assert p.grad is not None
+            reference.step(as_numpy(p.grad))
+        if not narrow:
+            compare.check_all(optimizer, params, wanted, dtype, capturable)
+            continue
+        ulp = torch.finfo(dtype).eps
+        for i, (p, reference) in enumerate(zip(params, wanted, strict=True)):
+            compare.check((i, "theta"), p, reference.theta, tolerances.ROUNDED_PARAMETER * ulp)
+            reference.theta = as_numpy(p)  # so that the next step starts from the same parameter
+            state = optimizer.state[p]
+            assert state["exp_avg"].dtype is state["hessian_diag"].dtype is torch.float32
+            compare.check((i, "m"), state["exp_avg"], reference.m, limit_m)
+            rebuilt = mode.get("decoupled_weight_decay") and mode.get("weight_decay")
+            limit = max(limit_B, tolerances.REBUILT_FROM_16_BIT * ulp) if rebuilt else limit_B
+            compare.check((i, "B"), state["hessian_diag"], reference.B, limit)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
+@pytest.mark.parametrize("block", [1, 200, 256, 257, 1024, 1029, 4096, 1 << 18])
+def test_sizes_around_blocks(mode: dict[str, Any], block: int, set_block: SetBlock) -> None:
+    """Gathered, in blocks and both, with tensors that just fit, just do not, and of one element."""
+    set_block(block)
+    border = (block // 4 - 1, block // 4, block // 4 + 1, block - 1, block, block + 1, 2 * block)
+    sizes = [n for n in border if 0 <= n <= 8192]
+    if block == 1:
+        sizes = [1, 2, 5]
+    shapes: list[tuple[int, ...]] = [(n,) for n in [*sizes, 3, 1, *reversed(sizes)]]
+    if block > 1:
+        shapes += [(257,), (2, 3, 4, 5), (11, 30)]
+    settings = Settings(lr=0.3, warmup_steps=3, **mode)
+    params = parameters(shapes, torch.float64)
+    wanted = references(params, settings)
+    optimizer = make(params, settings, foreach=True)
+    compare = Comparison()
+    for t in range(4):
+        give_gradients(params, t)
+        optimizer.step()
+        for p, reference in zip(params, wanted, strict=True):
+            assert p.grad is not None
+            reference.step(as_numpy(p.grad))
+        compare.check_all(optimizer, params, wanted, torch.float64)
+
+
+@BACK_ENDS
+@pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_complex_parameters_are_viewed_as_real(
+    dtype: torch.dtype, mode: dict[str, Any], foreach: bool, set_block: SetBlock
+) -> None:
+    set_block(600)
+    settings = Settings(lr=0.3, warmup_steps=3, **mode)
+    shapes = [(), (0,), (5,), (3, 43), (2, 3, 4, 5), (11, 30)]
+    params = parameters(shapes, dtype)
+    wanted = references(params, settings)
+    optimizer = make(params, settings, foreach=foreach)
+    compare = Comparison()
+    for t in range(STEPS):
+        give_gradients(params, t)
+        optimizer.step()
+        for p, reference in zip(params, wanted, strict=True):
+            assert p.grad is not None
+            reference.step(as_numpy(p.grad))
+            if p.numel():
+                assert optimizer.state[p]["exp_avg"].dtype is dtype
+        compare.check_all(optimizer, params, wanted, dtype.to_real())
+
+
+@BACK_ENDS
+@pytest.mark.parametrize("capturable", [False, True], ids=["host", "capturable"])
+def test_groups_differ_and_gradients_come_and_go(foreach: bool, capturable: bool) -> None:
+    """Different settings, types and numbers of steps done, all in one optimizer."""
+    sets = [
+        Settings(lr=0.3, warmup_steps=5),
+        Settings(lr=0.1, rebound="belief", eps=1e-2, beta=0.5, weight_decay=0.1, warmup_steps=0),
+        Settings(
+            lr=0.5, sigma=0.3, weight_decay=0.2, decoupled_weight_decay=True, warmup_init_lr=0.1
+        ),
+        Settings(
+            lr=0.2, rebound="belief", weight_decay=0.1, decoupled_weight_decay=True, maximize=True
+        ),
+    ]
+    params = parameters([(3,), (), (70,), (4, 5), (300,), (2, 3)] * 4, torch.float64)
+    groups = [params[i::4] for i in range(4)]
+    optimizer = Apollo(
+        [{"params": g, **vars(s)} for g, s in zip(groups, sets, strict=True)],
+        foreach=foreach,
+        capturable=capturable,
+    )
+    wanted = [references(g, s) for g, s in zip(groups, sets, strict=True)]
+    compare = Comparison()
+    for t in range(STEPS):
+        give_gradients(params, t)
+        for i, p in enumerate(params):
+            if (t * 7 + i * 5) % 3 == 0 or (i == 6 and t < 15):
+                p.grad = None
+        optimizer.step()
+        for g, group_wanted in enumerate(wanted):
+            for p, reference in zip(groups[g], group_wanted, strict=True):
+                if p.grad is not None:
+                    reference.step(as_numpy(p.grad))
+        flat = [reference for g in wanted for reference in g]
+        compare.check_all(
+            optimizer, [p for g in groups for p in g], flat, torch.float64, capturable
+        )
+    done = {int(state["step"]) for state in optimizer.state.values()}
+    assert len(done) > 2
+
+
+@BACK_ENDS
+def test_types_and_layouts_may_be_mixed(foreach: bool) -> None:
+    params = [
+        torch.nn.Parameter(normal((5, 7), "mixed", i, dtype=dtype))
+        for i, dtype in enumerate(
+            [torch.float32, torch.float64, torch.complex64, torch.float32, torch.float64]
+        )
+    ]
+    params.append(torch.nn.Parameter(normal((2, 6, 8), "sliced")[:, ::2, ::2]))
+    params.append(torch.nn.Parameter(normal((6, 1), "expanded").expand(6, 4).clone()))
+    settings = Settings(lr=0.3, warmup_steps=0)
+    wanted = references(params, settings)
+    optimizer = make(params, settings, foreach=foreach)
+    compare = Comparison()
+    for t in range(5):
+        give_gradients(params, t)
+        # a gradient's layout need not be its parameter's; an expanded one has overlapping memory
+        assert params[0].grad is not None
+        params[0].grad = params[0].grad.t().contiguous().t()
+        params[6].grad = normal((6, 1), "g", t).expand(6, 4)
+        optimizer.step()
+        for p, reference in zip(params, wanted, strict=True):
+            assert p.grad is not None
+            reference.step(as_numpy(p.grad))
+        compare.check_all(optimizer, params, wanted, torch.float32)
+
+
+@BACK_ENDS
+@pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_bad_gradient_stays_in_its_tensor(
+    bad: float, mode: dict[str, Any], foreach: bool, set_block: SetBlock
+) -> None:
+    set_block(600)
+    settings = Settings(lr=0.3, warmup_steps=2, **mode)
+
+    def trained(spoilt: bool) -> tuple[list[torch.nn.Parameter], Apollo]:
+        params = parameters([(3,), (40,), (5, 5), (300,), (700,), (257,)])
+        optimizer = make(params, settings, foreach=foreach)
+        for t in range(4):
+            give_gradients(params, t)
+            if spoilt and t >= 1:
+                for i in (1, 4):
+                    grad = params[i].grad
+                    assert grad is not None
+                    grad.view(-1)[7] = bad
+            optimizer.step()
+        return params, optimizer
+
+    clean, spoilt = trained(False), trained(True)
+    for i, (p, q) in enumerate(zip(clean[0], spoilt[0], strict=True)):
+        if i in (1, 4):
+            assert not torch.isfinite(q).all()
+        else:
+            assert same(p.data, q.data)
+            assert same(dict(clean[1].state[p]), dict(spoilt[1].state[q]))
+    # nothing of it is left in memory that is kept from step to step
+    again = trained(False)
+    assert same(snapshot(clean[1]), snapshot(again[1]))
+
+
+@BACK_ENDS
+@pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
+def test_deterministic(mode: dict[str, Any], foreach: bool, set_block: SetBlock) -> None:
+    set_block(600)
+    results = []
+    for _ in range(2):
+        optimizer = make(parameters(), Settings(lr=0.3, warmup_steps=3, **mode), foreach=foreach)
+        run_steps(optimizer, range(5))
+        results.append(snapshot(optimizer))
+    assert same(*results)
+
+
+@BACK_ENDS
+@pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
+def test_a_tensor_alone_and_among_others(mode: dict[str, Any], foreach: bool) -> None:
+    """What happens to a tensor does not depend on what else is in the optimizer."""
+    settings = Settings(lr=0.3, warmup_steps=3, **mode)
+    together = parameters()
+    optimizer = make(together, settings, foreach=foreach)
+    run_steps(optimizer, range(5))
+    for i, q in enumerate(parameters()):
+        alone = make([q], settings, foreach=foreach)
+        for t in range(5):
+            give_gradients(parameters_with(q, i), t)
+            alone.step()
+        assert same(together[i].data, q.data), i
+
+
+def parameters_with(p: torch.nn.Parameter, place: int) -> list[torch.nn.Parameter]:
+    """A list with ``p`` in its place, for which gradients are made by place."""
+    return [*parameters()[:place], p]
+
+
+class Watched(TorchDispatchMode):
+    """Counts the operations that reach the dispatcher, and keeps their largest new output."""
+
+    def __init__(self, forbidden: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.forbidden = forbidden
+        self.calls: Counter[str] = Counter()
+        self.largest_by_storage: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        if name in self.forbidden:
+            raise AssertionError(f"{name} would wait for the device")
+        self.calls[name] += 1
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, list | tuple) else [out]:
+            if isinstance(x, Tensor):
+                self.largest_by_storage[x.untyped_storage().data_ptr()] = (
+                    x.untyped_storage().nbytes()
+                )
+        return out
+
+
+WAITS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "is_nonzero", "_unique2")
+
+
+@pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
+def test_nothing_waits_for_the_device(mode: dict[str, Any], set_block: SetBlock) -> None:
+    """A capturable step reads no tensor's value on the host: no .item(), no shape from data."""
+    set_block(600)
+    optimizer = make(
+        parameters(), Settings(lr=0.3, warmup_steps=3, **mode), foreach=True, capturable=True
+    )
+    run_steps(optimizer, range(2))
+    with Watched(WAITS) as watched:
+        run_steps(optimizer, range(2, 4))
+    assert watched.calls
+
+
+@pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
+def test_only_scalars_of_the_host_are_read(mode: dict[str, Any]) -> None:
+    """Without capturable nothing but step and previous_lr, which lie on the host, is read."""
+    params = parameters()
+    optimizer = make(params, Settings(lr=0.3, warmup_steps=3, **mode), foreach=True)
+    run_steps(optimizer, range(2))
+    with Watched() as watched:
+        optimizer.step()
+    scalars = 2 if mode.get("decoupled_weight_decay") else 1
+    assert watched.calls["_local_scalar_dense"] <= scalars * len(params)
+    assert not any(watched.calls[name] for name in WAITS[1:])
+
+
+@pytest.mark.parametrize("capturable", [False, True], ids=["host", "capturable"])
+@pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
+def test_operations_do_not_grow_with_the_tensors(mode: dict[str, Any], capturable: bool) -> None:
+    counts = []
+    for n in (8, 64):
+        params = parameters([(3,), (2, 5), (), (300,)] * (n // 4))
+        settings = Settings(lr=0.3, warmup_steps=3, **mode)
+        optimizer = make(params, settings, foreach=True, capturable=capturable)
+        run_steps(optimizer, range(2))
+        with Watched() as watched:
+            optimizer.step()
+        watched.calls.pop("_local_scalar_dense", None)  # reading step on the host
+        for p in params:
+            assert p.grad is not None
+        counts.append(watched.calls)
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
+def test_working_memory_is_that_of_a_block(mode: dict[str, Any], set_block: SetBlock) -> None:
+    """No temporary of a large tensor's size: new memory is at most a few blocks at once."""
+    block = 1000
+    set_block(block)
+    params = parameters([(100_000,)])
+    optimizer = make(params, Settings(lr=0.3, **mode), foreach=True)
+    run_steps(optimizer, range(1))
+    give_gradients(params, 1)
+    p = params[0]
+    assert p.grad is not None
+    known = {
+        x.untyped_storage().data_ptr()
+        for x in (p, p.grad, *(v for v in optimizer.state[p].values()))
+    }
+    with Watched() as watched:
+        optimizer.step()
+    new = [n for place, n in watched.largest_by_storage.items() if place not in known]
+    assert max(new) <= 5 * block * 4
+
+
+def test_layouts_that_are_kept_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(foreach_module, "KEPT_LAYOUTS"):
+        pytest.skip("no layouts are kept")
+    monkeypatch.setattr(foreach_module, "KEPT_LAYOUTS", 2)
+    for n in range(1, 8):
+        params = parameters([(n,), (n + 1,)], torch.float64)
+        settings = Settings(lr=0.3, warmup_steps=0)
+        wanted = references(params, settings)
+        optimizer = make(params, settings, foreach=True)
+        for t in range(3):
+            give_gradients(params, t)
+            optimizer.step()
+            for p, reference in zip(params, wanted, strict=True):
+                assert p.grad is not None
+                reference.step(as_numpy(p.grad))
+        Comparison().check_all(optimizer, params, wanted, torch.float64)

@@ -1,0 +1,173 @@
+"""What the tests share: parameters of many shapes and layouts, gradients, distances."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apollo_qn import Apollo
+from tests import tolerances
+from tests.numpy_reference import Array, ReferenceApollo, Settings
+
+# 0-dim, empty, around ROW = 256 of the foreach back end, larger than a (patched) block
+SHAPES: tuple[tuple[int, ...], ...] = (
+    (),
+    (0,),
+    (1,),
+    (3, 5),
+    (255,),
+    (256,),
+    (257,),
+    (2, 3, 4, 5),
+    (11, 30),
+    (3, 401),
+)
+
+
+def generator(*seed: Any) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(repr(seed).encode()))
+
+
+def normal(shape: Iterable[int], *seed: Any, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Gaussian numbers that depend on the seed alone, not on the order of calls."""
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    return torch.randn(tuple(shape), generator=generator(*seed), dtype=wide).to(dtype)
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """Give some shapes another layout: 4-dim channels-last, (11, 30) transposed."""
+    if x.dim() == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    if x.shape == (11, 30):
+        return x.t().contiguous().t()
+    return x
+
+
+def parameters(
+    shapes: Iterable[Iterable[int]] = SHAPES, dtype: torch.dtype = torch.float32
+) -> list[torch.nn.Parameter]:
+    return [
+        torch.nn.Parameter(laid_out(normal(shape, "theta", i, dtype=dtype)))
+        for i, shape in enumerate(shapes)
+    ]
+
+
+@cache
+def gradient(shape: torch.Size, dtype: torch.dtype, place: int, t: int) -> Tensor:
+    """Noise around a mean of size 1 to 4, in another direction for each element.
+
+    Of pure noise the moving average, and so d, comes near 0 in tensors of one element, where B' = B
+    - y / d is as ill-conditioned as one likes; then no tolerance would say anything.
+    """
+    mean = normal(shape, "mean", place, dtype=dtype)
+    noise = normal(shape, "g", place, t, dtype=dtype)
+    if dtype.is_complex:
+        parts = torch.view_as_real(mean)
+        mean = torch.view_as_complex(parts + parts.sign())
+    else:
+        mean = mean + mean.sign()
+    return laid_out(mean + noise / 2)
+
+
+def give_gradients(params: list[torch.nn.Parameter], t: int) -> None:
+    for i, p in enumerate(params):
+        p.grad = gradient(p.shape, p.dtype, i, t).clone()
+
+
+def run_steps(optimizer: torch.optim.Optimizer, steps: Iterable[int]) -> None:
+    """Steps with the gradients of :func:`give_gradients`, over all groups in order."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for t in steps:
+        give_gradients(params, t)
+        optimizer.step()
+
+
+def as_numpy(x: Tensor) -> Array:
+    """Float64, complex as real."""
+    x = x.detach()
+    if x.is_complex():
+        x = torch.view_as_real(x)
+    return x.to(torch.float64).numpy().copy()
+
+
+def references(params: Iterable[Tensor], settings: Settings) -> list[ReferenceApollo]:
+    return [ReferenceApollo(as_numpy(p), settings) for p in params]
+
+
+def make(params: Any, settings: Settings, **others: Any) -> Apollo:
+    return Apollo(params, **vars(settings), **others)
+
+
+class Comparison:
+    """Keeps the largest value of each quantity, to which differences are relative."""
+
+    def __init__(self) -> None:
+        self.largest: dict[Any, float] = {}
+
+    def distance(self, key: Any, got: Tensor, wanted: Array) -> float:
+        if wanted.size == 0:
+            assert got.numel() == 0
+            return 0.0
+        largest = max(self.largest.get(key, 0.0), float(np.max(np.abs(wanted))))
+        self.largest[key] = largest
+        found = as_numpy(got)
+        assert found.shape == wanted.shape
+        assert np.isfinite(found).all(), key
+        difference = float(np.max(np.abs(found - wanted)))
+        # below the smallest normal number float32 holds nothing of a value
+        difference = max(0.0, difference - torch.finfo(torch.float32).tiny)
+        return difference / largest if largest else difference
+
+    def check(self, key: Any, got: Tensor, wanted: Array, tolerance: float) -> None:
+        distance = self.distance(key, got, wanted)
+        assert distance <= tolerance, f"{key}: {distance:.3g} > {tolerance:.3g}"
+
+    def check_all(
+        self,
+        optimizer: Apollo,
+        params: list[torch.nn.Parameter],
+        wanted: list[ReferenceApollo],
+        dtype: torch.dtype,
+        capturable: bool = False,
+    ) -> None:
+        """Parameter, m and B of every tensor, to the tolerances of ``dtype``."""
+        narrow = (tolerances.CAPTURABLE if capturable else tolerances.TRAJECTORY)[dtype]
+        wide = (tolerances.CAPTURABLE_B if capturable else tolerances.TRAJECTORY_B)[dtype]
+        for i, (p, reference) in enumerate(zip(params, wanted, strict=True)):
+            self.check((i, "theta"), p, reference.theta, narrow)
+            state = optimizer.state.get(p)
+            if state:
+                self.check((i, "m"), state["exp_avg"], reference.m, narrow)
+                self.check((i, "B"), state["hessian_diag"], reference.B, wide)
+
+
+def snapshot(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Everything that a step may change, copied; for comparison with :func:`same`."""
+    result: list[Any] = []
+    for group in optimizer.param_groups:
+        result.append({k: v for k, v in group.items() if k != "params"})
+        for p in group["params"]:
+            result.append(p.detach().clone())
+            state = optimizer.state.get(p, {})
+            result.append({k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()})
+    return result
+
+
+def same(a: Any, b: Any) -> bool:
+    """Bit-identical, NaN equal to itself."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return False
+        x, y = a.detach().contiguous(), b.detach().contiguous()
+        return torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)

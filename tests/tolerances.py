@@ -1,0 +1,59 @@
+"""The one table of tolerances, each with its reason.
+
+All are relative to the largest value that the quantity of that tensor has had so far in the run
+(see :func:`tests.helpers.distance`): m and B are sums of terms that cancel, so that their rounding
+is a share of the terms, not of the result.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Unit roundoffs: float64 1.1e-16, float32 6e-8, float16 4.9e-4, bfloat16 3.9e-3.
+
+# theta and m of a trajectory of 20 steps against the float64 reference. A step is some 10 roundings
+# in a row and they add up over the steps.
+TRAJECTORY = {torch.float64: 4e-15, torch.float32: 2e-6}
+
+# B of the same: its update multiplies the relative error of d by 4, takes the difference of two
+# sums and feeds on its own error of the step before: some hundred roundoffs.
+TRAJECTORY_B = {torch.float64: 1e-12, torch.float32: 3e-5}
+
+# With capturable alpha and the rate come from a float32 step, whatever the parameter's type: the
+# rounding of beta and the cancellation in 1 - beta^(t+1) leave alpha good to about 3e-7.
+CAPTURABLE = {torch.float64: 5e-6, torch.float32: 5e-6}
+CAPTURABLE_B = {torch.float64: 3e-4, torch.float32: 3e-4}
+
+# A 16-bit parameter after ONE step from the same parameter: half an ulp for its rounding, and one
+# more where the float32 results straddle a rounding boundary. In units of torch.finfo(dtype).eps.
+ROUNDED_PARAMETER = 1.01
+
+# m and B (float32) of a 16-bit parameter: as float32, since the reference sees the same rounded
+# gradient and parameter.
+STATE_OF_16_BIT = {False: (2e-6, 3e-5), True: (5e-6, 3e-4)}  # by capturable: m, B
+
+# B with decoupled decay of a 16-bit parameter: the displacement is rebuilt from the rounded
+# parameter, which is wrong by weight_decay (here 0.05) times half an ulp, against d of order 1, and
+# the update of B multiplies that by 4. In units of torch.finfo(dtype).eps.
+REBUILT_FROM_16_BIT = 0.5
+
+# Theorem 1 with c not a power of two: both sides round differently, so a trajectory's tolerance.
+THEOREM_1 = 1e-9  # float64, over shapes and scales that hypothesis makes as ill as it can
+
+# The secant identity <d, B' d> = -<d, y> in float64: B' is a difference of terms of the size of
+# sum |d| |B d| and sum |d y|, to which it is relative.
+SECANT = 1e-12
+
+# One step at gradients of 1e20 or 1e-30 in float32.
+EXTREME = 3e-5
+
+# eager against torch.compile: the same operations, other order of scalars.
+COMPILED = 1e-6
+
+# The released state carries over in float64; what is recovered (threshold) costs a few roundings
+# that D's minimum inherits.
+RELEASED = 1e-9
+
+# Golden trajectories (12 steps of 6 elements whose noise is as large as their mean, so that d
+# nearly cancels in some): theta and m, B. Ten times what well-conditioned trajectories have.
+GOLDEN = {torch.float64: (4e-14, 1e-11), torch.float32: (2e-5, 3e-4)}
