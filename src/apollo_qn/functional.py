@@ -94,7 +94,9 @@ def apollo(
 
 def warmup_share(warmup_init_lr: float | None, base_lr: Scalar) -> float:
     """``warmup_init_lr`` as a share of the initial learning rate; None: a thousandth."""
-    return 1e-3 if warmup_init_lr is None else warmup_init_lr / float(base_lr)
+    if warmup_init_lr is None:
+        return 1e-3
+    return warmup_init_lr / float(base_lr) if warmup_init_lr else 0.0  # 0 / 0 where lr is 0
 
 
 def run(
