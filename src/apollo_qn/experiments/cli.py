@@ -69,6 +69,10 @@ def compare(
         if quick:
             plan = plan.quickened()
         names = None if optimizers is None else [name for name in optimizers.split(",") if name]
+        if names == []:
+            raise ExperimentError(
+                f"--optimizers names none; there are {', '.join(plan.optimizers)}"
+            )
         specs = plan.runs(names, seeds)
         _keep_caches_in(folder)
         failed = _train(specs, folder, data, jobs)
@@ -85,13 +89,14 @@ def train(
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/train"),
     data: DataFolder = None,
 ) -> None:
-    """Train one run, with all cores."""
+    """Train one run: the same weights, bit by bit, as the run that `compare` makes of it."""
     with _one_line_errors():
         from apollo_qn.experiments import recipe
 
         plan = recipe.load(task)
         spec = plan.run(optimizer, plan.seeds[0] if seed is None else seed)
-        failed = _train([spec], out, data, jobs=1)
+        _keep_caches_in(out)
+        failed = _train([spec], out, data, jobs=None)
         typer.echo(f"{_run_folder(out, spec.name, spec.seed)}")
     if failed:
         raise typer.Exit(1)
@@ -134,17 +139,18 @@ def _train(specs: list[RunSpec], folder: Path, data: Path | None, jobs: int | No
     from apollo_qn.experiments.progress import display
     from apollo_qn.experiments.runs import RunDirectory, cores
 
+    jobs = jobs or cores()
     task = tasks.make(specs[0], data)
     runs = []
     for spec in specs:
         directory = RunDirectory(_run_folder(folder, spec.name, spec.seed))
-        directory.prepare(spec, task.fingerprint, data, sys.argv)
+        directory.prepare(spec, task.fingerprint, data, sys.argv, threads=max(1, cores() // jobs))
         steps = spec.train.epochs * task.steps_per_epoch
         runs.append(matrix.RunState(directory, spec, steps))
     console = Console(stderr=True)
     try:
         with display(console) as shown:
-            matrix.run_all(runs, min(jobs or cores(), len(runs)), shown)
+            matrix.run_all(runs, jobs, shown)
     except matrix.Interrupted as interrupt:
         again = shlex.join(["apollo-qn", *sys.argv[1:]])
         typer.echo(f"Stopped; nothing is lost. Go on with:  {again}", err=True)
@@ -168,8 +174,9 @@ def _report(runs: list[Path], folder: Path) -> None:
 
 
 def _keep_caches_in(folder: Path) -> None:
-    """Let matplotlib write its font cache into the output folder, not into the user's home."""
-    os.environ.setdefault("MPLCONFIGDIR", str((folder / "cache" / "matplotlib").resolve()))
+    """Let matplotlib and torch write their caches into the output folder, not elsewhere."""
+    for variable, name in (("MPLCONFIGDIR", "matplotlib"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
+        os.environ.setdefault(variable, str((folder / "cache" / name).resolve()))
 
 
 if __name__ == "__main__":

@@ -119,13 +119,14 @@ def _curves(rows: list[Row], metric: str, label: str, logarithmic: bool) -> byte
     axes.set_xlabel("epoch")
     axes.set_ylabel(label)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    if logarithmic and values_shown and min(values_shown) > 0:
+    # a logarithmic axis says nothing, and has hardly a label, over less than a decade
+    if logarithmic and values_shown and 0 < 10 * min(values_shown) < max(values_shown):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%.2g"))
         axes.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
         axes.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0)))
         axes.set_ylim(0.92 * min(values_shown), 1.08 * max(values_shown))
-    elif values_shown:
+    elif values_shown and not logarithmic:
         # early epochs of a slow start would press the rest into a line
         floor = max(min(values_shown) - 1.0, max(values_shown) - 30.0)
         axes.set_ylim(floor, max(values_shown) + 1.5)

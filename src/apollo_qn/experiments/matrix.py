@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Literal, Protocol
 
 from apollo_qn.experiments.recipe import RunSpec
-from apollo_qn.experiments.runs import Record, RunDirectory, cores
+from apollo_qn.experiments.runs import Record, RunDirectory
 from apollo_qn.experiments.worker import STOPPED
 
 Status = Literal["waiting", "running", "finished", "diverged", "failed", "stopped"]
@@ -39,6 +39,7 @@ class RunState:
     seconds: float = 0.0  # of training so far, over all its processes
     images_per_second: float | None = None
     reason: str = ""  # why it failed
+    pid: int | None = None  # of its process, while it is running
 
     @property
     def name(self) -> str:
@@ -95,7 +96,7 @@ def run_all(runs: list[RunState], jobs: int, display: Display) -> None:
 
     Args:
         runs: prepared; their status says at the end what became of them.
-        jobs: processes at a time; each gets its share of the cores.
+        jobs: processes at a time.
         display: told several times a second.
 
     Raises:
@@ -104,15 +105,14 @@ def run_all(runs: list[RunState], jobs: int, display: Display) -> None:
     for run in runs:
         run.refresh()
         _settle(run)
-    threads = max(1, cores() // jobs)
     workers: dict[int, subprocess.Popen[bytes]] = {}
     with _signals() as received:
         try:
             while any(run.status in ("waiting", "running") for run in runs):
                 for index, run in enumerate(runs):
                     if run.status == "waiting" and len(workers) < jobs:
-                        workers[index] = _start(run, threads)
-                        run.status = "running"
+                        workers[index] = _start(run)
+                        run.status, run.pid = "running", workers[index].pid
                 display.update(runs, jobs)
                 time.sleep(_POLL)
                 for index, process in list(workers.items()):
@@ -127,14 +127,16 @@ def run_all(runs: list[RunState], jobs: int, display: Display) -> None:
             display.update(runs, jobs)
 
 
-def _start(run: RunState, threads: int) -> subprocess.Popen[bytes]:
-    environment = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONDONTWRITEBYTECODE="1")
+def _start(run: RunState) -> subprocess.Popen[bytes]:
+    environment = dict(os.environ, PYTHONDONTWRITEBYTECODE="1")
+    # threads that spin while they wait would bring a machine with other work to a standstill
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with run.directory.log.open("ab") as log:
         # a session of its own: Ctrl-C reaches this process alone, which then asks the workers
         return subprocess.Popen(
             [
                 *(sys.executable, "-m", "apollo_qn.experiments.worker"),
-                *(str(run.directory.path.resolve()), "--threads", str(threads)),
+                str(run.directory.path.resolve()),
             ],
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -146,6 +148,7 @@ def _start(run: RunState, threads: int) -> subprocess.Popen[bytes]:
 
 def _settle(run: RunState, status: int | None = None) -> None:
     """What became of a run whose process has ended with this status, or has not been started."""
+    run.pid = None
     verdict = run.directory.verdict()
     if verdict is not None:
         run.status = "diverged" if verdict["verdict"] == "diverged" else "finished"

@@ -47,7 +47,12 @@ class RunDirectory:
         self.log = path / "worker.log"
 
     def prepare(
-        self, spec: RunSpec, fingerprint: str, data: Path | None, command: list[str]
+        self,
+        spec: RunSpec,
+        fingerprint: str,
+        data: Path | None,
+        command: list[str],
+        threads: int = 1,
     ) -> None:
         """Create the run, or make sure that what is there is this very run.
 
@@ -56,6 +61,7 @@ class RunDirectory:
             fingerprint: of the data.
             data: folder of local data, or None.
             command: the command line, kept for the record.
+            threads: of the process that trains it; a run that is there keeps its own.
 
         Raises:
             ExperimentError: the directory holds a run with another recipe or other data.
@@ -86,6 +92,7 @@ class RunDirectory:
                 "python": platform.python_version(),
             },
             "machine": machine(),
+            "threads": threads,
             "command": command,
         }
         write_atomically(self.manifest, json.dumps(manifest, indent=2).encode() + b"\n")

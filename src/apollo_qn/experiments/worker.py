@@ -1,4 +1,4 @@
-"""One run in a process of its own: ``python -m apollo_qn.experiments.worker RUN --threads N``.
+"""One run in a process of its own: ``python -m apollo_qn.experiments.worker RUN``.
 
 Ends at once after a checkpoint when it is asked to (SIGTERM, SIGINT) or when its parent is gone.
 """
@@ -28,18 +28,19 @@ def main() -> int:
     """Train the run that the command line names; the exit status says how it ended."""
     parser = argparse.ArgumentParser(description="Train one prepared run.")
     parser.add_argument("run", type=Path)
-    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: asked.append(number))
     parent = os.getppid()
-    torch.set_num_threads(arguments.threads)
     directory = RunDirectory(arguments.run)
     try:
         with _exclusive(directory):
             spec = directory.spec()
-            folder = directory.read()["data"]["folder"]
+            manifest = directory.read()
+            # the order of sums depends on it: a resumed run keeps the number it began with
+            torch.set_num_threads(manifest["threads"])
+            folder = manifest["data"]["folder"]
             task = tasks.make(spec, None if folder is None else Path(folder))
             outcome = train(directory, spec, task, lambda: bool(asked) or os.getppid() != parent)
     except ExperimentError as error:

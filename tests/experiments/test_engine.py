@@ -1,0 +1,191 @@
+"""Determinism, kills, resumption and verdicts of one run."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from apollo_qn.experiments import recipe, tasks
+from apollo_qn.experiments.engine import train
+from apollo_qn.experiments.errors import ExperimentError
+from apollo_qn.experiments.recipe import RunSpec
+from apollo_qn.experiments.runs import RunDirectory
+
+from .conftest import TINY
+
+WORKER = [sys.executable, "-m", "apollo_qn.experiments.worker"]
+
+
+def prepared(path: Path, spec: RunSpec) -> tuple[RunDirectory, tasks.Task]:
+    task = tasks.make(spec)
+    directory = RunDirectory(path)
+    directory.prepare(spec, task.fingerprint, None, ["test"])
+    return directory, task
+
+
+def without_times(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != "time"}
+
+
+def result(directory: RunDirectory) -> dict[str, Any]:
+    """All that must be equal in two runs of one seed."""
+    state = torch.load(directory.checkpoint, weights_only=True)
+    verdict = directory.verdict()
+    assert verdict is not None
+    return {
+        "model": state["model"],
+        "optimizer": state["optimizer"],
+        "random": state["random"],
+        "metrics": [without_times(record) for record in directory.records()],
+        "verdict": without_times(verdict),
+    }
+
+
+def assert_identical(one: Any, two: Any) -> None:
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == two.dtype
+        assert torch.equal(one, two)
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert_identical(one[key], two[key])
+    elif isinstance(one, list):
+        assert len(one) == len(two)
+        for left, right in zip(one, two, strict=True):
+            assert_identical(left, right)
+    else:
+        assert one == two
+
+
+def spec_of(recipe_file: Path, name: str, seed: int = 3) -> RunSpec:
+    return recipe.load(str(recipe_file)).run(name, seed)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "radam", "apollo"])
+def test_two_runs_are_equal_and_so_is_one_stopped_many_times(
+    recipe_file: Path, tmp_path: Path, name: str
+) -> None:
+    spec = spec_of(recipe_file, name)
+    whole, task = prepared(tmp_path / "whole", spec)
+    assert train(whole, spec, task) == "finished"
+    pieces, task = prepared(tmp_path / "pieces", spec)
+    outcomes = []
+    while not outcomes or outcomes[-1] == "stopped":
+        torch.manual_seed(len(outcomes))  # what a new process may have done
+        left = iter([False] * 4)
+        outcomes.append(train(pieces, spec, task, lambda left=left: next(left, True)))  # type: ignore[misc]
+    assert outcomes == ["stopped"] * 4 + ["finished"]  # 24 steps, five at a time
+    assert_identical(result(whole), result(pieces))
+    other, task = prepared(tmp_path / "other", spec_of(recipe_file, name, seed=4))
+    train(other, spec_of(recipe_file, name, seed=4), task)
+    assert result(other)["metrics"] != result(whole)["metrics"]
+
+
+def test_killed_and_resumed_is_equal_to_never_killed(recipe_file: Path, tmp_path: Path) -> None:
+    recipe_file.write_text(
+        TINY.replace("epochs = 2", "epochs = 3").replace("log_every = 5", "log_every = 1")
+    )
+    spec = spec_of(recipe_file, "apollo")
+    whole, task = prepared(tmp_path / "whole", spec)
+    assert train(whole, spec, task) == "finished"
+
+    killed, _ = prepared(tmp_path / "killed", spec)
+    for lines in (4, 20):
+        process = subprocess.Popen([*WORKER, str(killed.path)])
+        deadline = time.monotonic() + 60
+        while not (killed.checkpoint.exists() and len(list(killed.records())) >= lines):
+            assert process.poll() is None, "ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert killed.verdict() is None
+        with killed.metrics.open("ab") as file:
+            file.write(b'{"kind": "step", "torn')  # a line that the kill cut short
+    subprocess.run([*WORKER, str(killed.path)], check=True)
+    assert_identical(result(whole), result(killed))
+    verdict = killed.verdict()
+    assert verdict is not None
+    times = [record["time"]["seconds"] for record in killed.records()]
+    assert times == sorted(times), "wall time runs on over all processes"
+    assert verdict["time"]["seconds"] >= times[-1]
+
+
+def test_metrics_and_manifest_of_a_run(recipe_file: Path, tmp_path: Path) -> None:
+    spec = spec_of(recipe_file, "sgd")
+    directory, task = prepared(tmp_path / "run", spec)
+    train(directory, spec, task)
+    records = list(directory.records())
+    steps = [record for record in records if record["kind"] == "step"]
+    epochs = [record for record in records if record["kind"] == "epoch"]
+    assert [record["step"] for record in steps] == [5, 10, 12, 15, 20, 24]
+    assert [(record["epoch"], record["step"]) for record in epochs] == [(1, 12), (2, 24)]
+    shares = [5, 5, 2]
+    mean = sum(share * line["loss"] for share, line in zip(shares, steps[:3], strict=True)) / 12
+    assert epochs[0]["train_loss"] == pytest.approx(mean)
+    assert epochs[0]["time"]["optimizer_ms"] > 0
+    assert steps[-1]["lr"] == pytest.approx(0.0, abs=1e-12)  # the cosine's end
+    verdict = directory.verdict()
+    assert verdict is not None
+    assert verdict["accuracy"] == epochs[-1]["accuracy"]
+    manifest = json.loads(directory.manifest.read_text())
+    assert RunSpec.model_validate(manifest["recipe"]) == spec
+    assert manifest["seed"] == 3
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["machine"]["cores"] >= 1
+    assert manifest["command"] == ["test"]
+
+
+def test_a_finished_run_is_skipped(recipe_file: Path, tmp_path: Path) -> None:
+    spec = spec_of(recipe_file, "sgd")
+    directory, task = prepared(tmp_path / "run", spec)
+    train(directory, spec, task)
+    files = {path: path.read_bytes() for path in directory.path.rglob("*") if path.is_file()}
+    assert len(files) == 4
+    assert train(directory, spec, task) == "finished"
+    assert {path: path.read_bytes() for path in files} == files
+
+
+def test_a_directory_with_another_recipe_is_refused(recipe_file: Path, tmp_path: Path) -> None:
+    spec = spec_of(recipe_file, "sgd")
+    directory, task = prepared(tmp_path / "run", spec)
+    before = directory.manifest.read_bytes()
+    recipe_file.write_text(TINY.replace("lr = 0.1", "lr = 0.2"))
+    with pytest.raises(
+        ExperimentError, match=r"other settings \(optimizer.lr: 0.1 there, 0.2 asked for\)"
+    ):
+        directory.prepare(spec_of(recipe_file, "sgd"), task.fingerprint, None, [])
+    with pytest.raises(ExperimentError, match=r"other settings \(the data\)"):
+        directory.prepare(spec, "another", None, [])
+    assert directory.manifest.read_bytes() == before
+
+
+def test_divergence_is_a_verdict(recipe_file: Path, tmp_path: Path) -> None:
+    recipe_file.write_text(TINY.replace("lr = 0.1", "lr = 1e38"))
+    spec = spec_of(recipe_file, "sgd")
+    directory, task = prepared(tmp_path / "run", spec)
+    assert train(directory, spec, task) == "diverged"
+    verdict = directory.verdict()
+    assert verdict is not None
+    assert verdict["verdict"] == "diverged"
+    assert verdict["step"] < verdict["steps"] == 24
+    assert "accuracy" not in verdict
+    assert train(directory, spec, task) == "diverged"
+
+
+def test_a_damaged_checkpoint_is_told_in_one_line(recipe_file: Path, tmp_path: Path) -> None:
+    spec = spec_of(recipe_file, "sgd")
+    directory, _ = prepared(tmp_path / "run", spec)
+    directory.checkpoint.write_bytes(b"no checkpoint")
+    done = subprocess.run([*WORKER, str(directory.path)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"{directory.checkpoint}: the checkpoint cannot be read" in done.stderr
+    assert "Traceback" not in done.stderr

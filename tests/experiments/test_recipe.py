@@ -1,0 +1,136 @@
+"""What a recipe may say, what it means, and how its mistakes are told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from apollo_qn import Apollo
+from apollo_qn.experiments import recipe
+from apollo_qn.experiments.errors import ExperimentError
+from apollo_qn.experiments.optimizers import build, rate_factor
+from apollo_qn.experiments.recipe import Schedule
+
+from .conftest import TINY
+
+
+def error_of(text: str, path: Path) -> str:
+    path.write_text(text)
+    with pytest.raises(ExperimentError) as caught:
+        recipe.load(str(path))
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+    return message.removeprefix(f"{path}: ")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("depth = 8", "depht = 8", "model.depth: missing; model.depht: unknown key, allowed are "),
+        (
+            "momentum",
+            "momemtum",
+            "optimizers.sgd.sgd.momemtum: unknown key, allowed are method, lr",
+        ),
+        ("epochs = 2", "epochs = 0", "train.epochs: is 0: Input should be greater than"),
+        ("epochs = 2", 'epochs = "2"', "train.epochs: is '2': Input should be a valid integer"),
+        ("epochs = 2", "epochs = 2.0", "train.epochs: is 2.0: Input should be a valid integer"),
+        ("lr = 0.1", "lr = inf", "optimizers.sgd.sgd.lr: is inf: Input should be a finite number"),
+        ("lr = 0.1", "lr = -1", "optimizers.sgd.sgd.lr: is -1: Input should be greater than 0"),
+        ('"cosine"', '"linear"', "is 'linear': Input should be 'cosine' or 'milestone'"),
+        ('"cosine"', '"milestone"', "milestones are needed with kind 'milestone'"),
+        ("depth = 8", "depth = 12", "depth is 12, allowed are 8, 14, 20"),
+        ('"sgd"', '"sdg"', "'sgd', 'adam', 'radam', 'apollo'"),
+        ("[3, 4]", "[3, 3]", "seeds: the same seed twice"),
+        ("[3, 4]", "[]", "seeds: is []: List should have at least 1 item"),
+        (
+            'equal_strength_to = "apollo"',
+            'equal_strength_to = "radam"',
+            "optimizers.adam.weight_decay.equal_strength_to is 'radam', allowed are the "
+            "optimizers that state a number: sgd, apollo",
+        ),
+        ("seeds = [3, 4]", "seeds = [3, 4", "not valid TOML"),
+    ],
+)
+def test_mistakes_name_file_key_and_what_is_allowed(
+    tmp_path: Path, old: str, new: str, expected: str
+) -> None:
+    assert old in TINY
+    assert expected in error_of(TINY.replace(old, new, 1), tmp_path / "wrong.toml")
+
+
+def test_unknown_task_or_file(tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match="no task 'mnist'; there are fashion-mnist"):
+        recipe.load("mnist")
+    with pytest.raises(ExperimentError, match=r"none\.toml: cannot be read \(No such file"):
+        recipe.load(str(tmp_path / "none.toml"))
+
+
+@pytest.mark.parametrize("name", recipe.available())
+def test_our_recipes_are_valid(name: str) -> None:
+    plan = recipe.load(name)
+    assert plan.quickened().runs()[0].train.epochs < plan.train.epochs
+
+
+def test_decay_of_equal_strength(recipe_file: Path) -> None:
+    """Eq. (14): gamma eta is the same; SGD and Apollo have the same gamma."""
+    specs = {spec.name: spec.optimizer for spec in recipe.load("fashion-mnist").runs(seeds=1)}
+    assert specs["sgd"].weight_decay == specs["apollo"].weight_decay > 0
+    for name in ("adam", "radam"):
+        strength = specs[name].weight_decay * specs[name].lr  # type: ignore[operator]
+        assert strength == pytest.approx(
+            specs["apollo"].weight_decay * specs["apollo"].lr,  # type: ignore[operator]
+            rel=1e-12,
+        )
+    # a rule and no copied number: another rate of the reference changes it
+    recipe_file.write_text(TINY.replace("lr = 0.5", "lr = 5.0"))
+    changed = recipe.load(str(recipe_file))
+    assert changed.run("adam", 1).optimizer.weight_decay == pytest.approx(5.0 * 4e-4 / 0.01)
+    # the paper's CIFAR-10: 5e-4 x 500 = 0.25
+    text = TINY.replace("weight_decay = 4e-4", "weight_decay = 5e-4").replace("0.01\nw", "0.001\nw")
+    recipe_file.write_text(text)
+    adam = recipe.load(str(recipe_file)).run("adam", 1).optimizer
+    assert (adam.lr, adam.weight_decay) == (0.001, pytest.approx(0.25))
+
+
+def test_runs_are_optimizers_times_seeds(recipe_file: Path) -> None:
+    plan = recipe.load(str(recipe_file))
+    pairs = [(spec.name, spec.seed) for spec in plan.runs(["apollo", "sgd"], 3)]
+    assert pairs == [(name, seed) for seed in (3, 4, 5) for name in ("apollo", "sgd")]
+    assert [spec.seed for spec in plan.quickened().runs(["sgd"])] == [3]
+    with pytest.raises(ExperimentError, match="no optimizer 'adagrad' in this recipe; there are"):
+        plan.runs(["adagrad"])
+
+
+def test_optimizers_are_built_with_the_recipes_settings(recipe_file: Path) -> None:
+    plan = recipe.load(str(recipe_file))
+    weight = torch.nn.Parameter(torch.ones(2))
+    made = {name: build(plan.run(name, 1).optimizer, [weight]) for name in plan.optimizers}
+    assert [type(one) for one in made.values()] == [
+        torch.optim.SGD,
+        torch.optim.AdamW,
+        torch.optim.RAdam,
+        Apollo,
+    ]
+    groups = {name: one.param_groups[0] for name, one in made.items()}
+    assert groups["sgd"]["momentum"] == 0.9
+    assert groups["radam"]["decoupled_weight_decay"] is True
+    assert groups["adam"]["weight_decay"] == pytest.approx(0.02)
+    assert groups["radam"]["weight_decay"] == pytest.approx(0.01)
+    assert groups["apollo"]["decoupled_weight_decay"] is False
+    assert (groups["apollo"]["warmup_steps"], groups["apollo"]["warmup_init_lr"]) == (6, 0.01)
+    assert groups["apollo"]["weight_decay"] == 4e-4
+    with pytest.raises(TypeError, match="not resolved"):
+        build(plan.optimizers["adam"], [weight])
+
+
+def test_schedules() -> None:
+    cosine = rate_factor(Schedule(kind="cosine"), 100)
+    assert [cosine(0), cosine(50), cosine(100)] == pytest.approx([1.0, 0.5, 0.0])
+    steps = rate_factor(Schedule(kind="milestone", milestones=[0.5, 0.75]), 100)
+    assert [steps(step) for step in (0, 49, 50, 74, 75, 100)] == pytest.approx(
+        [1.0, 1.0, 0.1, 0.1, 0.01, 0.01]
+    )
