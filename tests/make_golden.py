@@ -1,6 +1,6 @@
 """Writes golden.json: trajectories of the NumPy reference from literal inputs.
 
-Run ``python -m tests.make_golden`` to make it anew, which only a change of the mathematics warrants.
+Run ``python -m tests.make_golden`` to make it anew, which only a change of mathematics warrants.
 """
 
 from __future__ import annotations

@@ -47,8 +47,9 @@ SECANT = 1e-12
 # One step at gradients of 1e20 or 1e-30 in float32.
 EXTREME = 3e-5
 
-# eager against torch.compile: the same operations, other order of scalars.
-COMPILED = 1e-6
+# eager against torch.compile on float32 numbers of order 1: the same operations, scalars rounded in
+# float32 (as with capturable).
+COMPILED = 1e-5
 
 # The released state carries over in float64; what is recovered (threshold) costs a few roundings
 # that D's minimum inherits.
@@ -57,3 +58,12 @@ RELEASED = 1e-9
 # Golden trajectories (12 steps of 6 elements whose noise is as large as their mean, so that d
 # nearly cancels in some): theta and m, B. Ten times what well-conditioned trajectories have.
 GOLDEN = {torch.float64: (4e-14, 1e-11), torch.float32: (2e-5, 3e-4)}
+
+# The rate of a step read off a parameter of order 1: one subtraction's rounding.
+RATE = 1e-9
+# The same with capturable, where the warmup is computed in float32.
+CAPTURED_RATE = 1e-6
+
+# A learning rate as a float64 tensor: the same numbers as a float, other order of roundings in
+# capturable's float32 scalars.
+TENSOR_LR = 1e-4

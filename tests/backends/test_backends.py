@@ -36,7 +36,7 @@ DECAY = {
     "L2": {"weight_decay": 0.05},
     "decoupled": {"weight_decay": 0.05, "decoupled_weight_decay": True},
 }
-# belief's threshold comes near 0 in tensors of one element: a larger eps keeps them well-conditioned
+# belief's threshold nears 0 in tensors of one element: a larger eps keeps them well-conditioned
 REBOUND: list[dict[str, Any]] = [{"rebound": "constant"}, {"rebound": "belief", "eps": 0.1}]
 MODES: list[dict[str, Any]] = [
     {**rebound, **decay} for rebound, decay in itertools.product(REBOUND, DECAY.values())

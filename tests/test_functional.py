@@ -1,0 +1,121 @@
+"""The functional form."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from apollo_qn import Apollo, apollo
+from tests.helpers import gradient, parameters, same
+
+Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+
+
+def lists(n: int = 3) -> Lists:
+    params = [p.detach() for p in parameters([(3, 5), (), (300,)][:n])]
+    return (
+        params,
+        [gradient(p.shape, p.dtype, i, 0).clone() for i, p in enumerate(params)],
+        [torch.zeros_like(p) for p in params],
+        [torch.zeros_like(p) for p in params],
+        [torch.zeros(()) for _ in params],
+    )
+
+
+def test_signature() -> None:
+    names = list(inspect.signature(apollo).parameters)
+    assert names[:5] == ["params", "grads", "exp_avgs", "hessian_diags", "state_steps"]
+    functional = inspect.signature(apollo).parameters
+    for name, parameter in inspect.signature(Apollo).parameters.items():
+        if name != "params":
+            assert functional[name].default == parameter.default, name
+
+
+@pytest.mark.parametrize("rebound", ["constant", "belief"])
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("foreach", [False, True, None])
+def test_it_does_what_the_class_does(foreach: bool | None, decoupled: bool, rebound: Any) -> None:
+    params, _, m, B, steps = lists()
+    settings: dict[str, Any] = {
+        "lr": 0.4,
+        "weight_decay": 0.1,
+        "decoupled_weight_decay": decoupled,
+        "rebound": rebound,
+        "warmup_steps": 4,
+        "foreach": foreach,
+    }
+    others = [torch.nn.Parameter(p.clone()) for p in params]
+    optimizer = Apollo(others, **settings)
+    rates = [torch.zeros((), dtype=torch.float64) for _ in params]
+    thresholds = [torch.ones(()) for _ in params]
+    for t in range(6):
+        grads = [gradient(p.shape, p.dtype, i, t).clone() for i, p in enumerate(params)]
+        for p, g in zip(others, grads, strict=True):
+            p.grad = g
+        optimizer.step()
+        apollo(
+            params,
+            grads,
+            m,
+            B,
+            steps,
+            previous_lrs=rates if decoupled else None,
+            thresholds=thresholds if rebound == "belief" else None,
+            **settings,
+        )
+    for i, (p, q) in enumerate(zip(params, others, strict=True)):
+        assert same(p, q.data)
+        assert same(m[i], optimizer.state[q]["exp_avg"])
+        assert steps[i] == 6
+
+
+@pytest.mark.parametrize("which", range(1, 5))
+def test_lists_of_other_lengths(which: int) -> None:
+    given = lists()
+    copies = [[x.clone() for x in tensors] for tensors in given]
+    given[which].pop()
+    name = ("params", "grads", "exp_avgs", "hessian_diags", "state_steps")[which]
+    with pytest.raises(ValueError, match=rf"{name} must have one tensor for each of the 3 .*got 2"):
+        apollo(*given)
+    assert same(copies[0], given[0])
+
+
+def test_lists_that_the_mode_needs() -> None:
+    with pytest.raises(ValueError, match="previous_lrs must be a list"):
+        apollo(*lists(), decoupled_weight_decay=True)
+    with pytest.raises(ValueError, match="thresholds must be a list"):
+        apollo(*lists(), rebound="belief")
+    with pytest.raises(ValueError, match="thresholds must have one tensor"):
+        apollo(*lists(), rebound="belief", thresholds=[])
+
+
+def test_choices_that_cannot_be() -> None:
+    with pytest.raises(RuntimeError, match="fused=True"):
+        apollo(*lists(), fused=True)
+    with pytest.raises(RuntimeError, match="cannot both"):
+        apollo(*lists(), fused=True, foreach=True)
+    with pytest.raises(RuntimeError, match="differentiable=True"):
+        apollo(*lists(), foreach=True, differentiable=True)
+
+
+def test_tensor_lr_elsewhere_needs_capturable() -> None:
+    with pytest.raises(ValueError, match="lr as a tensor on meta needs capturable=True"):
+        apollo(*lists(), lr=torch.tensor(1.0, device="meta"), warmup_steps=0)
+
+
+def test_warmup_of_a_share_of_the_base() -> None:
+    """A scheduler's lr does not change the share that warmup starts with."""
+    params, grads, m, B, steps = lists(1)
+    before = params[0].clone()
+    apollo(
+        params, grads, m, B, steps, lr=0.1, warmup_steps=10, warmup_init_lr=0.5, warmup_base_lr=1.0
+    )
+    torch.testing.assert_close(before - params[0], 0.1 * 0.5 * grads[0])
+
+
+def test_no_tensors_at_all() -> None:
+    apollo([], [], [], [], [])

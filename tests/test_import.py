@@ -1,0 +1,29 @@
+"""``import apollo_qn`` needs torch alone and costs little beyond it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+SCRIPT = """
+import json, sys, time
+import torch
+brought = set(sys.modules)
+start = time.perf_counter()
+import apollo_qn
+seconds = time.perf_counter() - start
+print(json.dumps({"new": sorted(set(sys.modules) - brought), "seconds": seconds}))
+"""
+
+
+def test_import_brings_torch_alone() -> None:
+    out = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True
+    ).stdout
+    result = json.loads(out.splitlines()[-1])
+    allowed = ("apollo_qn", "torch")
+    foreign = {name.split(".")[0] for name in result["new"]} - set(allowed)
+    assert foreign <= set(sys.stdlib_module_names)
+    assert not any(name.startswith("apollo_qn.experiments") for name in result["new"])
+    assert result["seconds"] < 0.5
