@@ -131,7 +131,7 @@ def _curves(rows: list[Row], metric: str, label: str, logarithmic: bool) -> byte
         floor = max(min(values_shown) - 1.0, max(values_shown) - 30.0)
         axes.set_ylim(floor, max(values_shown) + 1.5)
     if values_shown:
-        axes.legend(frameon=False, ncols=2)
+        axes.legend(frameon=False, ncols=2, loc="upper right" if logarithmic else "lower right")
     else:
         _nothing_yet(axes)
     return _png(figure)

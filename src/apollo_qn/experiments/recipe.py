@@ -280,7 +280,10 @@ def describe(error: ValidationError, schema: type[Section]) -> str:
     lines = []
     for item in error.errors():
         location = item["loc"]
-        key = ".".join(str(part) for part in location if part not in _TAGS) or "recipe"
+        shown = [part for part in location if part not in _TAGS]
+        if "optimizers" in shown[:1]:
+            del shown[2:3]  # optimizers.<name>.<method>.<key>: the user wrote no method there
+        key = ".".join(str(part) for part in shown) or "recipe"
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             owner = _section(schema, location[:-1])
