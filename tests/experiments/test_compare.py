@@ -191,7 +191,8 @@ def row(name: str, *accuracies: float) -> report.Row:
     [
         (
             [row("sgd", 90.0, 90.2), row("apollo", 88.0, 88.2)],
-            "Highest mean accuracy: SGD, 90.10 ± 0.14 %. Apollo is 2.00 points below SGD.",
+            "Highest mean accuracy: SGD, 90.10 ± 0.14 %. Apollo is 2.00 points below SGD, "
+            "more than the pooled standard deviation over the seeds (0.14).",
         ),
         (
             [row("sgd", 90.0), row("adam", 91.0), row("apollo", 93.5)],
@@ -199,8 +200,8 @@ def row(name: str, *accuracies: float) -> report.Row:
         ),
         (
             [row("sgd", 90.0, 91.0), row("apollo", 90.2, 90.4)],
-            "Highest mean accuracy: SGD, 90.50 ± 0.71 %. Apollo is 0.20 points below SGD, which "
-            "is within one standard deviation over the seeds.",
+            "Highest mean accuracy: SGD, 90.50 ± 0.71 %. Apollo is 0.20 points below SGD, "
+            "within the pooled standard deviation over the seeds (0.51).",
         ),
         ([row("sgd")], "No run has finished yet."),
     ],
@@ -230,6 +231,7 @@ def test_live_table(finished: Path) -> None:
         directory = RunDirectory(path)
         runs.append(matrix.RunState(directory, directory.spec(), 24))
         runs[-1].refresh()
+    assert [run.epoch for run in runs] == [2, 1, 2, 2]
     runs[1].status = "running"
     console = Console(width=100, force_terminal=True, record=True, file=io.StringIO())
     with LiveTable(console) as table:

@@ -68,7 +68,9 @@ def compare(
         plan = recipe.load(task)
         if quick:
             plan = plan.quickened()
-        names = None if optimizers is None else [name for name in optimizers.split(",") if name]
+        names = None
+        if optimizers is not None:
+            names = list(dict.fromkeys(name for name in optimizers.split(",") if name))
         if names == []:
             raise ExperimentError(
                 f"--optimizers names none; there are {', '.join(plan.optimizers)}"

@@ -92,6 +92,7 @@ def _curves(rows: list[Row], metric: str, label: str, logarithmic: bool) -> byte
     figure = Figure(figsize=(7.0, 4.4))
     axes: Any = figure.subplots()
     values_shown: list[float] = []
+    late: list[float] = []  # lower ends of the bands in the second half
     for row in rows:
         by_epoch: dict[int, list[float]] = {}
         for run in row.runs:
@@ -114,8 +115,9 @@ def _curves(rows: list[Row], metric: str, label: str, logarithmic: bool) -> byte
         )  # fmt: skip
         low = [mean - deviation for mean, deviation in zip(means, deviations, strict=True)]
         high = [mean + deviation for mean, deviation in zip(means, deviations, strict=True)]
-        axes.fill_between(epochs, low, high, color=color, alpha=0.18, linewidth=0)
+        axes.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
         values_shown += means
+        late += low[len(low) // 2 :]
     axes.set_xlabel("epoch")
     axes.set_ylabel(label)
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -127,9 +129,8 @@ def _curves(rows: list[Row], metric: str, label: str, logarithmic: bool) -> byte
         axes.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0)))
         axes.set_ylim(0.92 * min(values_shown), 1.08 * max(values_shown))
     elif values_shown and not logarithmic:
-        # early epochs of a slow start would press the rest into a line
-        floor = max(min(values_shown) - 1.0, max(values_shown) - 30.0)
-        axes.set_ylim(floor, max(values_shown) + 1.5)
+        # the wild first epochs would press the rest into a line
+        axes.set_ylim(min(late) - 1.0, max(values_shown) + 1.5)
     if values_shown:
         axes.legend(frameon=False, ncols=2, loc="upper right" if logarithmic else "lower right")
     else:

@@ -22,7 +22,7 @@ Status = Literal["waiting", "running", "finished", "diverged", "failed", "stoppe
 
 _POLL = 0.2  # seconds
 _GRACE = 30.0  # seconds that a worker has for its last checkpoint
-_TAIL = 4096  # bytes of the metrics that hold the newest lines
+_TAIL = 16384  # bytes of the metrics that hold the newest lines
 
 
 @dataclass
@@ -34,6 +34,7 @@ class RunState:
     steps: int  # in the whole run
     status: Status = "waiting"
     step: int = 0
+    epoch: int = 0  # complete and evaluated
     loss: float | None = None
     accuracy: float | None = None
     seconds: float = 0.0  # of training so far, over all its processes
@@ -45,11 +46,6 @@ class RunState:
     def name(self) -> str:
         """The name of the run's directory."""
         return self.directory.path.name
-
-    @property
-    def epoch(self) -> int:
-        """Epochs that are complete."""
-        return self.step * self.spec.train.epochs // self.steps
 
     @property
     def seconds_left(self) -> float | None:
@@ -73,7 +69,7 @@ class RunState:
             self.images_per_second = done / took
         for line in lines:
             if line["kind"] == "epoch":
-                self.accuracy = line.get("accuracy")
+                self.epoch, self.accuracy = line["epoch"], line.get("accuracy")
 
 
 class Display(Protocol):

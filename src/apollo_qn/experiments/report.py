@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,10 +164,10 @@ class Summary:
             gap = apollo.accuracy.mean - rival.accuracy.mean
             side = "above" if gap >= 0 else "below"
             text += f" Apollo is {abs(gap):.2f} points {side} {rival.label}"
-            deviations = [row.accuracy.std for row in (apollo, rival) if row.accuracy]
-            known = [deviation for deviation in deviations if deviation is not None]
-            if known and abs(gap) <= max(known):
-                text += ", which is within one standard deviation over the seeds"
+            if apollo.accuracy.std is not None and rival.accuracy.std is not None:
+                pooled = math.hypot(apollo.accuracy.std, rival.accuracy.std) / math.sqrt(2)
+                side = "within" if abs(gap) <= pooled else "more than"
+                text += f", {side} the pooled standard deviation over the seeds ({pooled:.2f})"
             text += "."
         if not all(run.finished for run in self.runs):
             text += " Not all runs have finished: see the last column."
@@ -279,15 +280,22 @@ def write(paths: list[Path], out: Path) -> Summary:
 
 
 def show(summary: Summary, console: Console) -> None:
-    """Print the table; the highest accuracy is bold."""
+    """Print the table, as wide as 80 columns take; the highest accuracy is bold."""
     table = Table(pad_edge=False, box=None)
-    for title in TITLES:
+    settings = ("learning rate", "weight decay")  # of these the page tells
+    shown = [index for index, title in enumerate(TITLES) if title not in settings]
+    for title in (TITLES[index] for index in shown):
         table.add_column(title, justify="left" if title == "optimizer" else "right")
     for row in summary.rows:
         cells = row.cells()
         if row is summary.best:
             cells[ACCURACY] = f"[bold]{cells[ACCURACY]}[/bold]"
-        table.add_row(*cells)
+        table.add_row(
+            *(
+                cells[index].replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+                for index in shown
+            )
+        )
     console.print(table)
     console.print(summary.finding(), highlight=False)
 
