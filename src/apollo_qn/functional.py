@@ -142,6 +142,7 @@ def run(
         if not differentiable:
             h = replace(h, lr=h.lr.item())
 
+    rates_on_host = on_host and not differentiable  # autograd runs through the rate before
     # a compiler fuses the plain rule by itself
     may_be_fast = foreach is not False and not differentiable and not compiling
     together: dict[Any, list[int]] = {}
@@ -150,7 +151,7 @@ def run(
             continue  # nothing to update, and no maximum to take
         numbers = (
             state_steps[i].item() if on_host else None,
-            previous_lrs[i].item() if on_host and previous_lrs is not None else None,
+            previous_lrs[i].item() if rates_on_host and previous_lrs is not None else None,
         )
         fast = may_be_fast and type(p) in _PLAIN and type(grads[i]) in _PLAIN
         kind = (fast, p.device, p.dtype, grads[i].dtype, exp_avgs[i].dtype)
@@ -165,7 +166,7 @@ def run(
             _real([exp_avgs[i] for i in members]),
             _real([hessian_diags[i] for i in members]),
             t if on_host else steps,
-            previous_lr if on_host else rates,
+            previous_lr if rates_on_host else rates,
             None if thresholds is None else [thresholds[i] for i in members],
         )
         (foreach_step if fast else reference_step)(batch, h)
@@ -190,7 +191,12 @@ def _real(tensors: list[Tensor]) -> list[Tensor]:
 
 def _record(rate: Scalar, rates: list[Tensor]) -> None:
     if isinstance(rate, Tensor):
-        torch._foreach_copy_(rates, list(rate.detach().expand(len(rates)).unbind()))
+        new = rate.expand(len(rates)).unbind()
+        if torch.is_grad_enabled():  # foreach_copy_ has no derivative
+            for old, value in zip(rates, new, strict=True):
+                old.copy_(value)
+        else:
+            torch._foreach_copy_(rates, list(new))
     else:
         torch._foreach_zero_(rates)
         torch._foreach_add_(rates, rate)

@@ -65,9 +65,11 @@ class Hyperparameters:
         """Learning rate of step ``t``, warmed up linearly (section 3.4)."""
         if self.warmup_steps == 0:
             return self.lr
-        left = 1 - t / self.warmup_steps
-        left = left.clamp(min=0) if isinstance(left, Tensor) else max(left, 0.0)
-        return self.lr * (1 - (1 - self.warmup_start) * left)
+        w, share = self.warmup_start, t / self.warmup_steps
+        factor = w + (1 - w) * share
+        if isinstance(factor, Tensor):
+            return self.lr * torch.where(torch.as_tensor(share) >= 1, 1, factor)
+        return self.lr * factor if share < 1 else self.lr
 
     def offset(self, t: Scalar) -> Scalar:
         """What is added to D at step ``t``: eps / alpha with belief, nothing otherwise."""

@@ -20,7 +20,10 @@ def step(batch: Batch, h: Hyperparameters) -> None:
             # clone: it is overwritten below, and autograd may still need it
             None if batch.thresholds is None else batch.thresholds[i].clone(),
         )
-        new_p, new_m, new_B, threshold = update(p, g, m, B, h, scalars)
+        old = (p, m, B)
+        if torch.is_grad_enabled():  # they are overwritten below, and autograd still needs them
+            old = (p.clone(), m.clone(), B.clone())
+        new_p, new_m, new_B, threshold = update(old[0], g, old[1], old[2], h, scalars)
         p.copy_(new_p)
         m.copy_(new_m)
         B.copy_(new_B)
