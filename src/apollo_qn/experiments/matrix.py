@@ -128,7 +128,7 @@ def _start(run: RunState) -> subprocess.Popen[bytes]:
     # threads that spin while they wait would bring a machine with other work to a standstill
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with run.directory.log.open("ab") as log:
-        # a session of its own: Ctrl-C reaches this process alone, which then asks the workers
+        # out of our process group: Ctrl-C reaches this process alone, which then asks the workers
         return subprocess.Popen(
             [
                 *(sys.executable, "-m", "apollo_qn.experiments.worker"),
