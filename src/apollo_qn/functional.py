@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from apollo_qn.backends import Batch
+from apollo_qn.backends import Batch, Group, cpu
 from apollo_qn.backends.foreach import step as foreach_step
 from apollo_qn.backends.reference import step as reference_step
 from apollo_qn.rule import Hyperparameters, Rebound, Scalar
@@ -60,7 +62,7 @@ def apollo(
 
     Raises:
         ValueError: the lists differ in length, or one that the mode needs is missing.
-        RuntimeError: ``fused=True`` (no fused back end serves these tensors), or a combination of
+        RuntimeError: ``fused=True`` where there is no fused back end, or a combination of
             ``foreach``, ``fused`` and ``differentiable`` that cannot be.
     """
     base = lr if warmup_base_lr is None else warmup_base_lr
@@ -77,18 +79,22 @@ def apollo(
         maximize=maximize,
     )
     run(
-        h,
-        params,
-        grads,
-        exp_avgs,
-        hessian_diags,
-        state_steps,
-        previous_lrs=previous_lrs,
-        thresholds=thresholds,
-        foreach=foreach,
-        fused=fused,
-        capturable=capturable,
-        differentiable=differentiable,
+        [
+            Group(
+                h,
+                params,
+                grads,
+                exp_avgs,
+                hessian_diags,
+                state_steps,
+                previous_lrs,
+                thresholds,
+                foreach,
+                fused,
+                capturable,
+                differentiable,
+            )
+        ]
     )
 
 
@@ -99,88 +105,129 @@ def warmup_share(warmup_init_lr: float | None, base_lr: Scalar) -> float:
     return warmup_init_lr / float(base_lr) if warmup_init_lr else 0.0  # 0 / 0 where lr is 0
 
 
-def run(
-    h: Hyperparameters,
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    hessian_diags: list[Tensor],
-    state_steps: list[Tensor],
-    *,
-    previous_lrs: list[Tensor] | None,
-    thresholds: list[Tensor] | None,
-    foreach: bool | None,
-    fused: bool | None,
-    capturable: bool,
-    differentiable: bool,
-) -> None:
-    """:func:`apollo` with its hyperparameters already in one object."""
-    check_back_end_choice(foreach, fused, differentiable)
-    needed = {
-        "grads": grads,
-        "exp_avgs": exp_avgs,
-        "hessian_diags": hessian_diags,
-        "state_steps": state_steps,
-    }
-    if h.decoupled_weight_decay:
-        needed["previous_lrs"] = previous_lrs = _given("previous_lrs", previous_lrs)
-    if h.belief:
-        needed["thresholds"] = thresholds = _given("thresholds", thresholds)
-    for name, tensors in needed.items():
-        if len(tensors) != len(params):
+def run(groups: list[Group], plan: cpu.Plan | None = None) -> cpu.Plan | None:
+    """:func:`apollo` for several groups, all checked before anything is changed.
+
+    Args:
+        groups: what is to be updated.
+        plan: what the last call with these groups returned; it spares the fused back end work.
+    """
+    groups = [_checked(group) for group in groups]
+    fused = [group for group in groups if _may_be_fused(group)]
+    if fused:
+        left, plan = cpu.step(fused, plan)
+        rest = iter(left)
+        groups = [
+            group.part(next(rest)) if any(group is one for one in fused) else group
+            for group in groups
+        ]
+    for group in groups:
+        if group.params:
+            _step_alike(group)
+    return plan
+
+
+def _checked(group: Group) -> Group:
+    """The group with a number as its learning rate where that can be; raises what is wrong."""
+    check_back_end_choice(group.foreach, group.fused, group.differentiable)
+    needed = ["grads", "exp_avgs", "hessian_diags", "state_steps"]
+    needed += ["previous_lrs"] if group.h.decoupled_weight_decay else []
+    needed += ["thresholds"] if group.h.belief else []
+    for name in needed:
+        tensors = getattr(group, name)
+        if tensors is None:
+            mode = "rebound='belief'" if name == "thresholds" else "decoupled_weight_decay=True"
+            raise ValueError(f"{name} must be a list of 0-dim tensors with {mode}, got None")
+        if len(tensors) != len(group.params):
             raise ValueError(
-                f"{name} must have one tensor for each of the {len(params)} in params, "
+                f"{name} must have one tensor for each of the {len(group.params)} in params, "
                 f"got {len(tensors)}"
             )
-
+    if group.fused:
+        for i, p in enumerate(group.params):
+            if not p.is_cpu:
+                raise RuntimeError(
+                    f"fused=True: no fused back end serves tensors on {p.device} (parameter {i} of "
+                    "its group); use fused=None for the fastest one that there is"
+                )
     # numbers are read on the host only where they lie there and no compiler is tracing
-    compiling = torch.compiler.is_compiling()
-    on_host = not capturable and not compiling
-    if on_host and isinstance(h.lr, Tensor):
-        if h.lr.device.type != "cpu":
-            raise ValueError(f"lr as a tensor on {h.lr.device} needs capturable=True")
-        if not differentiable:
-            h = replace(h, lr=h.lr.item())
+    if _on_host(group) and isinstance(group.h.lr, Tensor):
+        if group.h.lr.device.type != "cpu":
+            raise ValueError(f"lr as a tensor on {group.h.lr.device} needs capturable=True")
+        if not group.differentiable:
+            return replace(group, h=replace(group.h, lr=group.h.lr.item()))
+    return group
 
-    rates_on_host = on_host and not differentiable  # autograd runs through the rate before
+
+def _on_host(group: Group) -> bool:
+    return not group.capturable and not torch.compiler.is_compiling()
+
+
+def _may_be_fused(group: Group) -> bool:
+    """Whether the fused back end is asked; it may leave tensors to the others."""
+    wanted = group.fused or (group.fused is None and group.foreach is None)
+    if not wanted or not group.params or not group.params[0].is_cpu or group.differentiable:
+        return False
+    if torch.compiler.is_compiling():
+        return False  # a compiler fuses the plain rule by itself
+    lr = group.h.lr
+    if isinstance(lr, Tensor) and not lr.is_cpu:
+        return False
+    if torch.is_grad_enabled() and any(p.requires_grad for p in group.params):
+        return False  # the others raise what autograd has to say
+    reason = cpu.why_not()
+    if reason is not None:
+        _say_once(f"Apollo: {reason}; its foreach back end serves, more slowly")
+    return reason is None
+
+
+@cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def _step_alike(group: Group) -> None:
+    """Update what is alike together, by the foreach back end or the rule."""
+    h, params, previous_lrs = group.h, group.params, group.previous_lrs
+    if not h.decoupled_weight_decay:
+        previous_lrs = None
+    on_host = _on_host(group)
+    rates_on_host = on_host and not group.differentiable  # autograd runs through the rate before
     # a compiler fuses the plain rule by itself
-    may_be_fast = foreach is not False and not differentiable and not compiling
+    may_be_fast = (
+        group.foreach is not False
+        and not group.differentiable
+        and not torch.compiler.is_compiling()
+    )
     together: dict[Any, list[int]] = {}
     for i, p in enumerate(params):
         if p.numel() == 0:
             continue  # nothing to update, and no maximum to take
         numbers = (
-            state_steps[i].item() if on_host else None,
+            group.state_steps[i].item() if on_host else None,
             previous_lrs[i].item() if rates_on_host and previous_lrs is not None else None,
         )
-        fast = may_be_fast and type(p) in _PLAIN and type(grads[i]) in _PLAIN
-        kind = (fast, p.device, p.dtype, grads[i].dtype, exp_avgs[i].dtype)
+        g = group.grads[i]
+        fast = may_be_fast and type(p) in _PLAIN and type(g) in _PLAIN
+        kind = (fast, p.device, p.dtype, g.dtype, group.exp_avgs[i].dtype)
         together.setdefault((kind, numbers), []).append(i)
 
     for ((fast, *_), (t, previous_lr)), members in together.items():
-        steps = [state_steps[i] for i in members]
-        rates = None if previous_lrs is None else [previous_lrs[i] for i in members]
+        part = group.part(members)
         batch = Batch(
-            _real([params[i] for i in members]),
-            _real([grads[i] for i in members]),
-            _real([exp_avgs[i] for i in members]),
-            _real([hessian_diags[i] for i in members]),
-            t if on_host else steps,
-            previous_lr if rates_on_host else rates,
-            None if thresholds is None else [thresholds[i] for i in members],
+            _real(part.params),
+            _real(part.grads),
+            _real(part.exp_avgs),
+            _real(part.hessian_diags),
+            t if on_host else part.state_steps,
+            previous_lr if rates_on_host or previous_lrs is None else part.previous_lrs,
+            part.thresholds if h.belief else None,
         )
         (foreach_step if fast else reference_step)(batch, h)
-        if rates is not None:
-            _record(h.rate(t if on_host else torch.stack(steps)), rates)
-    if state_steps:
-        torch._foreach_add_(state_steps, 1.0)
-
-
-def _given(name: str, tensors: list[Tensor] | None) -> list[Tensor]:
-    if tensors is None:
-        mode = "rebound='belief'" if name == "thresholds" else "decoupled_weight_decay=True"
-        raise ValueError(f"{name} must be a list of 0-dim tensors with {mode}, got None")
-    return tensors
+        if previous_lrs is not None:
+            assert part.previous_lrs is not None
+            _record(h.rate(t if on_host else torch.stack(part.state_steps)), part.previous_lrs)
+    torch._foreach_add_(group.state_steps, 1.0)
 
 
 def _real(tensors: list[Tensor]) -> list[Tensor]:
@@ -206,10 +253,13 @@ def check_back_end_choice(foreach: bool | None, fused: bool | None, differentiab
     """Raise RuntimeError for choices that cannot be served."""
     if foreach and fused:
         raise RuntimeError("foreach and fused cannot both be True: choose one, or None for both")
-    if fused:
+    if fused and differentiable:
         raise RuntimeError(
-            "fused=True: this installation has no fused back end; use fused=None for the fastest "
-            "one that there is"
+            "fused=True does not support differentiable=True; use fused=None or fused=False"
+        )
+    if fused and (reason := cpu.why_not()) is not None:
+        raise RuntimeError(
+            f"fused=True: {reason}; use fused=None for the fastest back end that there is"
         )
     if foreach and differentiable:
         raise RuntimeError(

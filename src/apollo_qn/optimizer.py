@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from apollo_qn import checkpoint
+from apollo_qn.backends import Group, cpu
 from apollo_qn.functional import check_back_end_choice, run, warmup_share
 from apollo_qn.rule import Hyperparameters, Rebound, Scalar
 
@@ -53,7 +54,9 @@ class Apollo(Optimizer):
             that every scheduler of ``torch.optim.lr_scheduler`` composes with it.
         warmup_init_lr: rate of the first step, >= 0; None: lr / 1000.
         foreach: True: all tensors together; False: one by one; None: the fastest that serves.
-        fused: True demands a fused kernel, False forbids it; None: the fastest that serves.
+        fused: True demands the fused kernel, which serves float32, bfloat16 and float64 tensors in
+            CPU memory (others fall back one by one); False forbids it; None: the fastest that
+            serves.
         maximize: ascend instead of descend.
         capturable: keep ``step`` on the parameters' device, so that a step can be captured in a
             CUDA graph.
@@ -68,6 +71,8 @@ class Apollo(Optimizer):
     ``weight_decay`` of a group lightly in mid-run: the direction of the step before is rebuilt with
     the new values.
     """
+
+    _plan: cpu.Plan | None = None  # of the fused back end, kept from step to step
 
     def __init__(
         self,
@@ -134,6 +139,7 @@ class Apollo(Optimizer):
                 nothing is changed.
         """
         loaded: StateDict = {}
+        self._plan = None  # it would keep the state before alive
 
         def before(optimizer: Optimizer, given: StateDict) -> StateDict:
             loaded.update(checkpoint.translated(given, self.param_groups))
@@ -176,42 +182,53 @@ class Apollo(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        differentiable = self.defaults["differentiable"]
-        with torch.set_grad_enabled(differentiable):
-            for group, params in [(g, self._with_gradient(g)) for g in self.param_groups]:
-                self._step_group(group, params)
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            with_gradient = [self._with_gradient(group) for group in self.param_groups]
+            groups = [
+                self._group(group, params, grads)
+                for group, (params, grads) in zip(self.param_groups, with_gradient, strict=True)
+            ]
+            self._plan = run(groups, self._plan)
         return loss
 
-    def _with_gradient(self, group: dict[str, Any]) -> list[Tensor]:
-        params = [p for p in group["params"] if p.grad is not None]
-        for p in params:
-            if p.grad.is_sparse:
-                raise RuntimeError(
-                    f"Apollo needs dense gradients, got a sparse one for a parameter of shape "
-                    f"{tuple(p.shape)}; build its embedding with sparse=False"
-                )
-        return params
+    def _with_gradient(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+        params: list[Tensor] = group["params"]
+        grads = [p.grad for p in params]
+        if any(g is None for g in grads):
+            params = [p for p, g in zip(params, grads, strict=True) if g is not None]
+        given = [g for g in grads if g is not None]
+        if any(g.is_sparse for g in given):
+            p = next(p for p, g in zip(params, given, strict=True) if g.is_sparse)
+            raise RuntimeError(
+                f"Apollo needs dense gradients, got a sparse one for a parameter of shape "
+                f"{tuple(p.shape)}; build its embedding with sparse=False"
+            )
+        return params, given
 
-    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _group(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> Group:
         h = _hyperparameters(group)
-        states = [self._state_of(p, group, h) for p in params]
-        run(
+        states = [self.state[p] for p in params]
+        for p, state in zip(params, states, strict=True):
+            self._complete(state, p, group, h)
+        return Group(
             h,
             params,
-            [p.grad for p in params if p.grad is not None],
+            grads,
             [s["exp_avg"] for s in states],
             [s["hessian_diag"] for s in states],
             [s["step"] for s in states],
-            previous_lrs=[s["previous_lr"] for s in states] if h.decoupled_weight_decay else None,
-            thresholds=[s["threshold"] for s in states] if h.belief else None,
+            [s["previous_lr"] for s in states] if h.decoupled_weight_decay else None,
+            [s["threshold"] for s in states] if h.belief else None,
             foreach=group["foreach"],
             fused=group["fused"],
             capturable=group["capturable"],
             differentiable=group["differentiable"],
         )
 
-    def _state_of(self, p: Tensor, group: dict[str, Any], h: Hyperparameters) -> dict[str, Any]:
-        state: dict[str, Any] = self.state[p]
+    def _complete(
+        self, state: dict[str, Any], p: Tensor, group: dict[str, Any], h: Hyperparameters
+    ) -> None:
+        """Add to a parameter's state what is missing of it."""
         if "step" not in state:
             state["step"] = _scalar(p, group["capturable"])
             for name in checkpoint.TENSORS:
@@ -225,7 +242,6 @@ class Apollo(Optimizer):
         if h.belief and "threshold" not in state:
             real = checkpoint.state_dtype(p).to_real()
             state["threshold"] = torch.full((), h.sigma, dtype=real, device=p.device)
-        return state
 
 
 class ApolloW(Apollo):
@@ -256,7 +272,7 @@ class ApolloW(Apollo):
 
 
 def _scalar(p: Tensor, capturable: bool, dtype: torch.dtype = torch.float32) -> Tensor:
-    if capturable:
+    if capturable and not p.is_cpu:
         return torch.zeros((), dtype=torch.float32, device=p.device)
     return torch.zeros((), dtype=dtype)
 

@@ -1,4 +1,4 @@
-"""Both back ends against the float64 NumPy reference, in every combination of options."""
+"""All back ends against the float64 NumPy reference, in every combination of options."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ MODES: list[dict[str, Any]] = [
     {**rebound, **decay} for rebound, decay in itertools.product(REBOUND, DECAY.values())
 ]
 MODE_IDS = [f"{r}-{d}" for r, d in itertools.product(("constant", "belief"), DECAY)]
-BACK_ENDS = pytest.mark.parametrize("foreach", [False, True], ids=["rule", "foreach"])
+BACK_ENDS = pytest.mark.parametrize(
+    "back_end", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=["rule", "foreach", "fused"]
+)
 
 SetBlock = Callable[[int], None]
 
@@ -61,14 +63,14 @@ def test_every_combination_follows_the_reference(
     capturable: bool,
     warmup_steps: int,
     dtype: torch.dtype,
-    foreach: bool,
+    back_end: dict[str, Any],
     set_block: SetBlock,
 ) -> None:
     set_block(600)  # three tensors gathered, one in blocks, others alone
     settings = Settings(lr=0.3, sigma=0.5, maximize=maximize, warmup_steps=warmup_steps, **mode)
     params = parameters(dtype=dtype)
     wanted = references(params, settings)
-    optimizer = make(params, settings, capturable=capturable, foreach=foreach)
+    optimizer = make(params, settings, capturable=capturable, **back_end)
     compare = Comparison()
     narrow = dtype in (torch.bfloat16, torch.float16)
     limit_m, limit_B = tolerances.STATE_OF_16_BIT[capturable]
@@ -123,14 +125,14 @@ def test_sizes_around_blocks(mode: dict[str, Any], block: int, set_block: SetBlo
 @pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
 def test_complex_parameters_are_viewed_as_real(
-    dtype: torch.dtype, mode: dict[str, Any], foreach: bool, set_block: SetBlock
+    dtype: torch.dtype, mode: dict[str, Any], back_end: dict[str, Any], set_block: SetBlock
 ) -> None:
     set_block(600)
     settings = Settings(lr=0.3, warmup_steps=3, **mode)
     shapes = [(), (0,), (5,), (3, 43), (2, 3, 4, 5), (11, 30)]
     params = parameters(shapes, dtype)
     wanted = references(params, settings)
-    optimizer = make(params, settings, foreach=foreach)
+    optimizer = make(params, settings, **back_end)
     compare = Comparison()
     for t in range(STEPS):
         give_gradients(params, t)
@@ -145,7 +147,7 @@ def test_complex_parameters_are_viewed_as_real(
 
 @BACK_ENDS
 @pytest.mark.parametrize("capturable", [False, True], ids=["host", "capturable"])
-def test_groups_differ_and_gradients_come_and_go(foreach: bool, capturable: bool) -> None:
+def test_groups_differ_and_gradients_come_and_go(back_end: dict[str, Any], capturable: bool) -> None:
     """Different settings, types and numbers of steps done, all in one optimizer."""
     sets = [
         Settings(lr=0.3, warmup_steps=5),
@@ -161,7 +163,7 @@ def test_groups_differ_and_gradients_come_and_go(foreach: bool, capturable: bool
     groups = [params[i::4] for i in range(4)]
     optimizer = Apollo(
         [{"params": g, **vars(s)} for g, s in zip(groups, sets, strict=True)],
-        foreach=foreach,
+        **back_end,
         capturable=capturable,
     )
     wanted = [references(g, s) for g, s in zip(groups, sets, strict=True)]
@@ -185,7 +187,7 @@ def test_groups_differ_and_gradients_come_and_go(foreach: bool, capturable: bool
 
 
 @BACK_ENDS
-def test_types_and_layouts_may_be_mixed(foreach: bool) -> None:
+def test_types_and_layouts_may_be_mixed(back_end: dict[str, Any]) -> None:
     params = [
         torch.nn.Parameter(normal((5, 7), "mixed", i, dtype=dtype))
         for i, dtype in enumerate(
@@ -196,7 +198,7 @@ def test_types_and_layouts_may_be_mixed(foreach: bool) -> None:
     params.append(torch.nn.Parameter(normal((6, 1), "expanded").expand(6, 4).clone()))
     settings = Settings(lr=0.3, warmup_steps=0)
     wanted = references(params, settings)
-    optimizer = make(params, settings, foreach=foreach)
+    optimizer = make(params, settings, **back_end)
     compare = Comparison()
     for t in range(5):
         give_gradients(params, t)
@@ -215,14 +217,14 @@ def test_types_and_layouts_may_be_mixed(foreach: bool) -> None:
 @pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_a_bad_gradient_stays_in_its_tensor(
-    bad: float, mode: dict[str, Any], foreach: bool, set_block: SetBlock
+    bad: float, mode: dict[str, Any], back_end: dict[str, Any], set_block: SetBlock
 ) -> None:
     set_block(600)
     settings = Settings(lr=0.3, warmup_steps=2, **mode)
 
     def trained(spoilt: bool) -> tuple[list[torch.nn.Parameter], Apollo]:
         params = parameters([(3,), (40,), (5, 5), (300,), (700,), (257,)])
-        optimizer = make(params, settings, foreach=foreach)
+        optimizer = make(params, settings, **back_end)
         for t in range(4):
             give_gradients(params, t)
             if spoilt and t >= 1:
@@ -247,11 +249,11 @@ def test_a_bad_gradient_stays_in_its_tensor(
 
 @BACK_ENDS
 @pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
-def test_deterministic(mode: dict[str, Any], foreach: bool, set_block: SetBlock) -> None:
+def test_deterministic(mode: dict[str, Any], back_end: dict[str, Any], set_block: SetBlock) -> None:
     set_block(600)
     results = []
     for _ in range(2):
-        optimizer = make(parameters(), Settings(lr=0.3, warmup_steps=3, **mode), foreach=foreach)
+        optimizer = make(parameters(), Settings(lr=0.3, warmup_steps=3, **mode), **back_end)
         run_steps(optimizer, range(5))
         results.append(snapshot(optimizer))
     assert same(*results)
@@ -259,14 +261,14 @@ def test_deterministic(mode: dict[str, Any], foreach: bool, set_block: SetBlock)
 
 @BACK_ENDS
 @pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
-def test_a_tensor_alone_and_among_others(mode: dict[str, Any], foreach: bool) -> None:
+def test_a_tensor_alone_and_among_others(mode: dict[str, Any], back_end: dict[str, Any]) -> None:
     """What happens to a tensor does not depend on what else is in the optimizer."""
     settings = Settings(lr=0.3, warmup_steps=3, **mode)
     together = parameters()
-    optimizer = make(together, settings, foreach=foreach)
+    optimizer = make(together, settings, **back_end)
     run_steps(optimizer, range(5))
     for i, q in enumerate(parameters()):
-        alone = make([q], settings, foreach=foreach)
+        alone = make([q], settings, **back_end)
         for t in range(5):
             give_gradients(parameters_with(q, i), t)
             alone.step()

@@ -1,18 +1,51 @@
-"""Back ends: fast forms of :func:`apollo_qn.rule.update`, all of one signature.
+"""Back ends: fast forms of :func:`apollo_qn.rule.update`.
 
-A back end is a function ``step(batch, h)`` that changes the tensors of ``batch`` in place. It sees
-plain local real tensors and knows nothing of groups, state or meshes.
+A back end changes the tensors that it is given in place. It sees plain local tensors and knows
+nothing of state or meshes. ``reference`` and ``foreach`` take a :class:`Batch` of tensors that are
+alike; the fused ones take what they can of all :class:`Group` s in one call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TypeAlias
 
 from torch import Tensor
 
 from apollo_qn.rule import Hyperparameters
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A parameter group in one step; see :func:`apollo_qn.apollo` for the lists and options.
+
+    ``previous_lrs`` are given with decoupled weight decay, ``thresholds`` with belief.
+    """
+
+    h: Hyperparameters
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    hessian_diags: list[Tensor]
+    state_steps: list[Tensor]
+    previous_lrs: list[Tensor] | None = None
+    thresholds: list[Tensor] | None = None
+    foreach: bool | None = None
+    fused: bool | None = None
+    capturable: bool = False
+    differentiable: bool = False
+
+    def part(self, which: list[int]) -> Group:
+        """The group with some of its tensors."""
+        if len(which) == len(self.params):
+            return self
+        lists = {
+            field.name: [column[i] for i in which]
+            for field in fields(self)
+            if isinstance(column := getattr(self, field.name), list)
+        }
+        return replace(self, **lists)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,586 @@
+/* Algorithm 1 for all tensors of all groups in one call. Knows nothing of torch: addresses come in.
+
+   Sums are taken in blocks of a fixed size, each in a fixed number of interleaved partial sums, and
+   added in the order of the blocks: the result depends neither on the number of threads nor on the
+   width of the vectors. A small tensor belongs to one thread, whose second pass finds it in that
+   core's cache. A large one belongs to all: each thread takes a contiguous run of chunks and makes
+   its second pass backwards, from what it read last. While a thread computes on what its cache
+   holds, it fetches what comes next. */
+
+#define Py_LIMITED_API 0x030a0000
+#include <Python.h>
+
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12 &&      \
+    !defined(NO_DISPATCH)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#define PAUSE() _mm_pause()
+#else
+#define PAUSE() ((void)0)
+#endif
+#define EXPORT __attribute__((visibility("default")))
+#define INLINE static inline __attribute__((always_inline))
+
+enum {
+    LANES = 16,
+    BLOCK = 1024,          /* elements whose sums are taken in the state's type */
+    CHUNK = 32 * BLOCK,    /* elements whose sums are kept apart in a large tensor */
+    SMALL = 2 * CHUNK,     /* elements up to which a tensor is one thread's */
+    PORTION = 16 * BLOCK,  /* elements of small tensors that a thread takes at once */
+    STRIDE = 256,          /* elements between fetches */
+    LEAD = 512,            /* elements that fetches in a large tensor run ahead */
+    LINE = 64,             /* bytes */
+};
+
+/* The numbers of a step, the same for many tensors; cpu.py fills this from rule.StepScalars. */
+typedef struct {
+    double alpha, rate, offset, previous_threshold, previous_offset, kappa, omega;
+    double threshold, eps, sign, l2, decoupled, decay, belief;
+} step_scalars;
+
+/* Columns with an entry for each tensor; addresses as numbers. */
+typedef struct {
+    int64_t count;
+    const uint64_t *p, *g, *m, *B, *step, *previous_lr, *threshold; /* the last two: 0 for none */
+    const int64_t *n;
+    const int32_t *kind, *which; /* which: of the scalars */
+    const step_scalars *scalars;
+} table;
+
+typedef struct {
+    char *p, *m, *B;
+    const char *g;
+    size_t n;
+    int kind;
+} tensor;
+
+/* Over a part of a tensor, with u = d / 2^e: sum u^4, <u, y + B d>, max |d|, max |g - m|. */
+typedef struct {
+    double q4, k, d, most;
+    int e;
+} sums;
+
+/* What the sums of a whole tensor come to: B' = B - c u^2 and the threshold of D. */
+typedef struct {
+    double c, threshold;
+    int e;
+} result;
+
+/* Fetches what a thread works on next, in step with what it works on now. */
+typedef struct {
+    const table *all;
+    int64_t next, end;     /* tensors still to fetch */
+    const char *at[4];     /* of the one being fetched */
+    size_t left[4];        /* bytes */
+    double pace, due;      /* lines for each element worked on */
+} forerunner;
+
+static double larger(double x, double y) { return x > y ? x : y; }
+
+static double power_of_2(int e) { return ldexp(1.0, e); }
+
+static int exponent(double x, int most)
+{
+    int e = 0;
+    if (isfinite(x) && x > 0) frexp(x, &e);
+    return e > most ? most : e < -most ? -most : e;
+}
+
+/* In the order of the calls, in the larger of both scales. */
+static void add(sums *total, const sums *part)
+{
+    total->d = larger(total->d, part->d);
+    total->most = larger(total->most, part->most);
+    if (part->q4 == 0 && part->k == 0) return;
+    if (total->q4 == 0 && total->k == 0) total->e = part->e;
+    int shift = part->e - total->e;
+    double q4 = part->q4, k = part->k;
+    if (shift > 0) {
+        total->q4 = ldexp(total->q4, -4 * shift);
+        total->k = ldexp(total->k, -shift);
+        total->e = part->e;
+    } else if (shift < 0) {
+        q4 = ldexp(q4, 4 * shift);
+        k = ldexp(k, shift);
+    }
+    total->q4 += q4;
+    total->k += k;
+}
+
+static inline float from_bf16(uint16_t x)
+{
+    const uint32_t bits = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &bits, sizeof y);
+    return y;
+}
+
+static inline uint16_t to_bf16(float x) /* to the nearest, ties to even */
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return (uint16_t)(x != x ? 0x7fc0u : rounded);
+}
+
+/* of parameter, gradient and state; the numbers are those of cpu.py */
+#define KINDS(X)                                                                                   \
+    X(0, f32, float, float, float)                                                                 \
+    X(1, f32_bf16, float, uint16_t, float)                                                         \
+    X(2, bf16, uint16_t, uint16_t, float)                                                          \
+    X(3, bf16_f32, uint16_t, float, float)                                                         \
+    X(4, f64, double, double, double)
+enum { F64 = 4 };
+
+static const struct {
+    size_t p, g, state;
+} SIZES[] = {
+#define X(id, name, P_, G_, S_) [id] = {sizeof(P_), sizeof(G_), sizeof(S_)},
+    KINDS(X)
+#undef X
+};
+
+static tensor tensor_at(const table *all, int64_t i)
+{
+    return (tensor){.p = (char *)(uintptr_t)all->p[i],
+                    .m = (char *)(uintptr_t)all->m[i],
+                    .B = (char *)(uintptr_t)all->B[i],
+                    .g = (const char *)(uintptr_t)all->g[i],
+                    .n = (size_t)all->n[i],
+                    .kind = all->kind[i]};
+}
+
+/* Let the forerunner fetch n elements of a tensor. */
+static void aim(forerunner *ahead, const tensor *t, size_t at, size_t n)
+{
+    const size_t p = SIZES[t->kind].p, g = SIZES[t->kind].g, state = SIZES[t->kind].state;
+    ahead->at[0] = t->g + at * g;
+    ahead->at[1] = t->m + at * state;
+    ahead->at[2] = t->B + at * state;
+    ahead->at[3] = t->p + at * p;
+    ahead->left[0] = n * g;
+    ahead->left[1] = ahead->left[2] = n * state;
+    ahead->left[3] = n * p;
+}
+
+INLINE void fetch(forerunner *ahead, size_t n)
+{
+    enum { RUN = 4 * LINE };
+    ahead->due += ahead->pace * (double)n;
+    while (ahead->due >= 1) {
+        int left = 0;
+        for (int k = 0; k < 4; k++) {
+            const size_t bytes = ahead->left[k] < RUN ? ahead->left[k] : RUN;
+            for (size_t i = 0; i < bytes; i += LINE) {
+                __builtin_prefetch(ahead->at[k] + i);
+                ahead->due -= 1;
+            }
+            ahead->at[k] += bytes;
+            ahead->left[k] -= bytes;
+            left |= ahead->left[k] > 0;
+        }
+        if (left) continue;
+        if (ahead->next >= ahead->end) {
+            ahead->pace = ahead->due = 0;
+            return;
+        }
+        const tensor t = tensor_at(ahead->all, ahead->next++);
+        if (t.n <= SMALL) aim(ahead, &t, 0, t.n);
+    }
+}
+
+#define SAME(x) (x)
+#define S float
+#define ABS fabsf
+#define E_MOST 120
+#define P float
+#define LOAD_P SAME
+#define STORE_P SAME
+#define G float
+#define LOAD_G SAME
+#define NAME(x) x##_f32
+#include "kernel.h"
+#undef NAME
+#undef G
+#undef LOAD_G
+#define G uint16_t
+#define LOAD_G from_bf16
+#define NAME(x) x##_f32_bf16
+#include "kernel.h"
+#undef NAME
+#undef P
+#undef LOAD_P
+#undef STORE_P
+#define P uint16_t
+#define LOAD_P from_bf16
+#define STORE_P to_bf16
+#define NAME(x) x##_bf16
+#include "kernel.h"
+#undef NAME
+#undef G
+#undef LOAD_G
+#define G float
+#define LOAD_G SAME
+#define NAME(x) x##_bf16_f32
+#include "kernel.h"
+#undef NAME
+#undef S
+#undef ABS
+#undef E_MOST
+#undef P
+#undef LOAD_P
+#undef STORE_P
+#undef G
+#define S double
+#define ABS fabs
+#define E_MOST 1000
+#define P double
+#define LOAD_P SAME
+#define STORE_P SAME
+#define G double
+#define NAME(x) x##_f64
+#include "kernel.h"
+
+/* The modes are constants here, so that the compiler makes a loop for each. */
+#define X(id, name, P_, G_, S_)                                                                    \
+    CLONES static void measure_all_##name(const tensor *t, size_t at, size_t n,                    \
+                                          const step_scalars *s, sums *out, forerunner *ahead)     \
+    {                                                                                              \
+        const P_ *p = (const P_ *)t->p + at;                                                       \
+        const G_ *g = (const G_ *)t->g + at;                                                       \
+        const S_ *m = (const S_ *)t->m + at, *B = (const S_ *)t->B + at;                           \
+        if (s->belief != 0) {                                                                      \
+            if (s->decay != 0) measure_##name(p, g, m, B, n, s, 1, 1, out, ahead);                 \
+            else measure_##name(p, g, m, B, n, s, 0, 1, out, ahead);                               \
+        } else {                                                                                   \
+            if (s->decay != 0) measure_##name(p, g, m, B, n, s, 1, 0, out, ahead);                 \
+            else measure_##name(p, g, m, B, n, s, 0, 0, out, ahead);                               \
+        }                                                                                          \
+    }                                                                                              \
+    CLONES static void apply_all_##name(const tensor *t, size_t at, size_t n,                      \
+                                        const step_scalars *s, const result *r, forerunner *ahead) \
+    {                                                                                              \
+        P_ *p = (P_ *)t->p + at;                                                                   \
+        const G_ *g = (const G_ *)t->g + at;                                                       \
+        S_ *m = (S_ *)t->m + at, *B = (S_ *)t->B + at;                                             \
+        if (s->decay != 0) apply_##name(p, g, m, B, n, s, r, 1, ahead);                            \
+        else apply_##name(p, g, m, B, n, s, r, 0, ahead);                                          \
+    }
+KINDS(X)
+#undef X
+
+static void measure(const tensor *t, size_t at, size_t n, const step_scalars *s, sums *out,
+                    forerunner *ahead)
+{
+    switch (t->kind) {
+#define X(id, name, P_, G_, S_)                                                                    \
+    case id: measure_all_##name(t, at, n, s, out, ahead); break;
+        KINDS(X)
+#undef X
+    }
+}
+
+static void apply(const tensor *t, size_t at, size_t n, const step_scalars *s, const result *r,
+                  forerunner *ahead)
+{
+    switch (t->kind) {
+#define X(id, name, P_, G_, S_)                                                                    \
+    case id: apply_all_##name(t, at, n, s, r, ahead); break;
+        KINDS(X)
+#undef X
+    }
+}
+
+/* The scalars of one tensor: with belief its threshold of the step before is its own. */
+static step_scalars scalars_of(const table *all, int64_t i)
+{
+    step_scalars s = all->scalars[all->which[i]];
+    if (s.belief != 0) {
+        const void *threshold = (const void *)(uintptr_t)all->threshold[i];
+        s.previous_threshold = all->kind[i] == F64 ? *(const double *)threshold
+                                                   : (double)*(const float *)threshold;
+    }
+    return s;
+}
+
+/* rule.secant_coefficient and rule.finite */
+static result conclude(const sums *total, const step_scalars *s, int kind)
+{
+    result r = {.e = total->e, .threshold = s->threshold};
+    const double scale = power_of_2(total->e), n = scale * sqrt(sqrt(total->q4)) + s->eps;
+    if (n != 0) {
+        const double share = scale / n, c = share * share * share * (total->k / n);
+        const double most = kind == F64 ? 0x1p1020 : 0x1p125;
+        r.c = c > most ? most : c < -most ? -most : c;
+    }
+    if (s->belief != 0) /* a maximum may have passed over a NaN, k has not */
+        r.threshold = total->k != total->k ? total->k : total->most;
+    return r;
+}
+
+static void record(const table *all, int64_t i, const step_scalars *s, const result *r)
+{
+    *(float *)(uintptr_t)all->step[i] += 1;
+    if (all->previous_lr[i]) *(double *)(uintptr_t)all->previous_lr[i] = s->rate;
+    if (s->belief != 0) {
+        void *threshold = (void *)(uintptr_t)all->threshold[i];
+        if (all->kind[i] == F64) *(double *)threshold = r->threshold;
+        else *(float *)threshold = (float)r->threshold;
+    }
+}
+
+/* What the threads of one call share. */
+typedef struct {
+    const table *all;
+    sums *chunks; /* room for those of the largest tensor */
+    int wanted, (*member)(void), (*members)(void);
+    atomic_long next; /* tensor */
+    atomic_int arrived, turn;
+} job;
+
+static size_t length(size_t at, size_t end, size_t most) { return end - at < most ? end - at : most; }
+
+static void step_small(const table *all, int64_t i, forerunner *ahead)
+{
+    const tensor t = tensor_at(all, i);
+    const step_scalars s = scalars_of(all, i);
+    sums total = {0}, part;
+    for (size_t at = 0; at < t.n; at += CHUNK) {
+        measure(&t, at, length(at, t.n, CHUNK), &s, &part, ahead);
+        add(&total, &part);
+    }
+    const result r = conclude(&total, &s, t.kind);
+    apply(&t, 0, t.n, &s, &r, ahead);
+    record(all, i, &s, &r);
+}
+
+/* Some small tensors in a row, [first, end) */
+typedef struct {
+    int64_t first, end;
+    double lines, elements;
+} portion;
+
+static portion take(job *j)
+{
+    const table *all = j->all;
+    long first = atomic_load(&j->next), end;
+    portion taken;
+    do {
+        taken = (portion){.first = first};
+        for (end = first; end < all->count && taken.elements < PORTION; end++) {
+            const size_t n = (size_t)all->n[end];
+            if (n > SMALL) continue;
+            const int kind = all->kind[end];
+            taken.elements += (double)n;
+            taken.lines += (double)(n * (SIZES[kind].p + SIZES[kind].g + 2 * SIZES[kind].state)) / LINE;
+        }
+        taken.end = end;
+    } while (!atomic_compare_exchange_weak(&j->next, &first, end));
+    return taken;
+}
+
+static void step_all_small(job *j)
+{
+    portion now = take(j);
+    while (now.first < now.end) {
+        const portion next = take(j);
+        forerunner ahead = {.all = j->all, .next = next.first, .end = next.end};
+        ahead.pace = now.elements > 0 ? next.lines / (2 * now.elements) : 0;
+        for (int64_t i = now.first; i < now.end; i++)
+            if (j->all->n[i] <= SMALL) step_small(j->all, i, &ahead);
+        now = next;
+    }
+}
+
+static void wait_for_all(job *j, int members)
+{
+    if (members == 1) return;
+    const int turn = atomic_load(&j->turn);
+    if (atomic_fetch_add(&j->arrived, 1) == members - 1) {
+        atomic_store(&j->arrived, 0);
+        atomic_fetch_add(&j->turn, 1);
+        return;
+    }
+    for (int spins = 0; atomic_load_explicit(&j->turn, memory_order_acquire) == turn; spins++)
+        if (spins < 10000) PAUSE();
+        else sched_yield(); /* more threads than cores */
+}
+
+/* Let the forerunner keep a little ahead within a chunk of a large tensor. */
+static void keep_ahead(forerunner *ahead, const tensor *t, size_t chunk, int with_p)
+{
+    const size_t at = chunk * CHUNK + LEAD, end = chunk * CHUNK + length(chunk * CHUNK, t->n, CHUNK);
+    ahead->pace = ahead->due = 0;
+    if (at >= end) return;
+    aim(ahead, t, at, end - at);
+    if (!with_p) ahead->left[3] = 0;
+    const size_t bytes = ahead->left[0] + ahead->left[1] + ahead->left[2] + ahead->left[3];
+    ahead->pace = (double)bytes / (double)((end - at) * LINE);
+}
+
+static void step_large(job *j, int64_t i, int member, int members)
+{
+    const tensor t = tensor_at(j->all, i);
+    const step_scalars s = scalars_of(j->all, i);
+    const size_t chunks = (t.n + CHUNK - 1) / CHUNK;
+    const size_t first = chunks * (size_t)member / (size_t)members;
+    const size_t last = chunks * ((size_t)member + 1) / (size_t)members;
+    forerunner ahead = {0};
+    for (size_t k = first; k < last; k++) {
+        keep_ahead(&ahead, &t, k, s.decay != 0);
+        measure(&t, k * CHUNK, length(k * CHUNK, t.n, CHUNK), &s, &j->chunks[k], &ahead);
+    }
+    wait_for_all(j, members);
+    sums total = {0};
+    for (size_t k = 0; k < chunks; k++) add(&total, &j->chunks[k]);
+    const result r = conclude(&total, &s, t.kind);
+    for (size_t k = last; k-- > first;) {
+        keep_ahead(&ahead, &t, k, 1);
+        apply(&t, k * CHUNK, length(k * CHUNK, t.n, CHUNK), &s, &r, &ahead);
+    }
+    wait_for_all(j, members);
+    if (member == 0) record(j->all, i, &s, &r);
+}
+
+/* Denormal numbers count as 0, as they are a hundred times slower. */
+static void take_part(job *j, int member, int members)
+{
+#if defined(__x86_64__)
+    const unsigned before = _mm_getcsr();
+    _mm_setcsr(before | 0x8040);
+#endif
+    for (int64_t i = 0; i < j->all->count; i++)
+        if (j->all->n[i] > SMALL) step_large(j, i, member, members);
+    step_all_small(j);
+#if defined(__x86_64__)
+    _mm_setcsr(before);
+#endif
+}
+
+static void openmp_member(void *data)
+{
+    job *j = data; /* the team may be smaller than was asked for */
+    take_part(j, j->member(), j->members());
+}
+
+typedef struct {
+    job *j;
+    pthread_t thread;
+    int member;
+    atomic_int *members; /* 0: not known yet */
+} worker;
+
+static void *thread_member(void *data)
+{
+    worker *w = data;
+    int members;
+    while ((members = atomic_load(w->members)) == 0) sched_yield();
+    take_part(w->j, w->member, members);
+    return NULL;
+}
+
+/* Threads of our own, for this call only. */
+static int run_threads(job *j)
+{
+    worker *workers = calloc((size_t)j->wanted, sizeof *workers);
+    if (!workers) return -1;
+    atomic_int members = 0;
+    int started = 1;
+    for (; started < j->wanted; started++) {
+        worker *w = &workers[started];
+        *w = (worker){.j = j, .member = started, .members = &members};
+        if (pthread_create(&w->thread, NULL, thread_member, w)) break;
+    }
+    atomic_store(&members, started);
+    take_part(j, 0, started);
+    for (int i = 1; i < started; i++) pthread_join(workers[i].thread, NULL);
+    free(workers);
+    return 0;
+}
+
+/* The index of a gradient that reaches into one of the ranges [start, end), which are written,
+   sorted and apart; -1: none does. */
+EXPORT int64_t apollo_qn_overlap(const table *all, const uint64_t *start, const uint64_t *end,
+                                 int64_t ranges)
+{
+    for (int64_t i = 0; i < all->count; i++) {
+        const uint64_t first = all->g[i];
+        const uint64_t last = first + (uint64_t)all->n[i] * SIZES[all->kind[i]].g;
+        int64_t low = 0, high = ranges; /* the first range that starts at last or later */
+        while (low < high) {
+            const int64_t middle = low + (high - low) / 2;
+            if (start[middle] < last) low = middle + 1;
+            else high = middle;
+        }
+        if (low > 0 && end[low - 1] > first) return i;
+    }
+    return -1;
+}
+
+/* Runs of neighbours with one group, step and rate before: which[] numbers them, and their steps
+   and rates are written; returns how many there are. */
+EXPORT int64_t apollo_qn_numbers(int64_t count, const int32_t *group, const uint64_t *step,
+                                 const uint64_t *previous_lr, int32_t *which, int32_t *group_of,
+                                 double *step_of, double *previous_lr_of)
+{
+    int64_t runs = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const double t = (double)*(const float *)(uintptr_t)step[i];
+        const double rate = previous_lr[i] ? *(const double *)(uintptr_t)previous_lr[i] : 0;
+        if (runs == 0 || group[i] != group_of[runs - 1] || t != step_of[runs - 1] ||
+            rate != previous_lr_of[runs - 1]) {
+            group_of[runs] = group[i];
+            step_of[runs] = t;
+            previous_lr_of[runs++] = rate;
+        }
+        which[i] = (int32_t)(runs - 1);
+    }
+    return runs;
+}
+
+/* One step. omp_* are OpenMP's functions that the process already has; NULL: threads of our own.
+   Returns 0; -1: no memory, nothing has been changed. */
+EXPORT int apollo_qn_step(const table *all, int threads,
+                          void (*omp_parallel)(void (*)(void *), void *, unsigned, unsigned),
+                          int (*omp_get_thread_num)(void), int (*omp_get_num_threads)(void))
+{
+    size_t largest = 0, elements = 0;
+    for (int64_t i = 0; i < all->count; i++) {
+        const size_t n = (size_t)all->n[i];
+        elements += n;
+        largest = n > largest ? n : largest;
+    }
+    job j = {.all = all, .wanted = elements > 2 * PORTION && threads > 1 ? threads : 1};
+    if (largest > SMALL && !(j.chunks = malloc((largest / CHUNK + 1) * sizeof *j.chunks))) return -1;
+    int failed = 0;
+    if (j.wanted == 1) {
+        take_part(&j, 0, 1);
+    } else if (omp_parallel) {
+        j.member = omp_get_thread_num;
+        j.members = omp_get_num_threads;
+        omp_parallel(openmp_member, &j, (unsigned)j.wanted, 0);
+    } else {
+        failed = run_threads(&j);
+    }
+    free(j.chunks);
+    return failed;
+}
+
+/* The functions above are called through ctypes; as a module this file says only where it lies. */
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, .m_name = "_kernel", .m_size = 0};
+
+PyMODINIT_FUNC PyInit__kernel(void);
+PyMODINIT_FUNC PyInit__kernel(void) { return PyModule_Create(&module); }

@@ -1,0 +1,98 @@
+/* Algorithm 1 on a run of elements, for parameters of type P, gradients of type G and state (and
+   arithmetic) of type S; kernel.c includes this once for each combination, and NAME(x) appends its
+   suffix. The letters are those of rule.py. No multiplication and addition is contracted and the
+   order of every addition is fixed: results depend neither on threads nor on vectors. */
+
+/* The sums over a block with u = d / 2^e, |e| <= E_MOST; the largest |d| is in found->d. */
+INLINE void NAME(measure_block)(const P *restrict p, const G *restrict g, const S *restrict m,
+                                const S *restrict B, size_t n, const step_scalars *s, int decay,
+                                int belief, int e, sums *found)
+{
+    const S alpha = (S)s->alpha, sign = (S)s->sign, l2 = (S)s->l2, kappa = (S)s->kappa;
+    const S omega = (S)s->omega, floor = (S)s->previous_threshold, offset = (S)s->previous_offset;
+    const S inverse = (S)power_of_2(-e);
+    S q4[LANES] = {0}, k[LANES] = {0}, largest[LANES] = {0}, most[LANES] = {0};
+#define ELEMENT(i, j)                                                                              \
+    do {                                                                                           \
+        const S b = B[i], mi = m[i], a = ABS(b);                                                   \
+        S d = mi / ((floor > a ? floor : a) + offset);                                             \
+        S delta = sign * LOAD_G(g[i]) - mi;                                                        \
+        if (decay) {                                                                               \
+            const S theta = LOAD_P(p[i]);                                                          \
+            delta += l2 * theta;                                                                   \
+            d = kappa * d + omega * theta;                                                         \
+        }                                                                                          \
+        if (belief) {                                                                              \
+            const S size = ABS(delta);                                                             \
+            most[j] = size > most[j] ? size : most[j];                                             \
+        }                                                                                          \
+        const S size = ABS(d), u = d * inverse, u2 = u * u;                                        \
+        largest[j] = size > largest[j] ? size : largest[j];                                        \
+        q4[j] += u2 * u2;                                                                          \
+        k[j] += u * (alpha * delta + b * d);                                                       \
+    } while (0)
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (size_t j = 0; j < LANES; j++) ELEMENT(i + j, j);
+    for (size_t j = 0; i < n; i++, j++) ELEMENT(i, j);
+#undef ELEMENT
+    *found = (sums){.e = e};
+    for (size_t j = 0; j < LANES; j++) {
+        found->q4 += (double)q4[j];
+        found->k += (double)k[j];
+        found->d = larger(found->d, (double)largest[j]);
+        found->most = larger(found->most, (double)most[j]);
+    }
+}
+
+/* A block's scale is guessed from the block before; where |u| comes near the ends of S, which is
+   rare, the block is measured once more. */
+INLINE void NAME(measure)(const P *restrict p, const G *restrict g, const S *restrict m,
+                          const S *restrict B, size_t n, const step_scalars *s, int decay,
+                          int belief, sums *total, forerunner *ahead)
+{
+    int e = 0;
+    *total = (sums){0};
+    for (size_t at = 0; at < n; at += BLOCK) {
+        const size_t length = n - at < BLOCK ? n - at : BLOCK;
+        fetch(ahead, length);
+        sums found;
+        NAME(measure_block)(p + at, g + at, m + at, B + at, length, s, decay, belief, e, &found);
+        const int right = exponent(found.d, E_MOST);
+        if (found.d > 0 && (right > e + 20 || right < e - 16)) {
+            e = right;
+            NAME(measure_block)
+            (p + at, g + at, m + at, B + at, length, s, decay, belief, e, &found);
+        }
+        add(total, &found);
+    }
+}
+
+/* m', B' and theta', with B' = B - c u^2 and u = d / 2^e. */
+INLINE void NAME(apply)(P *restrict p, const G *restrict g, S *restrict m, S *restrict B, size_t n,
+                        const step_scalars *s, const result *r, int decay, forerunner *ahead)
+{
+    const S alpha = (S)s->alpha, sign = (S)s->sign, l2 = (S)s->l2, kappa = (S)s->kappa;
+    const S omega = (S)s->omega, floor = (S)s->previous_threshold, offset = (S)s->previous_offset;
+    const S next_offset = (S)s->offset, rate = (S)s->rate, decoupled = (S)s->decoupled;
+    const S c = (S)r->c, inverse = (S)power_of_2(-r->e), threshold = (S)r->threshold;
+    for (size_t at = 0; at < n; at += STRIDE) {
+        const size_t end = n - at < STRIDE ? n : at + STRIDE;
+        fetch(ahead, end - at);
+        for (size_t i = at; i < end; i++) {
+            const S b = B[i], mi = m[i], theta = LOAD_P(p[i]), a = ABS(b);
+            S d = mi / ((floor > a ? floor : a) + offset);
+            S delta = sign * LOAD_G(g[i]) - mi;
+            if (decay) {
+                delta += l2 * theta;
+                d = kappa * d + omega * theta;
+            }
+            const S u = d * inverse, m1 = mi + alpha * delta, B1 = b - c * (u * u), a1 = ABS(B1);
+            S d1 = m1 / ((threshold > a1 ? threshold : a1) + next_offset);
+            if (decay) d1 += decoupled * theta;
+            m[i] = m1;
+            B[i] = B1;
+            p[i] = STORE_P(theta - rate * d1);
+        }
+    }
+}
