@@ -14,7 +14,7 @@ setup(
                 *("-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wextra"),
             ],
             libraries=["m"],
-            py_limited_api=True,  # one wheel for every Python; of torch it needs nothing
+            py_limited_api=True,  # one wheel for all: it needs no header of Python or torch
             optional=True,  # without a compiler the foreach back end serves
         )
     ],

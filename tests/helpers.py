@@ -8,12 +8,25 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 from apollo_qn import Apollo
+from apollo_qn.backends import cpu
 from tests import tolerances
 from tests.numpy_reference import Array, ReferenceApollo, Settings
+
+# How a back end is chosen.
+NEEDS_KERNEL = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+BACK_ENDS = pytest.mark.parametrize(
+    "back_end",
+    [
+        pytest.param({"foreach": False}, id="rule"),
+        pytest.param({"foreach": True}, id="foreach"),
+        pytest.param({"fused": True}, id="fused", marks=NEEDS_KERNEL),
+    ],
+)
 
 # 0-dim, empty, around ROW = 256 of the foreach back end, larger than a (patched) block
 SHAPES: tuple[tuple[int, ...], ...] = (

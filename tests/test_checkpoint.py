@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from apollo_qn import Apollo, ApolloW
+from apollo_qn.backends import cpu
 from tests import tolerances
 from tests.helpers import (
+    BACK_ENDS,
     Comparison,
     as_numpy,
     gradient,
@@ -42,17 +44,17 @@ def through_a_file(state: Any) -> Any:
 
 
 @pytest.mark.parametrize("capturable", [False, True], ids=["host", "capturable"])
-@pytest.mark.parametrize("foreach", [False, True], ids=["rule", "foreach"])
+@BACK_ENDS
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex64], ids=str
 )
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_continuation_is_bit_identical(
-    mode: dict[str, Any], dtype: torch.dtype, foreach: bool, capturable: bool
+    mode: dict[str, Any], dtype: torch.dtype, back_end: dict[str, Any], capturable: bool
 ) -> None:
     settings = Settings(lr=0.3, warmup_steps=8, **mode)
     params = parameters(SHAPES, dtype)
-    optimizer = make(params, settings, foreach=foreach, capturable=capturable)
+    optimizer = make(params, settings, **back_end, capturable=capturable)
     run_steps(optimizer, range(4))
     saved = through_a_file(optimizer.state_dict())
     values = [p.detach().clone() for p in params]
@@ -74,18 +76,21 @@ def test_continuation_is_bit_identical(
 def test_a_state_goes_from_one_back_end_to_the_other(mode: dict[str, Any]) -> None:
     settings = Settings(lr=0.3, warmup_steps=8, **mode)
     results = []
-    for first, second in [(True, False), (False, True), (False, False)]:
+    ends = [{"foreach": False, "fused": None}, {"foreach": True, "fused": None}]
+    if cpu.why_not() is None:
+        ends.append({"foreach": None, "fused": True})
+    for first, second in itertools.product(ends, ends):
         params = parameters(SHAPES, torch.float64)
-        optimizer = make(params, settings, foreach=first)
+        optimizer = make(params, settings, **first)
         run_steps(optimizer, range(3))
         fresh = make(params, settings)
         saved = through_a_file(optimizer.state_dict())
-        saved["param_groups"][0]["foreach"] = second
+        saved["param_groups"][0].update(second)
         fresh.load_state_dict(saved)
         run_steps(fresh, range(3, 6))
         results.append([as_numpy(p) for p in params])
-    for path in results[:2]:
-        for got, wanted in zip(path, results[2], strict=True):
+    for path in results[1:]:
+        for got, wanted in zip(path, results[0], strict=True):
             np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-12)
 
 
@@ -240,14 +245,14 @@ def released_state_dict(released: ReleasedApollo, dtype: torch.dtype) -> dict[st
 RELEASED_SHAPES = [(), (7,), (3, 5), (300,)]
 
 
-@pytest.mark.parametrize("foreach", [False, True], ids=["rule", "foreach"])
+@BACK_ENDS
 @pytest.mark.parametrize("saved_at", [0, 1, 3, 9])
 @pytest.mark.parametrize(
     ("decay", "wd"), [("L2", 0.0), ("L2", 0.05), ("decoupled", 0.05), ("decoupled", 0.0)]
 )
 @pytest.mark.parametrize("rebound", ["constant", "belief"])
 def test_the_released_state_continues_as_there(
-    rebound: str, decay: str, wd: float, saved_at: int, foreach: bool
+    rebound: str, decay: str, wd: float, saved_at: int, back_end: dict[str, Any]
 ) -> None:
     start = parameters(RELEASED_SHAPES, torch.float64)
     lr, eps = (0.01, 1e-4) if rebound == "constant" else (0.3, 0.1)
@@ -268,11 +273,11 @@ def test_the_released_state_continues_as_there(
     for t in range(saved_at):
         released.step(gradients(t))
     params = [torch.nn.Parameter(torch.tensor(theta)) for theta in released.thetas]
-    optimizer = Apollo(params, lr=123.0, foreach=foreach)
+    optimizer = Apollo(params, lr=123.0, **back_end)
     saved = through_a_file(released_state_dict(released, torch.float64))
     optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["sigma"] == 0.01
-    assert optimizer.param_groups[0]["foreach"] is foreach
+    assert back_end.items() <= optimizer.param_groups[0].items()
     compare = Comparison()
     for t in range(saved_at, saved_at + 10):
         for p, g in zip(params, gradients(t), strict=True):

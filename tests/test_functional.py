@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from apollo_qn import Apollo, apollo
-from tests.helpers import gradient, parameters, same
+from tests.helpers import BACK_ENDS, gradient, parameters, same
 
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
@@ -37,8 +37,10 @@ def test_signature() -> None:
 
 @pytest.mark.parametrize("rebound", ["constant", "belief"])
 @pytest.mark.parametrize("decoupled", [False, True])
-@pytest.mark.parametrize("foreach", [False, True, None])
-def test_it_does_what_the_class_does(foreach: bool | None, decoupled: bool, rebound: Any) -> None:
+@BACK_ENDS
+def test_it_does_what_the_class_does(
+    back_end: dict[str, Any], decoupled: bool, rebound: Any
+) -> None:
     params, _, m, B, steps = lists()
     settings: dict[str, Any] = {
         "lr": 0.4,
@@ -46,7 +48,7 @@ def test_it_does_what_the_class_does(foreach: bool | None, decoupled: bool, rebo
         "decoupled_weight_decay": decoupled,
         "rebound": rebound,
         "warmup_steps": 4,
-        "foreach": foreach,
+        **back_end,
     }
     others = [torch.nn.Parameter(p.clone()) for p in params]
     optimizer = Apollo(others, **settings)
@@ -94,8 +96,6 @@ def test_lists_that_the_mode_needs() -> None:
 
 
 def test_choices_that_cannot_be() -> None:
-    with pytest.raises(RuntimeError, match="fused=True"):
-        apollo(*lists(), fused=True)
     with pytest.raises(RuntimeError, match="cannot both"):
         apollo(*lists(), fused=True, foreach=True)
     with pytest.raises(RuntimeError, match="differentiable=True"):

@@ -11,22 +11,22 @@ import torch
 
 from apollo_qn import Apollo
 from tests import make_golden, tolerances
-from tests.helpers import Comparison
+from tests.helpers import BACK_ENDS, Comparison
 
 GOLDEN: dict[str, dict[str, Any]] = json.loads(make_golden.PATH.read_text())
 
 
 @pytest.mark.parametrize("block", [4, 1 << 18])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("foreach", [False, True, None], ids=["rule", "foreach", "default"])
+@BACK_ENDS
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden(
-    name: str, foreach: bool | None, dtype: torch.dtype, block: int, set_block: Any
+    name: str, back_end: dict[str, Any], dtype: torch.dtype, block: int, set_block: Any
 ) -> None:
     set_block(block)
     wanted = GOLDEN[name]
     p = torch.nn.Parameter(torch.tensor(make_golden.THETA, dtype=dtype))
-    optimizer = Apollo([p], foreach=foreach, **wanted["settings"])
+    optimizer = Apollo([p], **back_end, **wanted["settings"])
     compare = Comparison()
     limit, limit_B = tolerances.GOLDEN[dtype]
     for t, theta in enumerate(wanted["theta"]):

@@ -21,6 +21,7 @@ import apollo_qn
 from apollo_qn import Apollo, ApolloW
 from tests import tolerances
 from tests.helpers import (
+    BACK_ENDS,
     Comparison,
     as_numpy,
     give_gradients,
@@ -34,7 +35,6 @@ from tests.helpers import (
 )
 from tests.numpy_reference import Settings
 
-BACK_ENDS = pytest.mark.parametrize("foreach", [False, True], ids=["rule", "foreach"])
 MODES: list[dict[str, Any]] = [
     {"rebound": rebound, "weight_decay": wd, "decoupled_weight_decay": decoupled}
     for rebound, (wd, decoupled) in itertools.product(
@@ -159,14 +159,14 @@ def test_values_at_the_border(good: dict[str, Any]) -> None:
 
 def test_back_ends_that_cannot_be() -> None:
     p = parameters([(3,)])
-    with pytest.raises(RuntimeError, match="fused=True"):
-        Apollo(p, fused=True)
     with pytest.raises(RuntimeError, match="cannot both be True"):
         Apollo(p, fused=True, foreach=True)
     with pytest.raises(RuntimeError, match="foreach=True does not support differentiable=True"):
         Apollo(p, foreach=True, differentiable=True)
-    with pytest.raises(RuntimeError, match="fused=True"):
-        Apollo(p).add_param_group({"params": parameters([(4,)]), "fused": True})
+    with pytest.raises(RuntimeError, match="fused=True does not support differentiable=True"):
+        Apollo(p, fused=True, differentiable=True)
+    with pytest.raises(RuntimeError, match="cannot both be True"):
+        Apollo(p, foreach=True).add_param_group({"params": parameters([(4,)]), "fused": True})
     run_steps(Apollo(p, fused=False), range(1))
 
 
@@ -187,10 +187,10 @@ def test_what_torch_refuses_too() -> None:
 
 @BACK_ENDS
 @pytest.mark.parametrize("last", [False, True])
-def test_a_sparse_gradient_changes_nothing(last: bool, foreach: bool) -> None:
+def test_a_sparse_gradient_changes_nothing(last: bool, back_end: dict[str, Any]) -> None:
     params = parameters([(3,), (6, 2), (5,)])
     optimizer = Apollo(
-        [{"params": params[:2]}, {"params": params[2:], "rebound": "belief"}], foreach=foreach
+        [{"params": params[:2]}, {"params": params[2:], "rebound": "belief"}], **back_end
     )
     run_steps(optimizer, range(2))
     give_gradients(params, 2)
@@ -249,9 +249,9 @@ def test_zero_grad() -> None:
 
 
 @BACK_ENDS
-def test_the_gradient_is_not_changed(foreach: bool) -> None:
+def test_the_gradient_is_not_changed(back_end: dict[str, Any]) -> None:
     params = parameters()
-    optimizer = Apollo(params, foreach=foreach, weight_decay=0.1, maximize=True)
+    optimizer = Apollo(params, **back_end, weight_decay=0.1, maximize=True)
     for t in range(3):
         give_gradients(params, t)
         grads = [p.grad.clone() for p in params if p.grad is not None]
@@ -279,12 +279,12 @@ def test_groups_inherit_and_override() -> None:
 
 
 @BACK_ENDS
-def test_a_group_added_later_starts_from_its_own_zero(foreach: bool) -> None:
+def test_a_group_added_later_starts_from_its_own_zero(back_end: dict[str, Any]) -> None:
     early, late = parameters([(3,)], torch.float64), parameters([(40,), ()], torch.float64)
     common = Settings(lr=0.3, warmup_steps=4)
     own = Settings(lr=0.1, warmup_steps=3, weight_decay=0.1, decoupled_weight_decay=True)
     wanted = [*references(early, common), *references(late, own)]
-    optimizer = make(early, common, foreach=foreach)
+    optimizer = make(early, common, **back_end)
     params = [*early, *late]
     compare = Comparison()
     for t in range(10):
@@ -301,12 +301,14 @@ def test_a_group_added_later_starts_from_its_own_zero(foreach: bool) -> None:
 @BACK_ENDS
 @pytest.mark.parametrize("capturable", [False, True], ids=["host", "capturable"])
 @pytest.mark.parametrize("mode", MODES, ids=str)
-def test_a_tensor_lr_is_as_a_number(mode: dict[str, Any], capturable: bool, foreach: bool) -> None:
+def test_a_tensor_lr_is_as_a_number(
+    mode: dict[str, Any], capturable: bool, back_end: dict[str, Any]
+) -> None:
     results = []
     for lr in (0.25, torch.tensor(0.25, dtype=torch.float64)):
         params = parameters(dtype=torch.float64)
         settings = {"warmup_steps": 3, "warmup_init_lr": 0.05, **mode}
-        optimizer = Apollo(params, lr=lr, foreach=foreach, capturable=capturable, **settings)
+        optimizer = Apollo(params, lr=lr, **back_end, capturable=capturable, **settings)
         run_steps(optimizer, range(4))
         if isinstance(lr, Tensor):
             lr.fill_(0.125)
@@ -321,7 +323,9 @@ def test_a_tensor_lr_is_as_a_number(mode: dict[str, Any], capturable: bool, fore
 @BACK_ENDS
 @pytest.mark.parametrize("capturable", [False, True], ids=["host", "capturable"])
 @pytest.mark.parametrize("rebound", ["constant", "belief"])
-def test_decay_that_forgets_the_parameter(rebound: Any, capturable: bool, foreach: bool) -> None:
+def test_decay_that_forgets_the_parameter(
+    rebound: Any, capturable: bool, back_end: dict[str, Any]
+) -> None:
     """At lr weight_decay = 1 the parameter before cannot be rebuilt: everything stays finite."""
     for lr, wd in [(1.0, 1.0), (0.5, 2.0), (0.1, 10.0), (1.0, 1.0 + 1e-9), (1.0, 1.0 - 1e-12)]:
         params = parameters(dtype=torch.float32)
@@ -331,7 +335,7 @@ def test_decay_that_forgets_the_parameter(rebound: Any, capturable: bool, foreac
             weight_decay=wd,
             rebound=rebound,
             warmup_steps=0,
-            foreach=foreach,
+            **back_end,
             capturable=capturable,
         )
         run_steps(optimizer, range(8))
@@ -363,10 +367,10 @@ def test_a_mode_chosen_in_mid_run() -> None:
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64], ids=str
 )
 def test_state_is_two_tensors_and_scalars(
-    dtype: torch.dtype, mode: dict[str, Any], foreach: bool
+    dtype: torch.dtype, mode: dict[str, Any], back_end: dict[str, Any]
 ) -> None:
     params = parameters([(3, 5), (300,), (2, 3, 4, 5)], dtype)
-    optimizer = Apollo(params, foreach=foreach, **mode)
+    optimizer = Apollo(params, **back_end, **mode)
     run_steps(optimizer, range(2))
     at_least = {torch.bfloat16: torch.float32, torch.float16: torch.float32}.get(dtype, dtype)
     for p in params:
@@ -391,13 +395,13 @@ def test_state_is_two_tensors_and_scalars(
     assert not [k for k, v in vars(optimizer).items() if isinstance(v, Tensor)]
 
 
-@pytest.mark.parametrize("foreach", [None, False, True])
+@BACK_ENDS
 @pytest.mark.parametrize("copying", ["deepcopy", "pickle", "torch.save"])
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_a_copied_optimizer_goes_on(
-    mode: dict[str, Any], copying: str, foreach: bool | None
+    mode: dict[str, Any], copying: str, back_end: dict[str, Any]
 ) -> None:
-    optimizer = Apollo(parameters([(3,), (300,)]), foreach=foreach, warmup_steps=3, **mode)
+    optimizer = Apollo(parameters([(3,), (300,)]), **back_end, warmup_steps=3, **mode)
     run_steps(optimizer, range(2))
     if copying == "deepcopy":
         twin = copy.deepcopy(optimizer)
@@ -450,9 +454,9 @@ def one(**settings: Any) -> Apollo:
 @BACK_ENDS
 @pytest.mark.parametrize("init", [None, 0.0, 0.01, 2.0])
 @pytest.mark.parametrize("steps", [0, 1, 5])
-def test_warmup(steps: int, init: float | None, foreach: bool, capturable: bool) -> None:
+def test_warmup(steps: int, init: float | None, back_end: dict[str, Any], capturable: bool) -> None:
     optimizer = one(
-        lr=0.5, warmup_steps=steps, warmup_init_lr=init, foreach=foreach, capturable=capturable
+        lr=0.5, warmup_steps=steps, warmup_init_lr=init, **back_end, capturable=capturable
     )
     w = 1 / 1000 if init is None else init / 0.5
     wanted = [0.5 * (w + (1 - w) * t / steps) if t < steps else 0.5 for t in range(8)]
@@ -494,12 +498,12 @@ def test_warmup_multiplies_what_a_scheduler_sets(name: str, tensor_lr: bool) -> 
 
 
 @BACK_ENDS
-def test_a_schedule_and_decoupled_decay_follow_the_reference(foreach: bool) -> None:
+def test_a_schedule_and_decoupled_decay_follow_the_reference(back_end: dict[str, Any]) -> None:
     """The displacement is rebuilt with the rate that was used, not with the one of now."""
     settings = Settings(lr=0.5, weight_decay=0.2, decoupled_weight_decay=True, warmup_steps=4)
     params = parameters(dtype=torch.float64)
     wanted = references(params, settings)
-    optimizer = make(params, settings, foreach=foreach)
+    optimizer = make(params, settings, **back_end)
     compare = Comparison()
     for t in range(15):
         give_gradients(params, t)

@@ -16,10 +16,8 @@ from torch import Tensor
 from apollo_qn import rule
 from apollo_qn.rule import Hyperparameters, StepScalars
 from tests import tolerances
-from tests.helpers import Comparison, as_numpy, make, normal
+from tests.helpers import BACK_ENDS, Comparison, as_numpy, make, normal
 from tests.numpy_reference import ReferenceApollo, Settings
-
-BACK_ENDS = pytest.mark.parametrize("foreach", [False, True], ids=["rule", "foreach"])
 
 
 def hyperparameters(**changed: Any) -> Hyperparameters:
@@ -123,7 +121,7 @@ def test_hand_computed_two_steps() -> None:
     seed=st.integers(0, 10**6),
 )
 def test_theorem_1(
-    foreach: bool,
+    back_end: dict[str, Any],
     shape: tuple[int, ...],
     c: float,
     scale: float,
@@ -143,7 +141,7 @@ def test_theorem_1(
             weight_decay=weight_decay,
             warmup_steps=warmup_steps,
         )
-        optimizer = make([p], settings, foreach=foreach)
+        optimizer = make([p], settings, **back_end)
         mean = normal(shape, seed, "mean")
         path = []
         for t in range(8):
@@ -164,7 +162,7 @@ def test_theorem_1(
     seed=st.integers(0, 10**6),
 )
 def test_secant_property(
-    foreach: bool,
+    back_end: dict[str, Any],
     shape: tuple[int, ...],
     scale: float,
     sigma: float,
@@ -182,7 +180,7 @@ def test_secant_property(
         weight_decay=weight_decay,
         decoupled_weight_decay=decoupled,
     )
-    optimizer = make([p], settings, foreach=foreach)
+    optimizer = make([p], settings, **back_end)
     d = m = B = torch.zeros(())
     for t in range(6):
         before = p.detach().clone()
@@ -224,34 +222,38 @@ EXTREMES = {
 @pytest.mark.parametrize("rebound", ["constant", "belief"])
 @pytest.mark.parametrize("scales", EXTREMES.values(), ids=EXTREMES.keys())
 def test_extreme_gradients(
-    scales: list[float], rebound: str, shape: tuple[int, ...], foreach: bool, set_block: Any
+    scales: list[float],
+    rebound: str,
+    shape: tuple[int, ...],
+    back_end: dict[str, Any],
+    set_block: Any,
 ) -> None:
     """Float32 follows float64 where squares and fourth powers leave float32 by far."""
     set_block(1024)
-    follow(scales, Settings(lr=0.1, warmup_steps=0, rebound=rebound), shape, foreach)
+    follow(scales, Settings(lr=0.1, warmup_steps=0, rebound=rebound), shape, back_end)
 
 
 @BACK_ENDS
 @pytest.mark.parametrize("shape", [(1,), (40,), (300,), (3000,)], ids=str)
 @pytest.mark.parametrize("scale", [1e-30, 1e-36, 1e20])
 def test_extreme_gradients_without_eps(
-    scale: float, shape: tuple[int, ...], foreach: bool, set_block: Any
+    scale: float, shape: tuple[int, ...], back_end: dict[str, Any], set_block: Any
 ) -> None:
     set_block(1024)
-    follow([scale] * 6, Settings(lr=0.1, eps=0.0, warmup_steps=0), shape, foreach)
+    follow([scale] * 6, Settings(lr=0.1, eps=0.0, warmup_steps=0), shape, back_end)
 
 
 @BACK_ENDS
 @pytest.mark.parametrize("sigma", [1e-30, 1e20])
-def test_extreme_sigma(sigma: float, foreach: bool) -> None:
-    follow([sigma] * 6, Settings(lr=0.1 * sigma, sigma=sigma, warmup_steps=0), (40,), foreach)
+def test_extreme_sigma(sigma: float, back_end: dict[str, Any]) -> None:
+    follow([sigma] * 6, Settings(lr=0.1 * sigma, sigma=sigma, warmup_steps=0), (40,), back_end)
 
 
 @BACK_ENDS
-def test_what_does_not_fit_saturates(foreach: bool) -> None:
+def test_what_does_not_fit_saturates(back_end: dict[str, Any]) -> None:
     """A B of 1e49 has no float32: it stays finite, and so does what follows."""
     p = torch.nn.Parameter(torch.ones(40))
-    optimizer = make([p], Settings(lr=0.1, eps=0.0, warmup_steps=0), foreach=foreach)
+    optimizer = make([p], Settings(lr=0.1, eps=0.0, warmup_steps=0), **back_end)
     for g in of_scale([1e-30, 1e20, 1e20, 1.0, 1e-30, 1e20, 1.0], (40,)):
         p.grad = g
         optimizer.step()
@@ -260,10 +262,12 @@ def test_what_does_not_fit_saturates(foreach: bool) -> None:
             assert x.isfinite().all()
 
 
-def follow(scales: list[float], settings: Settings, shape: tuple[int, ...], foreach: bool) -> None:
+def follow(
+    scales: list[float], settings: Settings, shape: tuple[int, ...], back_end: dict[str, Any]
+) -> None:
     p = torch.nn.Parameter(normal(shape, "theta").float())
     reference = ReferenceApollo(as_numpy(p), settings)
-    optimizer = make([p], settings, foreach=foreach)
+    optimizer = make([p], settings, **back_end)
     compare = Comparison()
     for t, g in enumerate(of_scale(scales, shape)):
         before = as_numpy(p)

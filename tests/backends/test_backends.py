@@ -16,6 +16,7 @@ from apollo_qn import Apollo
 from apollo_qn.backends import foreach as foreach_module
 from tests import tolerances
 from tests.helpers import (
+    BACK_ENDS,
     Comparison,
     as_numpy,
     give_gradients,
@@ -42,9 +43,6 @@ MODES: list[dict[str, Any]] = [
     {**rebound, **decay} for rebound, decay in itertools.product(REBOUND, DECAY.values())
 ]
 MODE_IDS = [f"{r}-{d}" for r, d in itertools.product(("constant", "belief"), DECAY)]
-BACK_ENDS = pytest.mark.parametrize(
-    "back_end", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=["rule", "foreach", "fused"]
-)
 
 SetBlock = Callable[[int], None]
 
@@ -147,7 +145,9 @@ def test_complex_parameters_are_viewed_as_real(
 
 @BACK_ENDS
 @pytest.mark.parametrize("capturable", [False, True], ids=["host", "capturable"])
-def test_groups_differ_and_gradients_come_and_go(back_end: dict[str, Any], capturable: bool) -> None:
+def test_groups_differ_and_gradients_come_and_go(
+    back_end: dict[str, Any], capturable: bool
+) -> None:
     """Different settings, types and numbers of steps done, all in one optimizer."""
     sets = [
         Settings(lr=0.3, warmup_steps=5),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -40,7 +40,7 @@ class Group:
         """The group with some of its tensors."""
         if len(which) == len(self.params):
             return self
-        lists = {
+        lists: dict[str, Any] = {
             field.name: [column[i] for i in which]
             for field in fields(self)
             if isinstance(column := getattr(self, field.name), list)

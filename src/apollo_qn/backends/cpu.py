@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -77,7 +78,7 @@ class _Kernel:
 class _Table(ctypes.Structure):
     """The kernel's ``table``: columns with an entry for each tensor."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("count", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("p", "g", "m", "B")),
         *((name, ctypes.c_void_p) for name in ("step", "previous_lr", "threshold")),
@@ -88,15 +89,16 @@ class _Table(ctypes.Structure):
 @cache
 def _load() -> _Kernel | str:
     """The kernel, or why there is none."""
-    try:
-        from apollo_qn.backends import _kernel
-
-        library = ctypes.CDLL(_kernel.__file__)
-    except (ImportError, OSError) as error:
+    found = find_spec("apollo_qn.backends._kernel")
+    if found is None or found.origin is None:
         return (
-            "the fused kernel was not compiled when apollo-qn was installed; reinstall it where a "
-            f"C compiler is at hand ({error})"
+            "the fused kernel was not compiled when apollo-qn was installed (reinstall it where a "
+            "C compiler is at hand)"
         )
+    try:
+        library = ctypes.CDLL(found.origin)
+    except OSError as error:
+        return f"the fused kernel cannot be loaded ({error})"
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     take_step, numbers, overlap = (
         getattr(library, f"apollo_qn_{name}") for name in ("step", "numbers", "overlap")
@@ -135,7 +137,7 @@ class _Region:
 
 
 def _regions() -> list[_Region]:
-    """This process's memory in ascending order; empty where the system does not tell (Linux does)."""
+    """This process's memory in ascending order; empty where the system is not Linux."""
     try:
         with open("/proc/self/maps") as file:
             lines = [line.split(maxsplit=5) for line in file]
@@ -360,8 +362,9 @@ class Plan:
 _SIZES = [(p.itemsize, state.itemsize) for p, _, state in KINDS]
 
 
-def _address(values: array[Any]) -> int:
-    return values.buffer_info()[0]
+def _address(values: Any) -> int:
+    address: int = values.buffer_info()[0]
+    return address
 
 
 def _addresses(tensors: Iterable[Tensor | None]) -> array[int]:
@@ -451,7 +454,7 @@ def _on_host(h: Hyperparameters) -> Hyperparameters:
     return replace(h, lr=h.lr.item()) if isinstance(h.lr, Tensor) else h
 
 
-def _scalars(h: Hyperparameters, t: float, previous_lr: float) -> Iterator[float]:
+def _scalars(h: Hyperparameters, t: float, previous_lr: float) -> Iterator[Any]:
     """The kernel's ``step_scalars``."""
     s = StepScalars.at(t, h, previous_lr, h.sigma)
     yield from (s.alpha, h.rate(t), s.offset, s.previous_threshold, s.previous_offset)

@@ -1,4 +1,5 @@
-/* Algorithm 1 for all tensors of all groups in one call. Knows nothing of torch: addresses come in.
+/* Algorithm 1 for all tensors of all groups in one call. Knows nothing of torch or
+   Python: addresses come in, through ctypes.
 
    Sums are taken in blocks of a fixed size, each in a fixed number of interleaved partial sums, and
    added in the order of the blocks: the result depends neither on the number of threads nor on the
@@ -6,9 +7,6 @@
    core's cache. A large one belongs to all: each thread takes a contiguous run of chunks and makes
    its second pass backwards, from what it read last. While a thread computes on what its cache
    holds, it fetches what comes next. */
-
-#define Py_LIMITED_API 0x030a0000
-#include <Python.h>
 
 #include <math.h>
 #include <pthread.h>
@@ -75,7 +73,7 @@ typedef struct {
 
 /* What the sums of a whole tensor come to: B' = B - c u^2 and the threshold of D. */
 typedef struct {
-    double c, threshold;
+    double c, threshold, d;
     int e;
 } result;
 
@@ -87,6 +85,18 @@ typedef struct {
     size_t left[4];        /* bytes */
     double pace, due;      /* lines for each element worked on */
 } forerunner;
+
+/* Denormal numbers, a hundred times slower than others, count as 0. They come of themselves where
+   gradients are 0 and m fades away. */
+static void flush_denormals(int on)
+{
+#if defined(__x86_64__)
+    const unsigned bits = 0x8040, now = _mm_getcsr();
+    _mm_setcsr(on ? now | bits : now & ~bits);
+#else
+    (void)on;
+#endif
+}
 
 static double larger(double x, double y) { return x > y ? x : y; }
 
@@ -206,6 +216,7 @@ INLINE void fetch(forerunner *ahead, size_t n)
 #define S float
 #define ABS fabsf
 #define E_MOST 120
+#define TINY 0x1p-90
 #define P float
 #define LOAD_P SAME
 #define STORE_P SAME
@@ -240,6 +251,7 @@ INLINE void fetch(forerunner *ahead, size_t n)
 #undef S
 #undef ABS
 #undef E_MOST
+#undef TINY
 #undef P
 #undef LOAD_P
 #undef STORE_P
@@ -247,6 +259,7 @@ INLINE void fetch(forerunner *ahead, size_t n)
 #define S double
 #define ABS fabs
 #define E_MOST 1000
+#define TINY 0x1p-980
 #define P double
 #define LOAD_P SAME
 #define STORE_P SAME
@@ -319,7 +332,7 @@ static step_scalars scalars_of(const table *all, int64_t i)
 /* rule.secant_coefficient and rule.finite */
 static result conclude(const sums *total, const step_scalars *s, int kind)
 {
-    result r = {.e = total->e, .threshold = s->threshold};
+    result r = {.e = total->e, .d = total->d, .threshold = s->threshold};
     const double scale = power_of_2(total->e), n = scale * sqrt(sqrt(total->q4)) + s->eps;
     if (n != 0) {
         const double share = scale / n, c = share * share * share * (total->k / n);
@@ -455,13 +468,12 @@ static void step_large(job *j, int64_t i, int member, int members)
     if (member == 0) record(j->all, i, &s, &r);
 }
 
-/* Denormal numbers count as 0, as they are a hundred times slower. */
 static void take_part(job *j, int member, int members)
 {
 #if defined(__x86_64__)
     const unsigned before = _mm_getcsr();
-    _mm_setcsr(before | 0x8040);
 #endif
+    flush_denormals(1);
     for (int64_t i = 0; i < j->all->count; i++)
         if (j->all->n[i] > SMALL) step_large(j, i, member, members);
     step_all_small(j);
@@ -578,9 +590,3 @@ EXPORT int apollo_qn_step(const table *all, int threads,
     free(j.chunks);
     return failed;
 }
-
-/* The functions above are called through ctypes; as a module this file says only where it lies. */
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, .m_name = "_kernel", .m_size = 0};
-
-PyMODINIT_FUNC PyInit__kernel(void);
-PyMODINIT_FUNC PyInit__kernel(void) { return PyModule_Create(&module); }

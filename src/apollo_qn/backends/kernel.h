@@ -46,7 +46,8 @@ INLINE void NAME(measure_block)(const P *restrict p, const G *restrict g, const 
 }
 
 /* A block's scale is guessed from the block before; where |u| comes near the ends of S, which is
-   rare, the block is measured once more. */
+   rare, the block is measured once more. So it is where all of d is so small that denormals matter;
+   what is smaller yet is 0. */
 INLINE void NAME(measure)(const P *restrict p, const G *restrict g, const S *restrict m,
                           const S *restrict B, size_t n, const step_scalars *s, int decay,
                           int belief, sums *total, forerunner *ahead)
@@ -59,10 +60,13 @@ INLINE void NAME(measure)(const P *restrict p, const G *restrict g, const S *res
         sums found;
         NAME(measure_block)(p + at, g + at, m + at, B + at, length, s, decay, belief, e, &found);
         const int right = exponent(found.d, E_MOST);
-        if (found.d > 0 && (right > e + 20 || right < e - 16)) {
+        const int tiny = found.d > 0 && found.d < TINY;
+        if (found.d > 0 && (tiny || right > e + 20 || right < e - 16)) {
             e = right;
+            if (tiny) flush_denormals(0);
             NAME(measure_block)
             (p + at, g + at, m + at, B + at, length, s, decay, belief, e, &found);
+            if (tiny) flush_denormals(1);
         }
         add(total, &found);
     }
@@ -76,6 +80,8 @@ INLINE void NAME(apply)(P *restrict p, const G *restrict g, S *restrict m, S *re
     const S omega = (S)s->omega, floor = (S)s->previous_threshold, offset = (S)s->previous_offset;
     const S next_offset = (S)s->offset, rate = (S)s->rate, decoupled = (S)s->decoupled;
     const S c = (S)r->c, inverse = (S)power_of_2(-r->e), threshold = (S)r->threshold;
+    const int tiny = r->d > 0 && r->d < TINY;
+    if (tiny) flush_denormals(0);
     for (size_t at = 0; at < n; at += STRIDE) {
         const size_t end = n - at < STRIDE ? n : at + STRIDE;
         fetch(ahead, end - at);
@@ -95,4 +101,5 @@ INLINE void NAME(apply)(P *restrict p, const G *restrict g, S *restrict m, S *re
             p[i] = STORE_P(theta - rate * d1);
         }
     }
+    if (tiny) flush_denormals(1);
 }
