@@ -67,3 +67,9 @@ CAPTURED_RATE = 1e-6
 # A learning rate as a float64 tensor: the same numbers as a float, other order of roundings in
 # capturable's float32 scalars.
 TENSOR_LR = 1e-4
+
+# 16 M elements in float32 against float64, three steps: what the issue of the fused kernel asks.
+SIXTEEN_MILLION = 1e-6
+
+# One step on some 100,000 elements from one and the same state: a dozen roundings.
+LARGE = {torch.float64: 2e-15, torch.float32: 1e-6}
