@@ -115,12 +115,11 @@ def run(groups: list[Group], plan: cpu.Plan | None = None) -> cpu.Plan | None:
     groups = [_checked(group) for group in groups]
     fused = [group for group in groups if _may_be_fused(group)]
     if fused:
-        left, plan = cpu.step(fused, plan)
-        rest = iter(left)
-        groups = [
-            group.part(next(rest)) if any(group is one for one in fused) else group
-            for group in groups
-        ]
+        plan = cpu.planned(fused, plan)
+        rest = [group.part(left) for group, left in zip(fused, plan.left, strict=True)]
+        _check_devices(rest)
+        plan.step([group.h for group in fused])
+        groups = rest + [group for group in groups if not any(group is one for one in fused)]
     for group in groups:
         if group.params:
             _step_alike(group)
@@ -144,12 +143,7 @@ def _checked(group: Group) -> Group:
                 f"got {len(tensors)}"
             )
     if group.fused:
-        for i, p in enumerate(group.params):
-            if not p.is_cpu:
-                raise RuntimeError(
-                    f"fused=True: no fused back end serves tensors on {p.device} (parameter {i} of "
-                    "its group); use fused=None for the fastest one that there is"
-                )
+        _check_devices([group.part([0])] if group.params else [])
     # numbers are read on the host only where they lie there and no compiler is tracing
     if _on_host(group) and isinstance(group.h.lr, Tensor):
         if group.h.lr.device.type != "cpu":
@@ -157,6 +151,16 @@ def _checked(group: Group) -> Group:
         if not group.differentiable:
             return replace(group, h=replace(group.h, lr=group.h.lr.item()))
     return group
+
+
+def _check_devices(groups: list[Group]) -> None:
+    for group in groups:
+        for p in group.params if group.fused else ():
+            if not p.is_cpu:
+                raise RuntimeError(
+                    f"fused=True: no fused back end serves the parameter of shape {tuple(p.shape)} "
+                    f"on {p.device}; use fused=None for the fastest one that there is"
+                )
 
 
 def _on_host(group: Group) -> bool:

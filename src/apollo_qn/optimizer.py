@@ -193,23 +193,24 @@ class Apollo(Optimizer):
 
     def _with_gradient(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
         params: list[Tensor] = group["params"]
-        grads = [p.grad for p in params]
-        if any(g is None for g in grads):
-            params = [p for p, g in zip(params, grads, strict=True) if g is not None]
-        given = [g for g in grads if g is not None]
-        if any(g.is_sparse for g in given):
-            p = next(p for p, g in zip(params, given, strict=True) if g.is_sparse)
+        grads = [g for p in params if (g := p.grad) is not None]
+        if len(grads) < len(params):
+            params = [p for p in params if p.grad is not None]
+        if True in (sparse := [g.is_sparse for g in grads]):
             raise RuntimeError(
                 f"Apollo needs dense gradients, got a sparse one for a parameter of shape "
-                f"{tuple(p.shape)}; build its embedding with sparse=False"
+                f"{tuple(params[sparse.index(True)].shape)}; build its embedding with sparse=False"
             )
-        return params, given
+        return params, grads
 
     def _group(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> Group:
         h = _hyperparameters(group)
         states = [self.state[p] for p in params]
-        for p, state in zip(params, states, strict=True):
-            self._complete(state, p, group, h)
+        needed = {"step", "previous_lr" if h.decoupled_weight_decay else "step"}
+        needed.add("threshold" if h.belief else "step")
+        for name in needed:
+            for i in [i for i, state in enumerate(states) if name not in state]:
+                self._complete(states[i], params[i], group, h)
         return Group(
             h,
             params,

@@ -11,7 +11,7 @@ import bisect
 import ctypes
 import os
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -38,25 +38,18 @@ KINDS = {
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def step(groups: list[Group], plan: Plan | None) -> tuple[list[list[int]], Plan]:
-    """One step on those tensors that the kernel can take.
+def planned(groups: list[Group], plan: Plan | None) -> Plan:
+    """What the kernel will do for these groups; nothing is changed.
 
     Args:
         groups: with float or CPU tensor learning rates.
         plan: what the last call returned.
 
-    Returns:
-        For each group the indices of the tensors that are left as they were, and the plan.
-
     Raises:
-        ValueError: a tensor lies in read-only memory; nothing has been changed.
-        MemoryError: nothing has been changed.
+        ValueError: a tensor lies in read-only memory.
     """
     tensors = _Tensors.of(groups)
-    if plan is None or not plan.renew(tensors):
-        plan = Plan(tensors, plan)
-    plan.step([_on_host(group.h) for group in groups])
-    return plan.left, plan
+    return plan if plan is not None and plan.renew(tensors) else Plan(tensors, plan)
 
 
 def why_not() -> str | None:
@@ -165,23 +158,23 @@ if hasattr(os, "register_at_fork"):
 
 @dataclass(slots=True)
 class _Tensors:
-    """The tensors of all groups in one row, column by column; None where a mode needs none."""
+    """The tensors of all groups in one row, column by column; None where no mode needs one."""
 
     params: list[Tensor]
     grads: list[Tensor]
     exp_avgs: list[Tensor]
     hessian_diags: list[Tensor]
     steps: list[Tensor]
-    previous_lrs: list[Tensor | None]
-    thresholds: list[Tensor | None]
+    previous_lrs: list[Tensor | None] | None
+    thresholds: list[Tensor | None] | None
     sizes: list[int]  # of the groups
 
     @classmethod
     def of(cls, groups: list[Group]) -> _Tensors:
-        def row(name: str) -> list[Any]:
+        def row(name: str) -> Any:
             columns = [getattr(group, name) for group in groups]
-            if len(groups) == 1 and columns[0] is not None:
-                return columns[0]  # type: ignore[no-any-return]
+            if len(groups) == 1 or all(column is None for column in columns):
+                return columns[0]
             return list(
                 chain.from_iterable(
                     [None] * len(group.params) if column is None else column
@@ -200,8 +193,8 @@ class _Tensors:
             [len(group.params) for group in groups],
         )
 
-    def kept(self) -> tuple[list[Any], ...]:
-        """What is the same objects from step to step."""
+    def kept(self) -> tuple[list[Any] | None, ...]:
+        """What are the same objects from step to step."""
         return (
             self.params,
             self.exp_avgs,
@@ -211,11 +204,17 @@ class _Tensors:
             self.thresholds,
         )
 
-    def signature(self) -> tuple[list[Any], ...]:
-        """What may change from step to step, but for addresses."""
+    def signature(self) -> tuple[Any, ...]:
+        """What may change from step to step, but for addresses.
+
+        A parameter has its gradient's size; that a state tensor, once looked at, still has it where
+        it is the same object at the same address needs no look.
+        """
         params, grads = self.params, self.grads
-        lies_plainly = [p.is_contiguous() for p in params]
-        grad_lies_plainly = [g.is_contiguous() for g in grads]
+        plain = [p.is_contiguous() for p in params], [g.is_contiguous() for g in grads]
+        strides = None
+        if not all(plain[0]) or not all(plain[1]):
+            strides = [(p.stride(), g.stride()) for p, g in zip(params, grads, strict=True)]
         return (
             self.sizes,
             [type(g) for g in grads],
@@ -224,27 +223,20 @@ class _Tensors:
             [g.is_cpu for g in grads],
             [g.is_neg() for g in grads],
             [g.numel() for g in grads],
-            [p.numel() for p in params],
-            [m.numel() for m in self.exp_avgs],
-            [B.numel() for B in self.hessian_diags],
-            lies_plainly,
-            grad_lies_plainly,
-            [
-                (p.stride(), g.stride())
-                for p, g, one, two in zip(
-                    params, grads, lies_plainly, grad_lies_plainly, strict=True
-                )
-                if not (one and two)
-            ],
+            plain,
+            strides,
         )
 
 
 class Plan:
-    """Which tensors the kernel takes, their addresses, and what this was concluded from."""
+    """Which tensors the kernel takes, their addresses, and what this was concluded from.
+
+    ``left`` are for each group the indices of the tensors that the kernel does not take.
+    """
 
     def __init__(self, tensors: _Tensors, before: Plan | None = None) -> None:
         self._kept = tensors.kept()
-        self._signature: tuple[list[Any], ...] | None = None
+        self._signature: tuple[Any, ...] | None = None
         with suppress(RuntimeError, NotImplementedError):  # a tensor without such properties
             self._signature = tensors.signature()
         kinds = [_kind(tensors, i) for i in range(len(tensors.params))]
@@ -264,10 +256,11 @@ class Plan:
         self._all = count == len(kinds)
         self._n = array("q", [tensors.params[i].numel() for i in taken])
         self._kind = array("i", [kinds[i] or 0 for i in taken])
+        self._none = array("Q", bytes(8 * count))
         self._addresses = self._addresses_of(tensors)
-        self._g = _addresses(self._of_taken(tensors.grads))
-        groups = chain.from_iterable([g] * size for g, size in enumerate(tensors.sizes))
-        self._group = array("i", self._of_taken(list(groups)))
+        self._g = self._addresses_of_gradients(tensors)
+        groups = [g for g, size in enumerate(tensors.sizes) for _ in range(size)]
+        self._group = array("i", [groups[i] for i in taken])
         self._which = array("i", bytes(4 * count))
         self._run_group = array("i", bytes(4 * count))
         self._run_step = array("d", bytes(8 * count))
@@ -277,11 +270,14 @@ class Plan:
         self._starts = array("Q", sorted(start for start, _, _ in ranges))
         self._ends = array("Q", sorted(end for _, end, _ in ranges))
 
-    def _of_taken(self, column: list[Any]) -> list[Any]:
-        return column if self._all else [column[i] for i in self._taken]
+    def _of_taken(self, column: list[Any] | None) -> list[Any] | None:
+        return column if self._all or column is None else [column[i] for i in self._taken]
 
     def _addresses_of(self, tensors: _Tensors) -> list[array[int]]:
-        return [_addresses(self._of_taken(column)) for column in tensors.kept()]
+        return [_addresses(self._of_taken(column), self._none) for column in tensors.kept()]
+
+    def _addresses_of_gradients(self, tensors: _Tensors) -> array[int]:
+        return _addresses(self._of_taken(tensors.grads), self._none)
 
     def _written(self) -> list[tuple[int, int, int]]:
         """Start, end and tensor of each range of memory that the kernel writes."""
@@ -300,14 +296,17 @@ class Plan:
         if self._signature is None:
             return False
         for column, before in zip(tensors.kept(), self._kept, strict=True):
-            if len(column) != len(before) or not all(map(is_, column, before)):
+            if column is None or before is None:
+                if column is not before:
+                    return False
+            elif len(column) != len(before) or not all(map(is_, column, before)):
                 return False
         try:
             if self._signature != tensors.signature():
                 return False
             if self._addresses != self._addresses_of(tensors):
                 return False
-            g = _addresses(self._of_taken(tensors.grads))
+            g = self._addresses_of_gradients(tensors)
         except (RuntimeError, NotImplementedError):
             return False
         if g != self._g:
@@ -333,7 +332,11 @@ class Plan:
         return set() if found < 0 else {self._taken[found]}
 
     def step(self, hyperparameters: list[Hyperparameters]) -> None:
-        """Run the kernel with the settings of each group."""
+        """Run the kernel with the settings of each group.
+
+        Raises:
+            MemoryError: nothing has been changed.
+        """
         if not self._taken:
             return
         kernel = _load()
@@ -346,11 +349,11 @@ class Plan:
         )
         scalars = array("d")
         for i in range(runs):
-            h = hyperparameters[self._run_group[i]]
+            h = _on_host(hyperparameters[self._run_group[i]])
             scalars.extend(_scalars(h, self._run_step[i], self._run_lr[i]))
         # autograd learns that they are no longer what they were
         torch.autograd.graph.increment_version(
-            chain.from_iterable(self._of_taken(column) for column in self._kept[:3])
+            chain.from_iterable(self._of_taken(column) or () for column in self._kept[:3])
         )
         openmp = (None, None, None) if _forked else kernel.openmp
         table = self._table(self._g, _address(scalars))
@@ -367,15 +370,23 @@ def _address(values: Any) -> int:
     return address
 
 
-def _addresses(tensors: Iterable[Tensor | None]) -> array[int]:
-    return array("Q", [0 if x is None else x.data_ptr() for x in tensors])
+def _addresses(tensors: list[Any] | None, none: array[int]) -> array[int]:
+    """Those of the tensors' memory; ``none`` where a mode needs no such tensors."""
+    if tensors is None:
+        return none
+    try:
+        return array("Q", [x.data_ptr() for x in tensors])
+    except AttributeError:  # needed by some groups only
+        return array("Q", [0 if x is None else x.data_ptr() for x in tensors])
 
 
 def _kind(tensors: _Tensors, i: int) -> int | None:
     """The kernel's number for what tensor ``i`` consists of; None: the kernel cannot take it."""
     p, g = tensors.params[i], tensors.grads[i]
     m, B, step = tensors.exp_avgs[i], tensors.hessian_diags[i], tensors.steps[i]
-    numbers = [step, tensors.previous_lrs[i], tensors.thresholds[i]]
+    numbers: list[Tensor | None] = [step]
+    for column in (tensors.previous_lrs, tensors.thresholds):
+        numbers.append(None if column is None else column[i])
     wanted = [_f32, _f64, m.dtype]
     large = [p, g, m, B]
     if any(type(x) not in _PLAIN for x in [*large, *numbers] if x is not None):

@@ -98,14 +98,22 @@ static void flush_denormals(int on)
 #endif
 }
 
-static double larger(double x, double y) { return x > y ? x : y; }
+INLINE double larger(double x, double y) { return x > y ? x : y; }
 
-static double power_of_2(int e) { return ldexp(1.0, e); }
-
-static int exponent(double x, int most)
+INLINE double power_of_2(int e) /* |e| <= 1000 */
 {
-    int e = 0;
-    if (isfinite(x) && x > 0) frexp(x, &e);
+    const uint64_t bits = (uint64_t)(1023 + e) << 52;
+    double y;
+    memcpy(&y, &bits, sizeof y);
+    return y;
+}
+
+/* e with 2^(e-1) <= x < 2^e, of a normal number; at most as large as that either way. */
+INLINE int exponent(double x, int most)
+{
+    uint64_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const int e = (int)(bits >> 52 & 0x7ff) - 1022;
     return e > most ? most : e < -most ? -most : e;
 }
 
@@ -189,18 +197,18 @@ static void aim(forerunner *ahead, const tensor *t, size_t at, size_t n)
 INLINE void fetch(forerunner *ahead, size_t n)
 {
     enum { RUN = 4 * LINE };
-    ahead->due += ahead->pace * (double)n;
-    while (ahead->due >= 1) {
-        int left = 0;
+    const double due = ahead->due + ahead->pace * (double)n;
+    ptrdiff_t lines = (ptrdiff_t)due; /* below 0 afterwards, where a run was too long */
+    const double rest = due - (double)lines;
+    while (lines > 0) {
+        size_t left = 0;
         for (int k = 0; k < 4; k++) {
+            const char *at = ahead->at[k];
             const size_t bytes = ahead->left[k] < RUN ? ahead->left[k] : RUN;
-            for (size_t i = 0; i < bytes; i += LINE) {
-                __builtin_prefetch(ahead->at[k] + i);
-                ahead->due -= 1;
-            }
-            ahead->at[k] += bytes;
-            ahead->left[k] -= bytes;
-            left |= ahead->left[k] > 0;
+            for (size_t i = 0; i < bytes; i += LINE) __builtin_prefetch(at + i);
+            lines -= (ptrdiff_t)((bytes + LINE - 1) / LINE);
+            ahead->at[k] = at + bytes;
+            left |= ahead->left[k] -= bytes;
         }
         if (left) continue;
         if (ahead->next >= ahead->end) {
@@ -210,6 +218,7 @@ INLINE void fetch(forerunner *ahead, size_t n)
         const tensor t = tensor_at(ahead->all, ahead->next++);
         if (t.n <= SMALL) aim(ahead, &t, 0, t.n);
     }
+    ahead->due = rest + (double)lines;
 }
 
 #define SAME(x) (x)
