@@ -142,8 +142,13 @@ def _checked(group: Group) -> Group:
                 f"{name} must have one tensor for each of the {len(group.params)} in params, "
                 f"got {len(tensors)}"
             )
-    if group.fused:
-        _check_devices([group.part([0])] if group.params else [])
+    group = replace(
+        group,
+        previous_lrs=group.previous_lrs if group.h.decoupled_weight_decay else None,
+        thresholds=group.thresholds if group.h.belief else None,
+    )
+    if group.fused and group.params:
+        _check_devices([group.part([0])])
     # numbers are read on the host only where they lie there and no compiler is tracing
     if _on_host(group) and isinstance(group.h.lr, Tensor):
         if group.h.lr.device.type != "cpu":
@@ -193,8 +198,6 @@ def _say_once(message: str) -> None:
 def _step_alike(group: Group) -> None:
     """Update what is alike together, by the foreach back end or the rule."""
     h, params, previous_lrs = group.h, group.params, group.previous_lrs
-    if not h.decoupled_weight_decay:
-        previous_lrs = None
     on_host = _on_host(group)
     rates_on_host = on_host and not group.differentiable  # autograd runs through the rate before
     # a compiler fuses the plain rule by itself
@@ -225,7 +228,7 @@ def _step_alike(group: Group) -> None:
             _real(part.hessian_diags),
             t if on_host else part.state_steps,
             previous_lr if rates_on_host or previous_lrs is None else part.previous_lrs,
-            part.thresholds if h.belief else None,
+            part.thresholds,
         )
         (foreach_step if fast else reference_step)(batch, h)
         if previous_lrs is not None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from apollo_qn import Apollo, ApolloW, apollo
-from apollo_qn.backends import cpu
+from apollo_qn.backends import kernel
 from tests import tolerances
 from tests.backends.test_backends import MODE_IDS, MODES, Watched
 from tests.helpers import (
@@ -160,7 +160,7 @@ def test_the_number_of_threads_does_not_matter(
     for members in (2, 4):
         threads(members)
         assert same(train(), wanted), members
-    monkeypatch.setattr(cpu, "_forked", True)  # threads of the kernel's own
+    monkeypatch.setattr(kernel, "_forked", True)  # threads of the kernel's own
     assert same(train(), wanted)
 
 

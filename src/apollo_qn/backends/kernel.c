@@ -532,6 +532,51 @@ static int run_threads(job *j)
     return 0;
 }
 
+/* DLPack's DLTensor (version 1 of its ABI), and a function that describes a Python object so. */
+typedef struct {
+    void *data;
+    int32_t device_type, device, dimensions;
+    uint8_t code, bits;
+    uint16_t lanes;
+    const int64_t *shape, *strides;
+    uint64_t offset;
+} dl_tensor;
+typedef int (*describe)(void *object, dl_tensor *out);
+
+/* Of Python's stable ABI; as the header is not needed for more, it is not needed at all. */
+extern void *PyList_GetItem(void *list, ptrdiff_t i);
+
+/* Looks at the tensors in so many lists (0: no list) of count each, of which some may be the object
+   none. Writes for each its object, its address, 0 for none, and, one after the other, what else
+   DLPack says of it: device, type, shape and strides. Returns how many words that takes, of which no
+   more than room are written, or -1 with a Python exception set. The caller holds the GIL. */
+EXPORT int64_t apollo_qn_look(describe look, int64_t lists, const uint64_t *list, int64_t count,
+                              uint64_t none, uint64_t *object, uint64_t *address, int64_t *words,
+                              int64_t room)
+{
+    int64_t used = 0;
+    for (int64_t i = 0; i < lists * count; i++) {
+        dl_tensor t;
+        void *const column = (void *)(uintptr_t)list[i / count];
+        void *const x = column ? PyList_GetItem(column, (ptrdiff_t)(i % count)) : NULL;
+        object[i] = (uint64_t)(uintptr_t)x;
+        address[i] = 0;
+        if (!column || object[i] == none) continue;
+        if (!x || look(x, &t)) return -1;
+        address[i] = (uint64_t)(uintptr_t)t.data + t.offset;
+        const int64_t needed = 2 + 2 * (int64_t)t.dimensions;
+        if (used + needed <= room) {
+            int64_t *out = words + used;
+            *out++ = (int64_t)t.device_type << 32 | t.device;
+            *out++ = (int64_t)t.dimensions << 32 | (int64_t)t.code << 24 | t.bits << 16 | t.lanes;
+            for (int k = 0; k < t.dimensions; k++) *out++ = t.shape[k];
+            for (int k = 0; k < t.dimensions; k++) *out++ = t.strides[k];
+        }
+        used += needed;
+    }
+    return used;
+}
+
 /* The index of a gradient that reaches into one of the ranges [start, end), which are written,
    sorted and apart; -1: none does. */
 EXPORT int64_t apollo_qn_overlap(const table *all, const uint64_t *start, const uint64_t *end,
