@@ -62,8 +62,8 @@ def apollo(
 
     Raises:
         ValueError: the lists differ in length, or one that the mode needs is missing.
-        RuntimeError: ``fused=True`` where there is no fused back end, or a combination of
-            ``foreach``, ``fused`` and ``differentiable`` that cannot be.
+        RuntimeError: a sparse gradient; ``fused=True`` where there is no fused back end; or a
+            combination of ``foreach``, ``fused`` and ``differentiable`` that cannot be.
     """
     base = lr if warmup_base_lr is None else warmup_base_lr
     h = Hyperparameters(
@@ -117,9 +117,12 @@ def run(groups: list[Group], plan: cpu.Plan | None = None) -> cpu.Plan | None:
     if fused:
         plan = cpu.planned(fused, plan)
         rest = [group.part(left) for group, left in zip(fused, plan.left, strict=True)]
-        _check_devices(rest)
-        plan.step([group.h for group in fused])
         groups = rest + [group for group in groups if not any(group is one for one in fused)]
+    for group in groups:
+        _check_tensors(group)
+    if fused:
+        assert plan is not None
+        plan.step([group.h for group in fused])
     for group in groups:
         if group.params:
             _step_alike(group)
@@ -147,8 +150,6 @@ def _checked(group: Group) -> Group:
         previous_lrs=group.previous_lrs if group.h.decoupled_weight_decay else None,
         thresholds=group.thresholds if group.h.belief else None,
     )
-    if group.fused and group.params:
-        _check_devices([group.part([0])])
     # numbers are read on the host only where they lie there and no compiler is tracing
     if _on_host(group) and isinstance(group.h.lr, Tensor):
         if group.h.lr.device.type != "cpu":
@@ -158,14 +159,19 @@ def _checked(group: Group) -> Group:
     return group
 
 
-def _check_devices(groups: list[Group]) -> None:
-    for group in groups:
-        for p in group.params if group.fused else ():
-            if not p.is_cpu:
-                raise RuntimeError(
-                    f"fused=True: no fused back end serves the parameter of shape {tuple(p.shape)} "
-                    f"on {p.device}; use fused=None for the fastest one that there is"
-                )
+def _check_tensors(group: Group) -> None:
+    """Raise what the back ends that are left cannot take."""
+    for p, g in zip(group.params, group.grads, strict=True):
+        if group.fused and not p.is_cpu:
+            raise RuntimeError(
+                f"fused=True: no fused back end serves the parameter of shape {tuple(p.shape)} on "
+                f"{p.device}; use fused=None for the fastest one that there is"
+            )
+        if g.is_sparse:
+            raise RuntimeError(
+                f"Apollo needs dense gradients, got a sparse one for a parameter of shape "
+                f"{tuple(p.shape)}; build its embedding with sparse=False"
+            )
 
 
 def _on_host(group: Group) -> bool:

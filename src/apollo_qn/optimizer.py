@@ -183,31 +183,19 @@ class Apollo(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            with_gradient = [self._with_gradient(group) for group in self.param_groups]
-            groups = [
-                self._group(group, params, grads)
-                for group, (params, grads) in zip(self.param_groups, with_gradient, strict=True)
-            ]
+            groups = [self._group(group) for group in self.param_groups]
             self._plan = run(groups, self._plan)
         return loss
 
-    def _with_gradient(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    def _group(self, group: dict[str, Any]) -> Group:
+        h = _hyperparameters(group)
         params: list[Tensor] = group["params"]
         grads = [g for p in params if (g := p.grad) is not None]
         if len(grads) < len(params):
             params = [p for p in params if p.grad is not None]
-        if True in (sparse := [g.is_sparse for g in grads]):
-            raise RuntimeError(
-                f"Apollo needs dense gradients, got a sparse one for a parameter of shape "
-                f"{tuple(params[sparse.index(True)].shape)}; build its embedding with sparse=False"
-            )
-        return params, grads
-
-    def _group(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> Group:
-        h = _hyperparameters(group)
         states = [self.state[p] for p in params]
-        needed = {"step", "previous_lr" if h.decoupled_weight_decay else "step"}
-        needed.add("threshold" if h.belief else "step")
+        modes = (("previous_lr", h.decoupled_weight_decay), ("threshold", h.belief))
+        needed = ["step", *(name for name, on in modes if on)]
         for name in needed:
             for i in [i for i, state in enumerate(states) if name not in state]:
                 self._complete(states[i], params[i], group, h)

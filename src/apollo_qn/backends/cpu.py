@@ -234,7 +234,8 @@ class Plan:
         """The first tensor whose gradient lies in what the kernel writes, if there is one."""
         found = kernel.loaded().overlap(
             ctypes.byref(self._table(g)),
-            *map(address, (self._starts, self._ends)),
+            address(self._starts),
+            address(self._ends),
             len(self._starts),
         )
         return set() if found < 0 else {self._taken[found]}
@@ -269,11 +270,10 @@ class Plan:
         if not self._taken:
             return
         _, _, _, step, previous_lr, _ = self._addresses
-        runs = kernel.loaded().numbers(
-            len(self._taken),
-            *map(address, (self._group, step, previous_lr, self._which)),
-            *map(address, (self._run_group, self._run_step, self._run_lr)),
-        )
+        read = (self._group, step, previous_lr)
+        written = (self._which, self._run_group, self._run_step, self._run_lr)
+        columns: tuple[array[Any], ...] = (*read, *written)
+        runs = kernel.loaded().numbers(len(self._taken), *map(address, columns))
         scalars = array("d")
         for i in range(runs):
             h = _on_host(hyperparameters[self._run_group[i]])
