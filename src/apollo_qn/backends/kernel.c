@@ -4,9 +4,8 @@
    Sums are taken in blocks of a fixed size, each in a fixed number of interleaved partial sums, and
    added in the order of the blocks: the result depends neither on the number of threads nor on the
    width of the vectors. A small tensor belongs to one thread, whose second pass finds it in that
-   core's cache. A large one belongs to all: each thread takes a contiguous run of chunks and makes
-   its second pass backwards, from what it read last. While a thread computes on what its cache
-   holds, it fetches what comes next. */
+   core's cache. A large one belongs to all: each thread takes a contiguous run of chunks, twice. While
+   a thread computes on what its cache holds, it fetches what comes next. */
 
 #include <math.h>
 #include <pthread.h>
@@ -225,7 +224,7 @@ INLINE void fetch(forerunner *ahead, size_t n)
 #define S float
 #define ABS fabsf
 #define E_MOST 120
-#define TINY 0x1p-90
+#define TINY 0x1p-104 /* of which the smallest normal number is no more than a rounding */
 #define P float
 #define LOAD_P SAME
 #define STORE_P SAME
@@ -268,7 +267,7 @@ INLINE void fetch(forerunner *ahead, size_t n)
 #define S double
 #define ABS fabs
 #define E_MOST 1000
-#define TINY 0x1p-980
+#define TINY 0x1p-970
 #define P double
 #define LOAD_P SAME
 #define STORE_P SAME
@@ -469,7 +468,7 @@ static void step_large(job *j, int64_t i, int member, int members)
     sums total = {0};
     for (size_t k = 0; k < chunks; k++) add(&total, &j->chunks[k]);
     const result r = conclude(&total, &s, t.kind);
-    for (size_t k = last; k-- > first;) {
+    for (size_t k = first; k < last; k++) {
         keep_ahead(&ahead, &t, k, 1);
         apply(&t, k * CHUNK, length(k * CHUNK, t.n, CHUNK), &s, &r, &ahead);
     }
