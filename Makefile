@@ -4,10 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/compare
 
-.PHONY: compare quick test lint build bench clean
+.PHONY: compare quick test lint build kernel bench clean
 .DELETE_ON_ERROR:
 
-$(VENV)/.ready: requirements/dev.txt pyproject.toml
+$(VENV)/.ready: requirements/dev.txt pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
@@ -32,8 +32,11 @@ lint: $(VENV)/.ready
 build: $(VENV)/.ready  ## wheel and sdist
 	$(BIN)/python -m build --no-isolation
 
+kernel: $(VENV)/.ready  ## compile the fused kernel again
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
 bench: $(VENV)/.ready  ## step times against torch.optim
 	$(BIN)/python benchmarks/step_time.py $(ARGS)
 
 clean:
-	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf build dist src/*.egg-info src/apollo_qn/backends/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
