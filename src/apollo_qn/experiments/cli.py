@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from apollo_qn.experiments.errors import ExperimentError
+from apollo_qn.experiments.interrupt import Interrupted
 from apollo_qn.experiments.recipe import RunSpec
 
 app = typer.Typer(
@@ -118,6 +119,55 @@ def report(
         _report(runs, folder)
 
 
+@app.command()
+def bench(
+    sets: Annotated[
+        str | None, typer.Option(help="Parameter sets: a,b,c; a/8 is an eighth of one.")
+    ] = None,
+    optimizers: Annotated[
+        str | None, typer.Option(help="Optimizers by the names of the table: a,b,c.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds at most.")] = 40,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="For each set; then the first rounds are enough.")
+    ] = 45.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: torch's.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float64.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Of parameters and gradients.")] = 0,
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/bench"),
+) -> None:
+    """Measure step time, memory and bandwidth of every back end beside PyTorch's optimizers.
+
+    All step in turn in one process, so that what disturbs one disturbs all. A contender that is
+    much slower than the peer takes part in the first rounds only.
+    """
+    with _one_line_errors():
+        from apollo_qn.experiments.bench import session, show
+        from apollo_qn.experiments.progress import counter
+
+        _keep_caches_in(out)
+        options = session.Options(
+            None if sets is None else sets.split(","),
+            None if optimizers is None else [name.strip() for name in optimizers.split(",")],
+            repeats,
+            seconds,
+            threads,
+            dtype,
+            seed,
+        )
+        console = Console()
+        command = shlex.join(["apollo-qn", *sys.argv[1:]])
+        try:
+            with counter(Console(stderr=True)) as tell:
+                session.run(
+                    options, out, command, tell, lambda result: console.print(show.table(result))
+                )
+        except Interrupted as interrupt:
+            typer.echo(f"Stopped; what is complete lies in {out}.", err=True)
+            raise typer.Exit(128 + interrupt.number) from None
+        typer.echo(f"Tables and bars: {out / 'bench.md'}, {out / 'bench.png'}")
+
+
 @app.command("tasks")
 def list_tasks() -> None:
     """List what there is: data, size and where it comes from."""
@@ -153,7 +203,7 @@ def _train(specs: list[RunSpec], folder: Path, data: Path | None, jobs: int | No
     try:
         with display(console) as shown:
             matrix.run_all(runs, jobs, shown)
-    except matrix.Interrupted as interrupt:
+    except Interrupted as interrupt:
         again = shlex.join(["apollo-qn", *sys.argv[1:]])
         typer.echo(f"Stopped; nothing is lost. Go on with:  {again}", err=True)
         raise typer.Exit(128 + interrupt.number) from None

@@ -31,7 +31,7 @@ _STYLES = {
     "apollo": Style("#D55E00", "o"),
 }
 _OTHER = Style("#000000", "x")
-_SETTINGS: Any = {
+SETTINGS: Any = {
     "font.size": 12.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -63,7 +63,7 @@ def draw(rows: list[Row], evaluated_on: str) -> list[Picture]:
         rows: one an optimizer.
         evaluated_on: ``"test"`` or ``"validation"``, for the labels.
     """
-    with mpl.rc_context(_SETTINGS):
+    with mpl.rc_context(SETTINGS):
         return [
             Picture(
                 "training_loss",

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import Literal, Protocol
 
+from apollo_qn.experiments.interrupt import Interrupted, signals
 from apollo_qn.experiments.recipe import RunSpec
 from apollo_qn.experiments.runs import Record, RunDirectory
 from apollo_qn.experiments.worker import STOPPED
@@ -79,14 +76,6 @@ class Display(Protocol):
         """Show the newest state."""
 
 
-class Interrupted(Exception):  # noqa: N818  (not an error: the user's wish)
-    """Ctrl-C or SIGTERM: the workers have written their checkpoints and ended."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
 def run_all(runs: list[RunState], jobs: int, display: Display) -> None:
     """Train all runs that are not finished; a crash of one does not touch the others.
 
@@ -102,7 +91,7 @@ def run_all(runs: list[RunState], jobs: int, display: Display) -> None:
         run.refresh()
         _settle(run)
     workers: dict[int, subprocess.Popen[bytes]] = {}
-    with _signals() as received:
+    with signals() as received:
         try:
             while any(run.status in ("waiting", "running") for run in runs):
                 for index, run in enumerate(runs):
@@ -172,21 +161,6 @@ def _stop(
         process.wait()
         runs[index].refresh()
         _settle(runs[index], STOPPED)
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _tail(directory: RunDirectory) -> list[Record]:

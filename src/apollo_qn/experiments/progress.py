@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -129,6 +138,38 @@ class PlainLines:
 def display(console: Console) -> LiveTable | PlainLines:
     """What fits the console."""
     return LiveTable(console) if console.is_terminal else PlainLines(console)
+
+
+@contextmanager
+def counter(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """Shows one thing after the other: what it is, how much is done, and of how much (0: unknown).
+
+    A bar on a terminal; elsewhere a line for each thing.
+    """
+    if not console.is_terminal:
+        shown: list[str] = []
+
+        def say(title: str, done: int, total: int) -> None:
+            if title not in shown:
+                shown.append(title)
+                console.print(title, markup=False, highlight=False, soft_wrap=True)
+
+        yield say
+        return
+    with Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    ) as progress:
+        task = progress.add_task("", total=None)
+
+        def show(title: str, done: int, total: int) -> None:
+            progress.update(task, description=title, completed=done, total=total or None)
+
+        yield show
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:

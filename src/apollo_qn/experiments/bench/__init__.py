@@ -1,0 +1,1 @@
+"""Step time, memory and bandwidth of Apollo's back ends beside other optimizers."""

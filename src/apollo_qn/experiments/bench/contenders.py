@@ -1,0 +1,97 @@
+"""The optimizers that are timed: each back end of each, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer
+
+from apollo_qn import Apollo, ApolloW
+from apollo_qn.experiments.errors import ExperimentError
+
+Make: TypeAlias = Callable[[list[nn.Parameter]], Optimizer]
+
+PEER = "AdamW fused"
+RULE = "Apollo rule"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An optimizer that can be made for any parameters.
+
+    ``family`` gives its colour. ``words`` is how many numbers of a parameter's or a state's type a
+    step reads and writes at least for each parameter: what the algorithm asks for, not what this
+    implementation does.
+    """
+
+    name: str
+    family: str
+    words: int
+    make: Make
+
+
+def _torch(family: str, cls: Any, words: int, fused: bool, **settings: Any) -> list[Contender]:
+    back_ends: dict[str, dict[str, bool]] = {
+        "loop": {"foreach": False},
+        "foreach": {"foreach": True},
+    }
+    if fused:
+        back_ends["fused"] = {"fused": True}
+    return [
+        Contender(
+            f"{cls.__name__} {name}", family, words, lambda p, b=back_end: cls(p, **settings, **b)
+        )
+        for name, back_end in back_ends.items()
+    ]
+
+
+def _apollo(name: str, cls: Any = Apollo, **settings: Any) -> Contender:
+    return Contender(name, "apollo", 7, lambda p: cls(p, **settings))
+
+
+def _pytorch_optimizer(params: list[nn.Parameter]) -> Optimizer:
+    from pytorch_optimizer import ApolloDQN  # type: ignore[import-not-found, unused-ignore]
+
+    made: Optimizer = ApolloDQN(params, lr=1e-2)
+    return made
+
+
+CONTENDERS = {
+    contender.name: contender
+    for contender in [
+        # reads g, momentum and theta, writes the two last
+        *_torch("sgd", torch.optim.SGD, 5, True, lr=1e-3, momentum=0.9),
+        # reads g, m, v and theta, writes the three last
+        *_torch("adam", torch.optim.Adam, 7, True),
+        *_torch("adam", torch.optim.AdamW, 7, True),
+        *_torch("radam", torch.optim.RAdam, 7, False),
+        _apollo(RULE, foreach=False, fused=False),
+        _apollo("Apollo foreach", foreach=True),
+        _apollo("Apollo fused", fused=True),
+        _apollo("Apollo fused L2", fused=True, weight_decay=5e-4),
+        _apollo("ApolloW fused", ApolloW, fused=True, weight_decay=5e-4),
+        _apollo("Apollo fused belief", fused=True, rebound="belief"),
+        Contender("pytorch-optimizer ApolloDQN", "other", 7, _pytorch_optimizer),
+    ]
+}
+
+
+def choose(names: list[str] | None) -> list[Contender]:
+    """The named contenders, always with the peer; None: all that are installed.
+
+    Raises:
+        ExperimentError: a name that is none.
+    """
+    for name in names or []:
+        if name not in CONTENDERS:
+            raise ExperimentError(f"no optimizer {name!r}; there are {', '.join(CONTENDERS)}")
+    if names is None:
+        names = [name for name in CONTENDERS if "pytorch-optimizer" not in name]
+        if find_spec("pytorch_optimizer") is not None:
+            names.append("pytorch-optimizer ApolloDQN")
+    return [c for c in CONTENDERS.values() if c.name in names or c.name == PEER]

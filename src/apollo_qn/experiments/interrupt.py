@@ -1,0 +1,32 @@
+"""Ctrl-C and SIGTERM as something to look at between two pieces of work."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Interrupted(Exception):  # noqa: N818  (not an error: the user's wish)
+    """Ctrl-C or SIGTERM: the work has been left in good order."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def signals() -> Iterator[list[int]]:
+    """Note SIGINT and SIGTERM in the list instead of being interrupted by them."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
