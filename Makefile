@@ -35,8 +35,8 @@ build: $(VENV)/.ready  ## wheel and sdist
 kernel: $(VENV)/.ready  ## compile the fused kernel again
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
-bench: $(VENV)/.ready  ## step times against torch.optim
-	$(BIN)/python benchmarks/step_time.py $(ARGS)
+bench: $(VENV)/.ready  ## step times against torch.optim; the table is in runs/bench
+	$(BIN)/apollo-qn bench $(ARGS)
 
 clean:
 	rm -rf build dist src/*.egg-info src/apollo_qn/backends/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

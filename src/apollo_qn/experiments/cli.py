@@ -155,7 +155,7 @@ def bench(
             dtype,
             seed,
         )
-        console = Console()
+        console = Console() if sys.stdout.isatty() else Console(width=120)
         command = shlex.join(["apollo-qn", *sys.argv[1:]])
         try:
             with counter(Console(stderr=True)) as tell:

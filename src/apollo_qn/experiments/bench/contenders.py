@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, TypeAlias
 
@@ -36,22 +37,17 @@ class Contender:
 
 
 def _torch(family: str, cls: Any, words: int, fused: bool, **settings: Any) -> list[Contender]:
-    back_ends: dict[str, dict[str, bool]] = {
-        "loop": {"foreach": False},
-        "foreach": {"foreach": True},
-    }
+    back_ends = {"loop": {"foreach": False}, "foreach": {"foreach": True}}
     if fused:
         back_ends["fused"] = {"fused": True}
     return [
-        Contender(
-            f"{cls.__name__} {name}", family, words, lambda p, b=back_end: cls(p, **settings, **b)
-        )
+        Contender(f"{cls.__name__} {name}", family, words, partial(cls, **settings, **back_end))
         for name, back_end in back_ends.items()
     ]
 
 
 def _apollo(name: str, cls: Any = Apollo, **settings: Any) -> Contender:
-    return Contender(name, "apollo", 7, lambda p: cls(p, **settings))
+    return Contender(name, "apollo", 7, partial(cls, **settings))
 
 
 def _pytorch_optimizer(params: list[nn.Parameter]) -> Optimizer:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
-import os
 import re
 import statistics
 import time
@@ -134,11 +134,7 @@ class _Entry:
             for x in state.values()
             if isinstance(x, Tensor)
         )
-        before = _reset_peak()
-        self._step()
-        after = _peak()
-        if before is not None and after is not None:
-            self.taken.peak_bytes = max(after - before, 0)
+        self.taken.peak_bytes = _growth(self._step)
 
 
 def measure(
@@ -158,7 +154,7 @@ def measure(
     not all fit into memory at once they come in several lots, each with the peer.
 
     Args:
-        chosen: the shapes.
+        chosen: the shapes; a part of them where the whole does not fit into memory.
         contenders: the peer among them.
         repeats: rounds at most.
         budget: seconds after which no round is begun, but for the first 5.
@@ -170,8 +166,8 @@ def measure(
     Raises:
         ExperimentError: not even two contenders fit into memory.
     """
+    chosen, lots = fitting(chosen, contenders, dtype)
     shapes = chosen.shapes()
-    lots = _lots(chosen, contenders, numel(shapes), dtype)
     generator = torch.Generator().manual_seed(seed)
     values = [torch.randn(s, generator=generator).mul_(0.05).to(dtype) for s in shapes]
     gradients = [torch.randn(s, generator=generator).mul_(0.01).to(dtype) for s in shapes]
@@ -199,10 +195,10 @@ def measure(
         for entry in entries:
             if done and entry.optimizer is not None:
                 entry.weigh()
+            measured = bool(entry.taken.times or entry.taken.unavailable)
             # the peer is in all lots: its times of the first are its own
-            if number == 0 or entry.taken.name != PEER:
-                if entry.taken.times or entry.taken.unavailable:
-                    result.taken.append(entry.taken)
+            if measured and (number == 0 or entry.taken.name != PEER):
+                result.taken.append(entry.taken)
         del entries, entry
         gc.collect()
         if not done:
@@ -247,26 +243,37 @@ def _rounds(
     return True
 
 
-def _lots(
-    chosen: ParameterSet, contenders: list[Contender], parameters: int, dtype: torch.dtype
-) -> list[list[Contender]]:
+def fitting(
+    chosen: ParameterSet, contenders: list[Contender], dtype: torch.dtype
+) -> tuple[ParameterSet, list[list[Contender]]]:
+    """The set, or the largest part of it of which two optimizers fit into memory, and lots that do.
+
+    Raises:
+        ExperimentError: not even the smallest part fits.
+    """
     available = _available()
     if available is None:
-        return [contenders]
-    # parameter and two states of at least 4 bytes; the values and gradients that all share
-    each = parameters * (dtype.itemsize + 2 * max(4, dtype.itemsize))
-    shared = parameters * 2 * max(4, dtype.itemsize) + 2 * _COPIED
-    fit = int((_SHARE_OF_MEMORY * available - shared) // each)
+        return chosen, [contenders]
+    while True:
+        parameters = numel(chosen.shapes())
+        # parameter and two states of at least 4 bytes; the values and gradients that all share
+        each = parameters * (dtype.itemsize + 2 * max(4, dtype.itemsize))
+        shared = parameters * 2 * max(4, dtype.itemsize) + 2 * _COPIED
+        fit = int((_SHARE_OF_MEMORY * available - shared) // each)
+        if fit >= 2:
+            break
+        smaller = chosen.smaller()
+        if smaller is None:
+            raise ExperimentError(
+                f"{chosen.title}: two optimizers need {(shared + 2 * each) / 1e9:.2g} GB, "
+                f"{available / 1e9:.2g} GB are free"
+            )
+        chosen = smaller
     if fit >= len(contenders):
-        return [contenders]
-    if fit < 2:
-        raise ExperimentError(
-            f"{chosen.title}: two optimizers need {(shared + 2 * each) / 1e9:.1f} GB, "
-            f"{available / 1e9:.1f} GB are free; choose a smaller set, as {chosen.name}/2"
-        )
+        return chosen, [contenders]
     peer = [contender for contender in contenders if contender.name == PEER]
     others = [contender for contender in contenders if contender.name != PEER]
-    return [peer + others[i : i + fit - 1] for i in range(0, len(others), fit - 1)]
+    return chosen, [peer + others[i : i + fit - 1] for i in range(0, len(others), fit - 1)]
 
 
 def _available() -> int | None:
@@ -274,17 +281,21 @@ def _available() -> int | None:
     return _kilobytes("/proc/meminfo", "MemAvailable")
 
 
-def _reset_peak() -> int | None:
-    """Let the process's peak begin anew; its memory now."""
+def _growth(work: Callable[[], object]) -> int | None:
+    """Bytes by which the process grows at most while it works; None where it is not Linux.
+
+    What the allocator keeps from before is given back first, for it would hide what is asked for.
+    """
+    gc.collect()
     try:
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
+    except (OSError, AttributeError):
         return None
-    return _kilobytes(f"/proc/{os.getpid()}/status", "VmRSS")
-
-
-def _peak() -> int | None:
-    return _kilobytes(f"/proc/{os.getpid()}/status", "VmHWM")
+    before = _kilobytes("/proc/self/status", "VmRSS")
+    work()
+    after = _kilobytes("/proc/self/status", "VmHWM")
+    return None if before is None or after is None else max(after - before, 0)
 
 
 def _kilobytes(path: str, name: str) -> int | None:

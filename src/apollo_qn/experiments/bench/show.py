@@ -18,10 +18,10 @@ HEADINGS = (
     "step, ms",
     "quartiles",
     f"/ {PEER}",
-    "x faster than the rule",
+    "times the rule's speed",
     "of a copy's bandwidth",
-    "state, B/parameter",
-    "peak of a step, MB",
+    "state, bytes a parameter",
+    "growth in a step, MB",
     "rounds",
 )
 
@@ -29,17 +29,19 @@ HEADINGS = (
 def heading(result: Result) -> str:
     """What the set is, and what the machine can do."""
     return (
-        f"{result.title}: {result.tensors:,} tensor{'s' * (result.tensors != 1)}, "
-        f"{result.parameters:,} parameters; a copy moves {result.copy_bandwidth / 1e9:.1f} GB/s"
-        if result.copy_times
-        else f"{result.title}: interrupted before the first round"
+        f"{_size(result)}, {result.parameters:,} parameters; "
+        f"a copy moves {result.copy_bandwidth / 1e9:.1f} GB/s"
     )
+
+
+def _size(result: Result) -> str:
+    return f"{result.title}: {result.tensors:,} tensor{'s' * (result.tensors != 1)}"
 
 
 def cells(result: Result, taken: Taken) -> list[str]:
     """One row of the table."""
     if taken.unavailable is not None:
-        return [taken.name, f"not available: {taken.unavailable}", *[""] * (len(HEADINGS) - 2)]
+        return [f"{taken.name}: not available, {taken.unavailable}", *[""] * (len(HEADINGS) - 1)]
     low, high = taken.quartiles
     faster = result.faster_than_rule(taken)
     state, peak = taken.state_bytes, taken.peak_bytes
@@ -60,7 +62,7 @@ def table(result: Result) -> Table:
     """For a terminal."""
     shown = Table(title=heading(result), title_justify="left", box=None, pad_edge=False)
     for i, name in enumerate(HEADINGS):
-        shown.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+        shown.add_column(name, justify="left" if i == 0 else "right", no_wrap=i < 3)
     for taken in result.taken:
         shown.add_row(*cells(result, taken), style="bold" if "Apollo" in taken.name else "")
     return shown
@@ -118,9 +120,16 @@ def _panel(axis: Any, result: Result, rows: list[Taken]) -> None:
     )
     for place, taken, above in zip(places, rows, high, strict=True):
         text = f" {taken.ratio:.2f}  ({taken.milliseconds:.2f} ms)"
-        axis.text(taken.ratio + above, place, text, va="center", fontsize=8.5)
+        axis.text(
+            taken.ratio + above,
+            place,
+            text,
+            va="center",
+            fontsize=8.5,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        )
     axis.set_yticks(places, [taken.name for taken in rows])
-    axis.invert_yaxis()
+    axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.set_xscale("log")
     smallest, largest = min(ratios), max(ratios)
     axis.set_xlim(min(smallest / 1.5, 0.5), largest * 6)
@@ -128,7 +137,7 @@ def _panel(axis: Any, result: Result, rows: list[Taken]) -> None:
     axis.xaxis.set_major_formatter("{x:g}")
     axis.grid(visible=False, axis="y")
     axis.set_title(
-        f"{result.title}: {result.tensors:,} tensors, {result.parameters / 1e6:.2f} M parameters",
+        f"{_size(result)}, {result.parameters / 1e6:.2f} M parameters",
         loc="left",
         fontsize=10.0,
     )
