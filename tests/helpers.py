@@ -160,6 +160,29 @@ class Comparison:
                 self.check((i, "B"), state["hessian_diag"], reference.B, wide)
 
 
+def step_references(params: Iterable[Tensor], wanted: Iterable[ReferenceApollo]) -> None:
+    """One step of each reference with its parameter's gradient; none where there is no gradient."""
+    for p, reference in zip(params, wanted, strict=True):
+        if p.grad is not None:
+            reference.step(as_numpy(p.grad))
+
+
+def follow(
+    optimizer: Apollo,
+    params: list[torch.nn.Parameter],
+    wanted: list[ReferenceApollo],
+    steps: int,
+    dtype: torch.dtype,
+) -> None:
+    """Steps of the optimizer and of the references, compared after each."""
+    compare = Comparison()
+    for t in range(steps):
+        give_gradients(params, t)
+        optimizer.step()
+        step_references(params, wanted)
+        compare.check_all(optimizer, params, wanted, dtype)
+
+
 def snapshot(optimizer: torch.optim.Optimizer) -> list[Any]:
     """Everything that a step may change, copied; for comparison with :func:`same`."""
     result: list[Any] = []

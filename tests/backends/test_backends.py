@@ -19,6 +19,7 @@ from tests.helpers import (
     BACK_ENDS,
     Comparison,
     as_numpy,
+    follow,
     give_gradients,
     make,
     normal,
@@ -27,6 +28,7 @@ from tests.helpers import (
     run_steps,
     same,
     snapshot,
+    step_references,
 )
 from tests.numpy_reference import Settings
 
@@ -75,9 +77,7 @@ def test_every_combination_follows_the_reference(
     for t in range(9 if narrow else STEPS):
         give_gradients(params, t)
         optimizer.step()
-        for p, reference in zip(params, wanted, strict=True):
-            assert p.grad is not None
-            reference.step(as_numpy(p.grad))
+        step_references(params, wanted)
         if not narrow:
             compare.check_all(optimizer, params, wanted, dtype, capturable)
             continue
@@ -109,14 +109,7 @@ def test_sizes_around_blocks(mode: dict[str, Any], block: int, set_block: SetBlo
     params = parameters(shapes, torch.float64)
     wanted = references(params, settings)
     optimizer = make(params, settings, foreach=True)
-    compare = Comparison()
-    for t in range(4):
-        give_gradients(params, t)
-        optimizer.step()
-        for p, reference in zip(params, wanted, strict=True):
-            assert p.grad is not None
-            reference.step(as_numpy(p.grad))
-        compare.check_all(optimizer, params, wanted, torch.float64)
+    follow(optimizer, params, wanted, 4, torch.float64)
 
 
 @BACK_ENDS
@@ -131,16 +124,9 @@ def test_complex_parameters_are_viewed_as_real(
     params = parameters(shapes, dtype)
     wanted = references(params, settings)
     optimizer = make(params, settings, **back_end)
-    compare = Comparison()
-    for t in range(STEPS):
-        give_gradients(params, t)
-        optimizer.step()
-        for p, reference in zip(params, wanted, strict=True):
-            assert p.grad is not None
-            reference.step(as_numpy(p.grad))
-            if p.numel():
-                assert optimizer.state[p]["exp_avg"].dtype is dtype
-        compare.check_all(optimizer, params, wanted, dtype.to_real())
+    follow(optimizer, params, wanted, STEPS, dtype.to_real())
+    for p in params:
+        assert not p.numel() or optimizer.state[p]["exp_avg"].dtype is dtype
 
 
 @BACK_ENDS
@@ -174,10 +160,8 @@ def test_groups_differ_and_gradients_come_and_go(
             if (t * 7 + i * 5) % 3 == 0 or (i == 6 and t < 15):
                 p.grad = None
         optimizer.step()
-        for g, group_wanted in enumerate(wanted):
-            for p, reference in zip(groups[g], group_wanted, strict=True):
-                if p.grad is not None:
-                    reference.step(as_numpy(p.grad))
+        for group, group_wanted in zip(groups, wanted, strict=True):
+            step_references(group, group_wanted)
         flat = [reference for g in wanted for reference in g]
         compare.check_all(
             optimizer, [p for g in groups for p in g], flat, torch.float64, capturable
@@ -207,9 +191,7 @@ def test_types_and_layouts_may_be_mixed(back_end: dict[str, Any]) -> None:
         params[0].grad = params[0].grad.t().contiguous().t()
         params[6].grad = normal((6, 1), "g", t).expand(6, 4)
         optimizer.step()
-        for p, reference in zip(params, wanted, strict=True):
-            assert p.grad is not None
-            reference.step(as_numpy(p.grad))
+        step_references(params, wanted)
         compare.check_all(optimizer, params, wanted, torch.float32)
 
 
@@ -382,10 +364,4 @@ def test_layouts_that_are_kept_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
         settings = Settings(lr=0.3, warmup_steps=0)
         wanted = references(params, settings)
         optimizer = make(params, settings, foreach=True)
-        for t in range(3):
-            give_gradients(params, t)
-            optimizer.step()
-            for p, reference in zip(params, wanted, strict=True):
-                assert p.grad is not None
-                reference.step(as_numpy(p.grad))
-        Comparison().check_all(optimizer, params, wanted, torch.float64)
+        follow(optimizer, params, wanted, 3, torch.float64)

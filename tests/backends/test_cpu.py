@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import mmap
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -24,8 +26,7 @@ from tests import tolerances
 from tests.backends.test_backends import MODE_IDS, MODES, Watched
 from tests.helpers import (
     NEEDS_KERNEL,
-    Comparison,
-    as_numpy,
+    follow,
     generator,
     give_gradients,
     make,
@@ -70,14 +71,7 @@ def test_sizes_around_blocks_and_chunks(
     params = parameters([(n,) for n in [*BORDERS, 3, 5 * CHUNK + 7, 0, 1]], torch.float64)
     wanted = references(params, settings)
     optimizer = make(params, settings, fused=True)
-    compare = Comparison()
-    for t in range(4):
-        give_gradients(params, t)
-        optimizer.step()
-        for p, reference in zip(params, wanted, strict=True):
-            assert p.grad is not None
-            reference.step(as_numpy(p.grad))
-        compare.check_all(optimizer, params, wanted, torch.float64)
+    follow(optimizer, params, wanted, 4, torch.float64)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
@@ -516,3 +510,88 @@ def test_the_gradient_dies_in_one_tensor_only() -> None:
         optimizer.step()
         assert not params[0].isfinite().all()
         assert params[1].isfinite().all()
+
+
+def _new_memory(optimizer: Apollo, p: torch.nn.Parameter) -> None:
+    p.data = p.detach().clone()
+
+
+def _share(optimizer: Apollo, p: torch.nn.Parameter) -> None:
+    for x in (p, *optimizer.state[p].values()):
+        x.share_memory_()
+
+
+def _other_layout(optimizer: Apollo, p: torch.nn.Parameter) -> None:
+    if p.dim() == 2:
+        p.data = p.detach().t().contiguous().t()
+
+
+def _new_state(optimizer: Apollo, p: torch.nn.Parameter) -> None:
+    for name, x in optimizer.state[p].items():
+        optimizer.state[p][name] = x.clone()
+
+
+def _state_set(optimizer: Apollo, p: torch.nn.Parameter) -> None:
+    for x in optimizer.state[p].values():
+        x.set_(x.clone())
+
+
+def _swap(optimizer: Apollo, p: torch.nn.Parameter) -> None:
+    torch.utils.swap_tensors(p, torch.nn.Parameter(p.detach().clone()))
+
+
+def _no_gradient(optimizer: Apollo, p: torch.nn.Parameter) -> None:
+    p.grad = None
+
+
+def _strided_gradient(optimizer: Apollo, p: torch.nn.Parameter) -> None:
+    if p.grad is not None and p.dim() == 2:
+        p.grad = p.grad.t().contiguous().t()
+
+
+def _reload(optimizer: Apollo, p: torch.nn.Parameter) -> None:
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def _other_rate(optimizer: Apollo, p: torch.nn.Parameter) -> None:
+    optimizer.param_groups[0]["lr"] *= 0.9
+
+
+CHANGES = [
+    _new_memory,
+    _share,
+    _other_layout,
+    _new_state,
+    _state_set,
+    _swap,
+    _no_gradient,
+    _strided_gradient,
+    _reload,
+    _other_rate,
+]
+
+
+@pytest.mark.parametrize("dlpack", [True, False], ids=["dlpack", "torch"])
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_changes_between_steps(
+    seed: int, dlpack: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory, layout, state and gradients change at random; the rule's numbers come out."""
+    if not dlpack:  # as with a torch that is older than DLPack's C functions
+        ready = dataclasses.replace(kernel.loaded(), describe=None)
+        monkeypatch.setattr(kernel, "loaded", lambda: ready)
+    results = []
+    for back_end in ({"fused": True}, {"foreach": False}):
+        chance = random.Random(seed)
+        params = parameters([(3, 4), (300,), (7, 9), (), (70,)], torch.float64)
+        groups = [{"params": params[:3]}, {"params": params[3:], "rebound": "belief"}]
+        optimizer = ApolloW(groups, lr=0.2, warmup_steps=4, weight_decay=0.05, **back_end)
+        run_steps(optimizer, range(1))
+        for t in range(1, 15):
+            give_gradients(params, t)
+            for _ in range(chance.randrange(3)):
+                chance.choice(CHANGES)(optimizer, chance.choice(params))
+            optimizer.step()
+        results.append([x for p in params for x in (p.detach(), *optimizer.state[p].values())])
+    for got, wanted in zip(*results, strict=True):
+        assert torch.allclose(got, wanted, rtol=1e-10, atol=1e-12)

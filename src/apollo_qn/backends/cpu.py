@@ -181,7 +181,8 @@ class Plan:
             self._look: _Look | None = _Look(tensors)
         except (RuntimeError, NotImplementedError, BufferError):
             self._look = None  # to be looked at anew at the next step
-        self._kept = tensors.kept()  # alive, so that their ids remain theirs
+        # alive, so that their ids remain theirs
+        self._kept = [column and list(column) for column in tensors.kept()]
         kinds = [_kind(tensors, i) for i in range(len(tensors.params))]
         self._take(tensors, [i for i, kind in enumerate(kinds) if kind is not None], kinds)
         new = self._written if before is None else self._written - before._written
