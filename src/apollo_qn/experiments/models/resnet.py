@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from apollo_qn.experiments.models.initialisation import he_initialisation
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut; shape (n, inputs, h, w) -> (n, outputs, h/s, w/s)."""
@@ -47,10 +49,7 @@ class ResNet(nn.Module):
                 channels = width << stage
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(channels, classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.zeros_(self.classifier.bias)
+        he_initialisation(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images, shape (n, in_channels, height, width), to logits, shape (n, classes)."""
