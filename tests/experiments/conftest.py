@@ -22,11 +22,13 @@ train_examples = 384
 crop_padding = 2
 
 [train]
-epochs = 2
 batch_size = 32
 log_every = 5
 checkpoint_every = 0.05
-schedule = { kind = "cosine" }
+
+[schedules.cosine]
+kind = "cosine"
+epochs = 2
 
 [optimizers.sgd]
 method = "sgd"

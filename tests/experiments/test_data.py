@@ -12,13 +12,11 @@ import pytest
 import torch
 
 from apollo_qn.experiments.data import fashion_mnist
-from apollo_qn.experiments.data.augment import crop_and_flip
+from apollo_qn.experiments.data.augment import crop_and_flip, draw_shifts
+from apollo_qn.experiments.data.memory import pixel_statistics
 from apollo_qn.experiments.errors import ExperimentError
-from apollo_qn.experiments.recipe import Data, Model
-from apollo_qn.experiments.tasks.images import ImageTask
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "make_fashion_mnist.py"
-MODEL = Model(family="resnet", depth=8, width=2)
 
 
 @pytest.fixture
@@ -126,7 +124,8 @@ def test_wrong_content_of_a_local_folder(tmp_path: Path) -> None:
 def test_each_cropped_image_is_a_shift_perhaps_mirrored() -> None:
     images = torch.randint(1, 256, (64, 2, 5, 6), dtype=torch.uint8)
     before = images.clone()
-    cut = crop_and_flip(images, 2, True, torch.Generator().manual_seed(0))
+    shifts = draw_shifts(64, 2, True, torch.Generator().manual_seed(0))
+    cut = crop_and_flip(images, shifts, 2)
     assert torch.equal(images, before)
     assert cut.shape == images.shape
     assert cut.dtype == torch.uint8
@@ -149,60 +148,14 @@ def test_each_cropped_image_is_a_shift_perhaps_mirrored() -> None:
 
 def test_no_augmentation_leaves_the_images() -> None:
     images = torch.randint(0, 256, (8, 1, 4, 4), dtype=torch.uint8)
-    assert torch.equal(crop_and_flip(images, 0, False, torch.Generator()), images)
+    shifts = draw_shifts(8, 0, False, torch.Generator())
+    assert torch.equal(crop_and_flip(images, shifts, 0), images)
 
 
-def test_batches_are_a_function_of_seed_epoch_and_step() -> None:
-    images = fashion_mnist.load()
-    task = ImageTask(images, 10, MODEL, Data(train_examples=100), 32)
-    assert task.steps_per_epoch == 3
-    whole = list(task.batches(1, 4, 0))
-    rest = list(task.batches(1, 4, 2))
-    assert len(whole) == 3
-    assert len(rest) == 1
-    assert all(torch.equal(one, two) for one, two in zip(whole[2], rest[0], strict=True))
-    for other in (task.batches(2, 4, 0), task.batches(1, 5, 0)):
-        assert not torch.equal(next(other)[0], whole[0][0])
-
-
-def test_an_epoch_shows_every_training_image_once() -> None:
-    images = fashion_mnist.load()
-    plain = Data(train_examples=96, crop_padding=0, flip=False)
-    task = ImageTask(images, 10, MODEL, plain, 32)
-    shown = torch.cat([batch[0] for batch in task.batches(1, 0, 0)])
-    pixels = images.train_images[:96].float() / 255
-    expected = (pixels - pixels.mean()) / pixels.std()
-    one, two = (sorted(map(tuple, values.flatten(1).tolist())) for values in (shown, expected))
-    torch.testing.assert_close(torch.tensor(one), torch.tensor(two))
-
-
-class Recorder(torch.nn.Module):
-    """Keeps what it is shown and says class 0."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[torch.Tensor] = []
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.seen.append(x)
-        return torch.nn.functional.one_hot(torch.zeros(len(x), dtype=torch.long), 10).float()
-
-
-@pytest.mark.parametrize("validation", [0, 500])
-def test_evaluation_sees_the_untouched_held_out_images(validation: int) -> None:
-    images = fashion_mnist.load()
-    task = ImageTask(images, 10, MODEL, Data(validation=validation), 64)
-    recorder = Recorder()
-    metrics = task.evaluate(recorder)
-    trained = images.train_images[: 8000 - validation].float() / 255
-    held = images.train_images[-500:] if validation else images.test_images
-    labels = images.train_labels[-500:] if validation else images.test_labels
-    expected = (held.float() / 255 - trained.mean()) / trained.std()
-    torch.testing.assert_close(torch.cat(recorder.seen), expected)
-    assert metrics["accuracy"] == pytest.approx(100 * (labels == 0).float().mean().item())
-    assert task.steps_per_epoch == (8000 - validation) // 64
-
-
-def test_fewer_images_than_a_batch() -> None:
-    with pytest.raises(ExperimentError, match=r"10 training images are left.*batch of 64"):
-        ImageTask(fashion_mnist.load(), 10, MODEL, Data(validation=7990), 64)
+def test_statistics_of_the_pixels() -> None:
+    images = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8)
+    images[:, 1] //= 3
+    mean, std = pixel_statistics(images)
+    pixels = images.double() / 255
+    torch.testing.assert_close(mean, pixels.mean(dim=(0, 2, 3), keepdim=True).float())
+    torch.testing.assert_close(std, pixels.std(dim=(0, 2, 3), keepdim=True).float())

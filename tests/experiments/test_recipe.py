@@ -35,15 +35,66 @@ def error_of(text: str, path: Path) -> str:
             "momemtum",
             "optimizers.sgd.momemtum: unknown key, allowed are method, lr",
         ),
-        ("epochs = 2", "epochs = 0", "train.epochs: is 0: Input should be greater than"),
-        ("epochs = 2", 'epochs = "2"', "train.epochs: is '2': Input should be a valid integer"),
-        ("epochs = 2", "epochs = 2.0", "train.epochs: is 2.0: Input should be a valid integer"),
+        ("epochs = 2", "epochs = 0", "schedules.cosine.epochs: is 0: Input should be greater than"),
+        ("epochs = 2", 'epochs = "2"', "epochs: is '2': Input should be a valid integer"),
+        ("epochs = 2", "epochs = 2.0", "epochs: is 2.0: Input should be a valid integer"),
         ("lr = 0.1", "lr = inf", "optimizers.sgd.lr: is inf: Input should be a finite number"),
         ("lr = 0.1", "lr = -1", "optimizers.sgd.lr: is -1: Input should be greater than 0"),
         ('"cosine"', '"linear"', "is 'linear': Input should be 'cosine' or 'milestone'"),
         ('"cosine"', '"milestone"', "milestones are needed with kind 'milestone'"),
-        ("depth = 8", "depth = 12", "depth is 12, allowed are 8, 14, 20"),
-        ('"sgd"', '"sdg"', "'sgd', 'adam', 'radam', 'apollo'"),
+        (
+            'kind = "cosine"',
+            'kind = "milestone"\nmilestones = [1, 2]',
+            "schedules.cosine: milestones are [1.0, 2.0], allowed are epochs that rise, below 2",
+        ),
+        (
+            'kind = "cosine"',
+            'kind = "milestone"\nmilestones = [1, 1]',
+            "milestones are [1.0, 1.0], allowed are epochs that rise",
+        ),
+        (
+            'kind = "cosine"',
+            'kind = "milestone"\nmilestones = ["1"]',
+            "schedules.cosine.milestones.0: is '1': Input should be a valid number",
+        ),
+        ('[schedules.cosine]\nkind = "cosine"\nepochs = 2', "", "schedules: missing"),
+        ("depth = 8", "depth = 12", "model: depth is 12, allowed are 8, 14, 20"),
+        ('"resnet"', '"resnets"', "model.family: is 'resnets', allowed are 'resnet', 'resnext'"),
+        ('family = "resnet"', "", "model.family: missing"),
+        (
+            'family = "resnet"',
+            'family = "resnext"',
+            "model.depth: is 8: Input should be 50 or 101; model.width: unknown key, allowed are "
+            "family, depth, groups, group_width",
+        ),
+        (
+            "crop_padding = 2",
+            "croppadding = 2",
+            "data.croppadding: unknown key, allowed are train_examples, validation, kind, "
+            "crop_padding, flip",
+        ),
+        ("crop_padding", "kind = 3\ncrop_padding", "data.kind: is '3', allowed are 'small-images'"),
+        (
+            "crop_padding",
+            'kind = "photographs"\ncrop_padding',
+            "data.crop_padding: unknown key, allowed are train_examples, validation, kind, size",
+        ),
+        (
+            "crop_padding = 2",
+            'kind = "photographs"\ntest_resize = 64',
+            "data: test_resize is 64, allowed is size or more",
+        ),
+        (
+            '"sgd"',
+            '"sdg"',
+            "optimizers.sgd.method: is 'sdg', allowed are 'sgd', 'adam', 'radam', 'apollo'",
+        ),
+        (
+            "weight_decay = { equal_strength_to",
+            "weight_decay = { equal",
+            "optimizers.adam.weight_decay.equal_strength_to: missing; "
+            "optimizers.adam.weight_decay.equal: unknown key, allowed are equal_strength_to",
+        ),
         ("[3, 4]", "[3, 3]", "seeds: the same seed twice"),
         ("[3, 4]", "[]", "seeds: is []: List should have at least 1 item"),
         (
@@ -63,7 +114,9 @@ def test_mistakes_name_file_key_and_what_is_allowed(
 
 
 def test_unknown_task_or_file(tmp_path: Path) -> None:
-    with pytest.raises(ExperimentError, match="no task 'mnist'; there are fashion-mnist"):
+    with pytest.raises(
+        ExperimentError, match="no task 'mnist'; there are cifar10, fashion-mnist, imagenet"
+    ):
         recipe.load("mnist")
     with pytest.raises(ExperimentError, match=r"none\.toml: cannot be read \(No such file"):
         recipe.load(str(tmp_path / "none.toml"))
@@ -72,7 +125,9 @@ def test_unknown_task_or_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", recipe.available())
 def test_our_recipes_are_valid(name: str) -> None:
     plan = recipe.load(name)
-    assert plan.quickened().runs()[0].train.epochs < plan.train.epochs
+    for name in plan.schedules:
+        quick = plan.quickened().runs(schedules=[name])[0]
+        assert quick.train.epochs < plan.schedules[name].epochs
 
 
 def test_decay_of_equal_strength(recipe_file: Path) -> None:
@@ -94,6 +149,62 @@ def test_decay_of_equal_strength(recipe_file: Path) -> None:
     recipe_file.write_text(text)
     adam = recipe.load(str(recipe_file)).run("adam", 1).optimizer
     assert (adam.lr, adam.weight_decay) == (0.001, pytest.approx(0.25))
+
+
+# the paper's table: section 4.1 and appendix B.1
+PAPER = {
+    "cifar10": {
+        "model": "ResNet-110, width 16",
+        "batch_size": 128,
+        "milestone": (164, [80, 120]),
+        "cosine": (200, []),
+        "decay": 5e-4,
+        "adjusted": 0.25,
+    },
+    "imagenet": {
+        "model": "ResNeXt-50 32x4d",
+        "batch_size": 256,
+        "milestone": (120, [40, 80]),
+        "cosine": (120, []),
+        "decay": 2e-4,
+        "adjusted": 0.1,
+    },
+}
+
+
+@pytest.mark.parametrize("task", PAPER)
+def test_recipes_of_the_paper(task: str) -> None:
+    paper = PAPER[task]
+    plan = recipe.load(task)
+    assert len(plan.seeds) == 5
+    assert (str(plan.model), plan.train.batch_size) == (paper["model"], paper["batch_size"])
+    for kind, schedule in plan.schedules.items():
+        assert (schedule.epochs, schedule.milestones) == paper[kind]
+        assert (schedule.kind, schedule.factor) == (kind, 0.1)
+    specs = {spec.name: spec.optimizer for spec in plan.runs(seeds=1)}
+    decay, adjusted = paper["decay"], pytest.approx(paper["adjusted"], rel=1e-12)
+    expected = {
+        "sgd": (0.1, decay),
+        "adam": (0.001, decay),
+        "radam": (0.001, decay),
+        "adam-adj": (0.001, adjusted),
+        "radam-adj": (0.001, adjusted),
+        "apollo": (0.5, decay),
+    }
+    assert {name: (own.lr, own.weight_decay) for name, own in specs.items()} == expected
+    sgd, apollo = specs["sgd"], specs["apollo"]
+    assert isinstance(sgd, recipe.SGD)
+    assert sgd.momentum == 0.9
+    assert isinstance(apollo, recipe.ApolloSettings)
+    assert (apollo.beta, apollo.eps, apollo.sigma) == (0.9, 1e-4, 1.0)
+    assert (apollo.warmup_steps, apollo.warmup_init_lr) == (100, 0.01)
+
+
+def test_the_rate_falls_at_the_end_of_an_epoch() -> None:
+    schedule = recipe.load("cifar10").schedules["milestone"]
+    factor = rate_factor(schedule, 164 * 390)
+    assert [factor(80 * 390 - 1), factor(80 * 390)] == pytest.approx([1.0, 0.1])
+    assert [factor(120 * 390 - 1), factor(120 * 390)] == pytest.approx([0.1, 0.01])
 
 
 def test_runs_are_optimizers_times_seeds(recipe_file: Path) -> None:
@@ -127,10 +238,26 @@ def test_optimizers_are_built_with_the_recipes_settings(recipe_file: Path) -> No
         build(plan.optimizers["adam"], [weight])
 
 
+def test_runs_of_several_schedules(recipe_file: Path) -> None:
+    other = '[schedules.steps]\nkind = "milestone"\nepochs = 4\nmilestones = [1, 3]\n'
+    recipe_file.write_text(TINY.replace("[optimizers.sgd]", f"{other}\n[optimizers.sgd]"))
+    plan = recipe.load(str(recipe_file))
+    assert {spec.schedule for spec in plan.runs()} == {"cosine"}
+    specs = plan.runs(["sgd"], 1, ["steps", "cosine"])
+    assert [(spec.schedule, spec.train.epochs) for spec in specs] == [("steps", 4), ("cosine", 2)]
+    assert specs[0].train.schedule.milestones == [1, 3]
+    assert specs[0].train.batch_size == plan.train.batch_size
+    assert recipe.RunSpec.model_validate(specs[0].model_dump()) == specs[0]
+    quick = plan.quickened().run("sgd", 1, "steps").train.schedule
+    assert (quick.epochs, quick.milestones) == (1, [0.25, 0.75])
+    with pytest.raises(ExperimentError, match="no schedule 'linear' in this recipe; there are "):
+        plan.run("sgd", 1, "linear")
+
+
 def test_schedules() -> None:
-    cosine = rate_factor(Schedule(kind="cosine"), 100)
+    cosine = rate_factor(Schedule(kind="cosine", epochs=4), 100)
     assert [cosine(0), cosine(50), cosine(100)] == pytest.approx([1.0, 0.5, 0.0])
-    steps = rate_factor(Schedule(kind="milestone", milestones=[0.5, 0.75]), 100)
+    steps = rate_factor(Schedule(kind="milestone", epochs=4, milestones=[2, 3]), 100)
     assert [steps(step) for step in (0, 49, 50, 74, 75, 100)] == pytest.approx(
         [1.0, 1.0, 0.1, 0.1, 0.01, 0.01]
     )

@@ -57,5 +57,5 @@ def rate_factor(schedule: Schedule, steps: int) -> Callable[[int], float]:
     """The factor on the learning rate at step 0, 1, ..., of ``steps``, for LambdaLR."""
     if schedule.kind == "cosine":
         return lambda step: 0.5 * (1.0 + math.cos(math.pi * min(step, steps) / steps))
-    edges = [round(share * steps) for share in schedule.milestones]
+    edges = [round(epoch * steps / schedule.epochs) for epoch in schedule.milestones]
     return lambda step: schedule.factor ** sum(step >= edge for edge in edges)

@@ -340,8 +340,8 @@ def _notes(summary: Summary) -> list[str]:
     versions = summary.runs[0].manifest["versions"]
     where = "; ".join(f"{m['cpu']}, {m['cores']} cores" for m in machines.values())
     notes = [
-        f"{spec.task}, {examples} training images; ResNet-{spec.model.depth}, width "
-        f"{spec.model.width}; {train.epochs} epochs, batch {train.batch_size}, "
+        f"{spec.task}, {examples} training images; {spec.model}; "
+        f"{train.epochs} epochs, batch {train.batch_size}, "
         f"{train.schedule.kind} schedule; seeds {', '.join(map(str, seeds))}.",
         f"Mean ± standard deviation over the seeds, after the last epoch, on {summary.evaluated_on}"
         " images. Wall time is that of training and evaluation in one process of several; "

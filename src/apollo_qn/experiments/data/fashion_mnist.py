@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import NamedTuple
 
 from torch import Tensor
 
 from apollo_qn.experiments.data.idx import read_idx
+from apollo_qn.experiments.data.image_set import ImageSet
 from apollo_qn.experiments.errors import ExperimentError
 
 EMBEDDED = Path(__file__).parent / "embedded" / "fashion_mnist"
@@ -20,16 +20,6 @@ FILES = (
     *("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
     *("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
 )
-
-
-class ImageSet(NamedTuple):
-    """Images as they lie on the disk, decoded."""
-
-    train_images: Tensor  # shape=(train, channels, height, width), dtype=uint8
-    train_labels: Tensor  # shape=(train,), dtype=int64
-    test_images: Tensor  # shape=(test, channels, height, width), dtype=uint8
-    test_labels: Tensor  # shape=(test,), dtype=int64
-    fingerprint: str  # of the files' bytes: which data a run has seen
 
 
 def load(folder: Path | None = None) -> ImageSet:

@@ -1,1 +1,16 @@
-"""Networks of the paper's experiments."""
+"""The networks of the experiments."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from apollo_qn.experiments.models.resnet import resnet
+from apollo_qn.experiments.models.resnext import resnext
+from apollo_qn.experiments.recipe import Model, ResNetModel
+
+
+def build(model: Model, in_channels: int, classes: int) -> nn.Module:
+    """Make the network that a recipe names, drawn from torch's global generator."""
+    if isinstance(model, ResNetModel):
+        return resnet(model.depth, model.width, in_channels, classes)
+    return resnext(model.depth, model.groups, model.group_width, in_channels, classes)

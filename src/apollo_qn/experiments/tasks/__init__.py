@@ -6,16 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from apollo_qn.experiments.errors import ExperimentError
-from apollo_qn.experiments.recipe import Data, Model, RunSpec
+from apollo_qn.experiments.recipe import RunSpec
 from apollo_qn.experiments.tasks import images
-from apollo_qn.experiments.tasks.base import Task
+from apollo_qn.experiments.tasks.base import Resources, Task
 
 
 class TaskFamily(NamedTuple):
     """How a task is made, and what ``apollo-qn tasks`` says of it."""
 
-    make: Callable[[Model, Data, int, Path | None], Task]
+    make: Callable[[RunSpec, Resources], Task]
     data: str
     source: str
 
@@ -30,16 +32,23 @@ TASKS = {
 }
 
 
-def make(spec: RunSpec, folder: Path | None = None) -> Task:
+def make(
+    spec: RunSpec,
+    folder: Path | None = None,
+    device: torch.device | str = "cpu",
+    workers: int | None = None,
+) -> Task:
     """Make the task of a run.
 
     Args:
         spec: the run.
         folder: local data; None: what the task has by itself.
+        device: where the batches come out, and small data sets live.
+        workers: processes that decode images, for tasks that do; None: one a core.
 
     Raises:
         ExperimentError: no such task, or bad data.
     """
     if spec.task not in TASKS:
         raise ExperimentError(f"task is {spec.task!r}, allowed are {', '.join(TASKS)}")
-    return TASKS[spec.task].make(spec.model, spec.data, spec.train.batch_size, folder)
+    return TASKS[spec.task].make(spec, Resources(folder, torch.device(device), workers))
