@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from apollo_qn.experiments.errors import ExperimentError
 
 
 class ImageSet(NamedTuple):
@@ -15,3 +20,24 @@ class ImageSet(NamedTuple):
     test_images: Tensor  # shape=(test, channels, height, width), dtype=uint8
     test_labels: Tensor  # shape=(test,), dtype=int64
     fingerprint: str  # of the files' bytes or of the pixels: which data a run has seen
+
+    @classmethod
+    def of_pixels(
+        cls, train_images: Tensor, train_labels: Tensor, test_images: Tensor, test_labels: Tensor
+    ) -> ImageSet:
+        """A set with the fingerprint of its pixels and labels, whatever files they came from."""
+        digest = hashlib.sha256()
+        for values in (train_images, train_labels, test_images, test_labels):
+            digest.update(repr(tuple(values.shape)).encode())
+            digest.update(values.contiguous().numpy().data)
+        return cls(train_images, train_labels, test_images, test_labels, digest.hexdigest())
+
+
+def checked_labels(values: Sequence[Any], classes: int, where: str) -> Tensor:
+    """Labels as an int64 tensor; raises ExperimentError unless all are 0 to ``classes`` - 1."""
+    for number, value in enumerate(values):
+        if not isinstance(value, int) or not 0 <= value < classes:
+            raise ExperimentError(
+                f"{where}, row {number}: label {value!r}, allowed are 0 to {classes - 1}"
+            )
+    return torch.tensor(values, dtype=torch.int64)

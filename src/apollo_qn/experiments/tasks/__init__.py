@@ -29,6 +29,12 @@ TASKS = {
         "embedded; whole set: --data /usr/share/datasets/fashion-mnist "
         "(Debian's dataset-fashion-mnist)",
     ),
+    "cifar10": TaskFamily(
+        images.cifar,
+        "50000 + 10000 colour images 32 x 32, 10 classes",
+        "Hugging Face hub (uoft-cs/cifar10), or --data with cifar-10-python.tar.gz, its folder, "
+        "or parquet files",
+    ),
 }
 
 

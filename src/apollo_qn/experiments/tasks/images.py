@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from apollo_qn.experiments import models
-from apollo_qn.experiments.data import fashion_mnist
+from apollo_qn.experiments.data import cifar10, fashion_mnist
 from apollo_qn.experiments.data.image_set import ImageSet
 from apollo_qn.experiments.data.memory import MemoryImages
 from apollo_qn.experiments.data.source import ImageBatch, ImageSource, Step
@@ -104,6 +104,13 @@ def fashion(spec: RunSpec, resources: Resources) -> ImageTask:
     data = _small_images(spec)
     images = fashion_mnist.load(resources.folder)
     return _in_memory(images, len(fashion_mnist.CLASSES), spec, data, resources)
+
+
+def cifar(spec: RunSpec, resources: Resources) -> ImageTask:
+    """CIFAR-10 from local files or the hub; raises ExperimentError for bad files."""
+    data = _small_images(spec)
+    images = cifar10.load(resources.folder)
+    return _in_memory(images, len(cifar10.CLASSES), spec, data, resources)
 
 
 def _in_memory(

@@ -1,0 +1,45 @@
+"""Pickles of arrays from strangers, read without running what they ask for."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from typing import Any
+
+import numpy
+
+# numpy has moved it between modules, pickles of every age name the one of their time
+_RECONSTRUCT = numpy.empty(0).__reduce__()[0]
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"a string in the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("numpy", "dtype"): numpy.dtype,
+    ("numpy", "ndarray"): numpy.ndarray,
+    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("_codecs", "encode"): _latin1,  # how Python 3 writes bytes in protocol 2
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _ALLOWED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
+
+
+def unpickle_arrays(content: bytes) -> Any:
+    """Rebuild plain values and NumPy arrays, of Python 2's pickles too, and nothing else.
+
+    Raises:
+        Exception: of almost any type, as ``pickle`` does for damaged content;
+            ``UnpicklingError`` where it asks for anything but arrays.
+    """
+    return _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
