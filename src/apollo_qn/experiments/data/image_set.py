@@ -33,11 +33,19 @@ class ImageSet(NamedTuple):
         return cls(train_images, train_labels, test_images, test_labels, digest.hexdigest())
 
 
-def checked_labels(values: Sequence[Any], classes: int, where: str) -> Tensor:
-    """Labels as an int64 tensor; raises ExperimentError unless all are 0 to ``classes`` - 1."""
+def checked_labels(values: Sequence[Any], classes: int | None, where: str) -> Tensor:
+    """Labels as an int64 tensor.
+
+    Args:
+        values: the labels.
+        classes: how many there are; None: as many as one likes.
+        where: what an error calls the labels; it adds the row.
+
+    Raises:
+        ExperimentError: a label is none from 0 to ``classes`` - 1.
+    """
     for number, value in enumerate(values):
-        if not isinstance(value, int) or not 0 <= value < classes:
-            raise ExperimentError(
-                f"{where}, row {number}: label {value!r}, allowed are 0 to {classes - 1}"
-            )
+        if not isinstance(value, int) or value < 0 or (classes is not None and value >= classes):
+            allowed = "0, 1, 2, ..." if classes is None else f"0 to {classes - 1}"
+            raise ExperimentError(f"{where}, row {number}: label {value!r}, allowed are {allowed}")
     return torch.tensor(values, dtype=torch.int64)

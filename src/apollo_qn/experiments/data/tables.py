@@ -73,7 +73,7 @@ def open_hub(name: str, remedy: str) -> Any:
             f"{name}: not to be had from the Hugging Face hub ({first_line(error)}); {remedy}"
         ) from None
     for split, rows in splits.items():
-        column = _column(rows, _IMAGES, f"{name}, split {split}")
+        column = image_column(rows, f"{name}, split {split}")
         splits[split] = rows.cast_column(column, datasets.Image(decode=False))
     return splits
 
@@ -85,7 +85,7 @@ def image_bytes(table: Any, where: str) -> list[bytes]:
         ExperimentError: there is no such column, or an image is missing in it.
     """
     contents: list[bytes] = []
-    for number, row in enumerate(table.column(_column(table, _IMAGES, where)).to_pylist()):
+    for number, row in enumerate(table.column(image_column(table, where)).to_pylist()):
         content = row.get("bytes") if isinstance(row, dict) else row
         if not isinstance(content, bytes):
             raise ExperimentError(f"{where}, row {number}: holds no image")
@@ -93,10 +93,15 @@ def image_bytes(table: Any, where: str) -> list[bytes]:
     return contents
 
 
-def labels(table: Any, classes: int, where: str) -> Tensor:
+def labels(table: Any, classes: int | None, where: str) -> Tensor:
     """The labels of a ``pyarrow.Table``, int64; raises ExperimentError for bad ones."""
     values = table.column(_column(table, _LABELS, where)).to_pylist()
     return checked_labels(values, classes, where)
+
+
+def image_column(table: Any, where: str) -> str:
+    """The column of images; raises ExperimentError where there is none."""
+    return _column(table, _IMAGES, where)
 
 
 def _column(table: Any, names: tuple[str, ...], where: str) -> str:

@@ -35,6 +35,12 @@ TASKS = {
         "Hugging Face hub (uoft-cs/cifar10), or --data with cifar-10-python.tar.gz, its folder, "
         "or parquet files",
     ),
+    "imagenet": TaskFamily(
+        images.photographs,
+        "1281167 + 50000 photographs, 1000 classes",
+        "Hugging Face hub (ILSVRC/imagenet-1k), or --data with train/CLASS/*.JPEG and "
+        "val/CLASS/*.JPEG",
+    ),
 }
 
 

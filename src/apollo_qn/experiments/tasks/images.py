@@ -9,12 +9,14 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from apollo_qn.experiments import models
-from apollo_qn.experiments.data import cifar10, fashion_mnist
+from apollo_qn.experiments.data import cifar10, fashion_mnist, imagenet
 from apollo_qn.experiments.data.image_set import ImageSet
 from apollo_qn.experiments.data.memory import MemoryImages
+from apollo_qn.experiments.data.photographs import DecodedPhotographs
 from apollo_qn.experiments.data.source import ImageBatch, ImageSource, Step
 from apollo_qn.experiments.errors import ExperimentError
-from apollo_qn.experiments.recipe import Model, RunSpec, SmallImages
+from apollo_qn.experiments.recipe import Model, Photographs, RunSpec, SmallImages
+from apollo_qn.experiments.runs import cores
 from apollo_qn.experiments.seeds import derived_seed
 from apollo_qn.experiments.tasks.base import Batch, Resources
 
@@ -113,6 +115,22 @@ def cifar(spec: RunSpec, resources: Resources) -> ImageTask:
     return _in_memory(images, len(cifar10.CLASSES), spec, data, resources)
 
 
+def photographs(spec: RunSpec, resources: Resources) -> ImageTask:
+    """ImageNet from a folder tree or the hub; raises ExperimentError for bad files."""
+    if not isinstance(spec.data, Photographs):
+        raise _wrong_kind(spec, "photographs")
+    workers = cores() if resources.workers is None else resources.workers
+    source = DecodedPhotographs(
+        imagenet.load(resources.folder),
+        imagenet.MEAN,
+        imagenet.STD,
+        spec.data,
+        resources.device,
+        workers,
+    )
+    return ImageTask(source, spec.model, spec.train.batch_size)
+
+
 def _in_memory(
     images: ImageSet, classes: int, spec: RunSpec, data: SmallImages, resources: Resources
 ) -> ImageTask:
@@ -122,7 +140,11 @@ def _in_memory(
 
 def _small_images(spec: RunSpec) -> SmallImages:
     if not isinstance(spec.data, SmallImages):
-        raise ExperimentError(
-            f"data.kind is {spec.data.kind!r}, the task {spec.task} needs 'small-images'"
-        )
+        raise _wrong_kind(spec, "small-images")
     return spec.data
+
+
+def _wrong_kind(spec: RunSpec, needed: str) -> ExperimentError:
+    return ExperimentError(
+        f"data.kind is {spec.data.kind!r}, the task {spec.task} needs {needed!r}"
+    )

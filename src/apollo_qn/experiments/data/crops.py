@@ -1,0 +1,61 @@
+"""From a photograph of any size to the square that a network sees."""
+
+from __future__ import annotations
+
+import math
+from random import Random
+
+from PIL import Image
+
+# of a random crop, width to height, as in Szegedy et al. (2015), section 6
+_ASPECTS = (3 / 4, 4 / 3)
+_TRIES = 10
+
+Box = tuple[int, int, int, int]  # left, upper, right, lower
+
+
+def random_box(width: int, height: int, smallest_area: float, random: Random) -> Box:
+    """Draw a part of an image: its area uniformly, its aspect uniformly in the logarithm.
+
+    Args:
+        width: of the image, pixels.
+        height: of the image.
+        smallest_area: of the part, as a share of the image's area.
+        random: the only source of randomness.
+    """
+    lowest, highest = (math.log(aspect) for aspect in _ASPECTS)
+    for _ in range(_TRIES):
+        area = width * height * random.uniform(smallest_area, 1.0)
+        aspect = math.exp(random.uniform(lowest, highest))
+        across, down = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < across <= width and 0 < down <= height:
+            left = int(random.random() * (width - across + 1))
+            upper = int(random.random() * (height - down + 1))
+            return left, upper, left + across, upper + down
+    # a long and narrow image: as much of its middle as the aspects allow
+    across = max(1, min(width, round(height * _ASPECTS[1])))
+    down = max(1, min(height, round(width / _ASPECTS[0])))
+    left, upper = (width - across) // 2, (height - down) // 2
+    return left, upper, left + across, upper + down
+
+
+def random_square(
+    image: Image.Image, size: int, smallest_area: float, flip: bool, random: Random
+) -> Image.Image:
+    """A random part of an image, resized to ``size`` pixels each way, half of them mirrored."""
+    box = random_box(image.width, image.height, smallest_area, random)
+    mirrored = random.random() < 0.5
+    # cropped before it is resized: pixels beside the box stay out of it
+    square = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
+    if flip and mirrored:
+        square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return square
+
+
+def centre_square(image: Image.Image, resize: int, size: int) -> Image.Image:
+    """The middle ``size`` pixels each way, after the shorter side became ``resize``."""
+    shorter = min(image.size)
+    width, height = (max(resize, side * resize // shorter) for side in image.size)
+    left, upper = (width - size) // 2, (height - size) // 2
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    return resized.crop((left, upper, left + size, upper + size))
