@@ -2,8 +2,8 @@
 
 It is checked that the file can be opened, that its header is an image's with a size, and that it
 goes on to the mark that ends its format (JPEG and PNG; a rarer format is decoded whole). So a file
-that is empty, cut short or something else is found. Damage in its middle is not: that is found, and
-the file named, when the image is decoded.
+that is empty, cut short or something else is found. Damage in its middle is not. Where it keeps the
+image from being decoded, that will name the file; JPEG has no checksum that would show the rest.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def find_fault(path: Path) -> str | None:
 
 def _scan(content: bytes) -> int:
     """Where the pixels of a JPEG file begin: a thumbnail before them has an end of its own."""
+    if content[:2] != b"\xff\xd8":
+        return 0
     place = 2
-    while content[:2] == b"\xff\xd8" and content[place : place + 1] == b"\xff":
-        if content[place + 1] == _START_OF_SCAN:
-            return place
+    while content[place : place + 1] == b"\xff" and content[place + 1] != _START_OF_SCAN:
         place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
-    return 0
+    return place if content[place : place + 1] == b"\xff" else len(content)
