@@ -260,7 +260,7 @@ def test_time_left() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["compare", "mnist"], "no task 'mnist'; there are fashion-mnist"),
+        (["compare", "mnist"], "no task 'mnist'; there are cifar10, fashion-mnist"),
         (["compare", "--optimizers", "adagrad"], "no optimizer 'adagrad'"),
         (["compare", "--optimizers", ","], "--optimizers names none"),
         (["compare", "--data", "/nowhere"], "/nowhere/train-images-idx3-ubyte.gz: no such file"),

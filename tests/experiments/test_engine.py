@@ -16,18 +16,22 @@ import torch
 from apollo_qn.experiments import recipe, tasks
 from apollo_qn.experiments.engine import train
 from apollo_qn.experiments.errors import ExperimentError
+from apollo_qn.experiments.placement import Placement
 from apollo_qn.experiments.recipe import RunSpec
 from apollo_qn.experiments.runs import RunDirectory
 
 from .conftest import TINY
 
+ALONE = Placement()
 WORKER = [sys.executable, "-m", "apollo_qn.experiments.worker"]
 
 
-def prepared(path: Path, spec: RunSpec) -> tuple[RunDirectory, tasks.Task]:
+def prepared(
+    path: Path, spec: RunSpec, placement: Placement = ALONE
+) -> tuple[RunDirectory, tasks.Task]:
     task = tasks.make(spec)
     directory = RunDirectory(path)
-    directory.prepare(spec, task.fingerprint, None, ["test"])
+    directory.prepare(spec, task.fingerprint, None, ["test"], placement)
     return directory, task
 
 
@@ -43,7 +47,7 @@ def result(directory: RunDirectory) -> dict[str, Any]:
     return {
         "model": state["model"],
         "optimizer": state["optimizer"],
-        "random": state["random"],
+        "processes": state["processes"],
         "metrics": [without_times(record) for record in directory.records()],
         "verdict": without_times(verdict),
     }

@@ -26,6 +26,8 @@ app = typer.Typer(
 )
 
 TaskName = Annotated[str, typer.Argument(help="A task (see `tasks`), or a recipe's .toml file.")]
+Accelerator = Annotated[str, typer.Option(help="cpu or gpu.")]
+Devices = Annotated[int, typer.Option(min=1, help="Processes that share each run's batches.")]
 DataFolder = Annotated[Path | None, typer.Option("--data", help="Local data, in place of ours.")]
 
 
@@ -55,8 +57,10 @@ def compare(
     ] = None,
     data: DataFolder = None,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Runs at a time.  [default: the cores]")
+        int | None, typer.Option(min=1, help="Runs at a time.  [default: as many as fit]")
     ] = None,
+    accelerator: Accelerator = "cpu",
+    devices: Devices = 1,
 ) -> None:
     """Train a task with every optimizer of its recipe and several seeds, and write a report.
 
@@ -78,7 +82,7 @@ def compare(
             )
         specs = plan.runs(names, seeds)
         _keep_caches_in(folder)
-        failed = _train(specs, folder, data, jobs)
+        failed = _train(specs, folder, data, jobs, accelerator, devices)
         _report([folder], folder)
     if failed:
         raise typer.Exit(1)
@@ -91,6 +95,8 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Default: the recipe's first.")] = None,
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/train"),
     data: DataFolder = None,
+    accelerator: Accelerator = "cpu",
+    devices: Devices = 1,
 ) -> None:
     """Train one run: the same weights, bit by bit, as the run that `compare` makes of it."""
     with _one_line_errors():
@@ -99,7 +105,7 @@ def train(
         plan = recipe.load(task)
         spec = plan.run(optimizer, plan.seeds[0] if seed is None else seed)
         _keep_caches_in(out)
-        failed = _train([spec], out, data, jobs=None)
+        failed = _train([spec], out, data, 1, accelerator, devices)
         typer.echo(f"{_run_folder(out, spec.name, spec.seed)}")
     if failed:
         raise typer.Exit(1)
@@ -185,18 +191,26 @@ def _run_folder(folder: Path, name: str, seed: int) -> Path:
     return folder / "runs" / f"{name}-seed{seed}"
 
 
-def _train(specs: list[RunSpec], folder: Path, data: Path | None, jobs: int | None) -> bool:
+def _train(
+    specs: list[RunSpec],
+    folder: Path,
+    data: Path | None,
+    jobs: int | None,
+    accelerator: str,
+    devices: int,
+) -> bool:
     """Train what is not finished; True: a run has failed."""
     from apollo_qn.experiments import matrix, tasks
+    from apollo_qn.experiments.placement import share
     from apollo_qn.experiments.progress import display
-    from apollo_qn.experiments.runs import RunDirectory, cores
+    from apollo_qn.experiments.runs import RunDirectory
 
-    jobs = jobs or cores()
+    jobs, placement = share(accelerator, devices, jobs)
     task = tasks.make(specs[0], data)
     runs = []
     for spec in specs:
         directory = RunDirectory(_run_folder(folder, spec.name, spec.seed))
-        directory.prepare(spec, task.fingerprint, data, sys.argv, threads=max(1, cores() // jobs))
+        directory.prepare(spec, task.fingerprint, data, sys.argv, placement)
         steps = spec.train.epochs * task.steps_per_epoch
         runs.append(matrix.RunState(directory, spec, steps))
     console = Console(stderr=True)

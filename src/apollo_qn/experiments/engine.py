@@ -1,7 +1,8 @@
 """The training loop of one run, from its directory to its directory.
 
 Every batch is a function of (seed, epoch, step), and a checkpoint holds all the rest: so a run that
-was killed and resumed writes the same weights and the same metrics as one that never was.
+was killed and resumed writes the same weights and the same metrics as one that never was. Devices,
+precision and processes are Lightning Fabric's business.
 """
 
 from __future__ import annotations
@@ -10,25 +11,35 @@ import io
 import json
 import math
 import pickle
-import statistics
 import time
 from collections.abc import Callable
-from typing import Any, BinaryIO, Literal
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from apollo_qn.experiments.errors import ExperimentError
 from apollo_qn.experiments.optimizers import build, rate_factor
+from apollo_qn.experiments.placement import Placement
 from apollo_qn.experiments.recipe import RunSpec
 from apollo_qn.experiments.runs import Record, RunDirectory, write_atomically
-from apollo_qn.experiments.tasks.base import Task
+from apollo_qn.experiments.seeds import derived_seed
+from apollo_qn.experiments.stopwatch import Stopwatch
+from apollo_qn.experiments.tasks.base import Batch, Task
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 Outcome = Literal["finished", "diverged", "stopped"]
 
 
 def train(
-    directory: RunDirectory, spec: RunSpec, task: Task, stop: Callable[[], bool] = lambda: False
+    directory: RunDirectory,
+    spec: RunSpec,
+    task: Task,
+    stop: Callable[[], bool] = lambda: False,
+    fabric: Fabric | None = None,
 ) -> Outcome:
     """Train a prepared run to its end, from its checkpoint where it has one.
 
@@ -36,7 +47,9 @@ def train(
         directory: prepared for this ``spec``.
         spec: the resolved recipe.
         task: data, model, loss and metric.
-        stop: asked after every step; True writes a checkpoint and returns ``"stopped"``.
+        stop: asked after every step, with several processes at every line of the metrics; True (in
+            any process) writes a checkpoint and returns ``"stopped"``.
+        fabric: launched; None: this process alone, on the CPU.
 
     Returns:
         How it ended. ``"finished"`` and ``"diverged"`` (a loss that is not finite) are recorded in
@@ -48,96 +61,147 @@ def train(
     verdict = directory.verdict()
     if verdict is not None:
         return "diverged" if verdict["verdict"] == "diverged" else "finished"
-    torch.use_deterministic_algorithms(True)
+    fabric = Placement().fabric(spec) if fabric is None else fabric
+    # some operations have no deterministic form on a GPU
+    torch.use_deterministic_algorithms(True, warn_only=fabric.device.type != "cpu")
     torch.manual_seed(spec.seed)
-    with _Run(directory, spec, task) as run:
+    with _Run(directory, spec, task, fabric) as run:
         return run.to_the_end(stop)
+
+
+_UNREADABLE = (
+    *(OSError, RuntimeError, ValueError, KeyError, IndexError, EOFError),
+    pickle.PickleError,
+)
 
 
 class _Run:
     """What lives as long as one call of ``train``: everything that a checkpoint must hold."""
 
-    def __init__(self, directory: RunDirectory, spec: RunSpec, task: Task) -> None:
-        self.directory, self.spec, self.task = directory, spec, task
+    def __init__(self, directory: RunDirectory, spec: RunSpec, task: Task, fabric: Fabric) -> None:
+        self.directory, self.spec, self.task, self.fabric = directory, spec, task, fabric
         self.steps = spec.train.epochs * task.steps_per_epoch
-        self.model: nn.Module = task.model()
-        self.optimizer = build(spec.optimizer, self.model.parameters())
+        self.network: nn.Module = task.model()  # as the task knows it
+        if fabric.global_rank > 0:  # dropout draws other numbers in each process
+            torch.manual_seed(derived_seed(spec.seed, fabric.global_rank))
+        optimizer = build(spec.optimizer, self.network.parameters())
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, rate_factor(spec.train.schedule, self.steps)
+            optimizer, rate_factor(spec.train.schedule, self.steps)
         )
+        network: Any = torch.compile(self.network) if spec.train.compile else self.network
+        self.model, self.optimizer = fabric.setup(network, optimizer)
         self.step = 0
         # of this epoch, and of the steps since the last line: the sum stays where the loss is, so
         # that no step waits for it; a loss that is not finite stays in the sum
-        self.epoch_loss = torch.zeros((), dtype=torch.float64)
-        self.line_loss = torch.zeros((), dtype=torch.float64)
+        self.epoch_loss = torch.zeros((), dtype=torch.float64, device=fabric.device)
+        self.line_loss = self.epoch_loss.clone()
         self.line_steps = 0
-        self.optimizer_times: list[float] = []  # seconds, of this epoch
+        self.stepping = Stopwatch(fabric.device)  # the optimizer, in this epoch
         self.last: Record = {}
         self.seconds_before = 0.0  # spent in the processes before this one
         self.started = time.perf_counter()
-        self.metrics: BinaryIO
+        self.metrics: BinaryIO | None = None  # the first process writes it
 
     def __enter__(self) -> _Run:
         offset = self._restore()
-        self.metrics = self.directory.metrics.open("ab")
-        # lines written after the checkpoint will be written again
-        self.metrics.truncate(offset)
+        if self.fabric.is_global_zero:
+            self.metrics = self.directory.metrics.open("ab")
+            # lines written after the checkpoint will be written again
+            self.metrics.truncate(offset)
         self.saved_at = time.perf_counter()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.metrics.close()
+        if self.metrics is not None:
+            self.metrics.close()
 
     def seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
 
     def to_the_end(self, stop: Callable[[], bool]) -> Outcome:
         per_epoch = self.task.steps_per_epoch
+        alone = self.fabric.world_size == 1
+        rank, world = self.fabric.global_rank, self.fabric.world_size
         while self.step < self.steps:
             epoch, start = divmod(self.step, per_epoch)
             self.model.train()
-            for batch in self.task.batches(self.spec.seed, epoch, start):
+            for batch in self.task.batches(self.spec.seed, epoch, start, rank, world):
                 self._train_step(batch)
                 ends_epoch = self.step % per_epoch == 0
-                if self.step % self.spec.train.log_every == 0 or ends_epoch:
-                    if not math.isfinite(float(self.line_loss)):
+                ends_line = self.step % self.spec.train.log_every == 0 or ends_epoch
+                if ends_line:
+                    mean = self._mean(self.line_loss) / self.line_steps
+                    if not math.isfinite(mean):
                         return self._finish("diverged")
-                    self._log_line(epoch)
+                    self._log_line(epoch, mean)
                 if ends_epoch:
                     self._end_epoch(epoch)
-                due = time.perf_counter() - self.saved_at > self.spec.train.checkpoint_every
-                stopping = stop()
+                if not alone and not ends_line:
+                    continue  # the processes agree on no more than once a line
+                late = time.perf_counter() - self.saved_at > self.spec.train.checkpoint_every
+                due, stopping = self._any(late, stop())
                 if due or ends_epoch or stopping:
                     self._save()
                 if stopping and self.step < self.steps:
                     return "stopped"
         return self._finish("finished")
 
-    def _train_step(self, batch: tuple[torch.Tensor, ...]) -> None:
-        loss = self.task.loss(self.model, batch)
+    def _train_step(self, batch: Batch) -> None:
+        parts = self.spec.train.accumulate
+        chunks = list(zip(*(column.chunk(parts) for column in batch), strict=True))
+        size = len(batch[0])
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        before = time.perf_counter()
-        self.optimizer.step()
-        self.optimizer_times.append(time.perf_counter() - before)
+        for i, chunk in enumerate(chunks):
+            last = i == len(chunks) - 1
+            with nullcontext() if last else self.fabric.no_backward_sync(self.model):
+                loss = self.task.loss(self.model, chunk)
+                if len(chunks) > 1:  # the batch's mean is that of its parts by their sizes
+                    loss = loss * (len(chunk[0]) / size)
+                self.fabric.backward(loss)
+            value = loss.detach().double()
+            self.epoch_loss += value
+            self.line_loss += value
+        if self.spec.train.clip_norm is not None:
+            # what is not finite shows in the loss
+            self.fabric.clip_gradients(
+                self.model,
+                self.optimizer,
+                max_norm=self.spec.train.clip_norm,
+                error_if_nonfinite=False,
+            )
+        with self.stepping.running():
+            self.optimizer.step()
         self.schedule.step()
-        value = loss.detach().double()
-        self.epoch_loss += value
-        self.line_loss += value
         self.line_steps += 1
         self.step += 1
 
-    def _write(self, record: Record) -> None:
-        self.metrics.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-        self.metrics.flush()
+    def _mean(self, x: Tensor) -> float:
+        """Of all processes."""
+        if self.fabric.world_size == 1:
+            return float(x)
+        mean: Any = self.fabric.all_reduce(x.clone(), reduce_op="mean")
+        return float(mean)
 
-    def _log_line(self, epoch: int) -> None:
+    def _any(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag whether it is set in any process."""
+        if self.fabric.world_size == 1:
+            return flags
+        numbers = torch.tensor([float(flag) for flag in flags], device=self.fabric.device)
+        total: Any = self.fabric.all_reduce(numbers, reduce_op="sum")
+        return tuple(number > 0 for number in total.tolist())
+
+    def _write(self, record: Record) -> None:
+        if self.metrics is not None:
+            self.metrics.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+            self.metrics.flush()
+
+    def _log_line(self, epoch: int, loss: float) -> None:
         self._write(
             {
                 "kind": "step",
                 "epoch": epoch,
                 "step": self.step,
-                "loss": float(self.line_loss) / self.line_steps,
+                "loss": loss,
                 "lr": self.optimizer.param_groups[0]["lr"],
                 # all that differs between two runs of one seed stands under this key
                 "time": {"seconds": self.seconds()},
@@ -147,11 +211,9 @@ class _Run:
         self.line_steps = 0
 
     def _end_epoch(self, epoch: int) -> None:
-        self.model.eval()
-        with torch.no_grad():
-            measured = self.task.evaluate(self.model)
+        measured = self._evaluate()
         self.last = {
-            "train_loss": float(self.epoch_loss) / self.task.steps_per_epoch,
+            "train_loss": self._mean(self.epoch_loss) / self.task.steps_per_epoch,
             # JSON knows no NaN
             **{name: value if math.isfinite(value) else None for name, value in measured.items()},
         }
@@ -161,43 +223,71 @@ class _Run:
                 "epoch": epoch + 1,
                 "step": self.step,
                 **self.last,
-                "time": {
-                    "seconds": self.seconds(),
-                    "optimizer_ms": 1e3 * statistics.median(self.optimizer_times),
-                },
+                "time": {"seconds": self.seconds(), "optimizer_ms": self.stepping.median()},
             }
         )
         self.epoch_loss.zero_()
-        self.optimizer_times.clear()
+        self.stepping.times.clear()
+
+    def _evaluate(self) -> dict[str, float]:
+        """Metrics on the held-out data, of which each process takes a part."""
+        rank, world = self.fabric.global_rank, self.fabric.world_size
+        if world > 1:  # running means and variances are the first process's
+            for buffer in self.network.buffers():
+                buffer.copy_(self.fabric.broadcast(buffer))
+        self.model.eval()
+        with torch.no_grad(), self.fabric.autocast():
+            tally = self.task.tally(self.network, rank, world)
+        if world > 1:
+            tally = self.fabric.all_reduce(tally, reduce_op="sum")  # type: ignore[assignment]
+        return self.task.metrics(tally)
 
     def _finish(self, outcome: Literal["finished", "diverged"]) -> Outcome:
         verdict: Record = {"verdict": outcome, "step": self.step, "steps": self.steps}
         if outcome == "finished":
             verdict |= self.last
         verdict["time"] = {"seconds": self.seconds()}
-        write_atomically(self.directory.result, json.dumps(verdict, indent=2).encode() + b"\n")
+        if self.fabric.is_global_zero:
+            write_atomically(self.directory.result, json.dumps(verdict, indent=2).encode() + b"\n")
+        self.fabric.barrier()
         return outcome
 
     def _save(self) -> None:
-        self.metrics.flush()
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "random": torch.get_rng_state(),
-            "step": self.step,
-            "epoch_loss": self.epoch_loss,
-            "line_loss": self.line_loss,
-            "line_steps": self.line_steps,
-            "optimizer_times": self.optimizer_times,
-            "last": self.last,
-            "seconds": self.seconds(),
-            "metrics_bytes": self.metrics.tell(),
-        }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_atomically(self.directory.checkpoint, buffer.getvalue())
+        processes = self._of_all_processes()
+        if self.metrics is not None:
+            self.metrics.flush()
+            state = {
+                "model": self.network.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "processes": processes,
+                "step": self.step,
+                "line_steps": self.line_steps,
+                "optimizer_times": self.stepping.collect(),
+                "last": self.last,
+                "seconds": self.seconds(),
+                "metrics_bytes": self.metrics.tell(),
+            }
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            write_atomically(self.directory.checkpoint, buffer.getvalue())
+        self.fabric.barrier()
         self.saved_at = time.perf_counter()
+
+    def _of_all_processes(self) -> list[dict[str, Tensor]]:
+        """What differs from process to process."""
+        mine = {
+            "random": torch.get_rng_state(),
+            "epoch_loss": self.epoch_loss.cpu(),
+            "line_loss": self.line_loss.cpu(),
+        }
+        if self.fabric.device.type == "cuda":
+            mine["device_random"] = torch.cuda.get_rng_state(self.fabric.device)
+        if self.fabric.world_size == 1:
+            return [mine]
+        gathered: list[Any] = [None] * self.fabric.world_size
+        torch.distributed.all_gather_object(gathered, mine)
+        return gathered
 
     def _restore(self) -> int:
         """Load the checkpoint if there is one; how many bytes of the metrics are valid."""
@@ -205,22 +295,25 @@ class _Run:
         if not path.exists():
             return 0
         try:
-            state: dict[str, Any] = torch.load(path, weights_only=True)
-            self.model.load_state_dict(state["model"])
+            state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+            self.network.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
-            torch.set_rng_state(state["random"])
-        except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.PickleError) as error:
+            mine = state["processes"][self.fabric.global_rank]
+            torch.set_rng_state(mine["random"])
+            if self.fabric.device.type == "cuda":
+                torch.cuda.set_rng_state(mine["device_random"], self.fabric.device)
+        except _UNREADABLE as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ExperimentError(
                 f"{path}: the checkpoint cannot be read ({first}); remove the run's directory "
                 "to train it anew"
             ) from None
         self.step = state["step"]
-        self.epoch_loss = state["epoch_loss"]
-        self.line_loss = state["line_loss"]
+        self.epoch_loss.copy_(mine["epoch_loss"])
+        self.line_loss.copy_(mine["line_loss"])
         self.line_steps = state["line_steps"]
-        self.optimizer_times = state["optimizer_times"]
+        self.stepping.times = list(state["optimizer_times"])
         self.last = state["last"]
         self.seconds_before = state["seconds"]
         return int(state["metrics_bytes"])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from apollo_qn.experiments.interrupt import Interrupted, signals
+from apollo_qn.experiments.placement import Placement
 from apollo_qn.experiments.recipe import RunSpec
 from apollo_qn.experiments.runs import Record, RunDirectory
 from apollo_qn.experiments.worker import STOPPED
@@ -91,12 +92,14 @@ def run_all(runs: list[RunState], jobs: int, display: Display) -> None:
         run.refresh()
         _settle(run)
     workers: dict[int, subprocess.Popen[bytes]] = {}
+    slots: dict[int, int] = {}
     with signals() as received:
         try:
             while any(run.status in ("waiting", "running") for run in runs):
                 for index, run in enumerate(runs):
                     if run.status == "waiting" and len(workers) < jobs:
-                        workers[index] = _start(run)
+                        slots[index] = min(set(range(jobs)) - {slots[i] for i in workers})
+                        workers[index] = _start(run, slots[index])
                         run.status, run.pid = "running", workers[index].pid
                 display.update(runs, jobs)
                 time.sleep(_POLL)
@@ -112,17 +115,29 @@ def run_all(runs: list[RunState], jobs: int, display: Display) -> None:
             display.update(runs, jobs)
 
 
-def _start(run: RunState) -> subprocess.Popen[bytes]:
+def launcher(placement: Placement) -> list[str]:
+    """The command that starts a run's processes on this machine; the run's folder follows it."""
+    worker = ["-m", "apollo_qn.experiments.worker"]
+    if placement.processes == 1:
+        return [sys.executable, *worker]
+    torchrun = ["-m", "torch.distributed.run", "--standalone"]
+    return [sys.executable, *torchrun, f"--nproc-per-node={placement.devices}", *worker]
+
+
+def _start(run: RunState, slot: int) -> subprocess.Popen[bytes]:
+    placement = run.directory.placement()
     environment = dict(os.environ, PYTHONDONTWRITEBYTECODE="1")
     # threads that spin while they wait would bring a machine with other work to a standstill
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if placement.accelerator == "gpu":  # each run has GPUs of its own
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(i) for i in range(64)]
+        own = names[slot * placement.devices : (slot + 1) * placement.devices]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
     with run.directory.log.open("ab") as log:
         # out of our process group: Ctrl-C reaches this process alone, which then asks the workers
         return subprocess.Popen(
-            [
-                *(sys.executable, "-m", "apollo_qn.experiments.worker"),
-                str(run.directory.path.resolve()),
-            ],
+            [*launcher(placement), str(run.directory.path.resolve())],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

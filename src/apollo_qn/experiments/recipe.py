@@ -151,6 +151,10 @@ class Steps(Section):
     batch_size: Count  # examples in a step, over all processes
     log_every: Count = 25  # steps
     checkpoint_every: Positive = 20.0  # seconds; the end of an epoch always is one
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    clip_norm: Positive | None = None  # of the gradient of all parameters; longer ones are cut
+    accumulate: Count = 1  # parts in which a process takes its share of a batch, one after another
+    compile: bool = False  # the model, by torch.compile
 
 
 class Training(Steps):

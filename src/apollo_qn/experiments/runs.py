@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 import apollo_qn
 from apollo_qn.experiments.errors import ExperimentError
+from apollo_qn.experiments.placement import Placement, cores
 from apollo_qn.experiments.recipe import RunSpec, describe
 
 Record = dict[str, Any]
@@ -52,7 +53,7 @@ class RunDirectory:
         fingerprint: str,
         data: Path | None,
         command: list[str],
-        threads: int = 1,
+        placement: Placement = Placement(),  # noqa: B008  (frozen)
     ) -> None:
         """Create the run, or make sure that what is there is this very run.
 
@@ -61,7 +62,7 @@ class RunDirectory:
             fingerprint: of the data.
             data: folder of local data, or None.
             command: the command line, kept for the record.
-            threads: of the process that trains it; a run that is there keeps its own.
+            placement: where it is trained; a run that is there keeps its own.
 
         Raises:
             ExperimentError: the directory holds a run with another recipe or other data.
@@ -92,7 +93,7 @@ class RunDirectory:
                 "python": platform.python_version(),
             },
             "machine": machine(),
-            "threads": threads,
+            "placement": placement.model_dump(),
             "command": command,
         }
         write_atomically(self.manifest, json.dumps(manifest, indent=2).encode() + b"\n")
@@ -119,6 +120,13 @@ class RunDirectory:
             return RunSpec.model_validate(self.read()["recipe"])
         except ValidationError as error:
             raise ExperimentError(f"{self.manifest}: {describe(error, RunSpec)}") from None
+
+    def placement(self) -> Placement:
+        """Where it is trained; raises ExperimentError as ``read`` does."""
+        try:
+            return Placement.model_validate(self.read()["placement"])
+        except (KeyError, ValidationError) as error:
+            raise ExperimentError(f"{self.manifest}: placement is damaged ({error})") from None
 
     def verdict(self) -> Record | None:
         """How the run ended; None: it has not."""
@@ -153,13 +161,6 @@ def machine() -> Record:
     except OSError:
         pass  # not Linux
     return {"cpu": model, "cores": cores(), "platform": platform.platform()}
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # not Linux
 
 
 def _differences(left: Record, right: Record, prefix: str = "") -> list[str]:

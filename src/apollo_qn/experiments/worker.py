@@ -10,6 +10,7 @@ import fcntl
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
 
@@ -18,6 +19,7 @@ import torch
 from apollo_qn.experiments import tasks
 from apollo_qn.experiments.engine import train
 from apollo_qn.experiments.errors import ExperimentError
+from apollo_qn.experiments.placement import leave
 from apollo_qn.experiments.runs import RunDirectory
 
 STOPPED = 75  # exit status: not finished, there is a checkpoint to go on from
@@ -35,14 +37,18 @@ def main() -> int:
     parent = os.getppid()
     directory = RunDirectory(arguments.run)
     try:
-        with _exclusive(directory):
-            spec = directory.spec()
-            manifest = directory.read()
+        first = os.environ.get("RANK", "0") == "0"  # torchrun's; the others hold no lock
+        with _exclusive(directory) if first else nullcontext():
+            spec, placement = directory.spec(), directory.placement()
             # the order of sums depends on it: a resumed run keeps the number it began with
-            torch.set_num_threads(manifest["threads"])
-            folder = manifest["data"]["folder"]
-            task = tasks.make(spec, None if folder is None else Path(folder))
-            outcome = train(directory, spec, task, lambda: bool(asked) or os.getppid() != parent)
+            torch.set_num_threads(placement.threads)
+            fabric = placement.fabric(spec)
+            folder = directory.read()["data"]["folder"]
+            task = tasks.make(spec, None if folder is None else Path(folder), fabric.device)
+            outcome = train(
+                directory, spec, task, lambda: bool(asked) or os.getppid() != parent, fabric
+            )
+            leave()
     except ExperimentError as error:
         print(error, file=sys.stderr)
         return UNUSABLE

@@ -15,8 +15,8 @@ from apollo_qn.experiments.data.memory import MemoryImages
 from apollo_qn.experiments.data.photographs import DecodedPhotographs
 from apollo_qn.experiments.data.source import ImageBatch, ImageSource, Step
 from apollo_qn.experiments.errors import ExperimentError
+from apollo_qn.experiments.placement import cores
 from apollo_qn.experiments.recipe import Model, Photographs, RunSpec, SmallImages
-from apollo_qn.experiments.runs import cores
 from apollo_qn.experiments.seeds import derived_seed
 from apollo_qn.experiments.tasks.base import Batch, Resources
 

@@ -1,0 +1,85 @@
+"""What the engine adds to a bare training loop on the same model and data.
+
+    python benchmarks/engine_overhead.py [--recipe fashion-mnist] [--epochs 2] [--repeats 5]
+
+Both train the recipe's Apollo run from the same weights and evaluate after each epoch; the engine
+also logs, writes checkpoints and can be resumed. They take turns; the table gives medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from apollo_qn.experiments import recipe, tasks
+from apollo_qn.experiments.engine import train
+from apollo_qn.experiments.optimizers import build, rate_factor
+from apollo_qn.experiments.recipe import RunSpec
+from apollo_qn.experiments.runs import RunDirectory
+from apollo_qn.experiments.tasks.base import Task
+
+
+def bare(spec: RunSpec, task: Task) -> None:
+    """The shortest loop that trains and evaluates the same."""
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(spec.seed)
+    model = task.model()
+    optimizer = build(spec.optimizer, model.parameters())
+    steps = spec.train.epochs * task.steps_per_epoch
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor(spec.train.schedule, steps))
+    for epoch in range(spec.train.epochs):
+        model.train()
+        for batch in task.batches(spec.seed, epoch, 0):
+            loss = task.loss(model, batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        model.eval()
+        with torch.no_grad():
+            task.metrics(task.tally(model))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--recipe", default="fashion-mnist")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    plan = recipe.load(arguments.recipe)
+    spec = plan.run("apollo", plan.seeds[0])
+    schedule = spec.train.schedule.model_copy(update={"epochs": arguments.epochs})
+    spec = spec.model_copy(update={"train": spec.train.model_copy(update={"schedule": schedule})})
+    task = tasks.make(spec)
+    times: dict[str, list[float]] = {"bare": [], "engine": []}
+    for repeat in range(arguments.repeats + 1):
+        with tempfile.TemporaryDirectory() as folder:
+            directory = RunDirectory(Path(folder) / "run")
+            directory.prepare(spec, task.fingerprint, None, sys.argv)
+            for name in sorted(times, reverse=bool(repeat % 2)):
+                start = time.perf_counter()
+                if name == "bare":
+                    bare(spec, task)
+                else:
+                    train(directory, spec, task)
+                if repeat:  # the first warms up
+                    times[name].append(time.perf_counter() - start)
+            shutil.rmtree(directory.path)
+        print(f"\r{repeat}/{arguments.repeats}", end="", file=sys.stderr)
+    print("\r        \r", end="", file=sys.stderr)
+    steps = arguments.epochs * task.steps_per_epoch
+    for name, taken in times.items():
+        print(f"{name:8} {1e3 * statistics.median(taken) / steps:8.3f} ms a step, all included")
+    ratios = [a / b for a, b in zip(times["engine"], times["bare"], strict=True)]
+    print(f"engine / bare: {statistics.median(ratios):.3f} ({min(ratios):.3f} - {max(ratios):.3f})")
+
+
+if __name__ == "__main__":
+    main()
