@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -16,20 +14,18 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from apollo_qn.experiments import figures, matrix, recipe, report, tasks
+from apollo_qn.experiments import matrix, recipe, tasks
 from apollo_qn.experiments.cli import app
 from apollo_qn.experiments.engine import train
-from apollo_qn.experiments.errors import ExperimentError
 from apollo_qn.experiments.progress import LiveTable, duration, seconds_left
+from apollo_qn.experiments.report import page, words
 from apollo_qn.experiments.runs import RunDirectory
 
 from .conftest import TINY
-from .test_engine import assert_identical, prepared, result, spec_of
+from .test_engine import assert_identical, prepared, result
 
 CLI = [sys.executable, "-m", "apollo_qn.experiments.cli"]
 CACHES = ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR")
-PNG = b"\x89PNG\r\n"
-PICTURES = ("training_loss", "test_accuracy", "wall_time", "optimizer_time")
 
 
 def own_caches(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +44,7 @@ class Quiet:
 def states(recipe_file: Path, out: Path, names: list[str]) -> list[matrix.RunState]:
     runs = []
     for spec in recipe.load(str(recipe_file)).runs(names, 1):
-        directory, task = prepared(out / "runs" / f"{spec.name}-seed{spec.seed}", spec)
+        directory, task = prepared(out / "runs" / spec.label, spec)
         steps = spec.train.epochs * task.steps_per_epoch
         runs.append(matrix.RunState(directory, spec, steps))
     return runs
@@ -70,7 +66,7 @@ def test_ctrl_c_and_the_same_command_again(recipe_file: Path, tmp_path: Path) ->
         command, cwd=work, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
-    runs = [RunDirectory(out / "runs" / f"{name}-seed3") for name in ("sgd", "apollo")]
+    runs = [RunDirectory(out / "runs" / f"{name}-cosine-seed3") for name in ("sgd", "apollo")]
     deadline = time.monotonic() + 60
     while not all(any(run.records()) for run in runs):
         assert process.poll() is None
@@ -88,8 +84,8 @@ def test_ctrl_c_and_the_same_command_again(recipe_file: Path, tmp_path: Path) ->
         command, cwd=work, env=environment, capture_output=True, text=True, timeout=100
     )
     assert again.returncode == 0, again.stderr
-    assert "Highest mean accuracy" in again.stdout
-    assert "sgd-seed3" in again.stderr
+    assert "Best mean accuracy" in again.stdout
+    assert "sgd-cosine-seed3" in again.stderr
     assert (out / "report.html").exists()
     assert not list(work.iterdir()), "wrote outside its output folder"
     assert not list(home.iterdir()), "wrote outside its output folder"
@@ -121,108 +117,19 @@ def test_crash_and_divergence_leave_the_other_runs_alone(recipe_file: Path, tmp_
     assert killer.killed == 1
     assert [run.status for run in runs] == ["failed", "diverged", "finished"]
     assert runs[0].reason == "killed by signal 9"
-    summary = report.write([tmp_path], tmp_path / "report")
+    summary = page.write([tmp_path], tmp_path / "report")
     rows = {row.name: row for row in summary.rows}
     assert rows["adam"].remark == "0 of 1 finished, 1 unfinished"
     assert rows["sgd"].remark == "0 of 1 finished, 1 diverged"
-    assert rows["sgd"].accuracy is None
+    assert rows["sgd"].score is None
     assert rows["apollo"].remark == "1"
-    assert "Not all runs have finished" in summary.finding()
+    assert "Not all runs have finished" in words.finding(summary)
     # the next call tries the crashed one again, and only that
     before = runs[2].directory.result.stat().st_mtime_ns
     second = states(recipe_file, tmp_path, ["adam", "sgd", "apollo"])
     matrix.run_all(second, 2, Quiet())
     assert [run.status for run in second] == ["finished", "diverged", "finished"]
     assert runs[2].directory.result.stat().st_mtime_ns == before
-
-
-@pytest.fixture
-def finished(recipe_file: Path, tmp_path: Path) -> Path:
-    """Two optimizers, two seeds; one of the four runs is stopped after its first epoch."""
-    out = tmp_path / "compared"
-    for name in ("sgd", "apollo"):
-        for seed in (3, 4):
-            spec = spec_of(recipe_file, name, seed)
-            directory, task = prepared(out / "runs" / f"{name}-seed{seed}", spec)
-            left = iter([False] * (13 if (name, seed) == ("apollo", 4) else 99))
-            train(directory, spec, task, lambda left=left: next(left, True))  # type: ignore[misc]
-    return out
-
-
-def test_report(finished: Path, tmp_path: Path) -> None:
-    summary = report.write([finished], finished)
-    page = (finished / "report.html").read_text()
-    for name in PICTURES:
-        assert (finished / f"{name}.png").read_bytes().startswith(PNG)
-    assert page.count("data:image/png;base64,") == len(PICTURES)
-    bare = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", page)
-    assert not re.search(r"http|//|<script|<link|@import|url\(", bare), "needs the network"
-
-    rows = {row.name: row for row in summary.rows}
-    assert list(rows) == ["sgd", "apollo"]
-    assert rows["sgd"].remark == "2"
-    assert rows["apollo"].remark == "1 of 2 finished, 1 unfinished"
-    finals = [run.epochs[-1]["accuracy"] for run in rows["sgd"].runs]
-    mean = sum(finals) / 2
-    assert rows["sgd"].accuracy is not None
-    assert rows["sgd"].accuracy.mean == pytest.approx(mean)
-    assert rows["sgd"].accuracy.std == pytest.approx(abs(finals[0] - finals[1]) / 2**0.5)
-    assert rows["sgd"].accuracy.text(2) in page
-    assert rows["sgd"].accuracy.text(2) in (finished / "results.md").read_text()
-    with (finished / "results.csv").open() as file:
-        lines = list(csv.DictReader(file))
-    assert [(line["optimizer"], line["seed"], line["verdict"]) for line in lines] == [
-        ("sgd", "3", "finished"),
-        ("sgd", "4", "finished"),
-        ("apollo", "3", "finished"),
-        ("apollo", "4", "unfinished"),
-    ]
-    assert [float(line["accuracy"]) for line in lines[:2]] == finals
-    assert lines[3]["accuracy"] == ""
-    assert int(lines[3]["epochs"]) == 1
-
-
-def row(name: str, *accuracies: float) -> report.Row:
-    return report.Row(name, [], report.spread(list(accuracies)), None, None, None)
-
-
-@pytest.mark.parametrize(
-    ("rows", "expected"),
-    [
-        (
-            [row("sgd", 90.0, 90.2), row("apollo", 88.0, 88.2)],
-            "Highest mean accuracy: SGD, 90.10 ± 0.14 %. Apollo is 2.00 points below SGD, "
-            "more than the pooled standard deviation over the seeds (0.14).",
-        ),
-        (
-            [row("sgd", 90.0), row("adam", 91.0), row("apollo", 93.5)],
-            "Highest mean accuracy: Apollo, 93.50 %. Apollo is 2.50 points above Adam.",
-        ),
-        (
-            [row("sgd", 90.0, 91.0), row("apollo", 90.2, 90.4)],
-            "Highest mean accuracy: SGD, 90.50 ± 0.71 %. Apollo is 0.20 points below SGD, "
-            "within the pooled standard deviation over the seeds (0.51).",
-        ),
-        ([row("sgd")], "No run has finished yet."),
-    ],
-)
-def test_finding_says_who_wins(rows: list[report.Row], expected: str) -> None:
-    assert report.Summary([], rows).finding() == expected
-
-
-def test_colours_differ_and_belong_to_the_optimizer() -> None:
-    styles = [figures.style(name) for name in report.LABELS]
-    assert len({style.color for style in styles}) == len({style.marker for style in styles}) == 6
-
-
-def test_runs_that_do_not_compare(finished: Path, recipe_file: Path, tmp_path: Path) -> None:
-    recipe_file.write_text(TINY.replace("epochs = 2", "epochs = 3"))
-    longer = spec_of(recipe_file, "sgd", 9)
-    prepared(finished / "runs" / "sgd-seed9", longer)
-    with pytest.raises(ExperimentError, match="differ in train: they cannot stand in one table"):
-        report.collect([finished])
-    with pytest.raises(ExperimentError, match="no runs in it"):
-        report.collect([tmp_path / "compared" / "runs" / "sgd-seed3" / "checkpoint"])
 
 
 def test_live_table(finished: Path) -> None:
@@ -263,6 +170,9 @@ def test_time_left() -> None:
         (["compare", "mnist"], "no task 'mnist'; there are cifar10, fashion-mnist"),
         (["compare", "--optimizers", "adagrad"], "no optimizer 'adagrad'"),
         (["compare", "--optimizers", ","], "--optimizers names none"),
+        (["compare", "--schedules", "linear"], "no schedule 'linear'"),
+        (["compare", "--set", "train.batch_size"], "--set is 'train.batch_size', allowed is key="),
+        (["compare", "--set", "optimizer.lrr=1"], "optimizers.sgd.lrr: unknown key, allowed are"),
         (["compare", "--data", "/nowhere"], "/nowhere/train-images-idx3-ubyte.gz: no such file"),
         (["compare", "--out", "/dev/null/x"], "/dev/null/x"),
         (["train", "fashion-mnist", "--optimizer", "x"], "no optimizer 'x'"),
@@ -303,7 +213,7 @@ def test_train_and_report_commands(
     command = ["train", str(recipe_file), "--optimizer", "adam", "--seed", "8", "--out", str(out)]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
-    run = out / "runs" / "adam-seed8"
+    run = out / "runs" / "adam-cosine-seed8"
     assert str(run) in done.stdout
     done = CliRunner().invoke(app, ["report", str(run), "--out", str(tmp_path / "page")])
     assert done.exit_code == 0, done.output

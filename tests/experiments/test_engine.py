@@ -135,11 +135,11 @@ def test_metrics_and_manifest_of_a_run(recipe_file: Path, tmp_path: Path) -> Non
     shares = [5, 5, 2]
     mean = sum(share * line["loss"] for share, line in zip(shares, steps[:3], strict=True)) / 12
     assert epochs[0]["train_loss"] == pytest.approx(mean)
-    assert epochs[0]["time"]["optimizer_ms"] > 0
     assert steps[-1]["lr"] == pytest.approx(0.0, abs=1e-12)  # the cosine's end
     verdict = directory.verdict()
     assert verdict is not None
     assert verdict["accuracy"] == epochs[-1]["accuracy"]
+    assert all(0 < epoch["time"]["optimizer_ms"] < epoch["time"]["step_ms"] for epoch in epochs)
     manifest = json.loads(directory.manifest.read_text())
     assert RunSpec.model_validate(manifest["recipe"]) == spec
     assert manifest["seed"] == 3
@@ -148,12 +148,61 @@ def test_metrics_and_manifest_of_a_run(recipe_file: Path, tmp_path: Path) -> Non
     assert manifest["command"] == ["test"]
 
 
+def test_the_best_weights_are_kept(recipe_file: Path, tmp_path: Path) -> None:
+    recipe_file.write_text(TINY.replace("epochs = 2", "epochs = 5"))
+    spec = spec_of(recipe_file, "adam")
+    directory, task = prepared(tmp_path / "run", spec)
+    train(directory, spec, task)
+    accuracies = [line["accuracy"] for line in directory.records() if line["kind"] == "epoch"]
+    best = torch.load(directory.best, weights_only=True)
+    assert best["accuracy"] == max(accuracies)
+    assert best["epoch"] == 1 + accuracies.index(max(accuracies))
+    network = task.model()
+    network.load_state_dict(best["model"])
+    network.eval()
+    with torch.no_grad():
+        assert task.evaluate(network)["accuracy"] == best["accuracy"]
+
+
+def shown_by_tensorboard(directory: RunDirectory) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory.events))
+    events.Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_shows_the_metrics_once(recipe_file: Path, tmp_path: Path) -> None:
+    """Also of a run that was killed after it had written more than its checkpoint holds."""
+    spec = spec_of(recipe_file, "apollo")
+    directory, task = prepared(tmp_path / "run", spec)
+    left = iter([False] * 7)
+    train(directory, spec, task, lambda: next(left, True))
+    kept = directory.checkpoint.read_bytes()
+    left = iter([False] * 7)
+    train(directory, spec, task, lambda: next(left, True))
+    directory.checkpoint.write_bytes(kept)
+    train(directory, spec, task)
+    shown = shown_by_tensorboard(directory)
+    assert set(shown) == {
+        *("step/loss", "step/lr"),
+        *("epoch/train_loss", "epoch/accuracy", "epoch/test_loss"),
+    }
+    for tag, points in shown.items():
+        kind, name = tag.split("/")
+        lines = [line for line in directory.records() if line["kind"] == kind]
+        assert points == [(line["step"], pytest.approx(line[name])) for line in lines]
+
+
 def test_a_finished_run_is_skipped(recipe_file: Path, tmp_path: Path) -> None:
     spec = spec_of(recipe_file, "sgd")
     directory, task = prepared(tmp_path / "run", spec)
     train(directory, spec, task)
     files = {path: path.read_bytes() for path in directory.path.rglob("*") if path.is_file()}
-    assert len(files) == 4
+    assert len(files) == 6  # run, metrics, result, newest, best, events
     assert train(directory, spec, task) == "finished"
     assert {path: path.read_bytes() for path in files} == files
 

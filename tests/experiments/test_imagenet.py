@@ -24,8 +24,9 @@ from apollo_qn.experiments.data.encoded import EncodedImages
 from apollo_qn.experiments.data.photographs import DecodedPhotographs
 from apollo_qn.experiments.engine import train
 from apollo_qn.experiments.errors import ExperimentError
-from apollo_qn.experiments.recipe import Photographs, RunSpec
+from apollo_qn.experiments.recipe import RunSpec
 from apollo_qn.experiments.runs import RunDirectory
+from apollo_qn.experiments.schema import Photographs
 from apollo_qn.experiments.seeds import derived_seed
 from apollo_qn.experiments.tasks.images import ImageTask
 
@@ -326,7 +327,7 @@ from apollo_qn.experiments.data import imagenet
 from apollo_qn.experiments.data.encoded import EncodedImages
 from apollo_qn.experiments.data.photographs import DecodedPhotographs
 from apollo_qn.experiments.errors import ExperimentError
-from apollo_qn.experiments.recipe import Photographs
+from apollo_qn.experiments.schema import Photographs
 
 data = Photographs(kind="photographs", size=24, test_resize=32)
 both = []

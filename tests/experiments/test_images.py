@@ -9,7 +9,7 @@ from apollo_qn.experiments import recipe, tasks
 from apollo_qn.experiments.data import fashion_mnist
 from apollo_qn.experiments.data.memory import MemoryImages
 from apollo_qn.experiments.errors import ExperimentError
-from apollo_qn.experiments.recipe import ResNetModel, ResNeXtModel, SmallImages
+from apollo_qn.experiments.schema import ResNetModel, ResNeXtModel, SmallImages
 from apollo_qn.experiments.tasks.images import ImageTask
 
 MODEL = ResNetModel(family="resnet", depth=8, width=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from apollo_qn import Apollo
 from apollo_qn.experiments import recipe
 from apollo_qn.experiments.errors import ExperimentError
 from apollo_qn.experiments.optimizers import build, rate_factor
-from apollo_qn.experiments.recipe import Schedule
+from apollo_qn.experiments.schema import SGD, ApolloSettings, Schedule, SweepKind
 
 from .conftest import TINY
 
@@ -132,9 +133,11 @@ def test_our_recipes_are_valid(name: str) -> None:
 
 def test_decay_of_equal_strength(recipe_file: Path) -> None:
     """Eq. (14): gamma eta is the same; SGD and Apollo have the same gamma."""
-    specs = {spec.name: spec.optimizer for spec in recipe.load("fashion-mnist").runs(seeds=1)}
+    plan = recipe.load("fashion-mnist")
+    specs = {spec.name: spec.optimizer for spec in plan.runs(list(plan.optimizers), 1)}
     assert specs["sgd"].weight_decay == specs["apollo"].weight_decay > 0
-    for name in ("adam", "radam"):
+    assert specs["adam"].weight_decay == specs["radam"].weight_decay == 5e-4  # not adjusted
+    for name in ("adam-adj", "radam-adj"):
         strength = specs[name].weight_decay * specs[name].lr  # type: ignore[operator]
         assert strength == pytest.approx(
             specs["apollo"].weight_decay * specs["apollo"].lr,  # type: ignore[operator]
@@ -193,9 +196,9 @@ def test_recipes_of_the_paper(task: str) -> None:
     }
     assert {name: (own.lr, own.weight_decay) for name, own in specs.items()} == expected
     sgd, apollo = specs["sgd"], specs["apollo"]
-    assert isinstance(sgd, recipe.SGD)
+    assert isinstance(sgd, SGD)
     assert sgd.momentum == 0.9
-    assert isinstance(apollo, recipe.ApolloSettings)
+    assert isinstance(apollo, ApolloSettings)
     assert (apollo.beta, apollo.eps, apollo.sigma) == (0.9, 1e-4, 1.0)
     assert (apollo.warmup_steps, apollo.warmup_init_lr) == (100, 0.01)
 
@@ -242,7 +245,7 @@ def test_runs_of_several_schedules(recipe_file: Path) -> None:
     other = '[schedules.steps]\nkind = "milestone"\nepochs = 4\nmilestones = [1, 3]\n'
     recipe_file.write_text(TINY.replace("[optimizers.sgd]", f"{other}\n[optimizers.sgd]"))
     plan = recipe.load(str(recipe_file))
-    assert {spec.schedule for spec in plan.runs()} == {"cosine"}
+    assert [spec.schedule for spec in plan.runs(["sgd"], 1)] == ["cosine", "steps"]
     specs = plan.runs(["sgd"], 1, ["steps", "cosine"])
     assert [(spec.schedule, spec.train.epochs) for spec in specs] == [("steps", 4), ("cosine", 2)]
     assert specs[0].train.schedule.milestones == [1, 3]
@@ -261,3 +264,118 @@ def test_schedules() -> None:
     assert [steps(step) for step in (0, 49, 50, 74, 75, 100)] == pytest.approx(
         [1.0, 1.0, 0.1, 0.1, 0.01, 0.01]
     )
+
+
+def sweep_of(kind: SweepKind, lines: str, path: Path) -> list[recipe.RunSpec]:
+    path.write_text(f"{TINY}\n[sweeps.{kind}]\n{lines}\n")
+    return recipe.load(str(path)).sweep(kind, seeds=1)
+
+
+def test_learning_rates_of_a_sweep_keep_the_strength_of_decay(recipe_file: Path) -> None:
+    """Figure 2: rates x 0.2 ... 10, decay re-coupled by the factor."""
+    plan = recipe.load(str(recipe_file))
+    specs = sweep_of("lr-robustness", "values = [0.2, 1, 2, 10]", recipe_file)
+    assert len(specs) == 4 * 4
+    assert len({spec.label for spec in specs}) == len(specs)
+    assert specs[0].label == "sgd-cosine-lr-x0.2-seed3"
+    for spec in specs:
+        base = plan.run(spec.name, 3).optimizer
+        assert spec.sweep is not None
+        factor = spec.sweep.value
+        own = spec.optimizer
+        assert own.lr == pytest.approx(factor * base.lr)
+        assert own.lr * own.weight_decay == pytest.approx(base.lr * base.weight_decay)  # type: ignore[operator]
+        if isinstance(own, ApolloSettings) and isinstance(base, ApolloSettings):
+            assert base.warmup_init_lr is not None
+            assert own.warmup_init_lr == pytest.approx(factor * base.warmup_init_lr)
+        if factor == 1:
+            assert own == base
+        assert recipe.RunSpec.model_validate(spec.model_dump()) == spec
+
+
+def test_decays_of_a_sweep(recipe_file: Path) -> None:
+    """Figure 4: one number for those that state it, the others follow by eq. (14)."""
+    specs = sweep_of("weight-decay", "values = [1e-4, 9e-4]", recipe_file)
+    for spec in specs:
+        assert spec.sweep is not None
+        own = spec.optimizer
+        if spec.name in ("sgd", "apollo"):
+            assert own.weight_decay == spec.sweep.value
+        else:
+            assert own.weight_decay * own.lr == pytest.approx(spec.sweep.value * 0.5)  # type: ignore[operator]
+    assert specs[-1].label == "apollo-cosine-decay-0.0009-seed3"
+
+
+def test_a_sweep_of_some(recipe_file: Path) -> None:
+    specs = sweep_of("weight-decay", 'values = [1e-4]\noptimizers = ["sgd"]', recipe_file)
+    assert [spec.name for spec in specs] == ["sgd"]
+    plan = recipe.load(str(recipe_file))
+    assert {spec.name for spec in plan.sweep("weight-decay", ["adam", "radam"])} == {
+        "adam",
+        "radam",
+    }
+    with pytest.raises(ExperimentError, match=r"no table \[sweeps.lr-robustness\] in this recipe"):
+        plan.sweep("lr-robustness")
+    for wrong, expected in (
+        ("values = [2, 1]", "values are [2.0, 1.0], allowed are values that rise"),
+        ('values = [1]\noptimizers = ["x"]', "sweeps.weight-decay.optimizers is ['x'], allowed"),
+        ('values = [1]\nschedules = ["x"]', "sweeps.weight-decay.schedules is ['x'], allowed"),
+    ):
+        text = f"{TINY}\n[sweeps.weight-decay]\n{wrong}\n"
+        assert expected in error_of(text, recipe_file)
+    text = f"{TINY}\n[sweeps.momentum]\nvalues = [1]\n"
+    assert "'lr-robustness' or 'weight-decay'" in error_of(text, recipe_file)
+    text = f"compare = ['x']\n{TINY}"
+    assert "compare is ['x'], allowed are some of sgd, adam, radam, apollo" in error_of(
+        text, recipe_file
+    )
+
+
+def test_any_value_can_be_set(recipe_file: Path) -> None:
+    def load(*settings: str, **choice: Any) -> recipe.Recipe:
+        return recipe.load(str(recipe_file), settings, **choice)
+
+    assert load("train.batch_size=64").train.batch_size == 64
+    assert load("train.precision=bf16-mixed").train.precision == "bf16-mixed"
+    assert load('train.precision="bf16-mixed"').train.precision == "bf16-mixed"
+    assert load("seeds = [7, 8]").seeds == [7, 8]
+    assert load("schedules.cosine.epochs=9").schedules["cosine"].epochs == 9
+    assert load("schedule.epochs=9").schedules["cosine"].epochs == 9
+    assert load("optimizers.adam.weight_decay=0.5").run("adam", 1).optimizer.weight_decay == 0.5
+    assert load("sweeps.weight-decay.values=[1e-3]").sweeps["weight-decay"].values == [1e-3]
+    # of all that are chosen; decay that is coupled follows
+    changed = load("optimizer.lr=0.25", optimizers=["apollo", "sgd"])
+    rates = {name: settings.lr for name, settings in changed.optimizers.items()}
+    assert rates == {"sgd": 0.25, "adam": 0.01, "radam": 0.02, "apollo": 0.25}
+    assert changed.run("adam", 1).optimizer.weight_decay == pytest.approx(4e-4 * 0.25 / 0.01)
+    # what was said by hand goes before what --quick says
+    assert load("schedule.epochs=3", quick=True).schedules["cosine"].epochs == 3
+    assert load(quick=True).schedules["cosine"].epochs == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("lr", "--set is 'lr', allowed is key=value, as in --set optimizer.lr=0.25"),
+        ("=3", "--set is '=3', allowed is key=value"),
+        ("train.=3", "--set is 'train.=3', allowed is key=value"),
+        ("train.batch_size=", "--set is 'train.batch_size=', allowed is key=value"),
+        ("seeds.first=1", "--set seeds.first=1: seeds is [3, 4], it has no keys of its own"),
+        ("train.batch_size=no", "train.batch_size: is 'no': Input should be a valid integer"),
+        ("optimizer.sigma=2", "optimizers.sgd.sigma: unknown key, allowed are method, lr, mom"),
+        ("optimizer=3", "optimizer: unknown key"),
+    ],
+)
+def test_wrong_settings(recipe_file: Path, setting: str, expected: str) -> None:
+    with pytest.raises(ExperimentError) as caught:
+        recipe.load(str(recipe_file), [setting])
+    assert expected in str(caught.value)
+    assert f"--set {setting}" in str(caught.value) or "--set is" in str(caught.value)
+
+
+def test_the_papers_results_stand_in_its_recipes() -> None:
+    cifar, imagenet = (recipe.load(task).paper for task in ("cifar10", "imagenet"))
+    for paper in (cifar, imagenet):
+        assert [len(paper[schedule]) for schedule in ("milestone", "cosine")] == [6, 6]
+    assert (cifar["milestone"]["apollo"].mean, cifar["milestone"]["apollo"].std) == (94.20, 0.12)
+    assert imagenet["cosine"]["adam"].mean == 71.19

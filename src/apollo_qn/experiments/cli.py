@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +16,8 @@ from rich.table import Table
 
 from apollo_qn.experiments.errors import ExperimentError
 from apollo_qn.experiments.interrupt import Interrupted
-from apollo_qn.experiments.recipe import RunSpec
+from apollo_qn.experiments.recipe import Recipe, RunSpec
+from apollo_qn.experiments.schema import SweepKind
 
 app = typer.Typer(
     help="Train with Apollo beside other optimizers, and report.",
@@ -26,9 +27,20 @@ app = typer.Typer(
 )
 
 TaskName = Annotated[str, typer.Argument(help="A task (see `tasks`), or a recipe's .toml file.")]
+Quick = Annotated[bool, typer.Option("--quick", help="A short look: under a minute.")]
+Seeds = Annotated[int | None, typer.Option(min=1, help="How many seeds.")]
+Optimizers = Annotated[
+    str | None, typer.Option(help="Which of the recipe's optimizers: a,b,c or all.")
+]
+Schedules = Annotated[str | None, typer.Option(help="Which of the recipe's schedules: a,b.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Another value: train.batch_size=64, optimizer.lr=0.25, ..."),
+]
+DataFolder = Annotated[Path | None, typer.Option("--data", help="Local data, in place of ours.")]
+Jobs = Annotated[int | None, typer.Option(min=1, help="Runs at a time.  [default: as many as fit]")]
 Accelerator = Annotated[str, typer.Option(help="cpu or gpu.")]
 Devices = Annotated[int, typer.Option(min=1, help="Processes that share each run's batches.")]
-DataFolder = Annotated[Path | None, typer.Option("--data", help="Local data, in place of ours.")]
 
 
 @contextmanager
@@ -50,40 +62,58 @@ def compare(
     out: Annotated[
         Path | None, typer.Option(help="Output folder.  [default: runs/compare]")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A short look: under a minute.")] = False,
-    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds.")] = None,
-    optimizers: Annotated[
-        str | None, typer.Option(help="Which of the recipe's optimizers: a,b,c.")
-    ] = None,
+    quick: Quick = False,
+    seeds: Seeds = None,
+    optimizers: Optimizers = None,
+    schedules: Schedules = None,
+    settings: Settings = None,
     data: DataFolder = None,
-    jobs: Annotated[
-        int | None, typer.Option(min=1, help="Runs at a time.  [default: as many as fit]")
-    ] = None,
+    jobs: Jobs = None,
     accelerator: Accelerator = "cpu",
     devices: Devices = 1,
 ) -> None:
-    """Train a task with every optimizer of its recipe and several seeds, and write a report.
+    """Train a task with several optimizers, schedules and seeds, and write a report.
 
     Stop it with Ctrl-C; the same command goes on where it was.
     """
     with _one_line_errors():
-        from apollo_qn.experiments import recipe
-
         folder = out or Path("runs") / ("compare-quick" if quick else "compare")
-        plan = recipe.load(task)
-        if quick:
-            plan = plan.quickened()
-        names = None
-        if optimizers is not None:
-            names = list(dict.fromkeys(name for name in optimizers.split(",") if name))
-        if names == []:
-            raise ExperimentError(
-                f"--optimizers names none; there are {', '.join(plan.optimizers)}"
-            )
-        specs = plan.runs(names, seeds)
-        _keep_caches_in(folder)
-        failed = _train(specs, folder, data, jobs, accelerator, devices)
-        _report([folder], folder)
+        plan, names, chosen = _plan(task, quick, settings, optimizers, schedules)
+        specs = plan.runs(names, seeds, chosen)
+        failed = _train_and_report(specs, folder, data, jobs, accelerator, devices)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def sweep(
+    task: TaskName,
+    analysis: Annotated[SweepKind, typer.Argument(help="Which of the paper's analyses.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder.  [default: runs/sweep-TASK-ANALYSIS]")
+    ] = None,
+    quick: Quick = False,
+    seeds: Seeds = None,
+    optimizers: Optimizers = None,
+    schedules: Schedules = None,
+    settings: Settings = None,
+    data: DataFolder = None,
+    jobs: Jobs = None,
+    accelerator: Accelerator = "cpu",
+    devices: Devices = 1,
+) -> None:
+    """Train a task at several learning rates or weight decays, and write a report.
+
+    lr-robustness: learning rates times the recipe's factors, weight decay divided by them (figure 2
+    of the paper). weight-decay: the recipe's values, coupled by eq. (14) (figure 4). Stop it with
+    Ctrl-C; the same command goes on where it was.
+    """
+    with _one_line_errors():
+        name = f"sweep-{Path(task).stem}-{analysis}{'-quick' if quick else ''}"
+        plan, names, chosen = _plan(task, quick, settings, optimizers, schedules)
+        specs = plan.sweep(analysis, names, seeds, chosen)
+        folder = out or Path("runs") / name
+        failed = _train_and_report(specs, folder, data, jobs, accelerator, devices)
     if failed:
         raise typer.Exit(1)
 
@@ -93,6 +123,8 @@ def train(
     task: TaskName,
     optimizer: Annotated[str, typer.Option(help="Which of the recipe's optimizers.")],
     seed: Annotated[int | None, typer.Option(help="Default: the recipe's first.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="Default: the recipe's first.")] = None,
+    settings: Settings = None,
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/train"),
     data: DataFolder = None,
     accelerator: Accelerator = "cpu",
@@ -100,13 +132,10 @@ def train(
 ) -> None:
     """Train one run: the same weights, bit by bit, as the run that `compare` makes of it."""
     with _one_line_errors():
-        from apollo_qn.experiments import recipe
-
-        plan = recipe.load(task)
-        spec = plan.run(optimizer, plan.seeds[0] if seed is None else seed)
-        _keep_caches_in(out)
+        plan, _, _ = _plan(task, False, settings, optimizer, schedule)
+        spec = plan.run(optimizer, plan.seeds[0] if seed is None else seed, schedule)
         failed = _train([spec], out, data, 1, accelerator, devices)
-        typer.echo(f"{_run_folder(out, spec.name, spec.seed)}")
+        typer.echo(f"{_run_folder(out, spec)}")
     if failed:
         raise typer.Exit(1)
 
@@ -117,12 +146,16 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="Where to write.  [default: the first folder]")
     ] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(help="Metric to which times are taken.  [default: chosen by the others]"),
+    ] = None,
 ) -> None:
     """Write tables, curves and one HTML page from finished or running runs."""
     with _one_line_errors():
         folder = out or runs[0]
         _keep_caches_in(folder)
-        _report(runs, folder)
+        _report(runs, folder, target)
 
 
 @app.command()
@@ -187,8 +220,47 @@ def list_tasks() -> None:
         Console().print(table)
 
 
-def _run_folder(folder: Path, name: str, seed: int) -> Path:
-    return folder / "runs" / f"{name}-seed{seed}"
+def _run_folder(folder: Path, spec: RunSpec) -> Path:
+    return folder / "runs" / spec.label
+
+
+def _plan(
+    task: str,
+    quick: bool,
+    settings: list[str] | None,
+    optimizers: str | None,
+    schedules: str | None,
+) -> tuple[Recipe, list[str] | None, list[str] | None]:
+    """The recipe, and which of its optimizers and schedules are chosen; None: it says itself."""
+    from apollo_qn.experiments import recipe
+
+    as_it_stands = recipe.load(task)
+    names = _chosen("--optimizers", optimizers, as_it_stands.optimizers)
+    chosen = _chosen("--schedules", schedules, as_it_stands.schedules)
+    return recipe.load(task, settings or (), names, chosen, quick), names, chosen
+
+
+def _chosen(option: str, value: str | None, there: Iterable[str]) -> list[str] | None:
+    if value is None:
+        return None
+    names = list(there) if value == "all" else [name.strip() for name in value.split(",")]
+    names = list(dict.fromkeys(name for name in names if name))
+    if not names:
+        raise ExperimentError(f"{option} names none; there are {', '.join(there)}")
+    return names
+
+
+def _train_and_report(
+    specs: list[RunSpec],
+    folder: Path,
+    data: Path | None,
+    jobs: int | None,
+    accelerator: str,
+    devices: int,
+) -> bool:
+    failed = _train(specs, folder, data, jobs, accelerator, devices)
+    _report([folder], folder)
+    return failed
 
 
 def _train(
@@ -205,11 +277,12 @@ def _train(
     from apollo_qn.experiments.progress import display
     from apollo_qn.experiments.runs import RunDirectory
 
+    _keep_caches_in(folder)
     jobs, placement = share(accelerator, devices, jobs)
     task = tasks.make(specs[0], data)
     runs = []
     for spec in specs:
-        directory = RunDirectory(_run_folder(folder, spec.name, spec.seed))
+        directory = RunDirectory(_run_folder(folder, spec))
         directory.prepare(spec, task.fingerprint, data, sys.argv, placement)
         steps = spec.train.epochs * task.steps_per_epoch
         runs.append(matrix.RunState(directory, spec, steps))
@@ -231,11 +304,11 @@ def _train(
     return bool(failed)
 
 
-def _report(runs: list[Path], folder: Path) -> None:
-    from apollo_qn.experiments import report as reporting
+def _report(runs: list[Path], folder: Path, target: float | None = None) -> None:
+    from apollo_qn.experiments.report import page
 
-    summary = reporting.write(runs, folder)
-    reporting.show(summary, Console())
+    summary = page.write(runs, folder, target)
+    page.show(summary, Console())
     typer.echo(f"Report: {folder / 'report.html'}")
 
 

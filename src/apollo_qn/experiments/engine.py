@@ -27,9 +27,11 @@ from apollo_qn.experiments.runs import Record, RunDirectory, write_atomically
 from apollo_qn.experiments.seeds import derived_seed
 from apollo_qn.experiments.stopwatch import Stopwatch
 from apollo_qn.experiments.tasks.base import Batch, Task
+from apollo_qn.experiments.tracking import events
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+    from torch.utils.tensorboard import SummaryWriter
 
 Outcome = Literal["finished", "diverged", "stopped"]
 
@@ -96,11 +98,14 @@ class _Run:
         self.epoch_loss = torch.zeros((), dtype=torch.float64, device=fabric.device)
         self.line_loss = self.epoch_loss.clone()
         self.line_steps = 0
-        self.stepping = Stopwatch(fabric.device)  # the optimizer, in this epoch
+        # in this epoch: the optimizer, and all of a training step but its reading of data
+        self.updates, self.steps_taken = Stopwatch(fabric.device), Stopwatch(fabric.device)
         self.last: Record = {}
+        self.best: float | None = None  # of the task's metric, so far
         self.seconds_before = 0.0  # spent in the processes before this one
         self.started = time.perf_counter()
         self.metrics: BinaryIO | None = None  # the first process writes it
+        self.events: SummaryWriter | None = None  # likewise
 
     def __enter__(self) -> _Run:
         offset = self._restore()
@@ -108,12 +113,15 @@ class _Run:
             self.metrics = self.directory.metrics.open("ab")
             # lines written after the checkpoint will be written again
             self.metrics.truncate(offset)
+            self.events = events(self.directory.events, self.step)
         self.saved_at = time.perf_counter()
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self.metrics is not None:
             self.metrics.close()
+        if self.events is not None:
+            self.events.close()
 
     def seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
@@ -126,7 +134,8 @@ class _Run:
             epoch, start = divmod(self.step, per_epoch)
             self.model.train()
             for batch in self.task.batches(self.spec.seed, epoch, start, rank, world):
-                self._train_step(batch)
+                with self.steps_taken.running():
+                    self._train_step(batch)
                 ends_epoch = self.step % per_epoch == 0
                 ends_line = self.step % self.spec.train.log_every == 0 or ends_epoch
                 if ends_line:
@@ -169,7 +178,7 @@ class _Run:
                 max_norm=self.spec.train.clip_norm,
                 error_if_nonfinite=False,
             )
-        with self.stepping.running():
+        with self.updates.running():
             self.optimizer.step()
         self.schedule.step()
         self.line_steps += 1
@@ -191,9 +200,13 @@ class _Run:
         return tuple(number > 0 for number in total.tolist())
 
     def _write(self, record: Record) -> None:
-        if self.metrics is not None:
-            self.metrics.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-            self.metrics.flush()
+        if self.metrics is None or self.events is None:
+            return
+        self.metrics.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        self.metrics.flush()
+        for name, value in record.items():
+            if isinstance(value, float):
+                self.events.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
     def _log_line(self, epoch: int, loss: float) -> None:
         self._write(
@@ -223,11 +236,27 @@ class _Run:
                 "epoch": epoch + 1,
                 "step": self.step,
                 **self.last,
-                "time": {"seconds": self.seconds(), "optimizer_ms": self.stepping.median()},
+                "time": {
+                    "seconds": self.seconds(),
+                    "optimizer_ms": self.updates.median(),
+                    "step_ms": self.steps_taken.median(),
+                },
             }
         )
+        self._keep_best(epoch + 1)
         self.epoch_loss.zero_()
-        self.stepping.times.clear()
+        self.updates.times.clear()
+        self.steps_taken.times.clear()
+
+    def _keep_best(self, epoch: int) -> None:
+        metric = self.task.metric
+        value = self.last[metric.name]
+        if value is None or (self.best is not None and not metric.better(value, self.best)):
+            return
+        self.best = value
+        if self.fabric.is_global_zero:
+            state = {"model": self.network.state_dict(), "epoch": epoch, metric.name: value}
+            write_atomically(self.directory.best, _saved(state))
 
     def _evaluate(self) -> dict[str, float]:
         """Metrics on the held-out data, of which each process takes a part."""
@@ -254,8 +283,9 @@ class _Run:
 
     def _save(self) -> None:
         processes = self._of_all_processes()
-        if self.metrics is not None:
+        if self.metrics is not None and self.events is not None:
             self.metrics.flush()
+            self.events.flush()
             state = {
                 "model": self.network.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
@@ -263,14 +293,13 @@ class _Run:
                 "processes": processes,
                 "step": self.step,
                 "line_steps": self.line_steps,
-                "optimizer_times": self.stepping.collect(),
+                "times": [watch.collect() for watch in (self.updates, self.steps_taken)],
                 "last": self.last,
+                "best": self.best,
                 "seconds": self.seconds(),
                 "metrics_bytes": self.metrics.tell(),
             }
-            buffer = io.BytesIO()
-            torch.save(state, buffer)
-            write_atomically(self.directory.checkpoint, buffer.getvalue())
+            write_atomically(self.directory.checkpoint, _saved(state))
         self.fabric.barrier()
         self.saved_at = time.perf_counter()
 
@@ -313,7 +342,13 @@ class _Run:
         self.epoch_loss.copy_(mine["epoch_loss"])
         self.line_loss.copy_(mine["line_loss"])
         self.line_steps = state["line_steps"]
-        self.stepping.times = list(state["optimizer_times"])
-        self.last = state["last"]
+        self.updates.times, self.steps_taken.times = state["times"]
+        self.last, self.best = state["last"], state["best"]
         self.seconds_before = state["seconds"]
         return int(state["metrics_bytes"])
+
+
+def _saved(state: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from apollo_qn import Apollo
-from apollo_qn.experiments.recipe import SGD, Adam, ApolloSettings, RAdam, Schedule
+from apollo_qn.experiments.schema import SGD, Adam, ApolloSettings, RAdam, Schedule
 
 
 def build(

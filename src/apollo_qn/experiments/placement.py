@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from apollo_qn.experiments.errors import ExperimentError
-from apollo_qn.experiments.recipe import Count, RunSpec, Section
+from apollo_qn.experiments.recipe import RunSpec
+from apollo_qn.experiments.schema import Count, Section
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric

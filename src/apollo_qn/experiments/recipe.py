@@ -1,27 +1,38 @@
-"""The schema of a recipe, and what a recipe says about one run.
+"""What a recipe says about its runs.
 
-A recipe is a TOML file; every number of an experiment stands in one. ``recipes/`` holds ours.
+A recipe is a TOML file; every number of an experiment stands in one. ``recipes/`` holds ours,
+``schema.py`` says what may stand there.
 """
 
 from __future__ import annotations
 
-import itertools
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, ValidationError, model_validator
 
+from apollo_qn.experiments.complaints import describe
 from apollo_qn.experiments.errors import ExperimentError
+from apollo_qn.experiments.overrides import override
+from apollo_qn.experiments.schema import (
+    ApolloSettings,
+    Data,
+    EqualStrength,
+    Model,
+    Optimizer,
+    Published,
+    Quick,
+    Schedule,
+    Section,
+    SmallImages,
+    Steps,
+    Sweep,
+    SweepKind,
+    SweepPoint,
+    Training,
+)
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -29,202 +40,6 @@ else:
     import tomli as tomllib
 
 RECIPES = Path(__file__).parent / "recipes"
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """A table of a recipe: unknown keys and values of the wrong type are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class ResNetModel(Section):
-    """Residual network for small images."""
-
-    family: Literal["resnet"]
-    depth: Annotated[int, Field(ge=8)]  # 6n + 2
-    width: Count = 16  # channels of the first stage
-
-    @model_validator(mode="after")
-    def _depth_is_6n_plus_2(self) -> ResNetModel:
-        if (self.depth - 2) % 6:
-            raise ValueError(f"depth is {self.depth}, allowed are 8, 14, 20, ... (6n + 2)")
-        return self
-
-    def __str__(self) -> str:
-        return f"ResNet-{self.depth}, width {self.width}"
-
-
-class ResNeXtModel(Section):
-    """Residual network of grouped convolutions, for photographs."""
-
-    family: Literal["resnext"]
-    depth: Literal[50, 101]
-    groups: Count = 32  # of a 3x3 convolution
-    group_width: Count = 4  # channels of a group in the first stage
-
-    def __str__(self) -> str:
-        return f"ResNeXt-{self.depth} {self.groups}x{self.group_width}d"
-
-
-Model = ResNetModel | ResNeXtModel
-
-
-class Examples(Section):
-    """Which part of the training data is used."""
-
-    train_examples: Count | None = None  # the first so many; None: all
-    # hold out the last so many training examples and evaluate on them in place of the test set
-    validation: Annotated[int, Field(ge=0)] = 0
-
-
-class SmallImages(Examples):
-    """Images of one size that live decoded in memory."""
-
-    kind: Literal["small-images"] = "small-images"
-    crop_padding: Annotated[int, Field(ge=0)] = 4  # pixels
-    flip: bool = True
-
-
-class Photographs(Examples):
-    """Images of any size, decoded each time: random crop resized, flip; for tests a centre crop."""
-
-    kind: Literal["photographs"]
-    size: Count = 224  # pixels, of what the model sees
-    smallest_area: Annotated[float, Field(gt=0, le=1)] = 0.08  # of a random crop, of the image's
-    flip: bool = True
-    test_resize: Count = 256  # pixels, the shorter side of a test image before its centre crop
-
-    @model_validator(mode="after")
-    def _crop_fits(self) -> Photographs:
-        if self.test_resize < self.size:
-            raise ValueError(f"test_resize is {self.test_resize}, allowed is size or more")
-        return self
-
-
-def kind(data: Any) -> Any:
-    """What the table [data] describes; small images where it does not say."""
-    if isinstance(data, dict):
-        return data.get("kind", "small-images")
-    return getattr(data, "kind", None)
-
-
-Data = Annotated[
-    Annotated[SmallImages, Tag("small-images")] | Annotated[Photographs, Tag("photographs")],
-    Discriminator(kind),
-]
-
-
-class Schedule(Section):
-    """How long a training is, and how the learning rate falls after warmup."""
-
-    kind: Literal["cosine", "milestone"]
-    epochs: Count
-    milestones: list[Positive] = []  # at the end of these epochs
-    factor: Annotated[float, Field(gt=0, lt=1)] = 0.1  # on the rate at every milestone
-
-    @model_validator(mode="after")
-    def _milestones_fit(self) -> Schedule:
-        if (self.kind == "milestone") != bool(self.milestones):
-            raise ValueError("milestones are needed with kind 'milestone', and only with it")
-        edges = [0.0, *self.milestones, float(self.epochs)]
-        if any(left >= right for left, right in itertools.pairwise(edges)):
-            raise ValueError(
-                f"milestones are {self.milestones}, allowed are epochs that rise, "
-                f"below {self.epochs}"
-            )
-        return self
-
-    def shortened(self, epochs: int) -> Schedule:
-        """The same shape over another number of epochs."""
-        scaled = [milestone * epochs / self.epochs for milestone in self.milestones]
-        return self.model_copy(update={"epochs": epochs, "milestones": scaled})
-
-
-class Steps(Section):
-    """Batches, and how often a run writes."""
-
-    batch_size: Count  # examples in a step, over all processes
-    log_every: Count = 25  # steps
-    checkpoint_every: Positive = 20.0  # seconds; the end of an epoch always is one
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    clip_norm: Positive | None = None  # of the gradient of all parameters; longer ones are cut
-    accumulate: Count = 1  # parts in which a process takes its share of a batch, one after another
-    compile: bool = False  # the model, by torch.compile
-
-
-class Training(Steps):
-    """How one run trains."""
-
-    schedule: Schedule
-
-    @property
-    def epochs(self) -> int:
-        """Its length."""
-        return self.schedule.epochs
-
-
-class EqualStrength(Section):
-    """Weight decay coupled to another optimizer's by eq. (14)."""
-
-    equal_strength_to: str
-
-
-class SGD(Section):
-    """Settings of torch.optim.SGD; L2 decay."""
-
-    method: Literal["sgd"]
-    lr: Positive
-    momentum: Share = 0.0
-    weight_decay: NotNegative = 0.0
-
-
-class Adam(Section):
-    """Settings of torch.optim.AdamW; decoupled decay, as the paper's Adam."""
-
-    method: Literal["adam"]
-    lr: Positive
-    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    eps: Positive = 1e-8
-    weight_decay: NotNegative | EqualStrength = 0.0
-
-
-class RAdam(Section):
-    """Settings of torch.optim.RAdam; decoupled decay."""
-
-    method: Literal["radam"]
-    lr: Positive
-    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    eps: Positive = 1e-8
-    weight_decay: NotNegative | EqualStrength = 0.0
-
-
-class ApolloSettings(Section):
-    """Settings of apollo_qn.Apollo; L2 decay, as in the paper."""
-
-    method: Literal["apollo"]
-    lr: Positive
-    beta: Share = 0.9
-    eps: Positive = 1e-4
-    sigma: Positive = 1.0
-    weight_decay: NotNegative = 0.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 500
-    warmup_init_lr: NotNegative | None = None
-
-
-Optimizer = Annotated[SGD | Adam | RAdam | ApolloSettings, Field(discriminator="method")]
-
-
-class Quick(Section):
-    """What ``--quick`` changes."""
-
-    epochs: Count
-    seeds: Count  # how many of the recipe's seeds
-    train_examples: Count | None = None
 
 
 class RunSpec(Section):
@@ -238,6 +53,13 @@ class RunSpec(Section):
     name: str  # of the optimizer in the recipe
     optimizer: Optimizer
     seed: int
+    sweep: SweepPoint | None = None  # None: the recipe as it stands
+
+    @property
+    def label(self) -> str:
+        """Of all runs of an experiment only this one has it: the name of its directory."""
+        point = "" if self.sweep is None else f"-{self.sweep}"
+        return f"{self.name}-{self.schedule}{point}-seed{self.seed}"
 
 
 class Recipe(Section):
@@ -251,6 +73,10 @@ class Recipe(Section):
     schedules: Annotated[dict[str, Schedule], Field(min_length=1)]
     optimizers: Annotated[dict[str, Optimizer], Field(min_length=1)]
     quick: Quick
+    compare: list[str] | None = None  # the optimizers of a comparison; None: all
+    sweeps: dict[SweepKind, Sweep] = Field(default_factory=dict)
+    # the paper's results on this task, by schedule and optimizer
+    paper: dict[str, dict[str, Published]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _decay_can_be_coupled(self) -> Recipe:
@@ -258,6 +84,15 @@ class Recipe(Section):
             raise ValueError("seeds: the same seed twice")
         for name in self.optimizers:
             coupled_decay(name, self.optimizers)
+        return self
+
+    @model_validator(mode="after")
+    def _names_are_there(self) -> Recipe:
+        named = {f"sweeps.{kind}.optimizers": plan.optimizers for kind, plan in self.sweeps.items()}
+        for key, names in {"compare": self.compare, **named}.items():
+            _check_names(key, names, self.optimizers)
+        for kind, plan in self.sweeps.items():
+            _check_names(f"sweeps.{kind}.schedules", plan.schedules, self.schedules)
         return self
 
     def run(self, name: str, seed: int, schedule: str | None = None) -> RunSpec:
@@ -296,22 +131,77 @@ class Recipe(Section):
         """Resolve optimizers x schedules x seeds, seed by seed, so that an early report has all.
 
         Args:
-            names: optimizers; None: all.
+            names: optimizers; None: those of the key ``compare``.
             seeds: how many seeds; beyond the recipe's own they count on from its largest.
-            schedules: None: the recipe's first.
+            schedules: None: all.
 
         Raises:
             ExperimentError: the recipe has no such optimizer or schedule.
         """
-        chosen = list(self.seeds if seeds is None else self.seeds[:seeds])
-        while seeds is not None and len(chosen) < seeds:
-            chosen.append(max(chosen) + 1)
         return [
             self.run(name, seed, schedule)
-            for seed in chosen
-            for schedule in schedules or list(self.schedules)[:1]
-            for name in names or self.optimizers
+            for seed in self._chosen_seeds(seeds)
+            for schedule in schedules or self.schedules
+            for name in names or self.compare or self.optimizers
         ]
+
+    def sweep(
+        self,
+        kind: SweepKind,
+        names: list[str] | None = None,
+        seeds: int | None = None,
+        schedules: list[str] | None = None,
+    ) -> list[RunSpec]:
+        """Resolve an analysis of the paper: its values x optimizers x schedules x seeds.
+
+        Args:
+            kind: ``"lr-robustness"`` (section 4.1, figure 2) multiplies learning rates, and divides
+                weight decay so that their product stays (eq. 14). ``"weight-decay"`` (appendix C.2,
+                figure 4) is the decay of all optimizers that state a number; those that are coupled
+                follow.
+            names: optimizers; None: the table's.
+            seeds: as of ``runs``.
+            schedules: None: the table's.
+
+        Raises:
+            ExperimentError: the recipe has no such analysis, optimizer or schedule.
+        """
+        if kind not in self.sweeps:
+            raise ExperimentError(
+                f"no table [sweeps.{kind}] in this recipe; give it values, as in "
+                f"--set sweeps.{kind}.values=[{'0.5, 1, 2' if kind == 'lr-robustness' else '1e-4'}]"
+            )
+        plan = self.sweeps[kind]
+        return [
+            self._at(SweepPoint(kind=kind, value=value), name, seed, schedule)
+            for seed in self._chosen_seeds(seeds)
+            for schedule in schedules or plan.schedules or self.schedules
+            for value in plan.values
+            for name in names or plan.optimizers or self.optimizers
+        ]
+
+    def _at(self, point: SweepPoint, name: str, seed: int, schedule: str) -> RunSpec:
+        if point.kind == "weight-decay":
+            changed = {
+                other: settings
+                if isinstance(settings.weight_decay, EqualStrength)
+                else settings.model_copy(update={"weight_decay": point.value})
+                for other, settings in self.optimizers.items()
+            }
+            spec = self.model_copy(update={"optimizers": changed}).run(name, seed, schedule)
+            return spec.model_copy(update={"sweep": point})
+        spec = self.run(name, seed, schedule)
+        own: Any = spec.optimizer
+        update = {"lr": own.lr * point.value, "weight_decay": own.weight_decay / point.value}
+        if isinstance(own, ApolloSettings) and own.warmup_init_lr is not None:
+            update["warmup_init_lr"] = own.warmup_init_lr * point.value
+        return spec.model_copy(update={"sweep": point, "optimizer": own.model_copy(update=update)})
+
+    def _chosen_seeds(self, count: int | None) -> list[int]:
+        chosen = list(self.seeds if count is None else self.seeds[:count])
+        while count is not None and len(chosen) < count:
+            chosen.append(max(chosen) + 1)
+        return chosen
 
     def quickened(self) -> Recipe:
         """Apply the table [quick]."""
@@ -326,6 +216,12 @@ class Recipe(Section):
                 },
             }
         )
+
+
+def _check_names(key: str, names: list[str] | None, there: Iterable[str]) -> None:
+    wrong = [name for name in names or [] if name not in there]
+    if wrong or names == []:
+        raise ValueError(f"{key} is {names!r}, allowed are some of {', '.join(there)}")
 
 
 def coupled_decay(name: str, optimizers: dict[str, Any]) -> float:
@@ -361,8 +257,21 @@ def available() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
-def load(name: str) -> Recipe:
+def load(
+    name: str,
+    settings: Sequence[str] = (),
+    optimizers: list[str] | None = None,
+    schedules: list[str] | None = None,
+    quick: bool = False,
+) -> Recipe:
     """Read a recipe by name, or from a path that ends in ``.toml``.
+
+    Args:
+        name: of a recipe that comes with the package, or a path.
+        settings: other values, as ``override`` takes them; they go before ``quick``.
+        optimizers: which ``optimizer.`` in the settings stands for; None: all.
+        schedules: likewise.
+        quick: apply the table [quick].
 
     Raises:
         ExperimentError: no such recipe; a key or value that the schema does not allow, named
@@ -379,67 +288,17 @@ def load(name: str) -> Recipe:
         raise ExperimentError(f"{path}: cannot be read ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ExperimentError(f"{path}: not valid TOML: {error}") from None
+    recipe = _validated(table, str(path))
+    if quick:
+        recipe = recipe.quickened()
+    if settings:
+        changed = override(recipe.model_dump(), settings, optimizers, schedules)
+        recipe = _validated(changed, f"{path} with --set {' --set '.join(settings)}")
+    return recipe
+
+
+def _validated(table: Any, origin: str) -> Recipe:
     try:
         return Recipe.model_validate(table)
     except ValidationError as error:
-        raise ExperimentError(f"{path}: {describe(error, Recipe)}") from None
-
-
-def describe(error: ValidationError, schema: type[Section]) -> str:
-    """One line for all complaints: key, value, and what is allowed."""
-    lines = []
-    for item in error.errors():
-        shown, owner = _locate(schema, item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            message = "unknown key"
-            if owner is not None:
-                message += f", allowed are {', '.join(owner.model_fields)}"
-        elif item["type"] == "missing":
-            message = "missing"
-        elif item["type"] == "union_tag_invalid":
-            shown.append(item["ctx"]["discriminator"].strip("'()"))
-            message = f"is {item['ctx']['tag']!r}, allowed are {item['ctx']['expected_tags']}"
-        elif item["type"] == "union_tag_not_found":
-            shown.append(item["ctx"]["discriminator"].strip("'()"))
-            message = "missing"
-        elif item["type"] != "value_error" or len(str(item["input"])) < 40:
-            message = f"is {item['input']!r}: {message}"
-        lines.append(f"{'.'.join(shown) or 'recipe'}: {message}")
-    return "; ".join(dict.fromkeys(lines))
-
-
-def _locate(
-    schema: type[Section], location: tuple[int | str, ...]
-) -> tuple[list[str], type[Section] | None]:
-    """The keys that the user wrote, and the table that the last of them stands in.
-
-    A location of pydantic's names the chosen branch of every union on its way too.
-    """
-    shown: list[str] = []
-    owner: type[Section] | None = schema
-    there: Any = schema
-    for part in location:
-        while get_origin(there) is Annotated:
-            there = get_args(there)[0]
-        if get_origin(there) in (Union, UnionType):
-            there = next((one for one in get_args(there) if _is_branch(one, part)), None)
-            continue
-        owner = there if isinstance(there, type) and issubclass(there, Section) else None
-        shown.append(str(part))
-        if owner is not None:
-            field = owner.model_fields.get(str(part))
-            there = None if field is None else field.annotation
-        else:
-            # a key of a dict, or an index of a list
-            there = get_args(there)[-1] if get_args(there) else None
-    return shown, owner
-
-
-def _is_branch(member: Any, tag: int | str) -> bool:
-    while get_origin(member) is Annotated:
-        member = get_args(member)[0]
-    if not (isinstance(member, type) and issubclass(member, Section)):
-        return False
-    literals = [get_args(field.annotation) for field in member.model_fields.values()]
-    return member.__name__ == tag or any(tag in values for values in literals)
+        raise ExperimentError(f"{origin}: {describe(error, Recipe)}") from None

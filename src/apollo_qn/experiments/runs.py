@@ -1,4 +1,9 @@
-"""A run is a directory: ``run.json``, ``metrics.jsonl``, ``checkpoint/``, ``result.json``."""
+"""A run is a directory: ``run.json``, ``metrics.jsonl``, ``checkpoint/``, ``result.json``.
+
+``checkpoint/newest.pt`` holds all that the training goes on from, ``checkpoint/best.pt`` the
+weights after the epoch of the best metric, for those who want to use them (no table of ours does).
+``tensorboard/`` shows the metrics there.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +19,10 @@ import torch
 from pydantic import ValidationError
 
 import apollo_qn
+from apollo_qn.experiments.complaints import describe
 from apollo_qn.experiments.errors import ExperimentError
 from apollo_qn.experiments.placement import Placement, cores
-from apollo_qn.experiments.recipe import RunSpec, describe
+from apollo_qn.experiments.recipe import RunSpec
 
 Record = dict[str, Any]
 
@@ -44,6 +50,8 @@ class RunDirectory:
         self.manifest = path / "run.json"
         self.metrics = path / "metrics.jsonl"
         self.checkpoint = path / "checkpoint" / "newest.pt"
+        self.best = path / "checkpoint" / "best.pt"
+        self.events = path / "tensorboard"
         self.result = path / "result.json"
         self.log = path / "worker.log"
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from apollo_qn.experiments.bench.contenders import PEER
 from apollo_qn.experiments.bench.measure import Result, Taken
-from apollo_qn.experiments.figures import SETTINGS, style
+from apollo_qn.experiments.styles import SETTINGS, style
 
 HEADINGS = (
     "optimizer",
@@ -89,7 +89,7 @@ def draw(results: list[Result], about: dict[str, Any], kind: str) -> bytes:
     """
     shown = [result for result in results if any(taken.times for taken in result.taken)]
     rows = [[taken for taken in result.taken if taken.times] for result in shown]
-    with mpl.rc_context({**SETTINGS, "font.size": 10.0, "svg.hashsalt": "apollo-qn"}):
+    with mpl.rc_context({**SETTINGS, "font.size": 10.0}):
         height = sum(0.28 * len(taken) + 0.9 for taken in rows) + 0.5
         figure = Figure(figsize=(9.0, height))
         axes = figure.subplots(

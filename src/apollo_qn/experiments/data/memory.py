@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from apollo_qn.experiments.data.augment import crop_and_flip, draw_shifts
 from apollo_qn.experiments.data.image_set import ImageSet
 from apollo_qn.experiments.data.source import ImageBatch, Step, divide
-from apollo_qn.experiments.recipe import SmallImages
+from apollo_qn.experiments.schema import SmallImages
 from apollo_qn.experiments.seeds import derived_seed
 
 _EVALUATION_BATCH = 500

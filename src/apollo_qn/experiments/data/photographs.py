@@ -16,7 +16,7 @@ from apollo_qn.experiments.data.decode import decode
 from apollo_qn.experiments.data.encoded import EncodedImages, EncodedSet
 from apollo_qn.experiments.data.source import ImageBatch, Step, divide
 from apollo_qn.experiments.errors import ExperimentError
-from apollo_qn.experiments.recipe import Photographs
+from apollo_qn.experiments.schema import Photographs
 from apollo_qn.experiments.seeds import derived_seed
 
 _EVALUATION_PIXELS = 1 << 23  # in a batch: 167 images of 224 x 224

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from apollo_qn.experiments.recipe import Examples
+from apollo_qn.experiments.schema import Examples
 
 ImageBatch = tuple[Tensor, Tensor]  # normalised images (n, channels, height, width), labels (n,)
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from apollo_qn.experiments.models.resnet import resnet
 from apollo_qn.experiments.models.resnext import resnext
-from apollo_qn.experiments.recipe import Model, ResNetModel
+from apollo_qn.experiments.schema import Model, ResNetModel
 
 
 def build(model: Model, in_channels: int, classes: int) -> nn.Module:

@@ -12,6 +12,19 @@ from torch import Tensor, nn
 Batch = tuple[Tensor, ...]
 
 
+class Metric(NamedTuple):
+    """What a task is judged by, one of the names of ``Task.metrics``."""
+
+    name: str
+    label: str  # as people write it
+    unit: str
+    higher_is_better: bool
+
+    def better(self, one: float, other: float) -> bool:
+        """Whether ``one`` is better than ``other``."""
+        return one > other if self.higher_is_better else one < other
+
+
 class Resources(NamedTuple):
     """What a run has to work with; nothing that its result depends on but the data."""
 
@@ -23,6 +36,7 @@ class Resources(NamedTuple):
 class Task(Protocol):
     """One problem to train; the optimizer is none of its business."""
 
+    metric: Metric
     fingerprint: str  # of the data
     batch_size: int  # examples in a step, over all processes
     steps_per_epoch: int

@@ -16,9 +16,12 @@ from apollo_qn.experiments.data.photographs import DecodedPhotographs
 from apollo_qn.experiments.data.source import ImageBatch, ImageSource, Step
 from apollo_qn.experiments.errors import ExperimentError
 from apollo_qn.experiments.placement import cores
-from apollo_qn.experiments.recipe import Model, Photographs, RunSpec, SmallImages
+from apollo_qn.experiments.recipe import RunSpec
+from apollo_qn.experiments.schema import Model, Photographs, SmallImages
 from apollo_qn.experiments.seeds import derived_seed
-from apollo_qn.experiments.tasks.base import Batch, Resources
+from apollo_qn.experiments.tasks.base import Batch, Metric, Resources
+
+ACCURACY = Metric("accuracy", "accuracy", "%", higher_is_better=True)
 
 
 class ImageTask:
@@ -33,6 +36,8 @@ class ImageTask:
     Raises:
         ExperimentError: fewer images than one batch.
     """
+
+    metric = ACCURACY
 
     def __init__(self, source: ImageSource, model: Model, batch_size: int) -> None:
         if source.train_size < batch_size:

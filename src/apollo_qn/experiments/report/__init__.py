@@ -1,0 +1,1 @@
+"""Tables, statistics, figures and one page, from finished or running runs."""

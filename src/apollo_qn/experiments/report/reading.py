@@ -1,0 +1,122 @@
+"""What run directories say, brought together."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from apollo_qn.experiments.errors import ExperimentError
+from apollo_qn.experiments.recipe import RunSpec
+from apollo_qn.experiments.runs import Record, RunDirectory
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory says."""
+
+    directory: RunDirectory
+    spec: RunSpec
+    manifest: Record
+    verdict: str  # "finished", "diverged" or "unfinished"
+    epochs: list[Record]  # the epoch lines of the metrics
+    seconds: float  # of training so far
+
+    @property
+    def finished(self) -> bool:
+        """Trained to its end."""
+        return self.verdict == "finished"
+
+    @property
+    def optimizer_ms(self) -> float | None:
+        """Median over the epochs of the median time of an optimizer step, in milliseconds."""
+        return self._median("optimizer_ms")
+
+    @property
+    def optimizer_share(self) -> float | None:
+        """Percent of a training step (forward, backward, update) that the optimizer takes."""
+        step, own = self._median("step_ms"), self.optimizer_ms
+        return None if not step or own is None else 100.0 * own / step
+
+    def _median(self, name: str) -> float | None:
+        times = [line["time"].get(name) for line in self.epochs]
+        known = [time for time in times if time is not None]
+        return statistics.median(known) if known else None
+
+    def final(self, name: str) -> float | None:
+        """A metric after the last epoch of a finished run; None: it has none."""
+        if not self.finished or not self.epochs:
+            return None
+        value: float | None = self.epochs[-1].get(name)
+        return value
+
+
+def find(paths: list[Path]) -> list[Run]:
+    """Read runs that can be compared.
+
+    Args:
+        paths: run directories, or folders with run directories in them or in their ``runs``.
+
+    Raises:
+        ExperimentError: there is no run, a run is damaged, or the runs cannot be compared.
+    """
+    found: dict[Path, RunDirectory] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise ExperimentError(f"{path}: no such folder")
+        manifests = [
+            manifest
+            for pattern in ("run.json", "*/run.json", "runs/*/run.json")
+            for manifest in sorted(path.glob(pattern))
+        ]
+        if not manifests:
+            raise ExperimentError(f"{path}: no runs in it; `apollo-qn compare` makes some")
+        for manifest in manifests:
+            found.setdefault(manifest.parent.resolve(), RunDirectory(manifest.parent))
+    runs = [_read(directory) for directory in found.values()]
+    _check_comparable(runs)
+    return runs
+
+
+def _read(directory: RunDirectory) -> Run:
+    records = list(directory.records())
+    verdict = directory.verdict()
+    seconds = records[-1]["time"]["seconds"] if records else 0.0
+    return Run(
+        directory,
+        directory.spec(),
+        directory.read(),
+        "unfinished" if verdict is None else verdict["verdict"],
+        [record for record in records if record["kind"] == "epoch"],
+        seconds if verdict is None else verdict["time"]["seconds"],
+    )
+
+
+def _check_comparable(runs: Iterable[Run]) -> None:
+    """Raise ExperimentError where two runs differ in more than what the report tells apart."""
+    same: dict[object, tuple[Run, object]] = {}
+    for run in runs:
+        spec = run.spec
+        kind = None if spec.sweep is None else spec.sweep.kind
+        # what must be equal, for which runs, and what it is called
+        for what, scope, value in (
+            ("task", None, spec.task),
+            ("model", None, spec.model),
+            ("data", None, (spec.data, run.manifest["data"]["fingerprint"])),
+            ("analysis", None, kind),
+            ("train", spec.schedule, spec.train),
+            ("seed", (spec.name, spec.schedule, spec.sweep, spec.seed), run.directory.path),
+            ("optimizer settings", (spec.name, spec.schedule, spec.sweep), spec.optimizer),
+        ):
+            other, known = same.setdefault((what, scope), (run, value))
+            if known == value:
+                continue
+            if what == "seed":
+                raise ExperimentError(
+                    f"{run.directory.path} and {other.directory.path} are the same run twice"
+                )
+            raise ExperimentError(
+                f"{run.directory.path} and {other.directory.path} differ in {what}: "
+                "they cannot stand in one table"
+            )

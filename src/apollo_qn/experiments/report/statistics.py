@@ -1,0 +1,79 @@
+"""Means, spreads and differences over seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy
+from scipy import stats
+
+_RESAMPLES = 9999
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation of some values."""
+
+    mean: float
+    std: float | None  # of one value there is none
+    count: int
+
+    def text(self, digits: int) -> str:
+        """As 87.12 ± 0.34."""
+        mean = f"{self.mean:.{digits}f}"
+        return mean if self.std is None else f"{mean} ± {self.std:.{digits}f}"
+
+
+def spread(values: Iterable[float | None]) -> Spread | None:
+    """Summarise the values that there are; None: there are none."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    std = statistics.stdev(known) if len(known) > 1 else None
+    return Spread(statistics.fmean(known), std, len(known))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Between two optimizers, paired by seed."""
+
+    mean: float
+    pairs: int
+    low: float | None  # of the 95 % bootstrap interval of the mean; None: one pair has none
+    high: float | None
+    p: float | None  # two-sided paired t-test; None: one pair, or all differences equal
+
+    def text(self, digits: int) -> str:
+        """As +0.34 [-0.10, +0.71]."""
+        mean = f"{self.mean:+.{digits}f}"
+        if self.low is None or self.high is None:
+            return mean
+        return f"{mean} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
+
+
+def difference(one: dict[int, float], other: dict[int, float]) -> Difference | None:
+    """``one`` minus ``other`` over the seeds that both have; None: they have none in common.
+
+    The bootstrap draws pairs anew and takes percentiles; its draws are the same every time. Of few
+    pairs its interval is too narrow.
+    """
+    seeds = sorted(one.keys() & other.keys())
+    if not seeds:
+        return None
+    values = numpy.array([one[seed] - other[seed] for seed in seeds])
+    mean = float(values.mean())
+    if len(seeds) == 1:
+        return Difference(mean, 1, None, None, None)
+    if numpy.ptp(values) == 0:
+        return Difference(mean, len(seeds), mean, mean, None)
+    interval = stats.bootstrap(
+        (values,),
+        numpy.mean,
+        n_resamples=_RESAMPLES,
+        method="percentile",
+        rng=numpy.random.default_rng(0),
+    ).confidence_interval
+    p = float(stats.ttest_1samp(values, 0.0).pvalue)
+    return Difference(mean, len(seeds), float(interval.low), float(interval.high), p)

@@ -1,0 +1,202 @@
+"""The tables of a report, as cells; and what a console, Markdown and CSV make of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from rich import table as rich
+
+from apollo_qn.experiments.report.statistics import Spread
+from apollo_qn.experiments.report.summary import Row, Section, Summary
+
+NOTHING = "-"
+
+
+class Cell(NamedTuple):
+    """Text in a table."""
+
+    text: str
+    best: bool = False  # of its column
+    color: str | None = None  # of a key before it
+
+
+class Column(NamedTuple):
+    """A column; not all fit on a console."""
+
+    title: str
+    on_console: bool = True
+
+
+class Table(NamedTuple):
+    """Rows of cells under titles."""
+
+    heading: str  # "" where there is but one table
+    columns: list[Column]
+    rows: list[list[Cell]]
+
+
+def tables(summary: Summary) -> list[Table]:
+    """A table for each schedule."""
+    make = _comparison if summary.sweep is None else _sweep
+    return [make(summary, section) for section in summary.sections]
+
+
+def _heading(summary: Summary, section: Section) -> str:
+    several = len(summary.sections) > 1
+    return f"Schedule {section.schedule}, {section.length}" if several else ""
+
+
+def _spread(value: Spread | None, digits: int) -> str:
+    return NOTHING if value is None else value.text(digits)
+
+
+def _comparison(summary: Summary, section: Section) -> Table:
+    target = section.target
+
+    def lead(row: Row) -> str:
+        found = section.lead(row)
+        return NOTHING if found is None else found.text(2)
+
+    def p(row: Row) -> str:
+        found = section.lead(row)
+        return NOTHING if found is None or found.p is None else f"{found.p:.2g}"
+
+    def published(row: Row) -> str:
+        found = summary.published(row)
+        return NOTHING if found is None else Spread(found.mean, found.std, 0).text(2)
+
+    def time_to_target(row: Row) -> str:
+        found = None if target is None else row.time_to(target)
+        if found is None:
+            return NOTHING
+        part = "" if found.count == len(row.runs) else f" ({found.count} of {len(row.runs)})"
+        return found.text(1) + part
+
+    columns: list[tuple[Column, Callable[[Row], str]]] = [
+        (Column("optimizer"), lambda row: row.label),
+        (Column("learning rate", False), lambda row: f"{row.runs[0].spec.optimizer.lr:g}"),
+        (Column("weight decay", False), lambda row: f"{row.runs[0].spec.optimizer.weight_decay:g}"),
+        (Column(summary.title), lambda row: _spread(row.score, 2)),
+        (Column("Apollo's lead [95 % interval]", False), lead),
+        (Column("p", False), p),
+        (Column("in the paper", False), published),
+        (Column("training loss"), lambda row: _spread(row.train_loss, 4)),
+        (
+            Column(f"time to {NOTHING if target is None else f'{target:.2f}'} (s)", False),
+            time_to_target,
+        ),
+        (Column("wall time (s)"), lambda row: _spread(row.seconds, 1)),
+        (Column("optimizer step (ms)"), lambda row: _spread(row.optimizer_ms, 2)),
+        (Column("share of a step (%)", False), lambda row: _spread(row.optimizer_share, 1)),
+        (Column("runs"), lambda row: row.remark),
+    ]
+    shown = [
+        (column, texts)
+        for column, make in columns
+        for texts in [[make(row) for row in section.rows]]
+        if column.on_console or any(text != NOTHING for text in texts)
+    ]
+    rows = []
+    for place, row in enumerate(section.rows):
+        cells = [Cell(texts[place]) for _, texts in shown]
+        cells[0] = cells[0]._replace(color=row.name)
+        score = [column.title for column, _ in shown].index(summary.title)
+        cells[score] = cells[score]._replace(best=row is section.best)
+        rows.append(cells)
+    return Table(_heading(summary, section), [column for column, _ in shown], rows)
+
+
+def _sweep(summary: Summary, section: Section) -> Table:
+    factor = summary.sweep == "lr-robustness"
+    values = sorted({row.point.value for row in section.rows if row.point is not None})
+    at = {(row.name, row.point.value): row for row in section.rows if row.point is not None}
+    best = {
+        value: max(
+            (row.score.mean for (_, own), row in at.items() if own == value and row.score),
+            key=lambda mean: mean if summary.metric.higher_is_better else -mean,
+            default=None,
+        )
+        for value in values
+    }
+    rows = []
+    for name in dict.fromkeys(row.name for row in section.rows):
+        mine = [at.get((name, value)) for value in values]
+        there = [row for row in mine if row is not None]
+        means = [row.score.mean for row in there if row.score is not None]
+        cells = [Cell(there[0].label, color=name)]
+        for value, row in zip(values, mine, strict=True):
+            score = None if row is None else row.score
+            cells.append(Cell(_spread(score, 2), score is not None and score.mean == best[value]))
+        cells.append(Cell(f"{max(means) - min(means):.2f}" if means else NOTHING))
+        runs = [run for row in there for run in row.runs]
+        done = sum(run.finished for run in runs)
+        diverged = sum(run.verdict == "diverged" for run in runs)
+        remark = str(done) if done == len(runs) else f"{done} of {len(runs)} finished"
+        cells.append(Cell(f"{remark}, {diverged} diverged" if diverged else remark))
+        rows.append(cells)
+    columns = [Column(f"lr × {value:g}" if factor else f"decay {value:g}") for value in values]
+    ends = [Column("best - worst", False), Column("runs")]
+    heading = _heading(summary, section)
+    title = f"{summary.title[0].upper()}{summary.title[1:]}"
+    return Table(
+        f"{heading}: {summary.title}" if heading else title,
+        [Column("optimizer"), *columns, *ends],
+        rows,
+    )
+
+
+def for_console(table: Table) -> rich.Table:
+    """As wide as 80 columns take; the best is bold."""
+    made = rich.Table(pad_edge=False, box=None, title=table.heading or None, title_justify="left")
+    shown = [place for place, column in enumerate(table.columns) if column.on_console]
+    for place in shown:
+        made.add_column(table.columns[place].title, justify="left" if place == 0 else "right")
+    for row in table.rows:
+        unbroken = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
+        texts = [row[place].text.replace(" ± ", unbroken) for place in shown]
+        made.add_row(
+            *(
+                f"[bold]{text}[/bold]" if row[place].best else text
+                for place, text in zip(shown, texts, strict=True)
+            )
+        )
+    return made
+
+
+def as_markdown(table: Table) -> str:
+    """A table of GitHub's Markdown."""
+    lines = [f"**{table.heading}**\n"] if table.heading else []
+    lines.append(f"| {' | '.join(column.title for column in table.columns)} |")
+    lines.append(f"|{'|'.join('---' for _ in table.columns)}|")
+    for row in table.rows:
+        cells = [f"**{cell.text}**" if cell.best else cell.text for cell in row]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def as_csv(summary: Summary) -> str:
+    """A line for each run, its numbers in full."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    name = summary.metric.name
+    writer.writerow(
+        [
+            *("optimizer", "schedule", "sweep", "value", "lr", "weight_decay", "seed", "verdict"),
+            *("epochs", name, "train_loss", "seconds", "optimizer_ms", "optimizer_share"),
+        ]
+    )
+    for run in summary.runs:
+        spec = run.spec
+        point: list[Any] = ["", ""] if spec.sweep is None else [spec.sweep.kind, spec.sweep.value]
+        writer.writerow(
+            [
+                *(spec.name, spec.schedule, *point),
+                *(spec.optimizer.lr, spec.optimizer.weight_decay, spec.seed, run.verdict),
+                *(len(run.epochs), run.final(name), run.final("train_loss")),
+                *(round(run.seconds, 3), run.optimizer_ms, run.optimizer_share),
+            ]
+        )
+    return buffer.getvalue()

@@ -1,0 +1,238 @@
+"""The tables of a recipe: which keys there are, and what they may say."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A table of a recipe: unknown keys and values of the wrong type are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ResNetModel(Section):
+    """Residual network for small images."""
+
+    family: Literal["resnet"]
+    depth: Annotated[int, Field(ge=8)]  # 6n + 2
+    width: Count = 16  # channels of the first stage
+
+    @model_validator(mode="after")
+    def _depth_is_6n_plus_2(self) -> ResNetModel:
+        if (self.depth - 2) % 6:
+            raise ValueError(f"depth is {self.depth}, allowed are 8, 14, 20, ... (6n + 2)")
+        return self
+
+    def __str__(self) -> str:
+        return f"ResNet-{self.depth}, width {self.width}"
+
+
+class ResNeXtModel(Section):
+    """Residual network of grouped convolutions, for photographs."""
+
+    family: Literal["resnext"]
+    depth: Literal[50, 101]
+    groups: Count = 32  # of a 3x3 convolution
+    group_width: Count = 4  # channels of a group in the first stage
+
+    def __str__(self) -> str:
+        return f"ResNeXt-{self.depth} {self.groups}x{self.group_width}d"
+
+
+Model = ResNetModel | ResNeXtModel
+
+
+class Examples(Section):
+    """Which part of the training data is used."""
+
+    train_examples: Count | None = None  # the first so many; None: all
+    # hold out the last so many training examples and evaluate on them in place of the test set
+    validation: Annotated[int, Field(ge=0)] = 0
+
+
+class SmallImages(Examples):
+    """Images of one size that live decoded in memory."""
+
+    kind: Literal["small-images"] = "small-images"
+    crop_padding: Annotated[int, Field(ge=0)] = 4  # pixels
+    flip: bool = True
+
+
+class Photographs(Examples):
+    """Images of any size, decoded each time: random crop resized, flip; for tests a centre crop."""
+
+    kind: Literal["photographs"]
+    size: Count = 224  # pixels, of what the model sees
+    smallest_area: Annotated[float, Field(gt=0, le=1)] = 0.08  # of a random crop, of the image's
+    flip: bool = True
+    test_resize: Count = 256  # pixels, the shorter side of a test image before its centre crop
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> Photographs:
+        if self.test_resize < self.size:
+            raise ValueError(f"test_resize is {self.test_resize}, allowed is size or more")
+        return self
+
+
+def kind(data: Any) -> Any:
+    """What the table [data] describes; small images where it does not say."""
+    if isinstance(data, dict):
+        return data.get("kind", "small-images")
+    return getattr(data, "kind", None)
+
+
+Data = Annotated[
+    Annotated[SmallImages, Tag("small-images")] | Annotated[Photographs, Tag("photographs")],
+    Discriminator(kind),
+]
+
+
+class Schedule(Section):
+    """How long a training is, and how the learning rate falls after warmup."""
+
+    kind: Literal["cosine", "milestone"]
+    epochs: Count
+    milestones: list[Positive] = []  # at the end of these epochs
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.1  # on the rate at every milestone
+
+    @model_validator(mode="after")
+    def _milestones_fit(self) -> Schedule:
+        if (self.kind == "milestone") != bool(self.milestones):
+            raise ValueError("milestones are needed with kind 'milestone', and only with it")
+        edges = [0.0, *self.milestones, float(self.epochs)]
+        if any(left >= right for left, right in itertools.pairwise(edges)):
+            raise ValueError(
+                f"milestones are {self.milestones}, allowed are epochs that rise, "
+                f"below {self.epochs}"
+            )
+        return self
+
+    def shortened(self, epochs: int) -> Schedule:
+        """The same shape over another number of epochs."""
+        scaled = [milestone * epochs / self.epochs for milestone in self.milestones]
+        return self.model_copy(update={"epochs": epochs, "milestones": scaled})
+
+
+class Steps(Section):
+    """Batches, and how often a run writes."""
+
+    batch_size: Count  # examples in a step, over all processes
+    log_every: Count = 25  # steps
+    checkpoint_every: Positive = 20.0  # seconds; the end of an epoch always is one
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    clip_norm: Positive | None = None  # of the gradient of all parameters; longer ones are cut
+    accumulate: Count = 1  # parts in which a process takes its share of a batch, one after another
+    compile: bool = False  # the model, by torch.compile
+
+
+class Training(Steps):
+    """How one run trains."""
+
+    schedule: Schedule
+
+    @property
+    def epochs(self) -> int:
+        """Its length."""
+        return self.schedule.epochs
+
+
+class EqualStrength(Section):
+    """Weight decay coupled to another optimizer's by eq. (14)."""
+
+    equal_strength_to: str
+
+
+class SGD(Section):
+    """Settings of torch.optim.SGD; L2 decay."""
+
+    method: Literal["sgd"]
+    lr: Positive
+    momentum: Share = 0.0
+    weight_decay: NotNegative = 0.0
+
+
+class Adam(Section):
+    """Settings of torch.optim.AdamW; decoupled decay, as the paper's Adam."""
+
+    method: Literal["adam"]
+    lr: Positive
+    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    eps: Positive = 1e-8
+    weight_decay: NotNegative | EqualStrength = 0.0
+
+
+class RAdam(Section):
+    """Settings of torch.optim.RAdam; decoupled decay."""
+
+    method: Literal["radam"]
+    lr: Positive
+    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    eps: Positive = 1e-8
+    weight_decay: NotNegative | EqualStrength = 0.0
+
+
+class ApolloSettings(Section):
+    """Settings of apollo_qn.Apollo; L2 decay, as in the paper."""
+
+    method: Literal["apollo"]
+    lr: Positive
+    beta: Share = 0.9
+    eps: Positive = 1e-4
+    sigma: Positive = 1.0
+    weight_decay: NotNegative = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 500
+    warmup_init_lr: NotNegative | None = None
+
+
+Optimizer = Annotated[SGD | Adam | RAdam | ApolloSettings, Field(discriminator="method")]
+
+
+class Quick(Section):
+    """What ``--quick`` changes."""
+
+    epochs: Count
+    seeds: Count  # how many of the recipe's seeds
+    train_examples: Count | None = None
+
+
+SweepKind = Literal["lr-robustness", "weight-decay"]
+
+
+class Sweep(Section):
+    """An analysis: the same runs at several values of one setting."""
+
+    values: Annotated[list[Positive], Field(min_length=1)]
+    optimizers: list[str] | None = None  # None: all
+    schedules: list[str] | None = None  # None: all
+
+    @model_validator(mode="after")
+    def _values_rise(self) -> Sweep:
+        if any(left >= right for left, right in itertools.pairwise(self.values)):
+            raise ValueError(f"values are {self.values}, allowed are values that rise")
+        return self
+
+
+class SweepPoint(Section):
+    """Where in a sweep a run stands."""
+
+    kind: SweepKind
+    value: Positive
+
+    def __str__(self) -> str:
+        return f"{'lr-x' if self.kind == 'lr-robustness' else 'decay-'}{self.value:g}"
+
+
+class Published(Section):
+    """A number that the paper gives: the mean over its runs and their standard deviation."""
+
+    mean: float
+    std: float | None = None
