@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from apollo_qn.experiments.engine import train
+
+from .helpers import prepared, spec_of
+
 TINY = """
 task = "fashion-mnist"
 seeds = [3, 4]
@@ -73,3 +77,16 @@ def _settings_of_a_worker() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(strict)
+
+
+@pytest.fixture
+def finished(recipe_file: Path, tmp_path: Path) -> Path:
+    """Two optimizers, two seeds; one of the four runs is stopped after its first epoch."""
+    out = tmp_path / "compared"
+    for name in ("sgd", "apollo"):
+        for seed in (3, 4):
+            spec = spec_of(recipe_file, name, seed)
+            directory, task = prepared(out / "runs" / spec.label, spec)
+            left = iter([False] * (13 if (name, seed) == ("apollo", 4) else 99))
+            train(directory, spec, task, lambda left=left: next(left, True))  # type: ignore[misc]
+    return out

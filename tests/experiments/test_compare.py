@@ -22,7 +22,7 @@ from apollo_qn.experiments.report import page, words
 from apollo_qn.experiments.runs import RunDirectory
 
 from .conftest import TINY
-from .test_engine import assert_identical, prepared, result
+from .helpers import assert_identical, prepared, result
 
 CLI = [sys.executable, "-m", "apollo_qn.experiments.cli"]
 CACHES = ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR")

@@ -8,69 +8,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from apollo_qn.experiments import recipe, tasks
 from apollo_qn.experiments.engine import train
 from apollo_qn.experiments.errors import ExperimentError
-from apollo_qn.experiments.placement import Placement
 from apollo_qn.experiments.recipe import RunSpec
 from apollo_qn.experiments.runs import RunDirectory
 
 from .conftest import TINY
+from .helpers import assert_identical, prepared, result, spec_of
 
-ALONE = Placement()
 WORKER = [sys.executable, "-m", "apollo_qn.experiments.worker"]
-
-
-def prepared(
-    path: Path, spec: RunSpec, placement: Placement = ALONE
-) -> tuple[RunDirectory, tasks.Task]:
-    task = tasks.make(spec)
-    directory = RunDirectory(path)
-    directory.prepare(spec, task.fingerprint, None, ["test"], placement)
-    return directory, task
-
-
-def without_times(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key != "time"}
-
-
-def result(directory: RunDirectory) -> dict[str, Any]:
-    """All that must be equal in two runs of one seed."""
-    state = torch.load(directory.checkpoint, weights_only=True)
-    verdict = directory.verdict()
-    assert verdict is not None
-    return {
-        "model": state["model"],
-        "optimizer": state["optimizer"],
-        "processes": state["processes"],
-        "metrics": [without_times(record) for record in directory.records()],
-        "verdict": without_times(verdict),
-    }
-
-
-def assert_identical(one: Any, two: Any) -> None:
-    if isinstance(one, torch.Tensor):
-        assert one.dtype == two.dtype
-        assert torch.equal(one, two)
-    elif isinstance(one, dict):
-        assert one.keys() == two.keys()
-        for key in one:
-            assert_identical(one[key], two[key])
-    elif isinstance(one, list):
-        assert len(one) == len(two)
-        for left, right in zip(one, two, strict=True):
-            assert_identical(left, right)
-    else:
-        assert one == two
-
-
-def spec_of(recipe_file: Path, name: str, seed: int = 3) -> RunSpec:
-    return recipe.load(str(recipe_file)).run(name, seed)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "radam", "apollo"])

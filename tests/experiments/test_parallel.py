@@ -20,7 +20,7 @@ from apollo_qn.experiments.placement import Placement, share
 from apollo_qn.experiments.runs import RunDirectory
 
 from .conftest import TINY
-from .test_engine import assert_identical, prepared, result
+from .helpers import assert_identical, prepared, result
 
 LINEAR = ["-m", "tests.experiments.train_linear"]
 
