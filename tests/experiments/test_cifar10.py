@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from apollo_qn.experiments import recipe, tasks
+from apollo_qn.experiments import recipe, schema, tasks
 from apollo_qn.experiments.data import cifar10
 from apollo_qn.experiments.data.image_set import ImageSet
 from apollo_qn.experiments.data.unpickle import unpickle_arrays
@@ -341,7 +341,7 @@ def test_without_the_library(tmp_path: Path, missing: str, monkeypatch: pytest.M
 
 def test_the_task(tmp_path: Path) -> None:
     spec = recipe.load("cifar10").run("apollo", 1)
-    small = recipe.ResNetModel(family="resnet", depth=8, width=2)
+    small = schema.ResNetModel(family="resnet", depth=8, width=2)
     training = spec.train.model_copy(update={"batch_size": 10})
     spec = spec.model_copy(update={"model": small, "train": training})
     task = tasks.make(spec, write_pickles(tmp_path / "set"))

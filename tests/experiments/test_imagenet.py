@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from apollo_qn.experiments import recipe, tasks
+from apollo_qn.experiments import recipe, schema, tasks
 from apollo_qn.experiments.data import imagenet
 from apollo_qn.experiments.data.crops import centre_square, random_square
 from apollo_qn.experiments.data.decode import decode
@@ -33,7 +33,7 @@ from apollo_qn.experiments.tasks.images import ImageTask
 from .trees import WNIDS, jpeg, photograph, write_tree
 
 DATA = Photographs(kind="photographs", size=24, test_resize=32)
-TINY = recipe.ResNetModel(family="resnet", depth=8, width=2)
+TINY = schema.ResNetModel(family="resnet", depth=8, width=2)
 
 
 @pytest.fixture
@@ -308,7 +308,7 @@ def test_a_run(tree: Path, tmp_path: Path) -> None:
 def test_tasks_that_do_not_fit(tree: Path) -> None:
     with pytest.raises(ExperimentError, match="12 training images are left, fewer than one batch"):
         tasks.make(spec_of(batch_size=16), tree)
-    small = spec_of().model_copy(update={"data": recipe.SmallImages()})
+    small = spec_of().model_copy(update={"data": schema.SmallImages()})
     with pytest.raises(ExperimentError, match="'small-images', the task imagenet needs 'photogra"):
         tasks.make(small, tree)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from apollo_qn.experiments import recipe, tasks
+from apollo_qn.experiments import recipe, schema, tasks
 from apollo_qn.experiments.data import fashion_mnist
 from apollo_qn.experiments.data.memory import MemoryImages
 from apollo_qn.experiments.errors import ExperimentError
@@ -119,6 +119,6 @@ def test_tasks_that_do_not_fit() -> None:
     spec = recipe.load("fashion-mnist").run("sgd", 1)
     with pytest.raises(ExperimentError, match="task is 'mnist', allowed are "):
         tasks.make(spec.model_copy(update={"task": "mnist"}))
-    photographs = recipe.Photographs(kind="photographs")
+    photographs = schema.Photographs(kind="photographs")
     with pytest.raises(ExperimentError, match="'photographs', the task fashion-mnist needs 'small"):
         tasks.make(spec.model_copy(update={"data": photographs}))
