@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +83,20 @@ def test_parts_of_a_batch_add_up_to_it(recipe_file: Path, tmp_path: Path) -> Non
         path = tmp_path / str(parts)
         run([sys.executable, *LINEAR, str(path), str(recipe_file)])
         found.append(weights(path))
+    for name, wanted in found[0].items():
+        torch.testing.assert_close(found[1][name], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_model_trains_the_same(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    found = []
+    for word in ("false", "true"):
+        recipe_file.write_text(TINY.replace("[train]", f"[train]\ncompile = {word}"))
+        run([sys.executable, *LINEAR, str(tmp_path / word), str(recipe_file)])
+        found.append(weights(tmp_path / word))
     for name, wanted in found[0].items():
         torch.testing.assert_close(found[1][name], wanted, rtol=1e-4, atol=1e-5)
 

@@ -160,24 +160,25 @@ class SGD(Section):
     weight_decay: NotNegative = 0.0
 
 
-class Adam(Section):
-    """Settings of torch.optim.AdamW; decoupled decay, as the paper's Adam."""
+class Moments(Section):
+    """What Adam and its kin have in common; decoupled decay."""
+
+    lr: Positive
+    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    eps: Positive = 1e-8
+    weight_decay: NotNegative | EqualStrength = 0.0
+
+
+class Adam(Moments):
+    """Settings of torch.optim.AdamW, the paper's Adam."""
 
     method: Literal["adam"]
-    lr: Positive
-    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    eps: Positive = 1e-8
-    weight_decay: NotNegative | EqualStrength = 0.0
 
 
-class RAdam(Section):
-    """Settings of torch.optim.RAdam; decoupled decay."""
+class RAdam(Moments):
+    """Settings of torch.optim.RAdam."""
 
     method: Literal["radam"]
-    lr: Positive
-    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    eps: Positive = 1e-8
-    weight_decay: NotNegative | EqualStrength = 0.0
 
 
 class ApolloSettings(Section):
