@@ -32,12 +32,14 @@ def bare(spec: RunSpec, task: Task) -> None:
     torch.manual_seed(spec.seed)
     model = task.model()
     optimizer = build(spec.optimizer, model.parameters())
-    steps = spec.train.epochs * task.steps_per_epoch
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor(spec.train.schedule, steps))
-    for epoch in range(spec.train.epochs):
+    steps = spec.train.schedule.steps(task.steps_per_epoch)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, rate_factor(spec.train.schedule, spec.name, steps)
+    )
+    for epoch in range(spec.train.schedule.length):
         model.train()
         for batch in task.batches(spec.seed, epoch, 0):
-            loss = task.loss(model, batch)
+            loss, _ = task.loss(model, batch, batch, ())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -350,8 +350,9 @@ def test_the_task(tmp_path: Path) -> None:
     assert images.shape == (10, 3, 32, 32)
     assert images.is_contiguous(memory_format=torch.channels_last)
     model = task.model()
-    assert task.loss(model, (images, labels)).isfinite()
-    assert set(task.evaluate(model.eval())) == {"accuracy", "test_loss"}
+    batch = (images, labels)
+    assert task.loss(model, batch, batch, ())[0].isfinite()
+    assert set(task.metrics(task.tally(model.eval()))) == {"accuracy", "test_loss"}
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not here")

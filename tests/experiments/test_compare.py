@@ -18,8 +18,10 @@ from apollo_qn.experiments import matrix, recipe, tasks
 from apollo_qn.experiments.cli import app
 from apollo_qn.experiments.engine import train
 from apollo_qn.experiments.progress import LiveTable, duration, seconds_left
+from apollo_qn.experiments.recipe import RunSpec
 from apollo_qn.experiments.report import page, words
 from apollo_qn.experiments.runs import RunDirectory
+from apollo_qn.experiments.tasks.images import ACCURACY
 
 from .conftest import TINY
 from .helpers import assert_identical, prepared, result
@@ -41,12 +43,15 @@ class Quiet:
         pass
 
 
+def state_of(directory: RunDirectory, spec: RunSpec, steps: int) -> matrix.RunState:
+    return matrix.RunState(directory, spec, steps, ACCURACY, "images", 32.0)
+
+
 def states(recipe_file: Path, out: Path, names: list[str]) -> list[matrix.RunState]:
     runs = []
     for spec in recipe.load(str(recipe_file)).runs(names, 1):
         directory, task = prepared(out / "runs" / spec.label, spec)
-        steps = spec.train.epochs * task.steps_per_epoch
-        runs.append(matrix.RunState(directory, spec, steps))
+        runs.append(state_of(directory, spec, spec.train.schedule.steps(task.steps_per_epoch)))
     return runs
 
 
@@ -84,7 +89,7 @@ def test_ctrl_c_and_the_same_command_again(recipe_file: Path, tmp_path: Path) ->
         command, cwd=work, env=environment, capture_output=True, text=True, timeout=100
     )
     assert again.returncode == 0, again.stderr
-    assert "Best mean accuracy" in again.stdout
+    assert "Best mean test accuracy" in again.stdout
     assert "sgd-cosine-seed3" in again.stderr
     assert (out / "report.html").exists()
     assert not list(work.iterdir()), "wrote outside its output folder"
@@ -117,7 +122,7 @@ def test_crash_and_divergence_leave_the_other_runs_alone(recipe_file: Path, tmp_
     assert killer.killed == 1
     assert [run.status for run in runs] == ["failed", "diverged", "finished"]
     assert runs[0].reason == "killed by signal 9"
-    summary = page.write([tmp_path], tmp_path / "report")
+    [summary] = page.write([tmp_path], tmp_path / "report")
     rows = {row.name: row for row in summary.rows}
     assert rows["adam"].remark == "0 of 1 finished, 1 unfinished"
     assert rows["sgd"].remark == "0 of 1 finished, 1 diverged"
@@ -136,27 +141,27 @@ def test_live_table(finished: Path) -> None:
     runs = []
     for path in sorted((finished / "runs").iterdir()):
         directory = RunDirectory(path)
-        runs.append(matrix.RunState(directory, directory.spec(), 24))
+        runs.append(state_of(directory, directory.spec(), 24))
         runs[-1].refresh()
-    assert [run.epoch for run in runs] == [2, 1, 2, 2]
+    assert [run.done for run in runs] == [f"{n}/2 epochs" for n in (2, 1, 2, 2)]
     runs[1].status = "running"
     console = Console(width=100, force_terminal=True, record=True, file=io.StringIO())
     with LiveTable(console) as table:
         table.update(runs, 2)
     text = console.export_text()
-    for title in ("run", "epoch", "loss", "accuracy", "images/s", "left"):
+    for title in ("run", "done", "loss", "score", "images/s", "left"):
         assert title in text
     for run in runs:
         assert run.name in text
-    assert "1/2" in text
-    assert runs[1].images_per_second is not None
-    assert f"{runs[1].images_per_second:.0f}" in text
+    assert "1/2 epochs" in text
+    assert runs[1].speed is not None
+    assert f"{runs[1].speed:.0f} images/s" in text
 
 
 def test_time_left() -> None:
     assert [duration(None), duration(65), duration(3661)] == ["-", "1:05", "1:01:01"]
     spec = recipe.load("fashion-mnist").run("sgd", 1)
-    runs = [matrix.RunState(RunDirectory(Path(str(i))), spec, 100) for i in range(4)]
+    runs = [state_of(RunDirectory(Path(str(i))), spec, 100) for i in range(4)]
     assert seconds_left(runs, 2) is None
     runs[0].status, runs[0].step, runs[0].seconds = "finished", 100, 50.0
     runs[1].status, runs[1].step, runs[1].seconds = "running", 20, 10.0

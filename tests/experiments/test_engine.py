@@ -79,7 +79,7 @@ def test_metrics_and_manifest_of_a_run(recipe_file: Path, tmp_path: Path) -> Non
     train(directory, spec, task)
     records = list(directory.records())
     steps = [record for record in records if record["kind"] == "step"]
-    epochs = [record for record in records if record["kind"] == "epoch"]
+    epochs = [record for record in records if record["kind"] == "evaluation"]
     assert [record["step"] for record in steps] == [5, 10, 12, 15, 20, 24]
     assert [(record["epoch"], record["step"]) for record in epochs] == [(1, 12), (2, 24)]
     shares = [5, 5, 2]
@@ -103,7 +103,7 @@ def test_the_best_weights_are_kept(recipe_file: Path, tmp_path: Path) -> None:
     spec = spec_of(recipe_file, "adam")
     directory, task = prepared(tmp_path / "run", spec)
     train(directory, spec, task)
-    accuracies = [line["accuracy"] for line in directory.records() if line["kind"] == "epoch"]
+    accuracies = [line["accuracy"] for line in directory.records() if line["kind"] == "evaluation"]
     best = torch.load(directory.best, weights_only=True)
     assert best["accuracy"] == max(accuracies)
     assert best["epoch"] == 1 + accuracies.index(max(accuracies))
@@ -111,7 +111,7 @@ def test_the_best_weights_are_kept(recipe_file: Path, tmp_path: Path) -> None:
     network.load_state_dict(best["model"])
     network.eval()
     with torch.no_grad():
-        assert task.evaluate(network)["accuracy"] == best["accuracy"]
+        assert task.metrics(task.tally(network))["accuracy"] == best["accuracy"]
 
 
 def shown_by_tensorboard(directory: RunDirectory) -> dict[str, list[tuple[int, float]]]:
@@ -139,7 +139,7 @@ def test_tensorboard_shows_the_metrics_once(recipe_file: Path, tmp_path: Path) -
     shown = shown_by_tensorboard(directory)
     assert set(shown) == {
         *("step/loss", "step/lr"),
-        *("epoch/train_loss", "epoch/accuracy", "epoch/test_loss"),
+        *("evaluation/train_loss", "evaluation/accuracy", "evaluation/test_loss"),
     }
     for tag, points in shown.items():
         kind, name = tag.split("/")

@@ -41,7 +41,11 @@ def error_of(text: str, path: Path) -> str:
         ("epochs = 2", "epochs = 2.0", "epochs: is 2.0: Input should be a valid integer"),
         ("lr = 0.1", "lr = inf", "optimizers.sgd.lr: is inf: Input should be a finite number"),
         ("lr = 0.1", "lr = -1", "optimizers.sgd.lr: is -1: Input should be greater than 0"),
-        ('"cosine"', '"linear"', "is 'linear': Input should be 'cosine' or 'milestone'"),
+        (
+            '"cosine"',
+            '"linear"',
+            "is 'linear': Input should be 'constant', 'cosine', 'milestone' or 'inverse-sqrt'",
+        ),
         ('"cosine"', '"milestone"', "milestones are needed with kind 'milestone'"),
         (
             'kind = "cosine"',
@@ -128,7 +132,7 @@ def test_our_recipes_are_valid(name: str) -> None:
     plan = recipe.load(name)
     for name in plan.schedules:
         quick = plan.quickened().runs(schedules=[name])[0]
-        assert quick.train.epochs < plan.schedules[name].epochs
+        assert quick.train.schedule.length < plan.schedules[name].length
 
 
 def test_decay_of_equal_strength(recipe_file: Path) -> None:
@@ -205,7 +209,7 @@ def test_recipes_of_the_paper(task: str) -> None:
 
 def test_the_rate_falls_at_the_end_of_an_epoch() -> None:
     schedule = recipe.load("cifar10").schedules["milestone"]
-    factor = rate_factor(schedule, 164 * 390)
+    factor = rate_factor(schedule, "sgd", 164 * 390)
     assert [factor(80 * 390 - 1), factor(80 * 390)] == pytest.approx([1.0, 0.1])
     assert [factor(120 * 390 - 1), factor(120 * 390)] == pytest.approx([0.1, 0.01])
 
@@ -247,7 +251,10 @@ def test_runs_of_several_schedules(recipe_file: Path) -> None:
     plan = recipe.load(str(recipe_file))
     assert [spec.schedule for spec in plan.runs(["sgd"], 1)] == ["cosine", "steps"]
     specs = plan.runs(["sgd"], 1, ["steps", "cosine"])
-    assert [(spec.schedule, spec.train.epochs) for spec in specs] == [("steps", 4), ("cosine", 2)]
+    assert [(spec.schedule, spec.train.schedule.epochs) for spec in specs] == [
+        ("steps", 4),
+        ("cosine", 2),
+    ]
     assert specs[0].train.schedule.milestones == [1, 3]
     assert specs[0].train.batch_size == plan.train.batch_size
     assert recipe.RunSpec.model_validate(specs[0].model_dump()) == specs[0]
@@ -258,9 +265,9 @@ def test_runs_of_several_schedules(recipe_file: Path) -> None:
 
 
 def test_schedules() -> None:
-    cosine = rate_factor(Schedule(kind="cosine", epochs=4), 100)
+    cosine = rate_factor(Schedule(kind="cosine", epochs=4), "sgd", 100)
     assert [cosine(0), cosine(50), cosine(100)] == pytest.approx([1.0, 0.5, 0.0])
-    steps = rate_factor(Schedule(kind="milestone", epochs=4, milestones=[2, 3]), 100)
+    steps = rate_factor(Schedule(kind="milestone", epochs=4, milestones=[2, 3]), "sgd", 100)
     assert [steps(step) for step in (0, 49, 50, 74, 75, 100)] == pytest.approx(
         [1.0, 1.0, 0.1, 0.1, 0.01, 0.01]
     )

@@ -29,7 +29,7 @@ PICTURES = (*CURVES, "wall_time", "optimizer_time")
 
 
 def test_report(finished: Path) -> None:
-    summary = page.write([finished], finished)
+    [summary] = page.write([finished], finished)
     html = (finished / "report.html").read_text()
     for name in PICTURES:
         assert (finished / f"{name}.png").read_bytes().startswith(PNG)
@@ -45,7 +45,7 @@ def test_report(finished: Path) -> None:
     assert list(rows) == ["sgd", "apollo"]
     assert rows["sgd"].remark == "2"
     assert rows["apollo"].remark == "1 of 2 finished, 1 unfinished"
-    finals = [run.epochs[-1]["accuracy"] for run in rows["sgd"].runs]
+    finals = [run.evaluations[-1]["accuracy"] for run in rows["sgd"].runs]
     assert rows["sgd"].score is not None
     assert rows["sgd"].score.mean == pytest.approx(sum(finals) / 2)
     assert rows["sgd"].score.std == pytest.approx(abs(finals[0] - finals[1]) / 2**0.5)
@@ -64,7 +64,7 @@ def test_report(finished: Path) -> None:
     ]
     assert [float(line["accuracy"]) for line in lines[:2]] == finals
     assert lines[3]["accuracy"] == ""
-    assert int(lines[3]["epochs"]) == 1
+    assert lines[3]["done"] == "1 of 2 epochs"
 
 
 def test_the_same_runs_draw_the_same_bytes(finished: Path, tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def made_up(
     with directory.metrics.open("w") as file:
         for epoch, value in enumerate(values, 1):
             line: dict[str, Any] = {
-                "kind": "epoch",
+                "kind": "evaluation",
                 "epoch": epoch,
                 "step": epoch,
                 "train_loss": 2.0 / epoch,
@@ -94,7 +94,15 @@ def made_up(
             }
             file.write(json.dumps(line) + "\n")
     if verdict is not None:
-        told = {"verdict": verdict, "step": 1, "steps": 1, "time": {"seconds": 10.0 * len(values)}}
+        steps = len(values)
+        told: dict[str, Any] = {
+            "verdict": verdict,
+            "step": steps,
+            "steps": steps,
+            "time": {"seconds": 10.0 * steps},
+        }
+        if verdict == "finished":
+            told |= {"train_loss": 2.0 / steps, "accuracy": values[-1]}
         directory.result.write_text(json.dumps(told))
 
 
@@ -102,7 +110,7 @@ def summarise(folder: Path, plan: recipe.Recipe, finals: dict[str, list[float]])
     for name, values in finals.items():
         for seed, value in enumerate(values):
             made_up(folder, plan.run(name, seed), [50.0, value])
-    return collect([folder])
+    return collect([folder])[0]
 
 
 @pytest.mark.parametrize(
@@ -110,14 +118,14 @@ def summarise(folder: Path, plan: recipe.Recipe, finals: dict[str, list[float]])
     [
         (
             {"sgd": [90.0, 90.2], "apollo": [88.0, 88.3]},
-            "Best mean accuracy: SGD, 90.10 ± 0.14 %. Apollo is 1.95 below SGD (95 % interval of "
-            "the difference -2.00 to -1.90, p = 0.016, 2 seeds).",
+            "Best mean test accuracy: SGD, 90.10 ± 0.14 %. Apollo is 1.95 below SGD (95 % interval "
+            "of the difference -2.00 to -1.90, p = 0.016, 2 seeds).",
         ),
         (
             {"sgd": [90.0], "adam": [91.0], "apollo": [93.5]},
-            "Best mean accuracy: Apollo, 93.50 %. Apollo is 2.50 above Adam.",
+            "Best mean test accuracy: Apollo, 93.50 %. Apollo is 2.50 above Adam.",
         ),
-        ({"sgd": [90.0]}, "Best mean accuracy: SGD, 90.00 %."),
+        ({"sgd": [90.0]}, "Best mean test accuracy: SGD, 90.00 %."),
     ],
 )
 def test_finding_says_who_wins(
@@ -164,12 +172,12 @@ def test_time_to_target(recipe_file: Path, tmp_path: Path) -> None:
     ):
         made_up(tmp_path, plan.run(name, seed), list(values))
     # the best of the others has 62 after three of four epochs
-    times = cells(collect([tmp_path]), "time to 62.00 (s)")
+    times = cells(collect([tmp_path])[0], "time to 62.00 (s)")
     assert times == {"SGD": "35.0 ± 7.1", "Adam": "40.0 (1 of 2)", "Apollo": "15.0 ± 7.1"}
-    times = cells(collect([tmp_path], target=69.5), "time to 69.50 (s)")
+    times = cells(collect([tmp_path], target=69.5)[0], "time to 69.50 (s)")
     assert times == {"SGD": "40.0 ± 0.0", "Adam": "-", "Apollo": "-"}
-    assert "time to" not in tables.tables(collect([tmp_path]))[0].heading
-    assert cells(collect([tmp_path]), "share of a step (%)")["SGD"] == "4.0 ± 0.0"
+    assert "time to" not in tables.tables(collect([tmp_path])[0])[0].heading
+    assert cells(collect([tmp_path])[0], "share of a step (%)")["SGD"] == "4.0 ± 0.0"
 
 
 def test_divergent_and_unfinished_runs_are_told(recipe_file: Path, tmp_path: Path) -> None:
@@ -177,7 +185,7 @@ def test_divergent_and_unfinished_runs_are_told(recipe_file: Path, tmp_path: Pat
     made_up(tmp_path, plan.run("sgd", 1), [], "diverged")
     made_up(tmp_path, plan.run("sgd", 2), [50.0, None])
     made_up(tmp_path, plan.run("apollo", 1), [50.0], None)
-    summary = collect([tmp_path])
+    [summary] = collect([tmp_path])
     assert cells(summary, "runs") == {
         "SGD": "1 of 2 finished, 1 diverged",
         "Apollo": "0 of 1 finished, 1 unfinished",
@@ -191,7 +199,7 @@ def test_beside_the_papers_numbers(tmp_path: Path) -> None:
     for name in ("sgd", "apollo"):
         for schedule in ("milestone", "cosine"):
             made_up(tmp_path, plan.run(name, 1, schedule), [50.0, 60.0])
-    summary = page.write([tmp_path], tmp_path / "page")
+    [summary] = page.write([tmp_path], tmp_path / "page")
     text = (tmp_path / "page" / "results.md").read_text()
     assert [table.heading for table in tables.tables(summary)] == [
         "Schedule milestone, 164 epochs",
@@ -200,10 +208,10 @@ def test_beside_the_papers_numbers(tmp_path: Path) -> None:
     assert cells(summary, "in the paper") == {"SGD": "93.91 ± 0.07", "Apollo": "94.20 ± 0.12"}
     assert "of ResNet-110, width 16, batch 128, 164 epochs (milestone), 200 epochs (cosine)" in text
     assert "Ours are of another size: they do not compare with them." in text
-    assert "Schedule milestone: Best mean accuracy: " in text
+    assert "Schedule milestone: Best mean test accuracy: " in text
     whole = recipe.load("cifar10")
     made_up(tmp_path / "whole", whole.run("sgd", 1, "cosine"), [50.0, 60.0])
-    assert "another size" not in " ".join(words.notes(collect([tmp_path / "whole"])))
+    assert "another size" not in " ".join(words.notes(collect([tmp_path / "whole"])[0]))
 
 
 def test_sweeps(recipe_file: Path, tmp_path: Path) -> None:
@@ -218,7 +226,7 @@ def test_sweeps(recipe_file: Path, tmp_path: Path) -> None:
             assert spec.sweep is not None
             better = 3.0 * (spec.name == "apollo") + 5.0 * (spec.sweep.value in (1.0, 2e-4))
             made_up(folder, spec, [40.0, 60.0 + better + spec.seed])
-        summary = page.write([folder], folder)
+        [summary] = page.write([folder], folder)
         table = tables.tables(summary)[0]
         titles = [column.title for column in table.columns]
         if kind == "lr-robustness":
@@ -230,12 +238,13 @@ def test_sweeps(recipe_file: Path, tmp_path: Path) -> None:
         ]
         assert [[cell.best for cell in row[1:3]] for row in table.rows] == [[False] * 2, [True] * 2]
         assert words.finding(summary) == (
-            "Between its best and worst value the mean accuracy differs by: Apollo 5.00, SGD 5.00."
+            "Between its best and worst value the mean test accuracy differs by: Apollo 5.00, "
+            "SGD 5.00."
         )
         for picture in (name, f"{name}_curves"):
             assert (folder / f"{picture}.png").read_bytes().startswith(PNG)
         console = Console(width=80, record=True, quiet=True)
-        page.show(summary, console)
+        page.show([summary], console)
     both = [tmp_path / "lr-robustness", tmp_path / "weight-decay"]
     with pytest.raises(ExperimentError, match="differ in analysis: they cannot stand in one table"):
         collect(both)

@@ -284,8 +284,10 @@ def _train(
     for spec in specs:
         directory = RunDirectory(_run_folder(folder, spec))
         directory.prepare(spec, task.fingerprint, data, sys.argv, placement)
-        steps = spec.train.epochs * task.steps_per_epoch
-        runs.append(matrix.RunState(directory, spec, steps))
+        steps = spec.train.schedule.steps(task.steps_per_epoch)
+        runs.append(
+            matrix.RunState(directory, spec, steps, task.curve, task.unit, task.units_per_step)
+        )
     console = Console(stderr=True)
     try:
         with display(console) as shown:
@@ -307,8 +309,7 @@ def _train(
 def _report(runs: list[Path], folder: Path, target: float | None = None) -> None:
     from apollo_qn.experiments.report import page
 
-    summary = page.write(runs, folder, target)
-    page.show(summary, Console())
+    page.show(page.write(runs, folder, target), Console())
     typer.echo(f"Report: {folder / 'report.html'}")
 
 

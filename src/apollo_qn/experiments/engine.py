@@ -26,7 +26,7 @@ from apollo_qn.experiments.recipe import RunSpec
 from apollo_qn.experiments.runs import Record, RunDirectory, write_atomically
 from apollo_qn.experiments.seeds import derived_seed
 from apollo_qn.experiments.stopwatch import Stopwatch
-from apollo_qn.experiments.tasks.base import Batch, Task
+from apollo_qn.experiments.tasks.base import Batch, Carried, Task
 from apollo_qn.experiments.tracking import events
 
 if TYPE_CHECKING:
@@ -82,26 +82,28 @@ class _Run:
 
     def __init__(self, directory: RunDirectory, spec: RunSpec, task: Task, fabric: Fabric) -> None:
         self.directory, self.spec, self.task, self.fabric = directory, spec, task, fabric
-        self.steps = spec.train.epochs * task.steps_per_epoch
+        self.steps = spec.train.schedule.steps(task.steps_per_epoch)
+        self.every = spec.train.evaluate_every or task.steps_per_epoch
         self.network: nn.Module = task.model()  # as the task knows it
         if fabric.global_rank > 0:  # dropout draws other numbers in each process
             torch.manual_seed(derived_seed(spec.seed, fabric.global_rank))
         optimizer = build(spec.optimizer, self.network.parameters())
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, rate_factor(spec.train.schedule, self.steps)
+            optimizer, rate_factor(spec.train.schedule, spec.name, self.steps)
         )
         network: Any = torch.compile(self.network) if spec.train.compile else self.network
         self.model, self.optimizer = fabric.setup(network, optimizer)
         self.step = 0
-        # of this epoch, and of the steps since the last line: the sum stays where the loss is, so
+        self.carried: Carried = ()
+        # since the last evaluation, and since the last line: the sum stays where the loss is, so
         # that no step waits for it; a loss that is not finite stays in the sum
-        self.epoch_loss = torch.zeros((), dtype=torch.float64, device=fabric.device)
-        self.line_loss = self.epoch_loss.clone()
+        self.period_loss = torch.zeros((), dtype=torch.float64, device=fabric.device)
+        self.line_loss = self.period_loss.clone()
         self.line_steps = 0
-        # in this epoch: the optimizer, and all of a training step but its reading of data
+        # since the last evaluation: the optimizer, and all of a step but its reading of data
         self.updates, self.steps_taken = Stopwatch(fabric.device), Stopwatch(fabric.device)
         self.last: Record = {}
-        self.best: float | None = None  # of the task's metric, so far
+        self.best: float | None = None  # of the task's curve, so far
         self.seconds_before = 0.0  # spent in the processes before this one
         self.started = time.perf_counter()
         self.metrics: BinaryIO | None = None  # the first process writes it
@@ -132,44 +134,51 @@ class _Run:
         rank, world = self.fabric.global_rank, self.fabric.world_size
         while self.step < self.steps:
             epoch, start = divmod(self.step, per_epoch)
-            self.model.train()
+            if start == 0:
+                self.carried = ()
             for batch in self.task.batches(self.spec.seed, epoch, start, rank, world):
+                self.model.train()
                 with self.steps_taken.running():
                     self._train_step(batch)
-                ends_epoch = self.step % per_epoch == 0
-                ends_line = self.step % self.spec.train.log_every == 0 or ends_epoch
+                ends = self.step == self.steps
+                ends_period = self.step % self.every == 0 or ends
+                ends_line = self.step % self.spec.train.log_every == 0 or ends_period
                 if ends_line:
                     mean = self._mean(self.line_loss) / self.line_steps
                     if not math.isfinite(mean):
                         return self._finish("diverged")
-                    self._log_line(epoch, mean)
-                if ends_epoch:
-                    self._end_epoch(epoch)
+                    self._log_line(mean)
+                if ends_period:
+                    self._end_period()
                 if not alone and not ends_line:
                     continue  # the processes agree on no more than once a line
                 late = time.perf_counter() - self.saved_at > self.spec.train.checkpoint_every
                 due, stopping = self._any(late, stop())
-                if due or ends_epoch or stopping:
+                if due or ends_period or stopping:
                     self._save()
-                if stopping and self.step < self.steps:
+                if ends:
+                    break
+                if stopping:
                     return "stopped"
         return self._finish("finished")
 
     def _train_step(self, batch: Batch) -> None:
         parts = self.spec.train.accumulate
         chunks = list(zip(*(column.chunk(parts) for column in batch), strict=True))
-        size = len(batch[0])
+        carried = list(zip(*(column.chunk(parts) for column in self.carried), strict=True))
+        left = []
         self.optimizer.zero_grad()
         for i, chunk in enumerate(chunks):
             last = i == len(chunks) - 1
             with nullcontext() if last else self.fabric.no_backward_sync(self.model):
-                loss = self.task.loss(self.model, chunk)
-                if len(chunks) > 1:  # the batch's mean is that of its parts by their sizes
-                    loss = loss * (len(chunk[0]) / size)
+                before = carried[i] if carried else ()
+                loss, after = self.task.loss(self.model, chunk, batch, before)
                 self.fabric.backward(loss)
+            left.append(after)
             value = loss.detach().double()
-            self.epoch_loss += value
+            self.period_loss += value
             self.line_loss += value
+        self.carried = tuple(torch.cat(rows) for rows in zip(*left, strict=True))
         if self.spec.train.clip_norm is not None:
             # what is not finite shows in the loss
             self.fabric.clip_gradients(
@@ -205,14 +214,20 @@ class _Run:
         self.metrics.write(json.dumps(record, allow_nan=False).encode() + b"\n")
         self.metrics.flush()
         for name, value in record.items():
-            if isinstance(value, float):
+            if isinstance(value, float) and name != "epoch":
                 self.events.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
-    def _log_line(self, epoch: int, loss: float) -> None:
+    @property
+    def epoch(self) -> int | float:
+        """Epochs so far."""
+        whole, rest = divmod(self.step, self.task.steps_per_epoch)
+        return whole if rest == 0 else self.step / self.task.steps_per_epoch
+
+    def _log_line(self, loss: float) -> None:
         self._write(
             {
                 "kind": "step",
-                "epoch": epoch,
+                "epoch": self.epoch,
                 "step": self.step,
                 "loss": loss,
                 "lr": self.optimizer.param_groups[0]["lr"],
@@ -223,17 +238,13 @@ class _Run:
         self.line_loss.zero_()
         self.line_steps = 0
 
-    def _end_epoch(self, epoch: int) -> None:
-        measured = self._evaluate()
-        self.last = {
-            "train_loss": self._mean(self.epoch_loss) / self.task.steps_per_epoch,
-            # JSON knows no NaN
-            **{name: value if math.isfinite(value) else None for name, value in measured.items()},
-        }
+    def _end_period(self) -> None:
+        steps = (self.step - 1) % self.every + 1
+        self.last = {"train_loss": self._mean(self.period_loss) / steps, **self._evaluate()}
         self._write(
             {
-                "kind": "epoch",
-                "epoch": epoch + 1,
+                "kind": "evaluation",
+                "epoch": self.epoch,
                 "step": self.step,
                 **self.last,
                 "time": {
@@ -243,22 +254,44 @@ class _Run:
                 },
             }
         )
-        self._keep_best(epoch + 1)
-        self.epoch_loss.zero_()
+        self._keep_best()
+        self._keep_for_average()
+        self.period_loss.zero_()
         self.updates.times.clear()
         self.steps_taken.times.clear()
 
-    def _keep_best(self, epoch: int) -> None:
-        metric = self.task.metric
+    def _keep_best(self) -> None:
+        metric = self.task.curve
         value = self.last[metric.name]
         if value is None or (self.best is not None and not metric.better(value, self.best)):
             return
         self.best = value
         if self.fabric.is_global_zero:
-            state = {"model": self.network.state_dict(), "epoch": epoch, metric.name: value}
+            state = {"model": self.network.state_dict(), "epoch": self.epoch, metric.name: value}
             write_atomically(self.directory.best, _saved(state))
 
-    def _evaluate(self) -> dict[str, float]:
+    def _keep_for_average(self) -> None:
+        count = self.spec.train.average_last
+        if count == 1 or not self.fabric.is_global_zero:
+            return
+        state = {name: value.cpu() for name, value in self.network.state_dict().items()}
+        write_atomically(self.directory.evaluated(self.step), _saved(state))
+        for path in self.directory.all_evaluated(self.step)[:-count]:
+            path.unlink()
+
+    def _average(self) -> None:
+        """Put the mean of the last evaluations' weights in place of the weights."""
+        paths = self.directory.all_evaluated(self.step)[-self.spec.train.average_last :]
+        states = [torch.load(path, weights_only=True) for path in paths]
+        mean = {}
+        for name, last in states[-1].items():
+            total = torch.stack([state[name].double() for state in states]).mean(0)
+            mean[name] = total.to(last.dtype) if last.is_floating_point() else last
+        self.network.load_state_dict(mean)
+        if self.fabric.is_global_zero:
+            write_atomically(self.directory.averaged, _saved({"model": mean}))
+
+    def _evaluate(self, final: bool = False) -> dict[str, float | None]:
         """Metrics on the held-out data, of which each process takes a part."""
         rank, world = self.fabric.global_rank, self.fabric.world_size
         if world > 1:  # running means and variances are the first process's
@@ -266,15 +299,21 @@ class _Run:
                 buffer.copy_(self.fabric.broadcast(buffer))
         self.model.eval()
         with torch.no_grad(), self.fabric.autocast():
-            tally = self.task.tally(self.network, rank, world)
+            tally = self.task.tally(self.network, rank, world, final)
         if world > 1:
             tally = self.fabric.all_reduce(tally, reduce_op="sum")  # type: ignore[assignment]
-        return self.task.metrics(tally)
+        measured = self.task.metrics(tally, final)
+        # JSON knows no NaN
+        return {name: x if math.isfinite(x) else None for name, x in measured.items()}
 
     def _finish(self, outcome: Literal["finished", "diverged"]) -> Outcome:
         verdict: Record = {"verdict": outcome, "step": self.step, "steps": self.steps}
         if outcome == "finished":
             verdict |= self.last
+            if self.spec.train.average_last > 1:
+                self._average()
+            if self.task.examines or self.spec.train.average_last > 1:
+                verdict |= self._evaluate(final=True)
         verdict["time"] = {"seconds": self.seconds()}
         if self.fabric.is_global_zero:
             write_atomically(self.directory.result, json.dumps(verdict, indent=2).encode() + b"\n")
@@ -307,8 +346,9 @@ class _Run:
         """What differs from process to process."""
         mine = {
             "random": torch.get_rng_state(),
-            "epoch_loss": self.epoch_loss.cpu(),
+            "period_loss": self.period_loss.cpu(),
             "line_loss": self.line_loss.cpu(),
+            **{f"carried.{i}": x.cpu() for i, x in enumerate(self.carried)},
         }
         if self.fabric.device.type == "cuda":
             mine["device_random"] = torch.cuda.get_rng_state(self.fabric.device)
@@ -339,7 +379,11 @@ class _Run:
                 "to train it anew"
             ) from None
         self.step = state["step"]
-        self.epoch_loss.copy_(mine["epoch_loss"])
+        self.period_loss.copy_(mine["period_loss"])
+        self.carried = tuple(
+            mine[f"carried.{i}"].to(self.fabric.device)
+            for i in range(sum(name.startswith("carried.") for name in mine))
+        )
         self.line_loss.copy_(mine["line_loss"])
         self.line_steps = state["line_steps"]
         self.updates.times, self.steps_taken.times = state["times"]

@@ -14,6 +14,7 @@ from apollo_qn.experiments.interrupt import Interrupted, signals
 from apollo_qn.experiments.placement import Placement
 from apollo_qn.experiments.recipe import RunSpec
 from apollo_qn.experiments.runs import Record, RunDirectory
+from apollo_qn.experiments.tasks.base import Metric
 from apollo_qn.experiments.worker import STOPPED
 
 Status = Literal["waiting", "running", "finished", "diverged", "failed", "stopped"]
@@ -30,13 +31,16 @@ class RunState:
     directory: RunDirectory
     spec: RunSpec
     steps: int  # in the whole run
+    metric: Metric  # of its evaluations
+    unit: str  # what speed counts
+    units_per_step: float
     status: Status = "waiting"
     step: int = 0
-    epoch: int = 0  # complete and evaluated
+    evaluated: int = 0  # steps at the last evaluation
     loss: float | None = None
-    accuracy: float | None = None
+    score: float | None = None  # at the last evaluation
     seconds: float = 0.0  # of training so far, over all its processes
-    images_per_second: float | None = None
+    speed: float | None = None  # units a second
     reason: str = ""  # why it failed
     pid: int | None = None  # of its process, while it is running
 
@@ -44,6 +48,13 @@ class RunState:
     def name(self) -> str:
         """The name of the run's directory."""
         return self.directory.path.name
+
+    @property
+    def done(self) -> str:
+        """How much of it has been evaluated, as 3/8 epochs."""
+        schedule = self.spec.train.schedule
+        done = self.evaluated * schedule.length / self.steps
+        return f"{round(done, 2):g}/{schedule}"
 
     @property
     def seconds_left(self) -> float | None:
@@ -63,11 +74,10 @@ class RunState:
         before: Record = steps[-2] if len(steps) > 1 else {"step": 0, "time": {"seconds": 0.0}}
         took = self.seconds - before["time"]["seconds"]
         if took > 0:
-            done = (self.step - before["step"]) * self.spec.train.batch_size
-            self.images_per_second = done / took
+            self.speed = (self.step - before["step"]) * self.units_per_step / took
         for line in lines:
-            if line["kind"] == "epoch":
-                self.epoch, self.accuracy = line["epoch"], line.get("accuracy")
+            if line["kind"] == "evaluation":
+                self.evaluated, self.score = line["step"], line.get(self.metric.name)
 
 
 class Display(Protocol):

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from apollo_qn import Apollo
-from apollo_qn.experiments.schema import SGD, Adam, ApolloSettings, RAdam, Schedule
+from apollo_qn.experiments.schema import SGD, Adam, ApolloSettings, RAdam, Schedule, Shape
+from apollo_qn.schedules import inverse_square_root
 
 
 def build(
@@ -53,9 +54,20 @@ def build(
     )
 
 
-def rate_factor(schedule: Schedule, steps: int) -> Callable[[int], float]:
-    """The factor on the learning rate at step 0, 1, ..., of ``steps``, for LambdaLR."""
-    if schedule.kind == "cosine":
+def rate_factor(schedule: Schedule, name: str, steps: int) -> Callable[[int], float]:
+    """The factor on an optimizer's learning rate at step 0, 1, ..., of ``steps``, for LambdaLR.
+
+    Args:
+        schedule: of the run.
+        name: of the optimizer, which may have a shape of its own in the schedule.
+        steps: of the whole training.
+    """
+    shape: Shape = schedule.instead.get(name, schedule)
+    if shape.kind == "constant":
+        return lambda step: 1.0
+    if shape.kind == "cosine":
         return lambda step: 0.5 * (1.0 + math.cos(math.pi * min(step, steps) / steps))
-    edges = [round(epoch * steps / schedule.epochs) for epoch in schedule.milestones]
-    return lambda step: schedule.factor ** sum(step >= edge for edge in edges)
+    if shape.warmup_steps is not None:
+        return inverse_square_root(shape.warmup_steps)
+    edges = [round(milestone * steps / schedule.length) for milestone in shape.milestones]
+    return lambda step: shape.factor ** sum(step >= edge for edge in edges)

@@ -74,17 +74,17 @@ class LiveTable:
         """Draw the newest state."""
         table = Table(box=None, pad_edge=False)
         table.add_column("run", no_wrap=True)
-        for title in ("epoch", "loss", "accuracy", "images/s", "time", "left"):
+        for title in ("done", "loss", "score", "speed", "time", "left"):
             table.add_column(title, justify="right", no_wrap=True)
         table.add_column("", no_wrap=True)
         for run in runs:
             running = run.status == "running"
             table.add_row(
                 run.name,
-                f"{run.epoch}/{run.spec.train.epochs}",
+                run.done,
                 _number(run.loss, ".4f"),
-                _number(run.accuracy, ".2f", " %"),
-                _number(run.images_per_second if running else None, ".0f"),
+                _score(run),
+                _number(run.speed if running else None, ".0f", f" {run.unit}/s"),
                 duration(run.seconds) if run.step else "-",
                 duration(run.seconds_left) if running else "-",
                 run.status,
@@ -117,16 +117,16 @@ class PlainLines:
     def update(self, runs: list[RunState], jobs: int) -> None:
         """Print what is new."""
         for run in runs:
-            now = (run.status, run.epoch)
-            if self._shown.get(run.name, ("waiting", run.epoch)) != now:
+            now = (run.status, run.evaluated)
+            if self._shown.get(run.name, ("waiting", run.evaluated)) != now:
                 parts = [
                     duration(time.monotonic() - self._started),
                     run.name,
                     run.status,
-                    f"epoch {run.epoch}/{run.spec.train.epochs}",
+                    run.done,
                     f"loss {_number(run.loss, '.4f')}",
-                    f"accuracy {_number(run.accuracy, '.2f', ' %')}",
-                    f"{_number(run.images_per_second, '.0f')} images/s",
+                    f"{run.metric.label} {_number(run.score, '.2f')} {run.metric.unit}".rstrip(),
+                    _number(run.speed, ".0f", f" {run.unit}/s"),
                     f"{duration(seconds_left(runs, jobs))} left in all",
                     run.reason,
                 ]
@@ -170,6 +170,11 @@ def counter(console: Console) -> Iterator[Callable[[str, int, int], None]]:
             progress.update(task, description=title, completed=done, total=total or None)
 
         yield show
+
+
+def _score(run: RunState) -> str:
+    """What the last evaluation found, with its unit or its name."""
+    return _number(run.score, ".2f", f" {run.metric.unit or run.metric.label.split()[-1]}")
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:

@@ -87,12 +87,24 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _quick_has_the_schedules_unit(self) -> Recipe:
+        for name, schedule in self.schedules.items():
+            if getattr(self.quick, f"{schedule.unit}s") is None:
+                raise ValueError(
+                    f"quick.{schedule.unit}s is missing: schedules.{name} is in {schedule.unit}s"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _names_are_there(self) -> Recipe:
         named = {f"sweeps.{kind}.optimizers": plan.optimizers for kind, plan in self.sweeps.items()}
         for key, names in {"compare": self.compare, **named}.items():
             _check_names(key, names, self.optimizers)
         for kind, plan in self.sweeps.items():
             _check_names(f"sweeps.{kind}.schedules", plan.schedules, self.schedules)
+        for schedule, plan_of in self.schedules.items():
+            there = list(plan_of.instead) or None
+            _check_names(f"schedules.{schedule}.instead", there, self.optimizers)
         return self
 
     def run(self, name: str, seed: int, schedule: str | None = None) -> RunSpec:
@@ -205,13 +217,16 @@ class Recipe(Section):
 
     def quickened(self) -> Recipe:
         """Apply the table [quick]."""
-        examples = self.quick.train_examples or self.data.train_examples
+        quick = self.quick
+        examples = quick.train_examples or self.data.train_examples
+        every = quick.evaluate_every or self.train.evaluate_every
         return self.model_copy(
             update={
-                "seeds": self.seeds[: self.quick.seeds],
+                "seeds": self.seeds[: quick.seeds],
                 "data": self.data.model_copy(update={"train_examples": examples}),
+                "train": self.train.model_copy(update={"evaluate_every": every}),
                 "schedules": {
-                    name: schedule.shortened(self.quick.epochs)
+                    name: schedule.shortened(getattr(quick, f"{schedule.unit}s"))
                     for name, schedule in self.schedules.items()
                 },
             }

@@ -1,7 +1,8 @@
 """A run is a directory: ``run.json``, ``metrics.jsonl``, ``checkpoint/``, ``result.json``.
 
 ``checkpoint/newest.pt`` holds all that the training goes on from, ``checkpoint/best.pt`` the
-weights after the epoch of the best metric, for those who want to use them (no table of ours does).
+weights of the best evaluation, for those who want to use them (no table of ours does), and
+``checkpoint/averaged.pt`` the mean of the last ones, where the recipe asks for it.
 ``tensorboard/`` shows the metrics there.
 """
 
@@ -51,9 +52,19 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.checkpoint = path / "checkpoint" / "newest.pt"
         self.best = path / "checkpoint" / "best.pt"
+        self.averaged = path / "checkpoint" / "averaged.pt"
         self.events = path / "tensorboard"
         self.result = path / "result.json"
         self.log = path / "worker.log"
+
+    def evaluated(self, step: int) -> Path:
+        """The weights of the evaluation after a step, kept where those of several are averaged."""
+        return self.checkpoint.with_name(f"evaluated-{step:09}.pt")
+
+    def all_evaluated(self, step: int) -> list[Path]:
+        """Those that there are up to a step, in order."""
+        last = self.evaluated(step)
+        return sorted(path for path in last.parent.glob("evaluated-*.pt") if path.name <= last.name)
 
     def prepare(
         self,

@@ -96,53 +96,92 @@ Data = Annotated[
 ]
 
 
-class Schedule(Section):
-    """How long a training is, and how the learning rate falls after warmup."""
+class Shape(Section):
+    """How the learning rate falls after the optimizer's own warmup, if it has one."""
 
-    kind: Literal["cosine", "milestone"]
-    epochs: Count
-    milestones: list[Positive] = []  # at the end of these epochs
+    kind: Literal["constant", "cosine", "milestone", "inverse-sqrt"]
+    milestones: list[Positive] = []  # in the schedule's unit
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.1  # on the rate at every milestone
+    warmup_steps: Count | None = None  # of inverse-sqrt: updates in which the rate rises
 
     @model_validator(mode="after")
-    def _milestones_fit(self) -> Schedule:
+    def _says_what_its_kind_needs(self) -> Shape:
         if (self.kind == "milestone") != bool(self.milestones):
             raise ValueError("milestones are needed with kind 'milestone', and only with it")
-        edges = [0.0, *self.milestones, float(self.epochs)]
-        if any(left >= right for left, right in itertools.pairwise(edges)):
-            raise ValueError(
-                f"milestones are {self.milestones}, allowed are epochs that rise, "
-                f"below {self.epochs}"
-            )
+        if (self.kind == "inverse-sqrt") != (self.warmup_steps is not None):
+            raise ValueError("warmup_steps is needed with kind 'inverse-sqrt', and only with it")
         return self
 
-    def shortened(self, epochs: int) -> Schedule:
-        """The same shape over another number of epochs."""
-        scaled = [milestone * epochs / self.epochs for milestone in self.milestones]
-        return self.model_copy(update={"epochs": epochs, "milestones": scaled})
+    def _scaled(self, share: float) -> dict[str, Any]:
+        return {"milestones": [milestone * share for milestone in self.milestones]}
+
+
+class Schedule(Shape):
+    """How long a training is, in epochs or in updates, and how the learning rate falls."""
+
+    epochs: Count | None = None
+    updates: Count | None = None
+    instead: dict[str, Shape] = Field(default_factory=dict)  # of these optimizers
+
+    @model_validator(mode="after")
+    def _fits_its_length(self) -> Schedule:
+        if (self.epochs is None) == (self.updates is None):
+            raise ValueError("epochs or updates are needed, and not both")
+        for shape in (self, *self.instead.values()):
+            edges = [0.0, *shape.milestones, float(self.length)]
+            if any(left >= right for left, right in itertools.pairwise(edges)):
+                raise ValueError(
+                    f"milestones are {shape.milestones}, allowed are {self.unit}s that rise, "
+                    f"below {self.length}"
+                )
+        return self
+
+    @property
+    def unit(self) -> Literal["epoch", "update"]:
+        """Of its length and of the milestones."""
+        return "update" if self.epochs is None else "epoch"
+
+    @property
+    def length(self) -> int:
+        """In its unit."""
+        return self.epochs or self.updates or 0
+
+    def __str__(self) -> str:
+        return f"{self.length} {self.unit}{'' if self.length == 1 else 's'}"
+
+    def steps(self, per_epoch: int) -> int:
+        """Updates in the whole training."""
+        return self.length if self.epochs is None else self.length * per_epoch
+
+    def shortened(self, length: int) -> Schedule:
+        """The same shape over another length in the same unit."""
+        share = length / self.length
+        instead = {
+            name: shape.model_copy(update=shape._scaled(share))
+            for name, shape in self.instead.items()
+        }
+        update = {f"{self.unit}s": length, "instead": instead, **self._scaled(share)}
+        return self.model_copy(update=update)
 
 
 class Steps(Section):
     """Batches, and how often a run writes."""
 
-    batch_size: Count  # examples in a step, over all processes
+    batch_size: Count  # examples in a step, over all processes; of sentence pairs: tokens
+    evaluate_every: Count | None = None  # steps; None: an epoch
     log_every: Count = 25  # steps
-    checkpoint_every: Positive = 20.0  # seconds; the end of an epoch always is one
+    checkpoint_every: Positive = 20.0  # seconds; every evaluation is followed by one
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     clip_norm: Positive | None = None  # of the gradient of all parameters; longer ones are cut
     accumulate: Count = 1  # parts in which a process takes its share of a batch, one after another
     compile: bool = False  # the model, by torch.compile
+    average_last: Count = 1  # the weights of how many evaluations make the model in the end
 
 
 class Training(Steps):
     """How one run trains."""
 
     schedule: Schedule
-
-    @property
-    def epochs(self) -> int:
-        """Its length."""
-        return self.schedule.epochs
 
 
 class EqualStrength(Section):
@@ -200,7 +239,9 @@ Optimizer = Annotated[SGD | Adam | RAdam | ApolloSettings, Field(discriminator="
 class Quick(Section):
     """What ``--quick`` changes."""
 
-    epochs: Count
+    epochs: Count | None = None  # or
+    updates: Count | None = None
+    evaluate_every: Count | None = None
     seeds: Count  # how many of the recipe's seeds
     train_examples: Count | None = None
 

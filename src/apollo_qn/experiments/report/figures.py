@@ -37,17 +37,17 @@ def draw(summary: Summary) -> list[Picture]:
 
 def _comparison(summary: Summary) -> list[Picture]:
     """Figure 1 of the paper, and what a step costs."""
-    metric, on = summary.metric, summary.evaluated_on
+    curve = summary.curve
     return [
         _picture(
             "training_loss",
-            f"Training loss, mean of each epoch; {_BAND}",
+            f"Training loss, mean since the evaluation before; {_BAND}",
             _curves_by_schedule(summary, "train_loss", "training loss"),
         ),
         _picture(
-            f"test_{metric.name}",
-            f"{metric.label.capitalize()} on the {on} images; {_BAND}",
-            _curves_by_schedule(summary, metric.name, summary.title),
+            curve.label.replace(" ", "_"),
+            f"{curve.label.capitalize()}; {_BAND}",
+            _curves_by_schedule(summary, curve.name, curve.title),
         ),
         _picture(
             "wall_time",
@@ -74,7 +74,7 @@ def _sweep(summary: Summary) -> list[Picture]:
     pictures = [
         _picture(
             name,
-            f"{summary.metric.label.capitalize()} and training loss after the last epoch over the "
+            f"{summary.metric.label.capitalize()} and training loss at the end over the "
             f"{what}; bars: ± one standard deviation over seeds",
             _by_value(summary, label),
         )
@@ -84,7 +84,7 @@ def _sweep(summary: Summary) -> list[Picture]:
         pictures.append(
             _picture(
                 f"{name}_curves_{section.schedule}" if several else f"{name}_curves",
-                f"Training loss and {summary.metric.label} at each {what}, means over seeds"
+                f"Training loss and {summary.curve.label} at each {what}, means over seeds"
                 + (f"; schedule {section.schedule}" if several else ""),
                 _curves_by_value(summary, section),
             )
@@ -97,7 +97,7 @@ def _curves_by_schedule(summary: Summary, metric: str, label: str) -> Figure:
     figure = Figure(figsize=(7.0 if len(sections) == 1 else 5.4 * len(sections), 4.4))
     panels = figure.subplots(1, len(sections), squeeze=False)[0]
     for axes, section in zip(panels, sections, strict=True):
-        scale = _Scale(axes, metric == summary.metric.name and summary.metric.higher_is_better)
+        scale = _Scale(axes, metric == summary.curve.name and summary.curve.higher_is_better)
         for row in section.rows:
             found = _by_epoch(row, metric)
             if not found:
@@ -130,10 +130,10 @@ def _curves_by_value(summary: Summary, section: Section) -> Figure:
     """A column for each optimizer, in shades of its colour."""
     names = list(dict.fromkeys(row.name for row in section.rows))
     figure = Figure(figsize=(max(7.0, 3.4 * len(names)), 6.6))
-    metric = summary.metric
+    metric = summary.curve
     panels = figure.subplots(2, len(names), squeeze=False, sharex=True, sharey="row")
     for line, (key, label) in enumerate(
-        (("train_loss", "training loss"), (metric.name, summary.title))
+        (("train_loss", "training loss"), (metric.name, metric.title))
     ):
         scale = _Scale(panels[line][0], key == metric.name and metric.higher_is_better)
         for axes, name in zip(panels[line], names, strict=True):
@@ -169,7 +169,7 @@ def _by_value(summary: Summary, label: str) -> Figure:
     panels = figure.subplots(2, len(sections), squeeze=False, sharex=True, sharey="row")
     for column, section in enumerate(sections):
         for line, (title, own) in enumerate(
-            ((summary.title, _score), ("training loss", _train_loss))
+            ((summary.metric.title, _score), ("training loss", _train_loss))
         ):
             axes: Any = panels[line][column]
             for name in dict.fromkeys(row.name for row in section.rows):
@@ -213,11 +213,11 @@ def _train_loss(row: Row) -> Spread | None:
     return row.train_loss
 
 
-def _by_epoch(row: Row, metric: str) -> dict[int, Spread]:
-    """Mean and deviation over the runs after each epoch."""
-    values: dict[int, list[float]] = {}
+def _by_epoch(row: Row, metric: str) -> dict[float, Spread]:
+    """Mean and deviation over the runs at each evaluation."""
+    values: dict[float, list[float]] = {}
     for run in row.runs:
-        for line in run.epochs:
+        for line in run.evaluations:
             if line.get(metric) is not None:
                 values.setdefault(line["epoch"], []).append(line[metric])
     return {

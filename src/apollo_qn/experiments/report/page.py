@@ -9,12 +9,12 @@ import jinja2
 from rich.console import Console
 
 from apollo_qn.experiments.report import figures, tables, words
-from apollo_qn.experiments.report.summary import Summary, collect
+from apollo_qn.experiments.report.summary import Row, Summary, collect
 from apollo_qn.experiments.runs import write_atomically
 from apollo_qn.experiments.styles import style
 
 
-def write(paths: list[Path], out: Path, target: float | None = None) -> Summary:
+def write(paths: list[Path], out: Path, target: float | None = None) -> list[Summary]:
     """Write report.html, results.md, results.csv and the figures (PNG, SVG) into a folder.
 
     Args:
@@ -25,34 +25,45 @@ def write(paths: list[Path], out: Path, target: float | None = None) -> Summary:
     Raises:
         ExperimentError: as ``collect`` does.
     """
-    summary = collect(paths, target)
-    pictures = figures.draw(summary)
+    summaries = collect(paths, target)
+    several = len(summaries) > 1
+    pictures = [figures.draw(summary) for summary in summaries]
     files = {
-        "results.csv": tables.as_csv(summary).encode(),
-        "results.md": _markdown(summary).encode(),
-        "report.html": _page(summary, pictures).encode(),
+        "results.csv": tables.as_csv(summaries).encode(),
+        "results.md": _markdown(summaries).encode(),
+        "report.html": _page(summaries, pictures).encode(),
     }
-    for picture in pictures:
-        files[f"{picture.name}.png"], files[f"{picture.name}.svg"] = picture.png, picture.svg
+    for summary, drawn in zip(summaries, pictures, strict=True):
+        for picture in drawn:
+            name = f"{summary.task}_{picture.name}" if several else picture.name
+            files[f"{name}.png"], files[f"{name}.svg"] = picture.png, picture.svg
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_atomically(out / name, content)
-    return summary
+    return summaries
 
 
-def show(summary: Summary, console: Console) -> None:
+def show(summaries: list[Summary], console: Console) -> None:
     """Print the tables and the outcome."""
-    for table in tables.tables(summary):
-        console.print(tables.for_console(table))
-    console.print(words.finding(summary), highlight=False)
+    for summary in summaries:
+        if len(summaries) > 1:
+            console.print(f"\n[bold]{summary.task}[/bold]")
+        for table in tables.tables(summary):
+            console.print(tables.for_console(table))
+        console.print(words.finding(summary), highlight=False)
 
 
-def _markdown(summary: Summary) -> str:
-    parts = [tables.as_markdown(table) for table in tables.tables(summary)]
-    return "\n".join([*parts, words.finding(summary), "", *words.notes(summary), ""])
+def _markdown(summaries: list[Summary]) -> str:
+    parts = []
+    for summary in summaries:
+        if len(summaries) > 1:
+            parts.append(f"## {summary.task}\n")
+        parts += [tables.as_markdown(table) for table in tables.tables(summary)]
+        parts += [words.finding(summary), "", *words.notes(summary), ""]
+    return "\n".join(parts)
 
 
-def _page(summary: Summary, pictures: list[figures.Picture]) -> str:
+def _page(summaries: list[Summary], pictures: list[list[figures.Picture]]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -61,24 +72,32 @@ def _page(summary: Summary, pictures: list[figures.Picture]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["color"] = lambda name: style(name).color
+    environment.filters["base64"] = lambda content: base64.b64encode(content).decode("ascii")
     return environment.get_template("report.html").render(
-        task=summary.runs[0].spec.task,
-        finding=words.finding(summary),
-        tables=tables.tables(summary),
-        notes=words.notes(summary),
-        pictures=[
-            {"caption": picture.caption, "data": base64.b64encode(picture.svg).decode("ascii")}
-            for picture in pictures
-        ],
-        metric=summary.metric,
-        runs=summary.runs,
-        settings=[
+        tasks=[
             {
-                "label": " ".join(
-                    [row.label, row.schedule, *([] if row.point is None else [str(row.point)])]
-                ),
-                "values": row.runs[0].spec.optimizer.model_dump(exclude={"method"}),
+                "name": summary.task,
+                "finding": words.finding(summary),
+                "tables": tables.tables(summary),
+                "notes": words.notes(summary),
+                "pictures": drawn,
+                "metric": summary.metric,
+                "runs": summary.runs,
+                "settings": [(_label(row), _settings(row)) for row in summary.rows],
             }
-            for row in summary.rows
+            for summary, drawn in zip(summaries, pictures, strict=True)
         ],
+    )
+
+
+def _label(row: Row) -> str:
+    point = [] if row.point is None else [str(row.point)]
+    return " ".join([row.label, row.schedule, *point])
+
+
+def _settings(row: Row) -> str:
+    settings = row.runs[0].spec.optimizer.model_dump(exclude={"method"})
+    return ", ".join(
+        f"{key} = {value:.6g}" if isinstance(value, float) else f"{key} = {value}"
+        for key, value in settings.items()
     )

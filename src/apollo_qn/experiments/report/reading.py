@@ -20,7 +20,8 @@ class Run:
     spec: RunSpec
     manifest: Record
     verdict: str  # "finished", "diverged" or "unfinished"
-    epochs: list[Record]  # the epoch lines of the metrics
+    result: Record  # what result.json says; {}: there is none
+    evaluations: list[Record]  # the lines of the metrics that say how good the model is
     seconds: float  # of training so far
 
     @property
@@ -30,7 +31,7 @@ class Run:
 
     @property
     def optimizer_ms(self) -> float | None:
-        """Median over the epochs of the median time of an optimizer step, in milliseconds."""
+        """Median over the evaluations of the median time of an optimizer step, in milliseconds."""
         return self._median("optimizer_ms")
 
     @property
@@ -40,20 +41,26 @@ class Run:
         return None if not step or own is None else 100.0 * own / step
 
     def _median(self, name: str) -> float | None:
-        times = [line["time"].get(name) for line in self.epochs]
+        times = [line["time"].get(name) for line in self.evaluations]
         known = [time for time in times if time is not None]
         return statistics.median(known) if known else None
 
     def final(self, name: str) -> float | None:
-        """A metric after the last epoch of a finished run; None: it has none."""
-        if not self.finished or not self.epochs:
-            return None
-        value: float | None = self.epochs[-1].get(name)
+        """A metric of a finished run; None: it has none."""
+        value: float | None = self.result.get(name) if self.finished else None
         return value
+
+    @property
+    def progress(self) -> str:
+        """How far it is, in words."""
+        schedule = self.spec.train.schedule
+        key = "epoch" if schedule.unit == "epoch" else "step"
+        done = self.evaluations[-1][key] if self.evaluations else 0
+        return f"{done:g} of {schedule}"
 
 
 def find(paths: list[Path]) -> list[Run]:
-    """Read runs that can be compared.
+    """Read runs that can be compared, those of a task with each other.
 
     Args:
         paths: run directories, or folders with run directories in them or in their ``runs``.
@@ -67,7 +74,7 @@ def find(paths: list[Path]) -> list[Run]:
             raise ExperimentError(f"{path}: no such folder")
         manifests = [
             manifest
-            for pattern in ("run.json", "*/run.json", "runs/*/run.json")
+            for pattern in ("run.json", "*/run.json", "runs/*/run.json", "*/runs/*/run.json")
             for manifest in sorted(path.glob(pattern))
         ]
         if not manifests:
@@ -88,28 +95,28 @@ def _read(directory: RunDirectory) -> Run:
         directory.spec(),
         directory.read(),
         "unfinished" if verdict is None else verdict["verdict"],
-        [record for record in records if record["kind"] == "epoch"],
+        verdict or {},
+        [record for record in records if record["kind"] == "evaluation"],
         seconds if verdict is None else verdict["time"]["seconds"],
     )
 
 
 def _check_comparable(runs: Iterable[Run]) -> None:
-    """Raise ExperimentError where two runs differ in more than what the report tells apart."""
+    """Raise ExperimentError where two runs of a task differ in more than a report tells apart."""
     same: dict[object, tuple[Run, object]] = {}
     for run in runs:
         spec = run.spec
         kind = None if spec.sweep is None else spec.sweep.kind
         # what must be equal, for which runs, and what it is called
         for what, scope, value in (
-            ("task", None, spec.task),
-            ("model", None, spec.model),
-            ("data", None, (spec.data, run.manifest["data"]["fingerprint"])),
-            ("analysis", None, kind),
-            ("train", spec.schedule, spec.train),
+            ("model", (), spec.model),
+            ("data", (), (spec.data, run.manifest["data"]["fingerprint"])),
+            ("analysis", (), kind),
+            ("train", (spec.schedule,), spec.train),
             ("seed", (spec.name, spec.schedule, spec.sweep, spec.seed), run.directory.path),
             ("optimizer settings", (spec.name, spec.schedule, spec.sweep), spec.optimizer),
         ):
-            other, known = same.setdefault((what, scope), (run, value))
+            other, known = same.setdefault((spec.task, what, scope), (run, value))
             if known == value:
                 continue
             if what == "seed":

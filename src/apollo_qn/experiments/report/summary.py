@@ -16,7 +16,7 @@ from apollo_qn.experiments.tasks import TASKS
 from apollo_qn.experiments.tasks.base import Metric
 
 OURS = "apollo"
-_BUDGET = 0.75  # of the epochs; what the best other optimizer reaches by then is the target
+_BUDGET = 0.75  # of a run; what the best other optimizer reaches by then is the target
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Row:
 
     name: str
     runs: list[Run]
-    metric: Metric
+    curve: Metric  # during training
+    metric: Metric  # of the trained model
 
     @property
     def label(self) -> str:
@@ -44,12 +45,12 @@ class Row:
 
     @functools.cached_property
     def score(self) -> Spread | None:
-        """Of the task's metric after the last epoch, over the finished runs."""
+        """Of the task's metric, over the finished runs."""
         return spread(run.final(self.metric.name) for run in self.runs)
 
     @functools.cached_property
     def train_loss(self) -> Spread | None:
-        """Mean of the last epoch, over the finished runs."""
+        """Mean since the last evaluation but one, over the finished runs."""
         return spread(run.final("train_loss") for run in self.runs)
 
     @functools.cached_property
@@ -84,26 +85,28 @@ class Row:
         return {seed: value for seed, value in values.items() if value is not None}
 
     def at(self, share: float) -> float | None:
-        """The mean of the metric after a share of the epochs; None: not all runs are there yet."""
-        epoch = max(1, int(share * self.runs[0].spec.train.epochs))
-        values = [
-            line[self.metric.name]
-            for run in self.runs
-            for line in run.epochs
-            if line["epoch"] == epoch and line[self.metric.name] is not None
-        ]
+        """The mean of the curve after a share of a run; None: not all runs are there yet.
+
+        The last evaluation up to there counts; the first, where that is later.
+        """
+        values = []
+        for run in self.runs:
+            if run.finished:
+                until = share * run.evaluations[-1]["step"]
+                lines = [line for line in run.evaluations if line["step"] <= until]
+                values.append((lines or run.evaluations)[: len(lines) or 1][-1][self.curve.name])
         found = spread(values)
         return found.mean if found is not None and found.count == len(self.runs) else None
 
     def time_to(self, target: float) -> Spread | None:
-        """Seconds until the end of the first epoch that reaches the target, over those that do."""
+        """Seconds until the first evaluation that reaches the target, over those that do."""
         times = []
         for run in self.runs:
             reached = [
                 line["time"]["seconds"]
-                for line in run.epochs
-                if line[self.metric.name] is not None
-                and not self.metric.better(target, line[self.metric.name])
+                for line in run.evaluations
+                if line[self.curve.name] is not None
+                and not self.curve.better(target, line[self.curve.name])
             ]
             times += reached[:1]
         return spread(times)
@@ -115,6 +118,7 @@ class Section:
 
     schedule: str
     rows: list[Row]
+    curve: Metric
     metric: Metric
     asked_target: float | None = None
 
@@ -125,14 +129,9 @@ class Section:
         return mine[0] if len(mine) == 1 else None
 
     @property
-    def epochs(self) -> int:
-        """Of every run."""
-        return self.rows[0].runs[0].spec.train.epochs
-
-    @property
     def length(self) -> str:
-        """In words."""
-        return f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}"
+        """Of every run, in words."""
+        return str(self.rows[0].runs[0].spec.train.schedule)
 
     @property
     def best(self) -> Row | None:
@@ -163,9 +162,9 @@ class Section:
 
     @functools.cached_property
     def target(self) -> float | None:
-        """The value of the metric to which times are taken.
+        """The value of the curve to which times are taken.
 
-        What was asked for, or what the best of the others reaches at three quarters of the epochs
+        What was asked for, or what the best of the others reaches at three quarters of a run
         (of Apollo, where it is alone).
         """
         if self.asked_target is not None:
@@ -174,7 +173,7 @@ class Section:
         values = [value for row in others if (value := row.at(_BUDGET)) is not None]
         if not values:
             return None
-        return max(values) if self.metric.higher_is_better else min(values)
+        return max(values) if self.curve.higher_is_better else min(values)
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,13 @@ class Summary:
 
     runs: list[Run]
     sections: list[Section]
+    curve: Metric
     metric: Metric
+
+    @property
+    def task(self) -> str:
+        """Its name."""
+        return self.runs[0].spec.task
 
     @property
     def sweep(self) -> SweepKind | None:
@@ -196,23 +201,12 @@ class Summary:
         """Of all sections."""
         return [row for section in self.sections for row in section.rows]
 
-    @property
-    def evaluated_on(self) -> str:
-        """Which images the metric was measured on."""
-        return "validation" if self.runs[0].spec.data.validation else "test"
-
-    @property
-    def title(self) -> str:
-        """Of the metric."""
-        return f"{self.evaluated_on} {self.metric.label} ({self.metric.unit})"
-
     @functools.cached_property
     def paper(self) -> recipe.Recipe | None:
         """The recipe of the paper for this task, if it has results of this."""
-        task = self.runs[0].spec.task
-        if self.sweep is not None or task not in recipe.available():
+        if self.sweep is not None or self.task not in recipe.available():
             return None
-        found = recipe.load(task)
+        found = recipe.load(self.task)
         return found if found.paper else None
 
     def published(self, row: Row) -> Published | None:
@@ -220,19 +214,32 @@ class Summary:
         return None if self.paper is None else self.paper.paper.get(row.schedule, {}).get(row.name)
 
 
-def collect(paths: list[Path], target: float | None = None) -> Summary:
-    """Read runs and summarise them.
+def collect(paths: list[Path], target: float | None = None) -> list[Summary]:
+    """Read runs and summarise them, task by task.
 
     Args:
         paths: as of ``reading.find``.
-        target: value of the metric to which times are taken; None: chosen for each schedule.
+        target: value of the curve to which times are taken; None: chosen for each schedule.
 
     Raises:
-        ExperimentError: there is no run, a run is damaged, or the runs cannot be compared.
+        ExperimentError: there is no run, a run is damaged, or the runs of a task cannot be
+            compared.
     """
-    runs = reading.find(paths)
+    by_task: dict[str, list[Run]] = {}
+    for run in reading.find(paths):
+        by_task.setdefault(run.spec.task, []).append(run)
+    known = list(TASKS)
+    return [_summarise(by_task[task], target) for task in sorted(by_task, key=known.index)]
+
+
+def _summarise(runs: list[Run], target: float | None) -> Summary:
     task = runs[0].spec.task
-    metric = TASKS[task].metric
+    curve, final = TASKS[task].curve, TASKS[task].final
+    if getattr(runs[0].spec.data, "validation", 0):
+        curve, final = (
+            metric._replace(label=metric.label.replace("test ", "validation "))
+            for metric in (curve, final)
+        )
     order = list(recipe.load(task).schedules) if task in recipe.available() else []
 
     def key(run: Run) -> tuple[object, ...]:
@@ -247,10 +254,7 @@ def collect(paths: list[Path], target: float | None = None) -> Summary:
         rows.setdefault(key(run)[:-1], []).append(run)
     sections: dict[str, list[Row]] = {}
     for mine in rows.values():
-        row = Row(mine[0].spec.name, mine, metric)
+        row = Row(mine[0].spec.name, mine, curve, final)
         sections.setdefault(row.schedule, []).append(row)
-    return Summary(
-        runs,
-        [Section(schedule, rows, metric, target) for schedule, rows in sections.items()],
-        metric,
-    )
+    made = [Section(name, found, curve, final, target) for name, found in sections.items()]
+    return Summary(runs, made, curve, final)

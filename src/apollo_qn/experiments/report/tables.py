@@ -79,7 +79,7 @@ def _comparison(summary: Summary, section: Section) -> Table:
         (Column("optimizer"), lambda row: row.label),
         (Column("learning rate", False), lambda row: f"{row.runs[0].spec.optimizer.lr:g}"),
         (Column("weight decay", False), lambda row: f"{row.runs[0].spec.optimizer.weight_decay:g}"),
-        (Column(summary.title), lambda row: _spread(row.score, 2)),
+        (Column(summary.metric.title), lambda row: _spread(row.score, 2)),
         (Column("Apollo's lead [95 % interval]", False), lead),
         (Column("p", False), p),
         (Column("in the paper", False), published),
@@ -103,7 +103,7 @@ def _comparison(summary: Summary, section: Section) -> Table:
     for place, row in enumerate(section.rows):
         cells = [Cell(texts[place]) for _, texts in shown]
         cells[0] = cells[0]._replace(color=row.name)
-        score = [column.title for column, _ in shown].index(summary.title)
+        score = [column.title for column, _ in shown].index(summary.metric.title)
         cells[score] = cells[score]._replace(best=row is section.best)
         rows.append(cells)
     return Table(_heading(summary, section), [column for column, _ in shown], rows)
@@ -140,9 +140,10 @@ def _sweep(summary: Summary, section: Section) -> Table:
     columns = [Column(f"lr × {value:g}" if factor else f"decay {value:g}") for value in values]
     ends = [Column("best - worst", False), Column("runs")]
     heading = _heading(summary, section)
-    title = f"{summary.title[0].upper()}{summary.title[1:]}"
+    metric = summary.metric.title
+    title = f"{metric[0].upper()}{metric[1:]}"
     return Table(
-        f"{heading}: {summary.title}" if heading else title,
+        f"{heading}: {metric}" if heading else title,
         [Column("optimizer"), *columns, *ends],
         rows,
     )
@@ -177,26 +178,28 @@ def as_markdown(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-def as_csv(summary: Summary) -> str:
+def as_csv(summaries: list[Summary]) -> str:
     """A line for each run, its numbers in full."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    name = summary.metric.name
+    metrics = list(dict.fromkeys(summary.metric.name for summary in summaries))
     writer.writerow(
         [
-            *("optimizer", "schedule", "sweep", "value", "lr", "weight_decay", "seed", "verdict"),
-            *("epochs", name, "train_loss", "seconds", "optimizer_ms", "optimizer_share"),
+            *("task", "optimizer", "schedule", "sweep", "value", "lr", "weight_decay", "seed"),
+            *("verdict", "done", *metrics, "train_loss"),
+            *("seconds", "optimizer_ms", "optimizer_share"),
         ]
     )
-    for run in summary.runs:
+    for run in (run for summary in summaries for run in summary.runs):
         spec = run.spec
         point: list[Any] = ["", ""] if spec.sweep is None else [spec.sweep.kind, spec.sweep.value]
         writer.writerow(
             [
-                *(spec.name, spec.schedule, *point),
-                *(spec.optimizer.lr, spec.optimizer.weight_decay, spec.seed, run.verdict),
-                *(len(run.epochs), run.final(name), run.final("train_loss")),
-                *(round(run.seconds, 3), run.optimizer_ms, run.optimizer_share),
+                *(spec.task, spec.name, spec.schedule, *point),
+                *(spec.optimizer.lr, spec.optimizer.weight_decay, spec.seed),
+                *(run.verdict, run.progress, *(run.final(name) for name in metrics)),
+                *(run.final("train_loss"), round(run.seconds, 3)),
+                *(run.optimizer_ms, run.optimizer_share),
             ]
         )
     return buffer.getvalue()

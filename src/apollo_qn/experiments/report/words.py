@@ -56,18 +56,17 @@ def _swept(section: Section, summary: Summary) -> str:
 def notes(summary: Summary) -> list[str]:
     """What the numbers stand for."""
     spec = summary.runs[0].spec
-    data = spec.data
+    examples = spec.data.train_examples
     seeds = sorted({run.spec.seed for run in summary.runs})
-    examples = f"the first {data.train_examples}" if data.train_examples else "all"
+    part = f", the first {examples} training examples" if examples else ""
     schedules = ", ".join(f"{section.schedule} ({section.length})" for section in summary.sections)
-    on = summary.evaluated_on
     found = [
-        f"{spec.task}, {examples} training images; {spec.model}; batch {spec.train.batch_size}; "
+        f"{spec.task}{part}; {spec.model}; batch {spec.train.batch_size}; "
         f"schedule {schedules}; seeds {', '.join(map(str, seeds))}.",
-        f"Mean ± standard deviation over the seeds of the runs that finished, after the last "
-        f"epoch, on {on} images. Wall time is that of training and evaluation in one process of "
-        "several; optimizer step: the median of optimizer.step() alone, and its share of forward "
-        "pass, backward pass and step together.",
+        "Mean ± standard deviation over the seeds of the runs that finished, of the trained model. "
+        "Wall time is that of training and evaluation in one process of several; optimizer step: "
+        "the median of optimizer.step() alone, and its share of forward pass, backward pass and "
+        "step together.",
     ]
     if summary.sweep is None:
         found.append(_on_differences(summary))
@@ -107,11 +106,11 @@ def _on_differences(summary: Summary) -> str:
     ]
     if targets:
         text += (
-            f" Time to target: wall time to the end of the first epoch that reaches "
-            f"{', '.join(targets)}"
+            f" Time to target: wall time to the first evaluation at which the "
+            f"{summary.curve.label} reaches {', '.join(targets)}"
         )
         if all(section.asked_target is None for section in summary.sections):
-            text += ", which is what the best of the others has after three quarters of the epochs"
+            text += ", which is what the best of the others has after three quarters of a run"
         text += "."
     return text
 
@@ -120,9 +119,7 @@ def _on_paper(summary: Summary, spec: RunSpec) -> str:
     assert summary.paper is not None
     theirs = summary.paper
     lengths = ", ".join(
-        f"{theirs.schedules[name].epochs} epochs ({name})"
-        for name in theirs.paper
-        if name in theirs.schedules
+        f"{theirs.schedules[name]} ({name})" for name in theirs.paper if name in theirs.schedules
     )
     text = (
         f"The paper's numbers are of {theirs.model}, batch {theirs.train.batch_size}, {lengths}, "

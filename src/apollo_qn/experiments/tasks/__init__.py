@@ -18,7 +18,8 @@ class TaskFamily(NamedTuple):
     """How a task is made, and what ``apollo-qn tasks`` says of it."""
 
     make: Callable[[RunSpec, Resources], Task]
-    metric: Metric
+    curve: Metric  # during training
+    final: Metric  # of the trained model
     data: str
     source: str
 
@@ -27,6 +28,7 @@ TASKS = {
     "fashion-mnist": TaskFamily(
         images.fashion,
         images.ACCURACY,
+        images.ACCURACY,
         "8000 + 2000 grey images 28 x 28, 10 classes (whole set: 60000 + 10000)",
         "embedded; whole set: --data /usr/share/datasets/fashion-mnist "
         "(Debian's dataset-fashion-mnist)",
@@ -34,12 +36,14 @@ TASKS = {
     "cifar10": TaskFamily(
         images.cifar,
         images.ACCURACY,
+        images.ACCURACY,
         "50000 + 10000 colour images 32 x 32, 10 classes",
         "Hugging Face hub (uoft-cs/cifar10), or --data with cifar-10-python.tar.gz, its folder, "
         "or parquet files",
     ),
     "imagenet": TaskFamily(
         images.photographs,
+        images.ACCURACY,
         images.ACCURACY,
         "1281167 + 50000 photographs, 1000 classes",
         "Hugging Face hub (ILSVRC/imagenet-1k), or --data with train/CLASS/*.JPEG and "

@@ -9,16 +9,22 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-Batch = tuple[Tensor, ...]
+Batch = tuple[Tensor, ...]  # with one row for each example
+Carried = tuple[Tensor, ...]  # likewise: what a step leaves to the next; () at an epoch's start
 
 
 class Metric(NamedTuple):
     """What a task is judged by, one of the names of ``Task.metrics``."""
 
     name: str
-    label: str  # as people write it
-    unit: str
+    label: str  # as people write it, with the split that it is measured on
+    unit: str  # "" for a number without one
     higher_is_better: bool
+
+    @property
+    def title(self) -> str:
+        """With its unit."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
 
     def better(self, one: float, other: float) -> bool:
         """Whether ``one`` is better than ``other``."""
@@ -36,9 +42,12 @@ class Resources(NamedTuple):
 class Task(Protocol):
     """One problem to train; the optimizer is none of its business."""
 
-    metric: Metric
+    curve: Metric  # during training; the best weights are those of its best value
+    final: Metric  # of the trained model
+    examines: bool  # whether the trained model is measured in another way than during training
+    unit: str  # what throughput counts: "images", "words"
+    units_per_step: float  # over all processes
     fingerprint: str  # of the data
-    batch_size: int  # examples in a step, over all processes
     steps_per_epoch: int
 
     def model(self) -> nn.Module:
@@ -50,21 +59,24 @@ class Task(Protocol):
         """The batches of an epoch from step ``start`` on, or the part of one of several processes.
 
         Each batch is a function of (seed, epoch, step) alone: that is what makes a resumed run
-        equal to one that was never killed. The parts of ``world`` processes are equal in size, and
-        together they are the batch of one process.
+        equal to one that was never killed. The parts of ``world`` processes together are the batch
+        of one process.
         """
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The mean loss of a batch, a 0-dim tensor."""
+    def loss(
+        self, model: nn.Module, part: Batch, batch: Batch, carried: Carried
+    ) -> tuple[Tensor, Carried]:
+        """What a part of a process's batch adds to the loss, a 0-dim tensor, and what it leaves.
 
-    def tally(self, model: nn.Module, rank: int = 0, world: int = 1) -> Tensor:
+        The sum over the parts of ``batch``, averaged over the processes, is the mean loss of the
+        batch of all processes.
+        """
+
+    def tally(self, model: nn.Module, rank: int = 0, world: int = 1, final: bool = False) -> Tensor:
         """Sums over a process's part of the held-out data, 1-dimensional; add those of all.
 
-        The model is in eval mode, without autograd.
+        The model is in eval mode, without autograd. ``final``: it is trained to the end.
         """
 
-    def metrics(self, tally: Tensor) -> dict[str, float]:
+    def metrics(self, tally: Tensor, final: bool = False) -> dict[str, float]:
         """Metrics by name, from the sums of all processes."""
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """The metrics of one process that sees all held-out data."""

@@ -19,9 +19,9 @@ from apollo_qn.experiments.placement import cores
 from apollo_qn.experiments.recipe import RunSpec
 from apollo_qn.experiments.schema import Model, Photographs, SmallImages
 from apollo_qn.experiments.seeds import derived_seed
-from apollo_qn.experiments.tasks.base import Batch, Metric, Resources
+from apollo_qn.experiments.tasks.base import Batch, Carried, Metric, Resources
 
-ACCURACY = Metric("accuracy", "accuracy", "%", higher_is_better=True)
+ACCURACY = Metric("accuracy", "test accuracy", "%", higher_is_better=True)
 
 
 class ImageTask:
@@ -37,7 +37,9 @@ class ImageTask:
         ExperimentError: fewer images than one batch.
     """
 
-    metric = ACCURACY
+    curve = final = ACCURACY
+    examines = False
+    unit = "images"
 
     def __init__(self, source: ImageSource, model: Model, batch_size: int) -> None:
         if source.train_size < batch_size:
@@ -47,6 +49,7 @@ class ImageTask:
             )
         self.fingerprint = source.fingerprint
         self.batch_size = batch_size
+        self.units_per_step = float(batch_size)
         self.steps_per_epoch = source.train_size // batch_size
         self._source = source
         self._model = model
@@ -80,12 +83,15 @@ class ImageTask:
             examples = order[step * self.batch_size : (step + 1) * self.batch_size]
             yield Step(examples, part, (seed, epoch, step))
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross entropy."""
-        images, labels = batch
-        return functional.cross_entropy(model(images), labels)
+    def loss(
+        self, model: nn.Module, part: Batch, batch: Batch, carried: Carried
+    ) -> tuple[Tensor, Carried]:
+        """Mean cross entropy, weighted by the part's share of the batch."""
+        images, labels = part
+        loss = functional.cross_entropy(model(images), labels)
+        return loss * (len(labels) / len(batch[1])), ()
 
-    def tally(self, model: nn.Module, rank: int = 0, world: int = 1) -> Tensor:
+    def tally(self, model: nn.Module, rank: int = 0, world: int = 1, final: bool = False) -> Tensor:
         """Summed loss, right answers and images, on the test set or the validation images."""
         total = torch.zeros(3, dtype=torch.float64)
         for images, labels in self._source.evaluation(rank, world):
@@ -96,14 +102,10 @@ class ImageTask:
             total = total.to(sums.device) + sums
         return total
 
-    def metrics(self, tally: Tensor) -> dict[str, float]:
+    def metrics(self, tally: Tensor, final: bool = False) -> dict[str, float]:
         """Accuracy (percent) and mean loss."""
         loss, right, images = tally.tolist()
         return {"accuracy": 100.0 * right / images, "test_loss": loss / images}
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """The metrics of one process that sees all images."""
-        return self.metrics(self.tally(model))
 
 
 def fashion(spec: RunSpec, resources: Resources) -> ImageTask:
