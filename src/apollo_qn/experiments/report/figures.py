@@ -17,6 +17,7 @@ from apollo_qn.experiments.report.summary import Row, Section, Summary
 from apollo_qn.experiments.styles import SETTINGS, style
 
 _BAND = "band: ± one standard deviation over seeds"
+_FEW = 5  # points of a curve, of which all are shown
 _LINES = ("-", "--", "-.", ":")
 
 
@@ -120,7 +121,7 @@ def _curves_by_schedule(summary: Summary, metric: str, label: str) -> Figure:
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         scale.set()
         if axes.lines:
-            axes.legend(frameon=False, ncols=2, loc=scale.free_corner)
+            axes.legend(frameon=False, ncols=2, loc="best")
         else:
             _nothing_yet(axes)
     return figure
@@ -237,12 +238,11 @@ class _Scale:
         self._axes, self._rises = axes, rises
         self._values: list[float] = []
         self._late: list[float] = []  # lower ends of the bands in the second half
-        self.free_corner = "lower right" if rises else "upper right"
 
     def saw(self, means: list[float], low: list[float]) -> None:
         """A curve, and the lower end of its band."""
         self._values += means
-        self._late += low[len(low) // 2 :]
+        self._late += low[len(low) // 2 :] if len(low) > _FEW else low
 
     def set(self) -> None:
         """After the last curve."""
