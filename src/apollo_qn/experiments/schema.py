@@ -48,7 +48,28 @@ class ResNeXtModel(Section):
         return f"ResNeXt-{self.depth} {self.groups}x{self.group_width}d"
 
 
-Model = ResNetModel | ResNeXtModel
+class LSTMModel(Section):
+    """Stack of LSTMs that predicts each next word."""
+
+    family: Literal["lstm"]
+    embedding: Count  # dimensions of a word's vector
+    hidden: Count  # units of a layer
+    layers: Count = 2
+    dropout: Share = 0.0
+    cutoffs: list[Count] = []  # of the adaptive softmax; none: a plain one
+    div_value: Annotated[float, Field(ge=1)] = 4.0
+
+    @model_validator(mode="after")
+    def _cutoffs_rise(self) -> LSTMModel:
+        if any(left >= right for left, right in itertools.pairwise(self.cutoffs)):
+            raise ValueError(f"cutoffs are {self.cutoffs}, allowed are numbers that rise")
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.layers} LSTM layers of {self.hidden}, words of {self.embedding} dimensions"
+
+
+Model = ResNetModel | ResNeXtModel | LSTMModel
 
 
 class Examples(Section):
@@ -83,6 +104,14 @@ class Photographs(Examples):
         return self
 
 
+class Text(Section):
+    """One stream of words, cut into parallel streams."""
+
+    kind: Literal["text"]
+    train_examples: Count | None = None  # the first so many words; None: all
+    steps: Count = 20  # words of truncated back-propagation through time
+
+
 def kind(data: Any) -> Any:
     """What the table [data] describes; small images where it does not say."""
     if isinstance(data, dict):
@@ -91,7 +120,9 @@ def kind(data: Any) -> Any:
 
 
 Data = Annotated[
-    Annotated[SmallImages, Tag("small-images")] | Annotated[Photographs, Tag("photographs")],
+    Annotated[SmallImages, Tag("small-images")]
+    | Annotated[Photographs, Tag("photographs")]
+    | Annotated[Text, Tag("text")],
     Discriminator(kind),
 ]
 

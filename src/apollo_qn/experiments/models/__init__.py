@@ -6,10 +6,10 @@ from torch import nn
 
 from apollo_qn.experiments.models.resnet import resnet
 from apollo_qn.experiments.models.resnext import resnext
-from apollo_qn.experiments.schema import Model, ResNetModel
+from apollo_qn.experiments.schema import ResNetModel, ResNeXtModel
 
 
-def build(model: Model, in_channels: int, classes: int) -> nn.Module:
+def build(model: ResNetModel | ResNeXtModel, in_channels: int, classes: int) -> nn.Module:
     """Make the network that a recipe names, drawn from torch's global generator."""
     if isinstance(model, ResNetModel):
         return resnet(model.depth, model.width, in_channels, classes)

@@ -10,7 +10,7 @@ import torch
 
 from apollo_qn.experiments.errors import ExperimentError
 from apollo_qn.experiments.recipe import RunSpec
-from apollo_qn.experiments.tasks import images
+from apollo_qn.experiments.tasks import images, language
 from apollo_qn.experiments.tasks.base import Metric, Resources, Task
 
 
@@ -48,6 +48,13 @@ TASKS = {
         "1281167 + 50000 photographs, 1000 classes",
         "Hugging Face hub (ILSVRC/imagenet-1k), or --data with train/CLASS/*.JPEG and "
         "val/CLASS/*.JPEG",
+    ),
+    "wordnet": TaskFamily(
+        language.of_wordnet,
+        language.VALIDATION,
+        language.TEST,
+        "665 thousand words of WordNet's definitions (the larger set: 1.5 million)",
+        "embedded; larger: --data with wordnet_{train,valid,test}.txt.gz",
     ),
 }
 

@@ -17,7 +17,7 @@ from apollo_qn.experiments.data.source import ImageBatch, ImageSource, Step
 from apollo_qn.experiments.errors import ExperimentError
 from apollo_qn.experiments.placement import cores
 from apollo_qn.experiments.recipe import RunSpec
-from apollo_qn.experiments.schema import Model, Photographs, SmallImages
+from apollo_qn.experiments.schema import Photographs, ResNetModel, ResNeXtModel, SmallImages
 from apollo_qn.experiments.seeds import derived_seed
 from apollo_qn.experiments.tasks.base import Batch, Carried, Metric, Resources
 
@@ -41,7 +41,9 @@ class ImageTask:
     examines = False
     unit = "images"
 
-    def __init__(self, source: ImageSource, model: Model, batch_size: int) -> None:
+    def __init__(
+        self, source: ImageSource, model: ResNetModel | ResNeXtModel, batch_size: int
+    ) -> None:
         if source.train_size < batch_size:
             raise ExperimentError(
                 f"{source.train_size} training images are left, fewer than one batch of "
@@ -135,20 +137,29 @@ def photographs(spec: RunSpec, resources: Resources) -> ImageTask:
         resources.device,
         workers,
     )
-    return ImageTask(source, spec.model, spec.train.batch_size)
+    return ImageTask(source, _network(spec), spec.train.batch_size)
 
 
 def _in_memory(
     images: ImageSet, classes: int, spec: RunSpec, data: SmallImages, resources: Resources
 ) -> ImageTask:
     source = MemoryImages(images, classes, data, resources.device)
-    return ImageTask(source, spec.model, spec.train.batch_size)
+    return ImageTask(source, _network(spec), spec.train.batch_size)
 
 
 def _small_images(spec: RunSpec) -> SmallImages:
     if not isinstance(spec.data, SmallImages):
         raise _wrong_kind(spec, "small-images")
     return spec.data
+
+
+def _network(spec: RunSpec) -> ResNetModel | ResNeXtModel:
+    if not isinstance(spec.model, ResNetModel | ResNeXtModel):
+        raise ExperimentError(
+            f"model.family is {spec.model.family!r}, the task {spec.task} needs 'resnet' or "
+            "'resnext'"
+        )
+    return spec.model
 
 
 def _wrong_kind(spec: RunSpec, needed: str) -> ExperimentError:
