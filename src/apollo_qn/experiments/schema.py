@@ -69,7 +69,31 @@ class LSTMModel(Section):
         return f"{self.layers} LSTM layers of {self.hidden}, words of {self.embedding} dimensions"
 
 
-Model = ResNetModel | ResNeXtModel | LSTMModel
+class TransformerModel(Section):
+    """Encoder and decoder with attention, all embeddings shared."""
+
+    family: Literal["transformer"]
+    width: Count  # of a token's vector
+    inner: Count  # of the feed-forward parts
+    heads: Count
+    layers: Count  # of the encoder, and of the decoder
+    dropout: Share = 0.1
+    longest: Count = 1024  # subwords of a sentence, its end counted
+
+    @model_validator(mode="after")
+    def _heads_divide_the_width(self) -> TransformerModel:
+        if self.width % self.heads:
+            raise ValueError(f"heads is {self.heads}, allowed are divisors of width, {self.width}")
+        return self
+
+    def __str__(self) -> str:
+        return (
+            f"Transformer {self.width}/{self.inner}, {self.heads} heads, "
+            f"{self.layers}+{self.layers} layers"
+        )
+
+
+Model = ResNetModel | ResNeXtModel | LSTMModel | TransformerModel
 
 
 class Examples(Section):
@@ -112,6 +136,20 @@ class Text(Section):
     steps: Count = 20  # words of truncated back-propagation through time
 
 
+class Sentences(Section):
+    """Pairs of sentences as subwords, in batches of so many tokens."""
+
+    kind: Literal["sentence-pairs"]
+    train_examples: Count | None = None  # the first so many pairs; None: all
+    subwords: Annotated[int, Field(ge=300)]  # of both languages together
+    label_smoothing: Share = 0.1
+    beams: Count = 5
+    length_penalty: NotNegative = 0.6
+    # of the translation of a sentence of n subwords: factor * n + constant
+    length_factor: NotNegative = 1.2
+    length_constant: Count = 10
+
+
 def kind(data: Any) -> Any:
     """What the table [data] describes; small images where it does not say."""
     if isinstance(data, dict):
@@ -122,7 +160,8 @@ def kind(data: Any) -> Any:
 Data = Annotated[
     Annotated[SmallImages, Tag("small-images")]
     | Annotated[Photographs, Tag("photographs")]
-    | Annotated[Text, Tag("text")],
+    | Annotated[Text, Tag("text")]
+    | Annotated[Sentences, Tag("sentence-pairs")],
     Discriminator(kind),
 ]
 

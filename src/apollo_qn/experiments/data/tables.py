@@ -55,19 +55,20 @@ def read_parquet(path: Path) -> Any:
         raise ExperimentError(f"{path}: not a whole parquet file ({first_line(error)})") from None
 
 
-def open_hub(name: str, remedy: str) -> Any:
+def open_hub(name: str, remedy: str, subset: str | None = None) -> Any:
     """A data set of the hub with its images undecoded, a ``datasets.DatasetDict``.
 
     Args:
         name: on the hub, or a folder laid out like one there.
         remedy: what to do without the hub; ends the error message.
+        subset: of the data set; None: it has but one.
 
     Raises:
         ExperimentError: the library, the network or the data set is not there.
     """
     datasets = library("datasets", f"{name} of the Hugging Face hub", f"; without it {remedy}")
     try:
-        splits = datasets.load_dataset(name)
+        splits = datasets.load_dataset(name, subset)
     except Exception as error:  # whatever stands between here and the hub
         raise ExperimentError(
             f"{name}: not to be had from the Hugging Face hub ({first_line(error)}); {remedy}"

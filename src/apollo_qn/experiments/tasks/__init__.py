@@ -10,7 +10,7 @@ import torch
 
 from apollo_qn.experiments.errors import ExperimentError
 from apollo_qn.experiments.recipe import RunSpec
-from apollo_qn.experiments.tasks import images, language
+from apollo_qn.experiments.tasks import images, language, translation
 from apollo_qn.experiments.tasks.base import Metric, Resources, Task
 
 
@@ -55,6 +55,28 @@ TASKS = {
         language.TEST,
         "665 thousand words of WordNet's definitions (the larger set: 1.5 million)",
         "embedded; larger: --data with wordnet_{train,valid,test}.txt.gz",
+    ),
+    "phrases": TaskFamily(
+        translation.of_phrases,
+        translation.VALIDATION,
+        translation.TEST,
+        "24000 + 1000 + 1000 pairs of English and German dates, numbers, amounts and times",
+        "embedded",
+    ),
+    "multi30k": TaskFamily(
+        translation.of_multi30k,
+        translation.VALIDATION,
+        translation.TEST,
+        "29000 + 1014 + 1000 pairs of English and German captions",
+        "Hugging Face hub (bentrevett/multi30k), or --data with {train,val,test_2016_flickr}."
+        "{en,de}.gz",
+    ),
+    "wmt14-en-de": TaskFamily(
+        translation.of_wmt14,
+        translation.VALIDATION,
+        translation.TEST,
+        "4.5 million + 3000 + 3003 pairs of English and German sentences",
+        "Hugging Face hub (wmt/wmt14), or --data with {train,newstest2013,newstest2014}.{en,de}",
     ),
 }
 

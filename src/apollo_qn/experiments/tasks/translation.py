@@ -1,0 +1,223 @@
+"""Translation from English into German (section 4.3 of the paper)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy
+import sacrebleu
+import torch
+from sacrebleu.metrics.bleu import BLEU
+from torch import Tensor, nn
+from torch.nn import functional
+
+from apollo_qn.experiments.data import sentence_pairs, translations
+from apollo_qn.experiments.data.parallel_text import Pairs
+from apollo_qn.experiments.data.sentence_pairs import EncodedPairs, Side
+from apollo_qn.experiments.data.subwords import BEGIN, END, PADDING, Subwords
+from apollo_qn.experiments.data.translations import Translations
+from apollo_qn.experiments.errors import ExperimentError
+from apollo_qn.experiments.models.beam import search
+from apollo_qn.experiments.models.transformer import Transformer
+from apollo_qn.experiments.recipe import RunSpec
+from apollo_qn.experiments.schema import Sentences, TransformerModel
+from apollo_qn.experiments.tasks.base import Batch, Carried, Metric, Resources
+
+VALIDATION = Metric("valid_perplexity", "validation perplexity", "", higher_is_better=False)
+TEST = Metric("test_bleu", "test BLEU", "", higher_is_better=True)
+# what a reader needs to compute the same number
+SIGNATURE = f"nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:{sacrebleu.__version__}"
+_ORDERS = 4  # of n-grams
+_EVALUATION_TOKENS = 4096  # in a batch
+
+
+class TranslationTask:
+    """Sentences into another language; label smoothing; BLEU of a beam search at the end.
+
+    During training the perplexity of the validation translations is measured, by subword and
+    without smoothing.
+
+    Args:
+        corpus: the sentences.
+        model: which network.
+        data: subwords, smoothing, search.
+        tokens: of a batch over all processes, of either side, padding counted.
+        device: where the batches come out.
+
+    Raises:
+        ExperimentError: no sentence is short enough for the model, or one of the test set is not.
+    """
+
+    curve, final = VALIDATION, TEST
+    examines = True
+    unit = "subwords"
+
+    def __init__(
+        self,
+        corpus: Translations,
+        model: TransformerModel,
+        data: Sentences,
+        tokens: int,
+        device: torch.device,
+    ) -> None:
+        train = corpus.train.first(data.train_examples)
+        self._subwords = Subwords.learn([train.source, train.target], data.subwords)
+        self._train, self._valid, self._test = (
+            _encode(pairs, self._subwords) for pairs in (train, corpus.valid, corpus.test)
+        )
+        self._references = corpus.test.target
+        for name, pairs in (("validation", self._valid), ("test", self._test)):
+            longest = int(max(pairs.source.lengths.max(), pairs.target.lengths.max()))
+            if longest > model.longest:
+                raise ExperimentError(
+                    f"model.longest is {model.longest}, a {name} sentence has {longest} subwords"
+                )
+        self._rows = self._train.up_to(min(model.longest, tokens))
+        self.too_long = len(self._train) - len(self._rows)
+        if not len(self._rows):
+            raise ExperimentError(
+                f"no training pair has fewer than {min(model.longest, tokens)} subwords; check "
+                "train.batch_size and model.longest"
+            )
+        self._model, self._data, self._tokens, self._device = model, data, tokens, device
+        self._batches = sentence_pairs.make_batches(self._train, self._rows, tokens)
+        self.steps_per_epoch = len(self._batches)
+        used = self._train.target.lengths[self._rows].sum()
+        self.units_per_step = float(used / self.steps_per_epoch)
+        self.fingerprint = corpus.fingerprint
+
+    def model(self) -> nn.Module:
+        """A new network, initialised as fairseq does."""
+        settings = self._model.model_dump(exclude={"family"})
+        return Transformer(len(self._subwords), padding=PADDING, **settings)
+
+    def batches(
+        self, seed: int, epoch: int, start: int, rank: int = 0, world: int = 1
+    ) -> Iterator[Batch]:
+        """Source, target so far, what is to follow, and each row's weight.
+
+        All but the weights, shape=(rows,), are int64 of shape=(rows, time). A process has every
+        ``world``-th pair of a batch; a weight is ``world`` over the tokens of the whole batch.
+
+        Raises:
+            ExperimentError: a batch has fewer pairs than there are processes.
+        """
+        order = sentence_pairs.order_of(self.steps_per_epoch, seed, epoch)
+        for number in order[start:]:
+            rows = self._batches[number]
+            if len(rows) < world:
+                raise ExperimentError(
+                    f"train.batch_size is {self._tokens}: a batch has {len(rows)} pairs for "
+                    f"{world} processes; choose a larger one"
+                )
+            columns = self._train.columns(rows[rank::world])
+            total = self._train.target.lengths[rows].sum()
+            weights = torch.full((len(columns[0]),), float(world / total))
+            yield tuple(x.to(self._device, non_blocking=True) for x in (*columns, weights))
+
+    def loss(
+        self, model: nn.Module, part: Batch, batch: Batch, carried: Carried
+    ) -> tuple[Tensor, Carried]:
+        """Mean cross entropy by subword with smoothed labels."""
+        source, before, wanted, weights = part
+        losses = functional.cross_entropy(
+            model(source, before).flatten(0, 1).float(),
+            wanted.flatten(),
+            ignore_index=PADDING,
+            reduction="none",
+            label_smoothing=self._data.label_smoothing,
+        )
+        return (losses.view(wanted.shape) * weights[:, None]).sum(), ()
+
+    def tally(self, model: nn.Module, rank: int = 0, world: int = 1, final: bool = False) -> Tensor:
+        """Summed negative log likelihood and subwords; at the end what BLEU counts too."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        for rows in self._evaluation(self._valid, rank, world):
+            source, before, wanted = (x.to(self._device) for x in self._valid.columns(rows))
+            losses = functional.cross_entropy(
+                model(source, before).flatten(0, 1).float(),
+                wanted.flatten(),
+                ignore_index=PADDING,
+                reduction="sum",
+            )
+            sums += torch.stack([losses, (wanted != PADDING).sum()]).double().cpu()
+        if final:
+            sums = torch.cat([sums, self._counts(model, rank, world)])
+        return sums.to(self._device)
+
+    def _counts(self, model: nn.Module, rank: int, world: int) -> Tensor:
+        """Right n-grams, all n-grams, words of the translations and of the references."""
+        found, references = [], []
+        for rows in self._evaluation(self._test, rank, world):
+            found += self._translate(model, self._test.source.padded(rows).to(self._device))
+            references += [self._references[row] for row in rows]
+        if not found:
+            return torch.zeros(2 * _ORDERS + 2, dtype=torch.float64)
+        score = sacrebleu.corpus_bleu(found, [references])
+        numbers = [*score.counts, *score.totals, score.sys_len, score.ref_len]
+        return torch.tensor(numbers, dtype=torch.float64)
+
+    def _translate(self, model: nn.Module, source: Tensor) -> list[str]:
+        data = self._data
+        found = search(
+            model,  # type: ignore[arg-type]
+            source,
+            begin=BEGIN,
+            end=END,
+            beams=data.beams,
+            length_penalty=data.length_penalty,
+            longest=int(data.length_factor * source.shape[1]) + data.length_constant,
+        )
+        return [self._subwords.decode(numbers) for numbers in found]
+
+    @staticmethod
+    def _evaluation(pairs: EncodedPairs, rank: int, world: int) -> list[numpy.ndarray]:
+        rows = numpy.arange(rank, len(pairs), world)
+        return sentence_pairs.make_batches(pairs, rows, _EVALUATION_TOKENS)
+
+    def metrics(self, tally: Tensor, final: bool = False) -> dict[str, float]:
+        """Perplexity of the validation text and, of the trained model, BLEU of the test text."""
+        numbers = tally.tolist()
+        mean = numbers[0] / numbers[1]
+        found = {VALIDATION.name: math.exp(mean) if mean < 700 else math.inf}
+        if final:
+            counts = [round(number) for number in numbers[2:]]
+            right, all_of_them = counts[:_ORDERS], counts[_ORDERS : 2 * _ORDERS]
+            score = BLEU.compute_bleu(right, all_of_them, *counts[2 * _ORDERS :])
+            found[TEST.name] = score.score
+        return found
+
+
+def _encode(pairs: Pairs, subwords: Subwords) -> EncodedPairs:
+    return EncodedPairs(
+        Side.of(subwords.encode(pairs.source)), Side.of(subwords.encode(pairs.target))
+    )
+
+
+def of_phrases(spec: RunSpec, resources: Resources) -> TranslationTask:
+    """The embedded phrases; raises ExperimentError for bad files."""
+    return _task(spec, resources, translations.phrases)
+
+
+def of_multi30k(spec: RunSpec, resources: Resources) -> TranslationTask:
+    """Multi30k from local files or the hub; raises ExperimentError for bad files."""
+    return _task(spec, resources, translations.multi30k)
+
+
+def of_wmt14(spec: RunSpec, resources: Resources) -> TranslationTask:
+    """WMT14 from local files or the hub; raises ExperimentError for bad files."""
+    return _task(spec, resources, translations.wmt14)
+
+
+def _task(
+    spec: RunSpec, resources: Resources, load: Callable[[Path | None], Translations]
+) -> TranslationTask:
+    if not isinstance(spec.data, Sentences) or not isinstance(spec.model, TransformerModel):
+        raise ExperimentError(
+            f"data.kind is {spec.data.kind!r} and model.family {spec.model.family!r}, the task "
+            f"{spec.task} needs 'sentence-pairs' and 'transformer'"
+        )
+    corpus = load(resources.folder)
+    return TranslationTask(corpus, spec.model, spec.data, spec.train.batch_size, resources.device)
