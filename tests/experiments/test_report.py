@@ -126,6 +126,10 @@ def summarise(folder: Path, plan: recipe.Recipe, finals: dict[str, list[float]])
             "Best mean test accuracy: Apollo, 93.50 %. Apollo is 2.50 above Adam.",
         ),
         ({"sgd": [90.0]}, "Best mean test accuracy: SGD, 90.00 %."),
+        (
+            {"sgd": [90.0], "apollo": [90.0]},
+            "Best mean test accuracy: SGD, 90.00 %. Apollo is level with SGD.",
+        ),
     ],
 )
 def test_finding_says_who_wins(

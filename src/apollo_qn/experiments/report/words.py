@@ -32,8 +32,9 @@ def _compared(section: Section, summary: Summary) -> str:
     lead = None if rival is None else section.lead(rival)
     if ours is None or rival is None or lead is None:
         return text
-    side = "above" if lead.mean >= 0 else "below"
-    text += f" {ours.label} is {abs(lead.mean):.2f} {side} {rival.label}"
+    gap = f"{abs(lead.mean):.2f}"
+    side = "level with" if float(gap) == 0 else gap + (" above" if lead.mean > 0 else " below")
+    text += f" {ours.label} is {side} {rival.label}"
     if lead.low is not None and lead.high is not None:
         text += f" (95 % interval of the difference {lead.low:+.2f} to {lead.high:+.2f}"
         text += "" if lead.p is None else f", p = {lead.p:.2g}"
