@@ -74,12 +74,11 @@ def test_subwords_go_there_and_back() -> None:
 
 
 def pairs_of(lengths: list[tuple[int, int]]) -> EncodedPairs:
-    return EncodedPairs(
-        *(
-            Side.of([[9 + row] * (pair[side] - 1) for row, pair in enumerate(lengths)])
-            for side in (0, 1)
-        )
+    source, target = (
+        Side.of([[9 + row] * (pair[side] - 1) for row, pair in enumerate(lengths)])
+        for side in (0, 1)
     )
+    return EncodedPairs(source, target)
 
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=40)
@@ -118,13 +117,12 @@ def test_the_order_of_batches_is_the_epochs() -> None:
 
 def test_the_embedded_phrases() -> None:
     corpus = translations.phrases()
-    assert [len(pairs) for pairs in corpus] == [24000 - corpus.train.unlike, 1000, 1000]
+    assert [len(pairs) for pairs in corpus] == [24000, 1000, 1000]
     trained = set(corpus.train.source)
     assert not trained & {*corpus.valid.source, *corpus.test.source}
     assert not set(corpus.valid.source) & set(corpus.test.source)
     pairs = dict(zip(corpus.train.source, corpus.train.target, strict=True))
     assert any(text.startswith("am ") for text in pairs.values())
-    assert corpus.train.unlike < 0.35 * 24000
 
 
 def test_the_embedded_phrases_can_be_made_again(tmp_path: Path) -> None:
