@@ -26,6 +26,8 @@ app = typer.Typer(
     add_completion=False,
 )
 
+# embedded: what `compare` trains by itself
+_SMALL = ("fashion-mnist", "wordnet", "phrases")
 TaskName = Annotated[str, typer.Argument(help="A task (see `tasks`), or a recipe's .toml file.")]
 Quick = Annotated[bool, typer.Option("--quick", help="A short look: under a minute.")]
 Seeds = Annotated[int | None, typer.Option(min=1, help="How many seeds.")]
@@ -58,7 +60,13 @@ def _one_line_errors() -> Iterator[None]:
 
 @app.command()
 def compare(
-    task: TaskName = "fashion-mnist",
+    task: Annotated[
+        str | None,
+        typer.Argument(
+            help="A task (see `tasks`), or a recipe's .toml file.  [default: "
+            f"{', '.join(_SMALL)}, all small]"
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Output folder.  [default: runs/compare]")
     ] = None,
@@ -74,12 +82,17 @@ def compare(
 ) -> None:
     """Train a task with several optimizers, schedules and seeds, and write a report.
 
+    Without a task: images, a language model and a translator, the paper's tables 1 to 3 in small.
     Stop it with Ctrl-C; the same command goes on where it was.
     """
     with _one_line_errors():
         folder = out or Path("runs") / ("compare-quick" if quick else "compare")
-        plan, names, chosen = _plan(task, quick, settings, optimizers, schedules)
-        specs = plan.runs(names, seeds, chosen)
+        if task is None and data is not None:
+            raise ExperimentError(f"--data is {str(data)!r}, which task's? name one before it")
+        specs = []
+        for one in _SMALL if task is None else (task,):
+            plan, names, chosen = _plan(one, quick, settings, optimizers, schedules)
+            specs += plan.runs(names, seeds, chosen)
         failed = _train_and_report(specs, folder, data, jobs, accelerator, devices)
     if failed:
         raise typer.Exit(1)
@@ -159,6 +172,38 @@ def report(
 
 
 @app.command()
+def prepare(
+    task: Annotated[str, typer.Argument(help="one-billion-word.")],
+    raw: Annotated[Path, typer.Option(help="Folder of the raw download.")],
+    out: Annotated[Path | None, typer.Option(help="Output folder.  [default: data/TASK]")] = None,
+    vocabulary: Annotated[
+        Path | None, typer.Option(help="A word a line.  [default: 1b_word_vocab.txt in --raw]")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes.  [default: one a core]")
+    ] = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Some shards are enough.")] = False,
+) -> None:
+    """Turn a raw download into the fast form that --data takes.
+
+    Stop it with Ctrl-C; the same command goes on where it was.
+    """
+    with _one_line_errors():
+        from apollo_qn.experiments.data import one_billion_word
+        from apollo_qn.experiments.placement import cores
+        from apollo_qn.experiments.progress import counter
+
+        if task != "one-billion-word":
+            raise ExperimentError(
+                f"task is {task!r}, allowed is one-billion-word; the others need no preparation"
+            )
+        folder = out or Path("data") / task
+        with counter(Console(stderr=True)) as tell:
+            one_billion_word.prepare(raw, folder, vocabulary, workers or cores(), partial, tell)
+        typer.echo(f"Prepared: --data {folder}")
+
+
+@app.command()
 def bench(
     sets: Annotated[
         str | None, typer.Option(help="Parameter sets: a,b,c; a/8 is an eighth of one.")
@@ -220,8 +265,8 @@ def list_tasks() -> None:
         Console().print(table)
 
 
-def _run_folder(folder: Path, spec: RunSpec) -> Path:
-    return folder / "runs" / spec.label
+def _run_folder(folder: Path, spec: RunSpec, one_of_several: bool = False) -> Path:
+    return folder / "runs" / (f"{spec.task}-{spec.label}" if one_of_several else spec.label)
 
 
 def _plan(
@@ -279,10 +324,11 @@ def _train(
 
     _keep_caches_in(folder)
     jobs, placement = share(accelerator, devices, jobs)
-    task = tasks.make(specs[0], data)
+    made = {spec.task: tasks.make(spec, data) for spec in reversed(specs)}
     runs = []
     for spec in specs:
-        directory = RunDirectory(_run_folder(folder, spec))
+        task = made[spec.task]
+        directory = RunDirectory(_run_folder(folder, spec, len(made) > 1))
         directory.prepare(spec, task.fingerprint, data, sys.argv, placement)
         steps = spec.train.schedule.steps(task.steps_per_epoch)
         runs.append(

@@ -56,6 +56,13 @@ TASKS = {
         "665 thousand words of WordNet's definitions (the larger set: 1.5 million)",
         "embedded; larger: --data with wordnet_{train,valid,test}.txt.gz",
     ),
+    "one-billion-word": TaskFamily(
+        language.of_one_billion_words,
+        language.VALIDATION,
+        language.TEST,
+        "0.8 billion words of news, a vocabulary of 793471",
+        "statmt.org/lm-benchmark; `apollo-qn prepare` makes what --data needs",
+    ),
     "phrases": TaskFamily(
         translation.of_phrases,
         translation.VALIDATION,

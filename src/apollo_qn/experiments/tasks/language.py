@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from apollo_qn.experiments.data import streams, wordnet
+from apollo_qn.experiments.data import one_billion_word, streams, wordnet
 from apollo_qn.experiments.data.corpus import Corpus, Stream
 from apollo_qn.experiments.errors import ExperimentError
 from apollo_qn.experiments.models.lstm import LanguageModel
@@ -141,6 +141,11 @@ class LanguageTask:
 def of_wordnet(spec: RunSpec, resources: Resources) -> LanguageTask:
     """WordNet, embedded or from a folder; raises ExperimentError for bad files."""
     return _task(spec, resources, wordnet.load)
+
+
+def of_one_billion_words(spec: RunSpec, resources: Resources) -> LanguageTask:
+    """The prepared benchmark; raises ExperimentError where it is not, or is damaged."""
+    return _task(spec, resources, one_billion_word.load)
 
 
 def _task(
