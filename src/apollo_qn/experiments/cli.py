@@ -173,7 +173,7 @@ def report(
 
 @app.command()
 def prepare(
-    task: Annotated[str, typer.Argument(help="one-billion-word.")],
+    task: Annotated[str, typer.Argument(help="one-billion-word, wmt14-en-de or multi30k.")],
     raw: Annotated[Path, typer.Option(help="Folder of the raw download.")],
     out: Annotated[Path | None, typer.Option(help="Output folder.  [default: data/TASK]")] = None,
     vocabulary: Annotated[
@@ -183,23 +183,37 @@ def prepare(
         int | None, typer.Option(min=1, help="Processes.  [default: one a core]")
     ] = None,
     partial: Annotated[bool, typer.Option("--partial", help="Some shards are enough.")] = False,
+    subwords: Annotated[
+        int | None, typer.Option(min=300, help="Of both languages.  [default: the recipe's]")
+    ] = None,
 ) -> None:
     """Turn a raw download into the fast form that --data takes.
 
     Stop it with Ctrl-C; the same command goes on where it was.
     """
     with _one_line_errors():
-        from apollo_qn.experiments.data import one_billion_word
+        from apollo_qn.experiments import recipe
+        from apollo_qn.experiments.data import encoded_corpus, one_billion_word, translations
         from apollo_qn.experiments.placement import cores
         from apollo_qn.experiments.progress import counter
+        from apollo_qn.experiments.schema import Sentences
 
-        if task != "one-billion-word":
+        readers = {"wmt14-en-de": translations.wmt14, "multi30k": translations.multi30k}
+        if task not in ("one-billion-word", *readers):
             raise ExperimentError(
-                f"task is {task!r}, allowed is one-billion-word; the others need no preparation"
+                f"task is {task!r}, allowed are one-billion-word, {', '.join(readers)}; the "
+                "others need no preparation"
             )
         folder = out or Path("data") / task
         with counter(Console(stderr=True)) as tell:
-            one_billion_word.prepare(raw, folder, vocabulary, workers or cores(), partial, tell)
+            if task in readers:
+                data = recipe.load(task).data
+                assert isinstance(data, Sentences)
+                tell("Reading sentences", 0, 0)
+                size = data.subwords if subwords is None else subwords
+                encoded_corpus.prepare(readers[task](raw), size, folder, tell)
+            else:
+                one_billion_word.prepare(raw, folder, vocabulary, workers or cores(), partial, tell)
         typer.echo(f"Prepared: --data {folder}")
 
 

@@ -6,8 +6,8 @@ the batch size, their order one of seed and epoch. So an epoch always has the sa
 
 from __future__ import annotations
 
-import itertools
 from array import array
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy
@@ -28,12 +28,18 @@ class Side(NamedTuple):
     starts: NDArray[numpy.int64]  # of each sentence, and where the last ends
 
     @classmethod
-    def of(cls, sentences: list[list[int]]) -> Side:
+    def of(cls, sentences: Iterable[list[int]]) -> Side:
         """Join sentences."""
-        tokens = array("i", itertools.chain.from_iterable((*one, END) for one in sentences))
-        lengths = numpy.fromiter((len(one) + 1 for one in sentences), numpy.int64, len(sentences))
-        starts = numpy.concatenate([[0], lengths.cumsum()])
-        return cls(numpy.frombuffer(tokens, numpy.int32), starts)
+        tokens, starts = array("i"), array("q", [0])
+        for one in sentences:
+            tokens.extend(one)
+            tokens.append(END)
+            starts.append(len(tokens))
+        return cls(numpy.frombuffer(tokens, numpy.int32), numpy.frombuffer(starts, numpy.int64))
+
+    def first(self, count: int | None) -> Side:
+        """The first so many sentences; None: all."""
+        return self if count is None else Side(self.tokens, self.starts[: count + 1])
 
     @property
     def lengths(self) -> NDArray[numpy.int64]:
@@ -57,6 +63,10 @@ class EncodedPairs(NamedTuple):
 
     def __len__(self) -> int:
         return len(self.source.starts) - 1
+
+    def first(self, count: int | None) -> EncodedPairs:
+        """The first so many; None: all."""
+        return EncodedPairs(self.source.first(count), self.target.first(count))
 
     def up_to(self, longest: int) -> NDArray[numpy.int64]:
         """The pairs of which neither side has more tokens, its end counted."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 PADDING, BEGIN, END, UNKNOWN = range(4)
+_AT_ONCE = 8192  # texts that are encoded together
 _SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 
 
@@ -52,9 +53,23 @@ class Subwords:
         tokenizer.train_from_iterator(chain.from_iterable(texts), trainer)
         return cls(tokenizer)
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
+    def encode(self, texts: list[str]) -> Iterator[list[int]]:
         """The numbers of each text, without begin and end."""
-        return [one.ids for one in self._tokenizer.encode_batch_fast(texts)]
+        for start in range(0, len(texts), _AT_ONCE):
+            for one in self._tokenizer.encode_batch_fast(texts[start : start + _AT_ONCE]):
+                yield one.ids
+
+    @classmethod
+    def load(cls, text: str) -> Subwords:
+        """What ``save`` returned; raises ValueError for anything else."""
+        try:
+            return cls(Tokenizer.from_str(text))
+        except Exception as error:  # of the library's own kind
+            raise ValueError(str(error)) from None
+
+    def save(self) -> str:
+        """As JSON."""
+        return str(self._tokenizer.to_str())
 
     def decode(self, numbers: list[int]) -> str:
         """The text of some numbers; special ones are left out."""

@@ -13,10 +13,10 @@ from sacrebleu.metrics.bleu import BLEU
 from torch import Tensor, nn
 from torch.nn import functional
 
-from apollo_qn.experiments.data import sentence_pairs, translations
-from apollo_qn.experiments.data.parallel_text import Pairs
-from apollo_qn.experiments.data.sentence_pairs import EncodedPairs, Side
-from apollo_qn.experiments.data.subwords import BEGIN, END, PADDING, Subwords
+from apollo_qn.experiments.data import encoded_corpus, sentence_pairs, translations
+from apollo_qn.experiments.data.encoded_corpus import EncodedCorpus
+from apollo_qn.experiments.data.sentence_pairs import EncodedPairs
+from apollo_qn.experiments.data.subwords import BEGIN, END, PADDING
 from apollo_qn.experiments.data.translations import Translations
 from apollo_qn.experiments.errors import ExperimentError
 from apollo_qn.experiments.models.beam import search
@@ -56,18 +56,15 @@ class TranslationTask:
 
     def __init__(
         self,
-        corpus: Translations,
+        corpus: EncodedCorpus,
         model: TransformerModel,
         data: Sentences,
         tokens: int,
         device: torch.device,
     ) -> None:
-        train = corpus.train.first(data.train_examples)
-        self._subwords = Subwords.learn([train.source, train.target], data.subwords)
-        self._train, self._valid, self._test = (
-            _encode(pairs, self._subwords) for pairs in (train, corpus.valid, corpus.test)
-        )
-        self._references = corpus.test.target
+        self._subwords, self._references = corpus.subwords, corpus.references
+        self._train = corpus.train.first(data.train_examples)
+        self._valid, self._test = corpus.valid, corpus.test
         for name, pairs in (("validation", self._valid), ("test", self._test)):
             longest = int(max(pairs.source.lengths.max(), pairs.target.lengths.max()))
             if longest > model.longest:
@@ -78,7 +75,7 @@ class TranslationTask:
         self.too_long = len(self._train) - len(self._rows)
         if not len(self._rows):
             raise ExperimentError(
-                f"no training pair has fewer than {min(model.longest, tokens)} subwords; check "
+                f"every training pair has more than {min(model.longest, tokens)} subwords; check "
                 "train.batch_size and model.longest"
             )
         self._model, self._data, self._tokens, self._device = model, data, tokens, device
@@ -190,12 +187,6 @@ class TranslationTask:
         return found
 
 
-def _encode(pairs: Pairs, subwords: Subwords) -> EncodedPairs:
-    return EncodedPairs(
-        Side.of(subwords.encode(pairs.source)), Side.of(subwords.encode(pairs.target))
-    )
-
-
 def of_phrases(spec: RunSpec, resources: Resources) -> TranslationTask:
     """The embedded phrases; raises ExperimentError for bad files."""
     return _task(spec, resources, translations.phrases)
@@ -207,7 +198,7 @@ def of_multi30k(spec: RunSpec, resources: Resources) -> TranslationTask:
 
 
 def of_wmt14(spec: RunSpec, resources: Resources) -> TranslationTask:
-    """WMT14 from local files or the hub; raises ExperimentError for bad files."""
+    """WMT14, prepared or raw, or from the hub; raises ExperimentError for bad files."""
     return _task(spec, resources, translations.wmt14)
 
 
@@ -219,5 +210,9 @@ def _task(
             f"data.kind is {spec.data.kind!r} and model.family {spec.model.family!r}, the task "
             f"{spec.task} needs 'sentence-pairs' and 'transformer'"
         )
-    corpus = load(resources.folder)
+    folder, size = resources.folder, spec.data.subwords
+    if folder is not None and encoded_corpus.is_prepared(folder):
+        corpus = encoded_corpus.load(folder, size)
+    else:
+        corpus = encoded_corpus.encode(load(folder), size)
     return TranslationTask(corpus, spec.model, spec.data, spec.train.batch_size, resources.device)

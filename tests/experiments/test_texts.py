@@ -1,0 +1,246 @@
+"""The tasks on text: what a loss is, whoever computes it, and runs that are stopped."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sacrebleu
+import torch
+
+from apollo_qn.experiments import recipe, tasks
+from apollo_qn.experiments.data import encoded_corpus, translations
+from apollo_qn.experiments.engine import train
+from apollo_qn.experiments.errors import ExperimentError
+from apollo_qn.experiments.recipe import RunSpec
+from apollo_qn.experiments.tasks.translation import SIGNATURE, TranslationTask
+
+from .helpers import assert_identical, prepared, result
+
+SETTINGS = {
+    "wordnet": [
+        *("model.embedding=8", "model.hidden=8", "model.cutoffs=[]", "data.train_examples=8200"),
+        *("train.batch_size=8", "train.log_every=5", "train.evaluate_every=20"),
+        *("train.checkpoint_every=0.05", "schedule.epochs=2"),
+    ],
+    "phrases": [
+        *("model.width=16", "model.inner=16", "model.heads=2", "model.layers=1"),
+        *("data.train_examples=600", "data.beams=2", "train.batch_size=1024"),
+        *("train.log_every=5", "train.evaluate_every=10", "train.checkpoint_every=0.05"),
+        *("train.average_last=2", "schedule.updates=25"),
+    ],
+}
+
+
+def spec_of(task: str, *settings: str, name: str = "apollo") -> RunSpec:
+    return recipe.load(task, [*SETTINGS[task], *settings]).run(name, 3)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _short_held_out_texts() -> Any:
+    """The whole embedded validation and test texts take too long for so many runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        load, read = tasks.language.wordnet.load, translations.phrases
+
+        def short(folder: Path | None = None) -> Any:
+            corpus = load(folder)
+            parts = {
+                split: type(corpus.valid)([getattr(corpus, split).read(0, 700)])
+                for split in ("valid", "test")
+            }
+            return corpus._replace(**parts)
+
+        def few(folder: Path | None = None) -> Any:
+            corpus = read(folder)
+            return corpus._replace(valid=corpus.valid.first(40), test=corpus.test.first(20))
+
+        patch.setattr(tasks.language.wordnet, "load", short)
+        patch.setattr(tasks.translation.translations, "phrases", few)
+        yield
+
+
+@pytest.mark.parametrize("task", SETTINGS)
+def test_stopped_many_times_is_equal_to_never(task: str, tmp_path: Path) -> None:
+    spec = spec_of(task)
+    whole, made = prepared(tmp_path / "whole", spec)
+    assert train(whole, spec, made) == "finished"
+    pieces, made = prepared(tmp_path / "pieces", spec)
+    outcomes = []
+    while not outcomes or outcomes[-1] == "stopped":
+        torch.manual_seed(len(outcomes))
+        left = iter([False] * 6)
+        outcomes.append(train(pieces, spec, made, lambda left=left: next(left, True)))  # type: ignore[misc]
+    assert len(outcomes) > 2
+    assert_identical(result(whole), result(pieces))
+    lines = [line for line in whole.records() if line["kind"] == "evaluation"]
+    found = whole.verdict()
+    assert found is not None
+    if task == "wordnet":
+        assert [line["step"] for line in lines] == [20, 40, 60, 80, 100]
+        assert lines[1]["epoch"] == pytest.approx(40 / 51)
+        assert found["test_perplexity"] < len(made._corpus.vocabulary)  # type: ignore[attr-defined]
+        assert found["valid_perplexity"] == pytest.approx(lines[-1]["valid_perplexity"])
+    else:
+        assert [line["step"] for line in lines] == [10, 20, 25]
+        assert 0 <= found["test_bleu"] <= 100
+        states = [torch.load(path, weights_only=True) for path in whole.all_evaluated(10**8)]
+        assert len(states) == 2
+        mean = torch.load(whole.averaged, weights_only=True)["model"]
+        for name, value in mean.items():
+            torch.testing.assert_close(value, (states[0][name] + states[1][name]) / 2)
+        assert found["valid_perplexity"] != lines[-1]["valid_perplexity"]
+
+
+@pytest.mark.parametrize("task", SETTINGS)
+def test_the_loss_is_the_same_in_parts_and_by_several_processes(task: str) -> None:
+    settings = ("model.dropout=0.0",)
+    made = tasks.make(spec_of(task, *settings))
+    torch.manual_seed(0)
+    model = made.model()
+
+    def gradient(batches: list[Any], parts: int) -> tuple[float, torch.Tensor]:
+        total = 0.0
+        model.zero_grad()
+        for batch in batches:
+            for chunk in zip(*(column.chunk(parts) for column in batch), strict=True):
+                loss, _ = made.loss(model, chunk, batch, ())
+                (loss / len(batches)).backward()
+                total += loss.item() / len(batches)
+        return total, torch.cat(
+            [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        )
+
+    whole = gradient([next(made.batches(1, 0, 2))], 1)
+    for world, parts in ((1, 3), (2, 1), (2, 2)):
+        batches = [next(made.batches(1, 0, 2, rank, world)) for rank in range(world)]
+        loss, slope = gradient(batches, parts)
+        assert loss == pytest.approx(whole[0], rel=1e-5)
+        torch.testing.assert_close(slope, whole[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("task", SETTINGS)
+def test_tallies_of_several_processes_add_up(task: str) -> None:
+    made = tasks.make(spec_of(task))
+    torch.manual_seed(0)
+    model = made.model().eval()
+    with torch.no_grad():
+        whole = made.tally(model, final=True)
+        parts = [made.tally(model, rank, 3, final=True) for rank in range(3)]
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-5, atol=1e-4)
+    both = made.metrics(whole, final=True)
+    assert both.keys() >= {made.curve.name, made.final.name}
+    assert made.metrics(made.tally(model), final=False).keys() == {made.curve.name}
+
+
+def test_perplexity_counts_every_word_and_end() -> None:
+    made = tasks.make(spec_of("wordnet"))
+    torch.manual_seed(0)
+    model: Any = made.model().eval()
+    corpus = made._corpus  # type: ignore[attr-defined]
+    for parameter in model.parameters():
+        parameter.data.zero_()  # every word is as likely as any other
+    with torch.no_grad():
+        tally = made.tally(model, final=True)
+    assert tally[1::2].tolist() == [len(corpus.valid), len(corpus.test)]
+    assert made.metrics(tally, final=True)["test_perplexity"] == pytest.approx(
+        len(corpus.vocabulary), rel=1e-5
+    )
+    tally[0] = 1e9
+    assert made.metrics(tally, final=True)["valid_perplexity"] == math.inf
+
+
+def test_the_state_is_carried_over() -> None:
+    made = tasks.make(spec_of("wordnet", "model.dropout=0.0"))
+    torch.manual_seed(0)
+    model = made.model()
+    steps = list(zip(range(3), made.batches(1, 0, 0), strict=False))
+    carried: Any = ()
+    losses = []
+    for _, batch in steps:
+        loss, carried = made.loss(model, batch, batch, carried)
+        losses.append(loss.item())
+    assert [tuple(x.shape) for x in carried] == [(8, 1, 8)] * 2
+    afresh, _ = made.loss(model, steps[1][1], steps[1][1], ())
+    assert afresh.item() != losses[1]
+    long = tuple(torch.cat([batch[side] for _, batch in steps], 1) for side in (0, 1))
+    whole, _ = made.loss(model, long, long, ())
+    assert whole.item() == pytest.approx(sum(losses) / 3, rel=1e-5)
+
+
+class Oracle(TranslationTask):
+    """Knows the references."""
+
+    wrong: list[str] = []  # noqa: RUF012
+
+    def _translate(self, model: Any, source: torch.Tensor) -> list[str]:
+        known = {tuple(self._test.source.padded([row])[0].tolist()): row for row in range(20)}  # type: ignore[arg-type]
+        rows = [known[tuple(x for x in one.tolist() if x)] for one in source]
+        return [self.wrong[row] if self.wrong else self._references[row] for row in rows]
+
+
+def test_bleu_is_sacrebleus_in_any_division() -> None:
+    made = tasks.make(spec_of("phrases"))
+    made.__class__ = Oracle
+    assert isinstance(made, Oracle)
+    torch.manual_seed(0)
+    model = made.model().eval()
+
+    def measured(world: int) -> float:
+        parts = [made.tally(model, rank, world, final=True) for rank in range(world)]
+        return made.metrics(torch.stack(parts).sum(0), final=True)["test_bleu"]
+
+    with torch.no_grad():
+        assert measured(1) == pytest.approx(100.0)
+        made.wrong = [text[: -len(text) // 4] + " und" for text in made._references]
+        expected = sacrebleu.corpus_bleu(made.wrong, [made._references]).score
+        assert 0 < expected < 90
+        assert measured(1) == pytest.approx(expected)
+        assert measured(3) == pytest.approx(expected)
+    metric = sacrebleu.metrics.BLEU()
+    metric.corpus_score(made.wrong, [made._references])
+    assert str(metric.get_signature()) == SIGNATURE
+
+
+def test_settings_that_do_not_fit() -> None:
+    for task, setting, expected in (
+        ("wordnet", "data.train_examples=100", "100 training words are fewer than one batch of 8"),
+        ("wordnet", "model.cutoffs=[30000]", "allowed are numbers below the vocabulary's size"),
+        ("phrases", "model.longest=12", "model.longest is 12, a validation sentence has"),
+        ("phrases", "train.batch_size=2", "no training pair has fewer than 2 subwords"),
+    ):
+        with pytest.raises(ExperimentError, match=expected):
+            tasks.make(spec_of(task, setting))
+    images = recipe.load("fashion-mnist").run("sgd", 1)
+    for task in SETTINGS:
+        wrong = spec_of(task).model_copy(update={"data": images.data})
+        with pytest.raises(ExperimentError, match="data.kind is 'small-images'"):
+            tasks.make(wrong)
+    few = tasks.make(spec_of("phrases", "train.batch_size=60"))
+    with pytest.raises(ExperimentError, match="train.batch_size is 60: a batch has . pairs for 99"):
+        next(few.batches(1, 0, 0, 0, 99))
+
+
+def test_a_prepared_corpus_is_the_raw_one(tmp_path: Path) -> None:
+    corpus = translations.phrases()
+    raw = encoded_corpus.encode(corpus, 400)
+    assert not encoded_corpus.is_prepared(tmp_path)
+    encoded_corpus.prepare(corpus, 400, tmp_path, lambda *_: None)
+    assert encoded_corpus.is_prepared(tmp_path)
+    ready = encoded_corpus.load(tmp_path, 400)
+    for split in ("train", "valid", "test"):
+        for one, other in zip(getattr(raw, split), getattr(ready, split), strict=True):
+            assert (one.tokens == other.tokens).all()
+            assert (one.starts == other.starts).all()
+    assert ready.references == raw.references
+    assert ready.subwords.digest == raw.subwords.digest
+    with pytest.raises(ExperimentError, match=r"data.subwords is 500, .* has 400"):
+        encoded_corpus.load(tmp_path, 500)
+    path = tmp_path / "train.source.tokens"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ExperimentError, match=r"train.source.tokens: missing or cut short"):
+        encoded_corpus.load(tmp_path, 400)
+    (tmp_path / "subwords.json").write_text("{}")
+    with pytest.raises(ExperimentError, match=r"damaged .*; prepare it anew"):
+        encoded_corpus.load(tmp_path, 400)
