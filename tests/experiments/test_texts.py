@@ -78,7 +78,7 @@ def test_stopped_many_times_is_equal_to_never(task: str, tmp_path: Path) -> None
     found = whole.verdict()
     assert found is not None
     if task == "wordnet":
-        assert [line["step"] for line in lines] == [20, 40, 60, 80, 100]
+        assert [line["step"] for line in lines] == [20, 40, 60, 80, 100, 102]
         assert lines[1]["epoch"] == pytest.approx(40 / 51)
         assert found["test_perplexity"] < len(made._corpus.vocabulary)  # type: ignore[attr-defined]
         assert found["valid_perplexity"] == pytest.approx(lines[-1]["valid_perplexity"])
@@ -108,9 +108,8 @@ def test_the_loss_is_the_same_in_parts_and_by_several_processes(task: str) -> No
                 loss, _ = made.loss(model, chunk, batch, ())
                 (loss / len(batches)).backward()
                 total += loss.item() / len(batches)
-        return total, torch.cat(
-            [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-        )
+        slopes = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        return total, torch.cat(slopes)
 
     whole = gradient([next(made.batches(1, 0, 2))], 1)
     for world, parts in ((1, 3), (2, 1), (2, 2)):
@@ -128,7 +127,12 @@ def test_tallies_of_several_processes_add_up(task: str) -> None:
     with torch.no_grad():
         whole = made.tally(model, final=True)
         parts = [made.tally(model, rank, 3, final=True) for rank in range(3)]
-    torch.testing.assert_close(sum(parts), whole, rtol=1e-5, atol=1e-4)
+    summed = torch.stack(parts).sum(0)
+    torch.testing.assert_close(summed[:2], whole[:2], rtol=1e-5, atol=1e-4)
+    if task == "wordnet":
+        torch.testing.assert_close(summed, whole, rtol=1e-5, atol=1e-4)
+    else:  # an untrained model's beams are near to ties, which the rounding of a batch decides
+        assert summed[-1] == whole[-1]
     both = made.metrics(whole, final=True)
     assert both.keys() >= {made.curve.name, made.final.name}
     assert made.metrics(made.tally(model), final=False).keys() == {made.curve.name}
@@ -208,17 +212,19 @@ def test_settings_that_do_not_fit() -> None:
         ("wordnet", "data.train_examples=100", "100 training words are fewer than one batch of 8"),
         ("wordnet", "model.cutoffs=[30000]", "allowed are numbers below the vocabulary's size"),
         ("phrases", "model.longest=12", "model.longest is 12, a validation sentence has"),
-        ("phrases", "train.batch_size=2", "no training pair has fewer than 2 subwords"),
+        ("phrases", "train.batch_size=1", "every training pair has more than 1 subwords"),
     ):
         with pytest.raises(ExperimentError, match=expected):
             tasks.make(spec_of(task, setting))
     images = recipe.load("fashion-mnist").run("sgd", 1)
     for task in SETTINGS:
         wrong = spec_of(task).model_copy(update={"data": images.data})
-        with pytest.raises(ExperimentError, match="data.kind is 'small-images'"):
+        with pytest.raises(ExperimentError, match=r"data.kind is 'small-images'"):
             tasks.make(wrong)
     few = tasks.make(spec_of("phrases", "train.batch_size=60"))
-    with pytest.raises(ExperimentError, match="train.batch_size is 60: a batch has . pairs for 99"):
+    with pytest.raises(
+        ExperimentError, match=r"train.batch_size is 60: a batch has . pairs for 99"
+    ):
         next(few.batches(1, 0, 0, 0, 99))
 
 

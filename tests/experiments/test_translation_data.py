@@ -64,10 +64,10 @@ def test_subwords_go_there_and_back() -> None:
     subwords = Subwords.learn([corpus.train.source, corpus.train.target], 600)
     assert len(subwords) == 600
     texts = [*corpus.test.source, *corpus.test.target]
-    encoded = subwords.encode(texts)
+    encoded = list(subwords.encode(texts))
     assert [subwords.decode(numbers) for numbers in encoded] == texts
     assert not {PADDING, BEGIN, END} & {number for numbers in encoded for number in numbers}
-    assert subwords.encode(["\u4e2d"])[0][-1] == UNKNOWN
+    assert next(subwords.encode(["\u4e2d"]))[-1] == UNKNOWN
     again = Subwords.learn([corpus.train.source, corpus.train.target], 600)
     assert again.digest == subwords.digest
     assert subwords.decode([BEGIN, *encoded[0], END, PADDING]) == texts[0]
