@@ -84,7 +84,8 @@ def test_a_vocabulary_of_text() -> None:
     found = Vocabulary.of_text(["b a a", "c a b", ""], 2, "here")
     # 3 ends, 3 times a, 2 times b, once c, which is not known
     assert found.words == [END, "a", "b", UNKNOWN]
-    assert found.encode("a c b") == [1, 3, 2, 0]
+    assert list(found.encode_all(["a c b", "b"])) == [1, 3, 2, 0, 2, 0]
+    assert "c" not in found.numbers
     assert len(found) == 4
     with pytest.raises(ExperimentError, match="here: no words in it"):
         Vocabulary.of_text(["", " "], 1, "here")

@@ -7,8 +7,10 @@ text. Every sentence ends with ``</S>``, which is predicted and counted like any
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import multiprocessing
+import sys
 from array import array
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -33,6 +35,7 @@ _SHARDS = {
     "test": (_HELD_OUT, "news.en.heldout-00000*", 1),
 }
 _FORMAT = 1
+_AT_ONCE = 4096  # lines that are encoded together
 _LIST = "corpus.json"
 Tell = Callable[[str, int, int], None]  # what is done, how much, of how much
 
@@ -65,11 +68,9 @@ def prepare(
     jobs = [(path, out / _name(path)) for paths in shards.values() for path in paths]
     missing = [(path, target) for path, target in jobs if not _is_done(path, target, words.digest)]
     tell("Tokenising shards", len(jobs) - len(missing), len(jobs))
-    # a fresh process has nothing of this one's memory
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(
-        workers, context, initializer=_load_vocabulary, initargs=(out / VOCABULARY,)
-    )
+    # where processes can be forked they share the vocabulary, and torch, which they do not need
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_use, initargs=(words,))
     try:
         waiting = [pool.submit(_tokenise, path, target) for path, target in missing]
         for done, future in enumerate(as_completed(waiting), len(jobs) - len(missing) + 1):
@@ -153,19 +154,19 @@ def _is_done(path: Path, target: Path, vocabulary: str) -> bool:
 _words: Vocabulary  # of a process that tokenises
 
 
-def _load_vocabulary(path: Path) -> None:
+def _use(words: Vocabulary) -> None:
     global _words
-    _words = Vocabulary.read(path)
+    _words = words
 
 
 def _tokenise(path: Path, target: Path) -> None:
     tokens, sentences, empty = array("i"), 0, 0
-    for line in read_lines(path):
-        if line.strip():
-            tokens.extend(_words.encode(line))
-            sentences += 1
-        else:
-            empty += 1
+    lines = read_lines(path)
+    while batch := list(itertools.islice(lines, _AT_ONCE)):
+        full = [line for line in batch if line.strip()]
+        sentences += len(full)
+        empty += len(batch) - len(full)
+        tokens.extend(_words.encode_all(full))
     if not sentences:
         raise ExperimentError(f"{path}: no sentences in it")
     content = numpy.frombuffer(tokens, numpy.int32).astype("<i4", copy=False).tobytes()

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from apollo_qn.experiments.errors import ExperimentError
 
 END, UNKNOWN = "</S>", "<UNK>"
+
+
+class _Numbers(dict[str, int]):
+    """Where a word is not known, the number that stands for all such."""
+
+    unknown: int
+
+    def __missing__(self, word: str) -> int:
+        return self.unknown
 
 
 class Vocabulary:
@@ -27,7 +36,7 @@ class Vocabulary:
 
     def __init__(self, words: list[str], origin: str) -> None:
         self.words = words
-        self.numbers = {word: number for number, word in enumerate(words)}
+        self.numbers = _Numbers({word: number for number, word in enumerate(words)})
         if len(self.numbers) < len(words):
             twice = next(word for word, count in Counter(words).items() if count > 1)
             raise ExperimentError(f"{origin}: the word {twice!r} stands there twice")
@@ -35,15 +44,16 @@ class Vocabulary:
             if word not in self.numbers:
                 raise ExperimentError(f"{origin}: {word} is missing, which stands for {meaning}")
         self.end, self.unknown = self.numbers[END], self.numbers[UNKNOWN]
+        self.numbers.unknown = self.unknown
         self.digest = hashlib.sha256("\n".join(words).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.words)
 
-    def encode(self, line: str) -> list[int]:
-        """The numbers of a sentence's words, which spaces divide, and its end."""
-        get, unknown = self.numbers.get, self.unknown
-        return [*(get(word, unknown) for word in line.split()), self.end]
+    def encode_all(self, lines: list[str]) -> Iterator[int]:
+        """The numbers of the sentences' words, which spaces divide, each sentence with its end."""
+        text = f" {END} ".join([*lines, ""])
+        return map(self.numbers.__getitem__, text.split())
 
     @classmethod
     def of_text(cls, lines: Iterable[str], least: int, origin: str) -> Vocabulary:

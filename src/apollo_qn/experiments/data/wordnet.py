@@ -44,9 +44,7 @@ def load(folder: Path | None = None) -> Corpus:
     digest = hashlib.sha256()
     streams = {}
     for split in _SPLITS:
-        tokens = array("i")
-        for line in lines[split]:
-            tokens.extend(vocabulary.encode(line))
+        tokens = array("i", vocabulary.encode_all(lines[split]))
         encoded = numpy.frombuffer(tokens, numpy.int32)
         digest.update(encoded.tobytes())
         streams[split] = Stream([encoded])
