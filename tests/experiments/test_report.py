@@ -77,7 +77,11 @@ def test_the_same_runs_draw_the_same_bytes(finished: Path, tmp_path: Path) -> No
 
 
 def made_up(
-    folder: Path, spec: RunSpec, values: list[float | None], verdict: str | None = "finished"
+    folder: Path,
+    spec: RunSpec,
+    values: list[float | None],
+    verdict: str | None = "finished",
+    metric: str = "accuracy",
 ) -> None:
     """A run whose metric after each epoch is this; each epoch takes ten seconds."""
     directory = RunDirectory(folder / "runs" / spec.label)
@@ -89,7 +93,7 @@ def made_up(
                 "epoch": epoch,
                 "step": epoch,
                 "train_loss": 2.0 / epoch,
-                "accuracy": value,
+                metric: value,
                 "time": {"seconds": 10.0 * epoch, "optimizer_ms": 2.0, "step_ms": 50.0},
             }
             file.write(json.dumps(line) + "\n")
@@ -102,7 +106,7 @@ def made_up(
             "time": {"seconds": 10.0 * steps},
         }
         if verdict == "finished":
-            told |= {"train_loss": 2.0 / steps, "accuracy": values[-1]}
+            told |= {"train_loss": 2.0 / steps, metric.replace("valid_", "test_"): values[-1]}
         directory.result.write_text(json.dumps(told))
 
 
@@ -118,12 +122,12 @@ def summarise(folder: Path, plan: recipe.Recipe, finals: dict[str, list[float]])
     [
         (
             {"sgd": [90.0, 90.2], "apollo": [88.0, 88.3]},
-            "Best mean test accuracy: SGD, 90.10 ± 0.14 %. Apollo is 1.95 below SGD (95 % interval "
-            "of the difference -2.00 to -1.90, p = 0.016, 2 seeds).",
+            "Best mean test accuracy: SGD, 90.10 ± 0.14 %. Apollo is 1.95 worse than SGD (95 % "
+            "interval of its lead -2.00 to -1.90, p = 0.016, 2 seeds).",
         ),
         (
             {"sgd": [90.0], "adam": [91.0], "apollo": [93.5]},
-            "Best mean test accuracy: Apollo, 93.50 %. Apollo is 2.50 above Adam.",
+            "Best mean test accuracy: Apollo, 93.50 %. Apollo is 2.50 better than Adam.",
         ),
         ({"sgd": [90.0]}, "Best mean test accuracy: SGD, 90.00 %."),
         (
@@ -278,3 +282,30 @@ def test_runs_that_do_not_compare(recipe_file: Path, tmp_path: Path) -> None:
 def test_colours_differ_and_belong_to_the_optimizer() -> None:
     styles = STYLES.values()
     assert len({style.color for style in styles}) == len({style.marker for style in styles}) == 6
+
+
+def test_a_metric_that_is_better_when_lower(tmp_path: Path) -> None:
+    """Several tasks in one report, each by its own metric."""
+    plan = recipe.load("wordnet")
+    for name, values in (("sgd", [300.0, 310.0]), ("apollo", [280.0, 292.0])):
+        for seed, value in enumerate(values):
+            made_up(tmp_path, plan.run(name, seed), [500.0, value], metric="valid_perplexity")
+    images = recipe.load("fashion-mnist").run("apollo", 1)
+    made_up(tmp_path / "images", images, [50.0, 60.0])
+    first, second = page.write([tmp_path, tmp_path / "images"], tmp_path / "page")
+    assert (first.task, second.task) == ("fashion-mnist", "wordnet")
+    assert words.finding(second) == (
+        "Best mean test perplexity: Apollo, 286.00 ± 8.49. Apollo is 19.00 better than SGD (95 % "
+        "interval of its lead +18.00 to +20.00, p = 0.033, 2 seeds)."
+    )
+    assert cells(second, "Apollo's lead [95 % interval]")["SGD"].startswith("+19.00 [+18.00")
+    # after three quarters the first of two evaluations is the last
+    assert cells(second, "time to 500.00 (s)") == {"SGD": "10.0 ± 0.0", "Apollo": "10.0 ± 0.0"}
+    assert (tmp_path / "page" / "wordnet_validation_perplexity.png").exists()
+    text = (tmp_path / "page" / "results.md").read_text()
+    assert "## fashion-mnist" in text
+    assert "## wordnet" in text
+    with (tmp_path / "page" / "results.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["test_perplexity"] for line in lines] == ["", "300.0", "310.0", "280.0", "292.0"]
+    assert [line["accuracy"] for line in lines] == ["60.0", "", "", "", ""]

@@ -155,10 +155,11 @@ class Section:
         return best
 
     def lead(self, row: Row) -> Difference | None:
-        """Apollo's metric minus that of a row, paired by seed; positive: Apollo's is higher."""
+        """By how much Apollo's metric is better than that of a row, paired by seed."""
         if self.ours is None or row is self.ours:
             return None
-        return difference(self.ours.by_seed(), row.by_seed())
+        pair = self.ours.by_seed(), row.by_seed()
+        return difference(*(pair if self.metric.higher_is_better else pair[::-1]))
 
     @functools.cached_property
     def target(self) -> float | None:

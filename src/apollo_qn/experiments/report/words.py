@@ -33,10 +33,12 @@ def _compared(section: Section, summary: Summary) -> str:
     if ours is None or rival is None or lead is None:
         return text
     gap = f"{abs(lead.mean):.2f}"
-    side = "level with" if float(gap) == 0 else gap + (" above" if lead.mean > 0 else " below")
-    text += f" {ours.label} is {side} {rival.label}"
+    way = (
+        "level with" if float(gap) == 0 else f"{gap} {'better' if lead.mean > 0 else 'worse'} than"
+    )
+    text += f" {ours.label} is {way} {rival.label}"
     if lead.low is not None and lead.high is not None:
-        text += f" (95 % interval of the difference {lead.low:+.2f} to {lead.high:+.2f}"
+        text += f" (95 % interval of its lead {lead.low:+.2f} to {lead.high:+.2f}"
         text += "" if lead.p is None else f", p = {lead.p:.2g}"
         text += f", {lead.pairs} seeds)"
     return text + "."
@@ -96,7 +98,7 @@ def notes(summary: Summary) -> list[str]:
 
 def _on_differences(summary: Summary) -> str:
     text = (
-        "Apollo's lead: its metric minus that of the row, paired by seed, with a 95 % bootstrap "
+        "Apollo's lead: by how much its metric is better, paired by seed, with a 95 % bootstrap "
         "interval (percentiles; of a few seeds it is too narrow) and the p-value of a two-sided "
         "paired t-test, not corrected for the number of rows."
     )
