@@ -178,7 +178,11 @@ def test_time_left() -> None:
         (["compare", "--schedules", "linear"], "no schedule 'linear'"),
         (["compare", "--set", "train.batch_size"], "--set is 'train.batch_size', allowed is key="),
         (["compare", "--set", "optimizer.lrr=1"], "optimizers.sgd.lrr: unknown key, allowed are"),
-        (["compare", "--data", "/nowhere"], "/nowhere/train-images-idx3-ubyte.gz: no such file"),
+        (["compare", "--data", "/nowhere"], "--data is '/nowhere', which task's? name one"),
+        (
+            ["compare", "fashion-mnist", "--data", "/nowhere"],
+            "/nowhere/train-images-idx3-ubyte.gz: no such file",
+        ),
         (["compare", "--out", "/dev/null/x"], "/dev/null/x"),
         (["train", "fashion-mnist", "--optimizer", "x"], "no optimizer 'x'"),
         (["report", "/nowhere"], "/nowhere: no such folder"),

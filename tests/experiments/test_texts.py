@@ -23,7 +23,7 @@ SETTINGS = {
     "wordnet": [
         *("model.embedding=8", "model.hidden=8", "model.cutoffs=[]", "data.train_examples=8200"),
         *("train.batch_size=8", "train.log_every=5", "train.evaluate_every=20"),
-        *("train.checkpoint_every=0.05", "schedule.epochs=2"),
+        *("train.checkpoint_every=0.05", "schedule.updates=102"),
     ],
     "phrases": [
         *("model.width=16", "model.inner=16", "model.heads=2", "model.layers=1"),
