@@ -16,11 +16,11 @@ ALONE = Placement()
 
 
 def prepared(
-    path: Path, spec: RunSpec, placement: Placement = ALONE
+    path: Path, spec: RunSpec, placement: Placement = ALONE, folder: Path | None = None
 ) -> tuple[RunDirectory, tasks.Task]:
-    task = tasks.make(spec)
+    task = tasks.make(spec, folder)
     directory = RunDirectory(path)
-    directory.prepare(spec, task.fingerprint, None, ["test"], placement)
+    directory.prepare(spec, task.fingerprint, folder, ["test"], placement)
     return directory, task
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import math
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from apollo_qn.experiments import recipe, tasks
 from apollo_qn.experiments.data import encoded_corpus, translations
 from apollo_qn.experiments.engine import train
 from apollo_qn.experiments.errors import ExperimentError
+from apollo_qn.experiments.matrix import launcher
+from apollo_qn.experiments.placement import Placement
 from apollo_qn.experiments.recipe import RunSpec
 from apollo_qn.experiments.tasks.translation import SIGNATURE, TranslationTask
 
@@ -38,35 +42,26 @@ def spec_of(task: str, *settings: str, name: str = "apollo") -> RunSpec:
     return recipe.load(task, [*SETTINGS[task], *settings]).run(name, 3)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _short_held_out_texts() -> Any:
-    """The whole embedded validation and test texts take too long for so many runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        load, read = tasks.language.wordnet.load, translations.phrases
-
-        def short(folder: Path | None = None) -> Any:
-            corpus = load(folder)
-            parts = {
-                split: type(corpus.valid)([getattr(corpus, split).read(0, 700)])
-                for split in ("valid", "test")
-            }
-            return corpus._replace(**parts)
-
-        def few(folder: Path | None = None) -> Any:
-            corpus = read(folder)
-            return corpus._replace(valid=corpus.valid.first(40), test=corpus.test.first(20))
-
-        patch.setattr(tasks.language.wordnet, "load", short)
-        patch.setattr(tasks.translation.translations, "phrases", few)
-        yield
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded texts with little to evaluate: whole they take too long for so many runs."""
+    folder = tmp_path_factory.mktemp("texts")
+    embedded = translations.PHRASES.parent
+    for split, count in (("train", 2000), ("valid", 70), ("test", 20)):
+        names = {f"wordnet/{split}.txt.gz": f"wordnet_{split}.txt.gz"}
+        names |= {f"phrases/{split}.{side}.gz": f"{split}.{side}.gz" for side in ("en", "de")}
+        for source, target in names.items():
+            lines = gzip.decompress((embedded / source).read_bytes()).splitlines()
+            (folder / target).write_bytes(gzip.compress(b"\n".join(lines[:count]) + b"\n"))
+    return folder
 
 
 @pytest.mark.parametrize("task", SETTINGS)
-def test_stopped_many_times_is_equal_to_never(task: str, tmp_path: Path) -> None:
+def test_stopped_many_times_is_equal_to_never(task: str, texts: Path, tmp_path: Path) -> None:
     spec = spec_of(task)
-    whole, made = prepared(tmp_path / "whole", spec)
+    whole, made = prepared(tmp_path / "whole", spec, folder=texts)
     assert train(whole, spec, made) == "finished"
-    pieces, made = prepared(tmp_path / "pieces", spec)
+    pieces, made = prepared(tmp_path / "pieces", spec, folder=texts)
     outcomes = []
     while not outcomes or outcomes[-1] == "stopped":
         torch.manual_seed(len(outcomes))
@@ -94,9 +89,9 @@ def test_stopped_many_times_is_equal_to_never(task: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("task", SETTINGS)
-def test_the_loss_is_the_same_in_parts_and_by_several_processes(task: str) -> None:
+def test_the_loss_is_the_same_in_parts_and_by_several_processes(task: str, texts: Path) -> None:
     settings = ("model.dropout=0.0",)
-    made = tasks.make(spec_of(task, *settings))
+    made = tasks.make(spec_of(task, *settings), texts)
     torch.manual_seed(0)
     model = made.model()
 
@@ -120,8 +115,8 @@ def test_the_loss_is_the_same_in_parts_and_by_several_processes(task: str) -> No
 
 
 @pytest.mark.parametrize("task", SETTINGS)
-def test_tallies_of_several_processes_add_up(task: str) -> None:
-    made = tasks.make(spec_of(task))
+def test_tallies_of_several_processes_add_up(task: str, texts: Path) -> None:
+    made = tasks.make(spec_of(task), texts)
     torch.manual_seed(0)
     model = made.model().eval()
     with torch.no_grad():
@@ -138,8 +133,8 @@ def test_tallies_of_several_processes_add_up(task: str) -> None:
     assert made.metrics(made.tally(model), final=False).keys() == {made.curve.name}
 
 
-def test_perplexity_counts_every_word_and_end() -> None:
-    made = tasks.make(spec_of("wordnet"))
+def test_perplexity_counts_every_word_and_end(texts: Path) -> None:
+    made = tasks.make(spec_of("wordnet"), texts)
     torch.manual_seed(0)
     model: Any = made.model().eval()
     corpus = made._corpus  # type: ignore[attr-defined]
@@ -155,8 +150,8 @@ def test_perplexity_counts_every_word_and_end() -> None:
     assert made.metrics(tally, final=True)["valid_perplexity"] == math.inf
 
 
-def test_the_state_is_carried_over() -> None:
-    made = tasks.make(spec_of("wordnet", "model.dropout=0.0"))
+def test_the_state_is_carried_over(texts: Path) -> None:
+    made = tasks.make(spec_of("wordnet", "model.dropout=0.0"), texts)
     torch.manual_seed(0)
     model = made.model()
     steps = list(zip(range(3), made.batches(1, 0, 0), strict=False))
@@ -184,8 +179,8 @@ class Oracle(TranslationTask):
         return [self.wrong[row] if self.wrong else self._references[row] for row in rows]
 
 
-def test_bleu_is_sacrebleus_in_any_division() -> None:
-    made = tasks.make(spec_of("phrases"))
+def test_bleu_is_sacrebleus_in_any_division(texts: Path) -> None:
+    made = tasks.make(spec_of("phrases"), texts)
     made.__class__ = Oracle
     assert isinstance(made, Oracle)
     torch.manual_seed(0)
@@ -207,7 +202,27 @@ def test_bleu_is_sacrebleus_in_any_division() -> None:
     assert str(metric.get_signature()) == SIGNATURE
 
 
-def test_settings_that_do_not_fit() -> None:
+def test_what_a_reader_must_know(tmp_path: Path) -> None:
+    for task, expected in (
+        ("wordnet", "A vocabulary of 22107 words; perplexity is that of every word and every"),
+        ("phrases", f"BLEU of sacrebleu, {SIGNATURE}; 2 beams, length penalty 0.6."),
+    ):
+        assert any(text.startswith(expected) for text in tasks.make(spec_of(task)).remarks)
+    for split in ("train", "val", "test_2016_flickr"):
+        for side, dog in (("en", "a dog"), ("de", "ein Hund")):
+            lines = [f"{dog} {i}" for i in range(30)]
+            if split == "train":
+                lines += ["", f"{dog} " * (20 if side == "de" else 1), f"{dog} " * 100]
+            (tmp_path / f"{split}.{side}").write_text("\n".join(lines) + "\n")
+    settings = ["model.longest=64", "data.subwords=300", "train.batch_size=512"]
+    made = tasks.make(recipe.load("multi30k", settings).run("sgd", 1), tmp_path)
+    assert made.remarks[0] == (
+        f"30 training pairs, {len(made._subwords)} subwords; left out: 1 with an empty side, 1 too "  # type: ignore[attr-defined]
+        "long or too different in length, 1 of more subwords than the model takes."
+    )
+
+
+def test_settings_that_do_not_fit(texts: Path) -> None:
     for task, setting, expected in (
         ("wordnet", "data.train_examples=100", "100 training words are fewer than one batch of 8"),
         ("wordnet", "model.cutoffs=[30000]", "allowed are numbers below the vocabulary's size"),
@@ -215,13 +230,13 @@ def test_settings_that_do_not_fit() -> None:
         ("phrases", "train.batch_size=1", "every training pair has more than 1 subwords"),
     ):
         with pytest.raises(ExperimentError, match=expected):
-            tasks.make(spec_of(task, setting))
+            tasks.make(spec_of(task, setting), texts)
     images = recipe.load("fashion-mnist").run("sgd", 1)
     for task in SETTINGS:
         wrong = spec_of(task).model_copy(update={"data": images.data})
         with pytest.raises(ExperimentError, match=r"data.kind is 'small-images'"):
-            tasks.make(wrong)
-    few = tasks.make(spec_of("phrases", "train.batch_size=60"))
+            tasks.make(wrong, texts)
+    few = tasks.make(spec_of("phrases", "train.batch_size=60"), texts)
     with pytest.raises(
         ExperimentError, match=r"train.batch_size is 60: a batch has . pairs for 99"
     ):
@@ -240,6 +255,7 @@ def test_a_prepared_corpus_is_the_raw_one(tmp_path: Path) -> None:
             assert (one.tokens == other.tokens).all()
             assert (one.starts == other.starts).all()
     assert ready.references == raw.references
+    assert (ready.empty, ready.unlike) == (raw.empty, raw.unlike) == (0, 0)
     assert ready.subwords.digest == raw.subwords.digest
     with pytest.raises(ExperimentError, match=r"data.subwords is 500, .* has 400"):
         encoded_corpus.load(tmp_path, 500)
@@ -250,3 +266,22 @@ def test_a_prepared_corpus_is_the_raw_one(tmp_path: Path) -> None:
     (tmp_path / "subwords.json").write_text("{}")
     with pytest.raises(ExperimentError, match=r"damaged .*; prepare it anew"):
         encoded_corpus.load(tmp_path, 400)
+
+
+@pytest.mark.parametrize("task", SETTINGS)
+def test_two_processes_train_as_one(task: str, texts: Path, tmp_path: Path) -> None:
+    short = "schedule.updates=12"
+    spec = spec_of(task, "model.dropout=0.0", short, "train.average_last=1", name="sgd")
+    found = []
+    for devices in (1, 2):
+        directory, _ = prepared(tmp_path / str(devices), spec, Placement(devices=devices), texts)
+        command = [*launcher(directory.placement()), str(directory.path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+        assert done.returncode == 0, done.stderr
+        state = torch.load(directory.checkpoint, weights_only=True)
+        found.append((directory.verdict(), state["model"]))
+    one, two = found
+    for name, value in one[1].items():
+        torch.testing.assert_close(two[1][name], value, rtol=1e-4, atol=1e-5)
+    for key in ("train_loss", "valid_perplexity"):
+        assert two[0][key] == pytest.approx(one[0][key], rel=1e-4)

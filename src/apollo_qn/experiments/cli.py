@@ -343,7 +343,7 @@ def _train(
     for spec in specs:
         task = made[spec.task]
         directory = RunDirectory(_run_folder(folder, spec, len(made) > 1))
-        directory.prepare(spec, task.fingerprint, data, sys.argv, placement)
+        directory.prepare(spec, task.fingerprint, data, sys.argv, placement, task.remarks)
         steps = spec.train.schedule.steps(task.steps_per_epoch)
         runs.append(
             matrix.RunState(directory, spec, steps, task.curve, task.unit, task.units_per_step)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class RunDirectory:
         data: Path | None,
         command: list[str],
         placement: Placement = Placement(),  # noqa: B008  (frozen)
+        remarks: Sequence[str] = (),
     ) -> None:
         """Create the run, or make sure that what is there is this very run.
 
@@ -67,6 +68,7 @@ class RunDirectory:
             data: folder of local data, or None.
             command: the command line, kept for the record.
             placement: where it is trained; a run that is there keeps its own.
+            remarks: of the task, for the report.
 
         Raises:
             ExperimentError: the directory holds a run with another recipe or other data.
@@ -89,6 +91,7 @@ class RunDirectory:
             "data": {
                 "fingerprint": fingerprint,
                 "folder": None if data is None else str(data.resolve()),
+                "remarks": list(remarks),
             },
             "versions": {
                 "apollo_qn": getattr(apollo_qn, "__version__", "unknown"),

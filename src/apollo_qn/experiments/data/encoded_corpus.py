@@ -33,13 +33,17 @@ class EncodedCorpus(NamedTuple):
     test: EncodedPairs
     references: list[str]  # of the test set
     fingerprint: str
+    empty: int  # training pairs that were left out: of which a side is empty
+    unlike: int  # and of which the sides differ too much in length
 
 
 def encode(corpus: Translations, size: int) -> EncodedCorpus:
     """Learn ``size`` subwords from the training text and encode everything."""
     subwords = Subwords.learn([corpus.train.source, corpus.train.target], size)
     train, valid, test = (_encoded(pairs, subwords) for pairs in corpus)
-    return EncodedCorpus(subwords, train, valid, test, corpus.test.target, corpus.fingerprint)
+    left_out = corpus.train.empty, corpus.train.unlike
+    references, fingerprint = corpus.test.target, corpus.fingerprint
+    return EncodedCorpus(subwords, train, valid, test, references, fingerprint, *left_out)
 
 
 def prepare(corpus: Translations, size: int, out: Path, tell: Tell) -> None:
@@ -121,7 +125,8 @@ def load(folder: Path, size: int) -> EncodedCorpus:
         EncodedPairs(side(split, "source"), side(split, "target")) for split in _SPLITS
     )
     digest = hashlib.sha256((about["fingerprint"] + about["subwords"]).encode()).hexdigest()
-    return EncodedCorpus(subwords, train, valid, test, references, digest)
+    left_out = about["left_out"]["empty"], about["left_out"]["unlike"]
+    return EncodedCorpus(subwords, train, valid, test, references, digest, *left_out)
 
 
 def _encoded(pairs: Pairs, subwords: Subwords) -> EncodedPairs:

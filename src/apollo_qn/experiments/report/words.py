@@ -71,6 +71,8 @@ def notes(summary: Summary) -> list[str]:
         "the median of optimizer.step() alone, and its share of forward pass, backward pass and "
         "step together.",
     ]
+    remarks = [text for run in summary.runs for text in run.manifest["data"].get("remarks", [])]
+    found += dict.fromkeys(remarks)
     if summary.sweep is None:
         found.append(_on_differences(summary))
     elif summary.sweep == "lr-robustness":

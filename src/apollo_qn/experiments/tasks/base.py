@@ -48,6 +48,7 @@ class Task(Protocol):
     unit: str  # what throughput counts: "images", "words"
     units_per_step: float  # over all processes
     fingerprint: str  # of the data
+    remarks: list[str]  # what a reader must know of data and metric
     steps_per_epoch: int
 
     def model(self) -> nn.Module:

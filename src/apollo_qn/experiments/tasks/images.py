@@ -50,6 +50,7 @@ class ImageTask:
                 f"{batch_size}; check data.validation, data.train_examples and train.batch_size"
             )
         self.fingerprint = source.fingerprint
+        self.remarks: list[str] = []
         self.batch_size = batch_size
         self.units_per_step = float(batch_size)
         self.steps_per_epoch = source.train_size // batch_size

@@ -63,6 +63,10 @@ class LanguageTask:
                 f"{data.steps} words; check data.train_examples, data.steps and train.batch_size"
             )
         self.fingerprint = corpus.fingerprint
+        self.remarks = [
+            f"A vocabulary of {words} words; perplexity is that of every word and every sentence's "
+            f"end, on {len(corpus.test)} of the test text."
+        ]
         self.units_per_step = float(batch_size * data.steps)
         self._corpus, self._train = corpus, train
         self._model, self._time, self._batch_size = model, data.steps, batch_size

@@ -72,7 +72,6 @@ class TranslationTask:
                     f"model.longest is {model.longest}, a {name} sentence has {longest} subwords"
                 )
         self._rows = self._train.up_to(min(model.longest, tokens))
-        self.too_long = len(self._train) - len(self._rows)
         if not len(self._rows):
             raise ExperimentError(
                 f"every training pair has more than {min(model.longest, tokens)} subwords; check "
@@ -84,6 +83,14 @@ class TranslationTask:
         used = self._train.target.lengths[self._rows].sum()
         self.units_per_step = float(used / self.steps_per_epoch)
         self.fingerprint = corpus.fingerprint
+        too_long = len(self._train) - len(self._rows)
+        self.remarks = [
+            f"{len(self._rows)} training pairs, {len(corpus.subwords)} subwords; left out: "
+            f"{corpus.empty} with an empty side, {corpus.unlike} too long or too different in "
+            f"length, {too_long} of more subwords than the model takes.",
+            f"BLEU of sacrebleu, {SIGNATURE}; {data.beams} beams, length penalty "
+            f"{data.length_penalty:g}.",
+        ]
 
     def model(self) -> nn.Module:
         """A new network, initialised as fairseq does."""
