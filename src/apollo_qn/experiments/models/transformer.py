@@ -43,7 +43,8 @@ class Attention(nn.Module):
             nn.init.zeros_(projection.bias)
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+        n, time, width = x.shape
+        return x.view(n, time, self.heads, width // self.heads).transpose(1, 2)
 
     def project(self, x: Tensor) -> Pair:
         """Keys and values of x (n, time, width), each (n, heads, time, width / heads)."""
