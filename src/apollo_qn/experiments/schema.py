@@ -60,9 +60,14 @@ class LSTMModel(Section):
     div_value: Annotated[float, Field(ge=1)] = 4.0
 
     @model_validator(mode="after")
-    def _cutoffs_rise(self) -> LSTMModel:
+    def _clusters_fit(self) -> LSTMModel:
         if any(left >= right for left, right in itertools.pairwise(self.cutoffs)):
             raise ValueError(f"cutoffs are {self.cutoffs}, allowed are numbers that rise")
+        if self.cutoffs and self.hidden < self.div_value ** len(self.cutoffs):
+            raise ValueError(
+                f"hidden is {self.hidden}, allowed is {self.div_value ** len(self.cutoffs):g} or "
+                f"more with {len(self.cutoffs)} cut-offs and div_value {self.div_value:g}"
+            )
         return self
 
     def __str__(self) -> str:
@@ -146,8 +151,8 @@ class Sentences(Section):
     beams: Count = 5
     length_penalty: NotNegative = 0.6
     # of the translation of a sentence of n subwords: factor * n + constant
-    length_factor: NotNegative = 1.2
-    length_constant: Count = 10
+    length_factor: NotNegative = 1.0  # Vaswani et al. (2017), section 6.1
+    length_constant: Count = 50
 
 
 def kind(data: Any) -> Any:

@@ -1,25 +1,60 @@
-"""The paper's language model: a stack of LSTMs under an adaptive softmax (section 4.2)."""
+"""Language model of Jozefowicz et al. (2016): LSTM layers under an adaptive softmax."""
 
 from __future__ import annotations
 
+import itertools
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-State = tuple[Tensor, Tensor]  # hidden and cell, each shape=(layers, batch, hidden)
+State = tuple[Tensor, Tensor]
+
+
+class FullSoftmax(nn.Module):
+    """Logits of the whole vocabulary; the negative log likelihood of every target."""
+
+    def __init__(self, width: int, vocabulary: int) -> None:
+        super().__init__()
+        self.logits = nn.Linear(width, vocabulary)
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Features (n, width) and targets (n,) to nats (n,), float32."""
+        return functional.cross_entropy(self.logits(x).float(), targets, reduction="none")
+
+
+class AdaptiveSoftmax(nn.Module):
+    """The softmax of Grave et al. (2017): rare words in clusters of ever narrower features."""
+
+    def __init__(self, width: int, vocabulary: int, cutoffs: list[int], div_value: float) -> None:
+        super().__init__()
+        self.clusters = nn.AdaptiveLogSoftmaxWithLoss(width, vocabulary, cutoffs, div_value)
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Features (n, width) and targets (n,) to nats (n,), float32."""
+        # mixed precision keeps log_softmax in float32 on a GPU, so that torch's module works; on a
+        # CPU it does not, and the module fails for likelihoods of unlike types
+        device = x.device.type
+        mixed = device != "cpu" and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=mixed):
+            likelihood: Tensor = self.clusters(x.float(), targets).output
+        return -likelihood
 
 
 class LanguageModel(nn.Module):
-    """Predicts each next token of streams of text.
+    """Embedding, LSTM layers and a softmax, drawn from torch's global generator.
 
     Args:
-        vocabulary: how many tokens there are, the most frequent first.
-        embedding: width of a token's vector.
-        hidden: width of each LSTM.
-        layers: how many LSTMs.
-        dropout: probability, on what goes into and comes out of every LSTM.
-        cutoffs: where the adaptive softmax (Grave et al., 2017) divides the vocabulary; none: all
-            tokens are on equal terms.
-        div_value: each division's vectors are narrower than the last one's by this factor.
+        vocabulary: words, the most frequent first.
+        embedding: width of a word's vector.
+        hidden: width of an LSTM layer.
+        layers: LSTM layers.
+        dropout: of the embeddings, between the layers and after them.
+        cutoffs: first word of every cluster of the adaptive softmax; none for a full softmax.
+        div_value: by which each cluster's features are narrower than those of the one before.
+
+    Raises:
+        ValueError: cut-offs that do not rise from 1 to vocabulary - 1.
     """
 
     def __init__(
@@ -32,44 +67,58 @@ class LanguageModel(nn.Module):
         cutoffs: list[int],
         div_value: float,
     ) -> None:
+        edges = [0, *cutoffs, vocabulary]
+        if any(left >= right for left, right in itertools.pairwise(edges)):
+            raise ValueError(
+                f"cutoffs are {cutoffs}, allowed are words that rise from 1 to {vocabulary - 1}"
+            )
+        if cutoffs and hidden < div_value ** len(cutoffs):
+            raise ValueError(
+                f"hidden is {hidden}, allowed is {div_value ** len(cutoffs):g} or more "
+                f"with {len(cutoffs)} cut-offs and div_value {div_value:g}"
+            )
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, embedding)
-        inner = dropout if layers > 1 else 0.0  # torch warns of dropout between layers of one
-        self.lstm = nn.LSTM(embedding, hidden, layers, dropout=inner, batch_first=True)
+        # torch warns of dropout between the layers where there is one layer
+        between = dropout if layers > 1 else 0.0
+        self.lstm = nn.LSTM(embedding, hidden, layers, dropout=between, batch_first=True)
         self.dropout = nn.Dropout(dropout)
-        self.softmax: nn.AdaptiveLogSoftmaxWithLoss | nn.Linear
+        self.softmax: nn.Module
         if cutoffs:
-            self.softmax = nn.AdaptiveLogSoftmaxWithLoss(
-                hidden, vocabulary, cutoffs, div_value=div_value
-            )
+            self.softmax = AdaptiveSoftmax(hidden, vocabulary, cutoffs, div_value)
         else:
-            self.softmax = nn.Linear(hidden, vocabulary)
+            self.softmax = FullSoftmax(hidden, vocabulary)
+        self._initialise()
 
-    def begin(self, batch: int) -> State:
-        """The state before the first token: zeros."""
-        like = self.embedding.weight
+    def _initialise(self) -> None:
+        """As the authors' release; the softmax keeps torch's weights."""
+        nn.init.kaiming_uniform_(self.embedding.weight)
+        for parameter in self.lstm.parameters():
+            if parameter.dim() == 2:
+                nn.init.xavier_uniform_(parameter)
+            else:
+                # gates: input, forget, cell, output; each has two biases, which add up
+                nn.init.zeros_(parameter)
+                nn.init.ones_(parameter.chunk(4)[1])
+
+    def begin(self, batch: int, device: torch.device | str | None = None) -> State:
+        """The state before the first token, zeros: hidden and cell, (layers, batch, hidden)."""
         shape = (self.lstm.num_layers, batch, self.lstm.hidden_size)
-        return like.new_zeros(shape), like.new_zeros(shape)
+        return torch.zeros(shape, device=device), torch.zeros(shape, device=device)
 
     def forward(self, tokens: Tensor, targets: Tensor, state: State) -> tuple[Tensor, State]:
-        """How unlikely each target is.
+        """Read a piece of text and predict what comes after each of its tokens.
 
         Args:
-            tokens: shape=(batch, time), dtype=int64.
-            targets: the tokens after them, likewise.
-            state: before the first of ``tokens``.
+            tokens: (batch, time), int64.
+            targets: (batch, time), int64, the token after each.
+            state: after the token before the first.
 
         Returns:
-            Negative log likelihoods in nats, shape=(batch, time), dtype=float32, and the state
-            after the last token, apart from the graph.
+            The negative log likelihood of every target in nats, (batch, time), float32, and the
+            state after the last token, cut off from the gradient.
         """
-        inputs = self.dropout(self.embedding(tokens))
-        outputs, after = self.lstm(inputs, state)
-        flat = self.dropout(outputs).flatten(0, 1)
-        if isinstance(self.softmax, nn.Linear):
-            losses = functional.cross_entropy(
-                self.softmax(flat).float(), targets.flatten(), reduction="none"
-            )
-        else:
-            losses = -self.softmax(flat.float(), targets.flatten()).output
-        return losses.view(targets.shape), (after[0].detach(), after[1].detach())
+        x, (hidden, cell) = self.lstm(self.dropout(self.embedding(tokens)), state)
+        nats: Tensor = self.softmax(self.dropout(x).flatten(0, 1), targets.flatten())
+        # float32 in mixed precision too, so that every piece begins with the same type
+        return nats.view_as(targets), (hidden.detach().float(), cell.detach().float())

@@ -1,208 +1,304 @@
-"""The Transformer of Vaswani et al. (2017) for translation, normalised after each part as there.
-
-Sizes, sharing of embeddings and initialisation are those of fairseq's ``transformer_wmt_en_de``,
-which the paper trains (section 4.3).
-"""
+"""Transformer of Vaswani et al. (2017), as fairseq's ``transformer_wmt_en_de``: norms come last."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-KeysValues = tuple[Tensor, Tensor]  # each shape=(batch, heads, time, width / heads)
+Pair = tuple[Tensor, Tensor]
 
 
-class Memory(NamedTuple):
-    """What the decoder reads of the source, layer by layer."""
+def sinusoids(longest: int, width: int) -> Tensor:
+    """Position encodings (longest, width): the sines of all frequencies, then their cosines."""
+    frequencies = torch.exp(torch.arange(0, width, 2) * (-math.log(10_000) / width))
+    angles = torch.arange(longest)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], 1)
 
-    layers: list[KeysValues]
-    seen: Tensor  # shape=(batch, 1, 1, time), dtype=bool: False at padding
 
-    def pick(self, rows: Tensor) -> Memory:
-        """These rows of the batch."""
-        return Memory([(k[rows], v[rows]) for k, v in self.layers], self.seen[rows])
+class Attention(nn.Module):
+    """Several heads of scaled dot products.
+
+    The three projections are tensors of their own, as in fairseq: Apollo's reductions run over
+    whole tensors, so that one packed matrix would be another optimizer.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.output = nn.Linear(width, width)
+        for projection in (self.query, self.key, self.value):
+            # the bound of one matrix packed of the three
+            nn.init.xavier_uniform_(projection.weight, gain=1 / math.sqrt(2))
+        nn.init.xavier_uniform_(self.output.weight)
+        for projection in (self.query, self.key, self.value, self.output):
+            nn.init.zeros_(projection.bias)
+
+    def _split(self, x: Tensor) -> Tensor:
+        n, time, width = x.shape
+        return x.view(n, time, self.heads, width // self.heads).transpose(1, 2)
+
+    def project(self, x: Tensor) -> Pair:
+        """Keys and values of x (n, time, width), each (n, heads, time, width / heads)."""
+        return self._split(self.key(x)), self._split(self.value(x))
+
+    def forward(
+        self, x: Tensor, keys_values: Pair, mask: Tensor | None = None, causal: bool = False
+    ) -> Tensor:
+        """Let every x (n, time, width) look at the keys that the mask allows; like x."""
+        keys, values = keys_values
+        seen = functional.scaled_dot_product_attention(
+            self._split(self.query(x)), keys, values, mask, is_causal=causal
+        )
+        y: Tensor = self.output(seen.transpose(1, 2).flatten(2))
+        return y
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around a ReLU, position by position."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, inner)
+        self.output = nn.Linear(inner, width)
+        for layer in (self.inner, self.output):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (n, time, width) to the same shape."""
+        y: Tensor = self.output(torch.relu(self.inner(x)))
+        return y
+
+
+class Residual(nn.Module):
+    """What ends every sublayer: norm(x + dropout(y))."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """X and y (n, time, width) to the same shape."""
+        z: Tensor = self.norm(x + self.dropout(y))
+        return z
+
+
+class EncoderLayer(nn.Module):
+    """Attention to the sentence itself, and feed-forward."""
+
+    def __init__(self, width: int, inner: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attention = Attention(width, heads)
+        self.residual1 = Residual(width, dropout)
+        self.feed_forward = FeedForward(width, inner)
+        self.residual2 = Residual(width, dropout)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """X (n, S, width), mask (n, 1, 1, S) true at words, to (n, S, width)."""
+        x = self.residual1(x, self.attention(x, self.attention.project(x), mask))
+        x = self.residual2(x, self.feed_forward(x))
+        return x
+
+
+class DecoderLayer(nn.Module):
+    """Attention to the words before, attention to the source, and feed-forward."""
+
+    def __init__(self, width: int, inner: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attention = Attention(width, heads)
+        self.residual1 = Residual(width, dropout)
+        self.across = Attention(width, heads)
+        self.residual2 = Residual(width, dropout)
+        self.feed_forward = FeedForward(width, inner)
+        self.residual3 = Residual(width, dropout)
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
+        """X (n, T, width), memory (n, S, width), mask (n, 1, 1, S) to (n, T, width)."""
+        y = self.attention(x, self.attention.project(x), causal=True)
+        return self._rest(self.residual1(x, y), self.across.project(memory), mask)
+
+    def step(self, x: Tensor, past: Pair | None, memory: Pair, mask: Tensor) -> tuple[Tensor, Pair]:
+        """One more word of every beam.
+
+        Args:
+            x: (n, beams, width).
+            past: keys and values of the words before, (n * beams, heads, time, width / heads);
+                None at the first.
+            memory: keys and values of the source, (n, heads, S, width / heads).
+            mask: (n, 1, 1, S).
+
+        Returns:
+            (n, beams, width), and the past with this word.
+        """
+        word = x.flatten(0, 1).unsqueeze(1)
+        keys, values = self.attention.project(word)
+        if past is not None:
+            keys, values = torch.cat([past[0], keys], 2), torch.cat([past[1], values], 2)
+        y = self.attention(word, (keys, values)).view_as(x)
+        return self._rest(self.residual1(x, y), memory, mask), (keys, values)
+
+    def _rest(self, x: Tensor, memory: Pair, mask: Tensor) -> Tensor:
+        # the beams of a step stand where forward has time: they share the source's keys
+        x = self.residual2(x, self.across(x, memory, mask))
+        x = self.residual3(x, self.feed_forward(x))
+        return x
+
+
+@dataclass
+class Cache:
+    """What decoding word by word has computed: of every layer the keys and values."""
+
+    mask: Tensor  # (n, 1, 1, S), bool, true at the words of the source
+    memory: list[Pair]  # of the source, (n, heads, S, width / heads)
+    past: list[Pair | None]  # of the words so far, (n * beams, heads, time, width / heads)
+    time: int = 0  # words so far
+
+    def reorder(self, beams: Tensor) -> None:
+        """Continue from these beams, (n, beams) int64, each a number within its sentence."""
+        first = torch.arange(beams.shape[0], device=beams.device)[:, None] * beams.shape[1]
+        self._select_past((first + beams).flatten())
+
+    def keep(self, sentences: Tensor, beams: int) -> None:
+        """Continue with these sentences, (fewer,) int64, of so many beams each."""
+        self.mask = self.mask[sentences]
+        self.memory = [(keys[sentences], values[sentences]) for keys, values in self.memory]
+        within = torch.arange(beams, device=sentences.device)
+        self._select_past((sentences[:, None] * beams + within).flatten())
+
+    def _select_past(self, rows: Tensor) -> None:
+        self.past = [pair and (pair[0][rows], pair[1][rows]) for pair in self.past]
 
 
 class Transformer(nn.Module):
-    """Encoder and decoder; source, target and output share one table of embeddings.
+    """Encoder and decoder that share one matrix of embeddings, also the output's.
+
+    Padding stands at the right. Weights are drawn from torch's global generator.
 
     Args:
-        vocabulary: tokens of both languages.
-        width: of a token's vector.
-        inner: of the feed-forward parts.
-        heads: of attention; they divide ``width``.
-        layers: of the encoder, and of the decoder.
-        dropout: probability, on embeddings and on what every part adds.
-        padding: the token that fills sentences up.
-        longest: tokens of a sentence at the most.
+        vocabulary: words of both languages together.
+        width: of a word's vector; even, and a multiple of the heads.
+        inner: width within the feed-forward layers.
+        heads: of every attention.
+        layers: of the encoder, and as many of the decoder.
+        dropout: of embeddings with positions, and of what every sublayer adds.
+        padding: the word that fills up shorter sentences.
+        longest: words that a sentence may have.
+
+    Raises:
+        ValueError: a width that the heads do not divide, or padding outside the vocabulary.
     """
+
+    positions: Tensor
 
     def __init__(
         self,
         vocabulary: int,
-        width: int,
-        inner: int,
-        heads: int,
-        layers: int,
-        dropout: float,
+        width: int = 512,
+        inner: int = 2048,
+        heads: int = 8,
+        layers: int = 6,
+        dropout: float = 0.1,
+        *,
         padding: int,
-        longest: int,
+        longest: int = 1024,
     ) -> None:
+        if width % 2 or width % heads:
+            raise ValueError(f"width is {width}, allowed are even multiples of the {heads} heads")
+        if not 0 <= padding < vocabulary:
+            raise ValueError(f"padding is {padding}, allowed are words from 0 to {vocabulary - 1}")
         super().__init__()
-        self.padding, self.longest = padding, longest
-        self.scale = math.sqrt(width)
-        self.embedding = nn.Embedding(vocabulary, width, padding_idx=padding)
+        self.padding = padding
+        self.longest = longest
+        self.embedding = nn.Embedding(vocabulary, width, padding)
+        with torch.no_grad():
+            nn.init.normal_(self.embedding.weight, std=width**-0.5)
+            self.embedding.weight[padding].zero_()
+        self.register_buffer("positions", sinusoids(longest, width), persistent=False)
+        self.dropout = nn.Dropout(dropout)
         self.encoder = nn.ModuleList(
-            _EncoderLayer(width, inner, heads, dropout) for _ in range(layers)
+            EncoderLayer(width, inner, heads, dropout) for _ in range(layers)
         )
         self.decoder = nn.ModuleList(
-            _DecoderLayer(width, inner, heads, dropout) for _ in range(layers)
+            DecoderLayer(width, inner, heads, dropout) for _ in range(layers)
         )
-        self.dropout = nn.Dropout(dropout)
-        self.positions: Tensor
-        self.register_buffer("positions", _sinusoids(longest, width), persistent=False)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.normal_(self.embedding.weight, std=width**-0.5)
-        with torch.no_grad():
-            self.embedding.weight[padding].zero_()
 
-    def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        """Logits of the token after each of ``target``, shape=(batch, time, vocabulary).
+    def forward(self, source: Tensor, target_in: Tensor) -> Tensor:
+        """Logits of the word after each of the target's.
 
         Args:
-            source: sentences filled up with padding, shape=(batch, time), dtype=int64.
-            target: the translations so far, likewise.
-
-        Raises:
-            ValueError: a sentence is longer than ``longest``.
-        """
-        memory = self.encode(source)
-        hidden = self._embed(target, 0)
-        causal = torch.ones(2 * (target.shape[1],), dtype=torch.bool, device=target.device).tril()
-        for layer, read in zip(self.decoder, memory.layers, strict=True):
-            hidden, _ = layer(hidden, read, memory.seen, causal, None)
-        return functional.linear(hidden, self.embedding.weight)
-
-    def encode(self, source: Tensor) -> Memory:
-        """Read the source; shape and errors as of ``forward``."""
-        seen = (source != self.padding)[:, None, None, :]
-        hidden = self._embed(source, 0)
-        for layer in self.encoder:
-            hidden = layer(hidden, seen)
-        return Memory([layer.reading.keys_values(hidden) for layer in self.decoder], seen)  # type: ignore[union-attr, operator]
-
-    def decode(
-        self, token: Tensor, memory: Memory, past: list[KeysValues] | None
-    ) -> tuple[Tensor, list[KeysValues]]:
-        """One more token of each translation.
-
-        Args:
-            token: the newest, shape=(batch,).
-            memory: of the source, with as many rows.
-            past: what the last call returned; None: there was none.
+            source: (n, S), int64.
+            target_in: (n, T), int64, the target from its begin word to its last but one.
 
         Returns:
-            Logits of the next token, shape=(batch, vocabulary), and what the next call needs.
+            (n, T, vocabulary); what stands at padding means nothing.
+
+        Raises:
+            ValueError: a sentence longer than the model's longest.
         """
-        place = 0 if past is None else past[0][0].shape[2]
-        hidden = self._embed(token[:, None], place)
-        now = []
-        for i, (layer, read) in enumerate(zip(self.decoder, memory.layers, strict=True)):
-            hidden, kept = layer(hidden, read, memory.seen, None, None if past is None else past[i])
-            now.append(kept)
-        return functional.linear(hidden[:, 0], self.embedding.weight), now
+        memory, mask = self.encode(source), self.mask(source)
+        x = self._embed(target_in, "target")
+        for layer in self.decoder:
+            x = layer(x, memory, mask)
+        return self._logits(x)
 
-    def _embed(self, tokens: Tensor, place: int) -> Tensor:
-        time = place + tokens.shape[1]
-        if time > self.longest:
-            raise ValueError(f"a sentence has {time} tokens, allowed are {self.longest}")
-        vectors = self.scale * self.embedding(tokens) + self.positions[place:time]
-        return self.dropout(vectors)  # type: ignore[no-any-return]
+    def encode(self, source: Tensor) -> Tensor:
+        """Source (n, S), int64, to its memory (n, S, width); ValueError if it is too long."""
+        mask = self.mask(source)
+        x = self._embed(source, "source")
+        for layer in self.encoder:
+            x = layer(x, mask)
+        return x
 
+    def mask(self, source: Tensor) -> Tensor:
+        """Where the source (n, S) has words, (n, 1, 1, S), bool."""
+        return (source != self.padding)[:, None, None]
 
-class _Attention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+    def start(self, source: Tensor) -> Cache:
+        """Encode the source (n, S), int64, for :meth:`step`; ValueError if it is too long."""
+        memory = self.encode(source)
+        projected = [layer.across.project(memory) for layer in self._decoder_layers()]
+        return Cache(self.mask(source), projected, [None] * len(projected))
 
-    def keys_values(self, x: Tensor) -> KeysValues:
-        return self._split(self.key(x)), self._split(self.value(x))
+    def step(self, words: Tensor, cache: Cache) -> Tensor:
+        """Logits of the next word of every beam.
 
-    def forward(self, x: Tensor, read: KeysValues, mask: Tensor | None) -> Tensor:
-        found = functional.scaled_dot_product_attention(
-            self._split(self.query(x)), *read, attn_mask=mask
-        )
-        joined: Tensor = self.out(found.transpose(1, 2).flatten(2))
-        return joined
+        Args:
+            words: (n, beams), int64, the last word of every beam.
+            cache: of all words before; takes up this one.
 
-    def _split(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+        Returns:
+            (n, beams, vocabulary).
 
+        Raises:
+            ValueError: more words than the model's longest.
+        """
+        x = self._embed(words[..., None], "target", cache.time).squeeze(-2)
+        for i, layer in enumerate(self._decoder_layers()):
+            x, cache.past[i] = layer.step(x, cache.past[i], cache.memory[i], cache.mask)
+        cache.time += 1
+        return self._logits(x)
 
-class _Part(nn.Module):
-    """Adds what a part makes of its input to it, then normalises."""
+    def _decoder_layers(self) -> Iterable[DecoderLayer]:
+        return cast("Iterable[DecoderLayer]", self.decoder)
 
-    def __init__(self, width: int, dropout: float) -> None:
-        super().__init__()
-        self.dropout, self.norm = nn.Dropout(dropout), nn.LayerNorm(width)
+    def _embed(self, words: Tensor, name: str, first: int = 0) -> Tensor:
+        """Words (..., time) at the positions from the first on, to (..., time, width)."""
+        last = first + words.shape[-1]
+        if last > self.longest:
+            raise ValueError(f"{name} has {last} words, allowed are {self.longest} at most")
+        x = self.embedding(words) * math.sqrt(self.embedding.embedding_dim)
+        y: Tensor = self.dropout(x + self.positions[first:last])
+        return y
 
-    def forward(self, x: Tensor, added: Tensor) -> Tensor:
-        result: Tensor = self.norm(x + self.dropout(added))
-        return result
-
-
-def _feed_forward(width: int, inner: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, width))
-
-
-class _EncoderLayer(nn.Module):
-    def __init__(self, width: int, inner: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.attention = _Attention(width, heads)
-        self.feed_forward = _feed_forward(width, inner)
-        self.after_attention, self.after_feed_forward = (_Part(width, dropout) for _ in range(2))
-
-    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
-        x = self.after_attention(x, self.attention(x, self.attention.keys_values(x), seen))
-        result: Tensor = self.after_feed_forward(x, self.feed_forward(x))
-        return result
-
-
-class _DecoderLayer(nn.Module):
-    def __init__(self, width: int, inner: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.attention, self.reading = (_Attention(width, heads) for _ in range(2))
-        self.feed_forward = _feed_forward(width, inner)
-        self.after_attention, self.after_reading, self.after_feed_forward = (
-            _Part(width, dropout) for _ in range(3)
-        )
-
-    def forward(
-        self,
-        x: Tensor,
-        read: KeysValues,
-        seen: Tensor,
-        mask: Tensor | None,
-        past: KeysValues | None,
-    ) -> tuple[Tensor, KeysValues]:
-        own = self.attention.keys_values(x)
-        if past is not None:
-            own = torch.cat([past[0], own[0]], 2), torch.cat([past[1], own[1]], 2)
-        x = self.after_attention(x, self.attention(x, own, mask))
-        x = self.after_reading(x, self.reading(x, read, seen))
-        return self.after_feed_forward(x, self.feed_forward(x)), own
-
-
-def _sinusoids(count: int, width: int) -> Tensor:
-    """Section 3.5 of Vaswani et al.; sines in the first half of a vector, cosines in the second."""
-    rates = torch.exp(torch.arange(width // 2) * (-math.log(10000.0) / max(1, width // 2 - 1)))
-    angles = torch.arange(count)[:, None] * rates
-    return torch.cat([angles.sin(), angles.cos()], 1)
+    def _logits(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.embedding.weight)

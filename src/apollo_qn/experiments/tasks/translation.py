@@ -165,14 +165,15 @@ class TranslationTask:
 
     def _translate(self, model: nn.Module, source: Tensor) -> list[str]:
         data = self._data
+        assert isinstance(model, Transformer)
         found = search(
-            model,  # type: ignore[arg-type]
+            model,
             source,
             begin=BEGIN,
             end=END,
             beams=data.beams,
             length_penalty=data.length_penalty,
-            longest=int(data.length_factor * source.shape[1]) + data.length_constant,
+            longest=(data.length_factor, data.length_constant),
         )
         return [self._subwords.decode(numbers) for numbers in found]
 
