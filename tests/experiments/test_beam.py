@@ -173,10 +173,11 @@ def test_padding_changes_nothing() -> None:
 class Scripted(Transformer):
     """Probabilities of the next word by the last word alone."""
 
-    def __init__(self, table: dict[int, dict[int, float]]) -> None:
+    def __init__(self, table: dict[int, dict[int, float]], unlikely: float = 1e-9) -> None:
         super().__init__(VOCABULARY, 4, 4, 1, 1, padding=PAD, longest=40)
-        self.table = torch.full((VOCABULARY, VOCABULARY), 1e-9)
+        self.table = torch.full((VOCABULARY, VOCABULARY), 1 / VOCABULARY)
         for last, row in table.items():
+            self.table[last] = unlikely
             for word, probability in row.items():
                 self.table[last, word] = probability
         self.batches: list[int] = []
@@ -250,6 +251,16 @@ def test_neither_padding_nor_begin_nor_an_empty_sentence_is_produced() -> None:
     assert search(model, source, begin=BEGIN, end=END, beams=4, longest=(0, 5)) == [[3]] * 2
     # where one word serves for both, as in fairseq, it can end
     assert search(model, source, begin=END, end=END, beams=4, longest=(0, 5)) == [[BEGIN]] * 2
+
+
+def test_an_impossible_end_is_none() -> None:
+    # after 4 there is no end; were it counted, twelve would have ended long before 15 words
+    table = {BEGIN: {3: 1.0}, 3: {4: 0.999, END: 0.001}, 4: {3: 1.0}}
+    model = Scripted(table, unlikely=0.0)
+    found = search(
+        model, sources(1, 3), begin=BEGIN, end=END, beams=12, length_penalty=2.0, longest=(0, 15)
+    )
+    assert found == [[3, *[4, 3] * 7]]
 
 
 def test_the_models_longest_is_a_limit() -> None:

@@ -121,7 +121,7 @@ class _Search:
         return best, index // vocabulary, index % vocabulary
 
     def _finish(self, scores: Tensor, beams: Tensor, ends: Tensor) -> None:
-        """Keep the hypotheses that end, (n, beams) each, until a sentence has enough."""
+        """Put aside the hypotheses that end; (n, beams) each."""
         rows, columns = (ends & scores.isfinite()).nonzero(as_tuple=True)
         length = self.words.shape[-1]  # with the end in place of the beginning
         found = zip(
@@ -131,9 +131,8 @@ class _Search:
             strict=True,
         )
         for row, score, words in found:
-            ended = self.ended[self.sentences[row]]
-            if len(ended) < self.beams:
-                ended.append((score, words))
+            # it may become more than the beams: of one length, in order, none changes the best
+            self.ended[self.sentences[row]].append((score, words))
 
     def _follow(self, scores: Tensor, beams: Tensor, words: Tensor) -> None:
         """Go on with these continuations, (n, beams) each."""
