@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from apollo_qn.experiments.errors import ExperimentError
+from apollo_qn.experiments.files import write_atomically
 from apollo_qn.experiments.optimizers import build, rate_factor
 from apollo_qn.experiments.placement import Placement
 from apollo_qn.experiments.recipe import RunSpec
-from apollo_qn.experiments.runs import Record, RunDirectory, write_atomically
+from apollo_qn.experiments.runs import Record, RunDirectory
 from apollo_qn.experiments.seeds import derived_seed
 from apollo_qn.experiments.stopwatch import Stopwatch
 from apollo_qn.experiments.tasks.base import Batch, Task

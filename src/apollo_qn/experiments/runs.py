@@ -8,7 +8,6 @@ weights after the epoch of the best metric, for those who want to use them (no t
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,25 +20,11 @@ from pydantic import ValidationError
 import apollo_qn
 from apollo_qn.experiments.complaints import describe
 from apollo_qn.experiments.errors import ExperimentError
+from apollo_qn.experiments.files import write_atomically
 from apollo_qn.experiments.placement import Placement, cores
 from apollo_qn.experiments.recipe import RunSpec
 
 Record = dict[str, Any]
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a crash at any moment leaves the old one or the new one, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 class RunDirectory:

@@ -17,9 +17,10 @@ from apollo_qn.experiments.bench.contenders import choose as choose_contenders
 from apollo_qn.experiments.bench.measure import Result, measure
 from apollo_qn.experiments.bench.parameter_sets import choose as choose_sets
 from apollo_qn.experiments.errors import ExperimentError
+from apollo_qn.experiments.files import write_atomically
 from apollo_qn.experiments.interrupt import Interrupted, signals
 from apollo_qn.experiments.placement import cores
-from apollo_qn.experiments.runs import machine, write_atomically
+from apollo_qn.experiments.runs import machine
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import jinja2
 from rich.console import Console
 
+from apollo_qn.experiments.files import write_atomically
 from apollo_qn.experiments.report import figures, tables, words
 from apollo_qn.experiments.report.summary import Summary, collect
-from apollo_qn.experiments.runs import write_atomically
 from apollo_qn.experiments.styles import style
 
 
