@@ -1,10 +1,14 @@
-"""Make the embedded text of WordNet from Debian's package wordnet-base.
+"""Make the embedded text from Debian's package wordnet-base.
 
     apt-get install wordnet-base
     python scripts/make_wordnet.py
 
-Definitions and examples, lower-cased, tokenised, one a line, each once, in an order that hangs on
-their text alone: the same bytes on every machine. Needs the standard library only.
+The definitions and examples of WordNet 3.0, lower-cased and tokenised, each sentence once, shuffled
+and split: the same bytes on every machine. Needs nothing but Python.
+
+    python scripts/make_wordnet.py --whole --target FOLDER
+
+writes every sentence, not only what the repository has room for.
 """
 
 from __future__ import annotations
@@ -19,62 +23,109 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "src/apollo_qn/experiments/data/embedded/wordnet"
 SOURCE = Path("/usr/share/wordnet")
-COPYRIGHT = Path("/usr/share/doc/wordnet-base/copyright")
-# all 164,640 come to 3.5 MB; so many stay below the 2 MB that the text may take
-COUNTS = {"train": 66000, "valid": 3000, "test": 3000}
-TOKEN = re.compile(r"[a-z0-9]+(?:['.,-][a-z0-9]+)*|[^\sa-z0-9]")
+PARTS = ("noun", "verb", "adj", "adv")
+SEED = "apollo-qn wordnet"
+LENGTHS = range(3, 81)  # tokens; shorter ones are no sentences, longer ones lists
+EVALUATED = {"valid": 4_000, "test": 4_000}  # sentences
+EMBEDDED = 86_000  # training sentences: with all else 1.91 MB, below the 2 MB allowed
 README = """\
-# Text of WordNet
+# Definitions and examples of WordNet
 
-{train} training, {valid} validation and {test} test sentences: definitions and examples of
-[WordNet 3.0](https://wordnet.princeton.edu) (Princeton University, 2006; see LICENSE), lower-cased,
-tokenised, one a line, no sentence twice.
+{train:,} training, {valid:,} validation and {test:,} test sentences: the definitions of
+[WordNet 3.0](https://wordnet.princeton.edu) (Princeton University, 2006; see LICENSE) and the
+sentences that show its words in use, lower-cased, tokenised, a sentence a line, each once,
+shuffled. Of {all:,} such sentences the repository has room for this part. WordNet's text was
+changed in these ways and no others.
 
-Made from Debian's package `wordnet-base` by `scripts/make_wordnet.py`, which writes the same bytes
-each time. SHA256SUMS is checked whenever the data are read.
+Made from version 3.0-37 of Debian's package `wordnet-base` by `scripts/make_wordnet.py`, which
+writes the same bytes each time. SHA256SUMS is checked whenever the text is read.
 """
 
 
-def sentences(source: Path) -> list[str]:
-    """All definitions and examples, as tokens between spaces, in the order of their digests."""
-    found = set()
-    for part in ("noun", "verb", "adj", "adv"):
-        for line in (source / f"data.{part}").read_text(encoding="latin-1").splitlines():
-            if line.startswith("  "):  # the licence
-                continue
-            gloss = line.partition("|")[2].lower()
-            # an example stands between quotation marks, a definition before or between them
-            for text in re.split(r'[;:]?\s*"', gloss):
-                tokens = TOKEN.findall(text.strip(" ;:"))
-                if len(tokens) > 1:
-                    found.add(" ".join(tokens))
-    return sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest())
+def licence(source: Path) -> str:
+    """The numbered lines that every database file begins with."""
+    lines = []
+    for line in (source / "data.noun").read_text("ascii").splitlines():
+        if not line.startswith("  "):
+            break
+        lines.append(re.sub(r"^ *\d+ ?", "", line).rstrip())
+    return "\n".join(lines).strip() + "\n"
+
+
+def glosses(source: Path) -> list[str]:
+    found = []
+    for part in PARTS:
+        for line in (source / f"data.{part}").read_text("ascii").splitlines():
+            head, bar, gloss = line.partition(" | ")
+            if bar and not head.startswith("  "):
+                found.append(gloss.strip())
+    return found
+
+
+def sentences(gloss: str) -> list[str]:
+    """Definitions, divided by semicolons outside of brackets, and examples, in quotation marks."""
+    found = re.findall(r'"([^"]*)"', gloss)
+    # who is quoted, set after the quotation, goes with it
+    definition = re.sub(r'"[^"]*("|$)(\s*-+\s*[^;"]*)?', ";", gloss)
+    depth, part = 0, ""
+    for character in definition + ";":
+        depth = max(0, depth + {"(": 1, ")": -1}.get(character, 0))
+        if character == ";" and not depth:
+            found.append(part)
+            part = ""
+        else:
+            part += character
+    return found
+
+
+def tokens(sentence: str) -> list[str]:
+    return re.findall(r"[a-z]+|\d+(?:[.,]\d+)*|[^\sa-z\d]", sentence.lower().replace("`", "'"))
+
+
+def order(sentence: str) -> bytes:
+    """Sorting by it shuffles; unlike a generator's numbers it is the same in every Python."""
+    return hashlib.sha256(f"{SEED}\n{sentence}".encode()).digest()
+
+
+def compressed(lines: list[str]) -> bytes:
+    buffer = io.BytesIO()
+    # mtime and file name are part of a gzip header: fixed, so that the bytes are reproducible
+    with gzip.GzipFile(filename="", fileobj=buffer, mode="wb", compresslevel=9, mtime=0) as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
+    return buffer.getvalue()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--source", type=Path, default=SOURCE)
-    parser.add_argument("--copyright", type=Path, default=COPYRIGHT)
     parser.add_argument("--target", type=Path, default=TARGET)
+    parser.add_argument("--whole", action="store_true")
     arguments = parser.parse_args()
-    text = sentences(arguments.source)
     arguments.target.mkdir(parents=True, exist_ok=True)
-    sums, start = [], 0
-    for split, count in COUNTS.items():
-        name = f"{split}.txt.gz"
-        buffer = io.BytesIO()
-        with gzip.GzipFile(fileobj=buffer, mode="wb", compresslevel=9, mtime=0) as file:
-            file.write("".join(f"{line}\n" for line in text[start : start + count]).encode())
-        start += count
-        (arguments.target / name).write_bytes(buffer.getvalue())
-        sums.append(f"{hashlib.sha256(buffer.getvalue()).hexdigest()}  {name}\n")
+    split = {
+        " ".join(words)
+        for gloss in glosses(arguments.source)
+        for sentence in sentences(gloss)
+        if len(words := tokens(sentence)) in LENGTHS
+    }
+    shuffled = sorted(split, key=order)
+    texts, first = {}, 0
+    for name, count in EVALUATED.items():
+        texts[name] = shuffled[first : first + count]
+        first += count
+    texts["train"] = shuffled[first : None if arguments.whole else first + EMBEDDED]
+    sums = []
+    for name in sorted(texts):
+        content = compressed(texts[name])
+        (arguments.target / f"wordnet_{name}.txt.gz").write_bytes(content)
+        sums.append(f"{hashlib.sha256(content).hexdigest()}  wordnet_{name}.txt.gz\n")
     (arguments.target / "SHA256SUMS").write_text("".join(sums))
-    licence = arguments.copyright.read_text().partition("License: WordNet3.0\n")[2]
-    licence = licence.partition("\n\n")[0]
-    lines = [line.strip() for line in licence.splitlines()]
-    text_of = "\n".join("" if line == "." else line for line in lines)
-    (arguments.target / "LICENSE").write_text(f"{text_of}\n")
-    (arguments.target / "README.md").write_text(README.format(**COUNTS))
+    (arguments.target / "LICENSE").write_text(licence(arguments.source))
+    counts = {name: len(lines) for name, lines in texts.items()}
+    (arguments.target / "README.md").write_text(README.format(all=len(shuffled), **counts))
+    total = sum(path.stat().st_size for path in arguments.target.iterdir())
+    words = sum(line.count(" ") + 1 for line in texts["train"])
+    print(f"{arguments.target}: {total / 1e6:.3f} MB, {words:,} training words of {counts}")
 
 
 if __name__ == "__main__":

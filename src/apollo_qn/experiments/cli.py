@@ -177,12 +177,11 @@ def prepare(
     raw: Annotated[Path, typer.Option(help="Folder of the raw download.")],
     out: Annotated[Path | None, typer.Option(help="Output folder.  [default: data/TASK]")] = None,
     vocabulary: Annotated[
-        Path | None, typer.Option(help="A word a line.  [default: 1b_word_vocab.txt in --raw]")
+        Path | None, typer.Option(help="1b_word_vocab.txt.  [default: made of the text]")
     ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes.  [default: one a core]")
     ] = None,
-    partial: Annotated[bool, typer.Option("--partial", help="Some shards are enough.")] = False,
     subwords: Annotated[
         int | None, typer.Option(min=300, help="Of both languages.  [default: the recipe's]")
     ] = None,
@@ -213,7 +212,7 @@ def prepare(
                 size = data.subwords if subwords is None else subwords
                 encoded_corpus.prepare(readers[task](raw), size, folder, tell)
             else:
-                one_billion_word.prepare(raw, folder, vocabulary, workers or cores(), partial, tell)
+                one_billion_word.prepare(raw, folder, vocabulary, workers or cores(), tell)
         typer.echo(f"Prepared: --data {folder}")
 
 

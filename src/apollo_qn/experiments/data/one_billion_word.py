@@ -1,207 +1,362 @@
-"""The One Billion Word benchmark (Chelba et al., 2013): from its shards to token files.
+"""The One Billion Word benchmark: from its shards of text to token files.
 
-Of its 50 held-out shards the first is the test text, as everywhere, and the second the validation
-text. Every sentence ends with ``</S>``, which is predicted and counted like any word.
+The archive 1-billion-word-language-modeling-benchmark-r13output holds 99 shards of training text
+(news.en-00001-of-00100 to -00099; number 0 is what the other folder holds) and 50 of held-out text.
+As is usual, ``heldout-00000`` is the test set, on which published perplexities are measured; the
+other 49 are the validation set.
+
+Every sentence is followed by </S> and preceded by nothing: the end of one sentence is what the next
+begins after. So each word and each </S> is predicted once and counted once, which is word-level
+perplexity as Chelba et al. and Jozefowicz et al. measure it. The code released with the paper puts
+<S> before each sentence too and counts it, though it is certain after </S>; it also tests on all
+held-out shards.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import heapq
 import itertools
 import json
 import multiprocessing
-import sys
-from array import array
-from collections.abc import Callable
+import os
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
 
-from apollo_qn.experiments.data.corpus import Corpus, Stream, Tokens
-from apollo_qn.experiments.data.text_files import read_lines
-from apollo_qn.experiments.data.vocabulary import Vocabulary
+from apollo_qn.experiments.data import text_files, token_files
+from apollo_qn.experiments.data import vocabulary as vocabularies
+from apollo_qn.experiments.data.corpus import Corpus, Numbers, Tokens
+from apollo_qn.experiments.data.token_files import Description
+from apollo_qn.experiments.data.vocabulary import END, START, Vocabulary
 from apollo_qn.experiments.errors import ExperimentError
-from apollo_qn.experiments.files import write_atomically
+from apollo_qn.experiments.files import replacing, write_atomically
 
-VOCABULARY = "1b_word_vocab.txt"
-_TRAINING = "training-monolingual.tokenized.shuffled"
-_HELD_OUT = "heldout-monolingual.tokenized.shuffled"
-_SHARDS = {
-    "train": (_TRAINING, "news.en-*", 99),  # 00001 to 00099; 00000 was held out
-    "valid": (_HELD_OUT, "news.en.heldout-00001*", 1),
-    "test": (_HELD_OUT, "news.en.heldout-00000*", 1),
-}
-_FORMAT = 1
-_AT_ONCE = 4096  # lines that are encoded together
-_LIST = "corpus.json"
-Tell = Callable[[str, int, int], None]  # what is done, how much, of how much
+ARCHIVE = "1-billion-word-language-modeling-benchmark-r13output"
+TRAIN = "training-monolingual.tokenized.shuffled"
+HELD_OUT = "heldout-monolingual.tokenized.shuffled"
+TEST = 0  # the held-out shard of the test set
+LEAST = 3  # occurrences of a word of the standard vocabulary, and of one made from the text
+EMPTY, UNKNOWNS, SENTENCES = "empty_lines", "unknown_words", "sentences"
+FORMAT = 1
+_REMEDY = "run apollo-qn prepare one-billion-word again; what is finished is kept"
+
+Tell = Callable[[str, int, int], None]  # what is done, how much of it, of how much
+_Job = TypeVar("_Job", bound=Hashable)
+_Result = TypeVar("_Result")
 
 
-def prepare(
-    raw: Path, out: Path, vocabulary: Path | None, workers: int, partial: bool, tell: Tell
-) -> None:
-    """Turn the benchmark's shards into token files; what is there already is kept.
+def prepare(raw: Path, out: Path, vocabulary: Path | None, workers: int, tell: Tell) -> None:
+    """Turn the benchmark's text into token files, one a shard, in parallel.
 
-    Each shard becomes a file of little-endian 32-bit numbers with a description beside it, both
-    written atomically, so that a preparation that was interrupted or killed goes on with the shards
-    that are missing.
+    Interrupted at any moment, the next call goes on with the shards that are missing. A shard is
+    done anew when its text, the vocabulary or its token file is not what it was.
 
     Args:
-        raw: with the benchmark's two folders of shards, plain or gzipped.
-        out: made where it is missing.
-        vocabulary: a word a line; None: ``1b_word_vocab.txt`` in ``raw``.
-        workers: processes.
-        partial: whether some training shards are enough.
-        tell: progress.
+        raw: the unpacked archive, or the folder that holds it.
+        out: folder for the token files; made if need be.
+        vocabulary: the standard 1b_word_vocab.txt; None: the words that occur LEAST times.
+        workers: processes; 1 works in this one.
+        tell: is told how far it is.
 
     Raises:
-        ExperimentError: shards or the vocabulary are missing, damaged or not UTF-8; files of
-            another vocabulary are there.
+        ExperimentError: a shard is missing, truncated or not UTF-8, the vocabulary is unusable,
+            or ``out`` cannot be written or is in use.
     """
-    words = Vocabulary.read(raw / VOCABULARY if vocabulary is None else vocabulary)
-    shards = {split: _find(raw, split, partial) for split in _SHARDS}
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / VOCABULARY, "".join(f"{word}\n" for word in words.words).encode())
-    jobs = [(path, out / _name(path)) for paths in shards.values() for path in paths]
-    missing = [(path, target) for path, target in jobs if not _is_done(path, target, words.digest)]
-    tell("Tokenising shards", len(jobs) - len(missing), len(jobs))
-    # where processes can be forked they share the vocabulary, and torch, which they do not need
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_use, initargs=(words,))
-    try:
-        waiting = [pool.submit(_tokenise, path, target) for path, target in missing]
-        for done, future in enumerate(as_completed(waiting), len(jobs) - len(missing) + 1):
-            future.result()
-            tell("Tokenising shards", done, len(jobs))
-    except BrokenProcessPool:
-        raise ExperimentError(
-            f"{out}: a process that tokenised was killed (out of memory?); the same command goes "
-            "on with the shards that are missing"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-    listing = {
-        "format": _FORMAT,
-        "vocabulary": words.digest,
-        "shards": {split: [_name(path) for path in paths] for split, paths in shards.items()},
+    if workers < 1:
+        raise ExperimentError(f"{workers} workers; at least 1 is right")
+    raw = raw / ARCHIVE if (raw / ARCHIVE).is_dir() else raw
+    shards = {
+        "train": _shards(raw / TRAIN, "news.en-", 1),
+        "heldout": _shards(raw / HELD_OUT, "news.en.heldout-", 0),
     }
-    write_atomically(out / _LIST, json.dumps(listing, indent=2).encode() + b"\n")
-
-
-def load(folder: Path | None = None) -> Corpus:
-    """The prepared text, memory-mapped.
-
-    Raises:
-        ExperimentError: nothing has been prepared there, or a file is damaged.
-    """
-    remedy = "`apollo-qn prepare one-billion-word --raw DIR --out DIR` makes it"
-    if folder is None:
-        raise ExperimentError(f"one-billion-word needs --data with the prepared text; {remedy}")
-    listing = _read_json(folder / _LIST, remedy)
-    words = Vocabulary.read(folder / VOCABULARY)
-    if listing.get("format") != _FORMAT or listing.get("vocabulary") != words.digest:
-        raise ExperimentError(
-            f"{folder / _LIST}: of another format or vocabulary than this one's; {remedy}"
+    with _folder(out), _Workers(workers) as pool:
+        _manifest(out).unlink(missing_ok=True)
+        words = (
+            _count(list(shards["train"].values()), out / "counts", pool, tell)
+            if vocabulary is None
+            else vocabularies.read(vocabulary)
         )
-    digest = hashlib.sha256(words.digest.encode())
-    streams = {}
-    for split in _SHARDS:
-        parts = []
-        for name in listing["shards"][split]:
-            about = _read_json(folder / f"{name}.json", remedy)
-            parts.append(_mapped(folder / f"{name}.tokens", about["tokens"], remedy))
-            digest.update(about["sha256"].encode())
-        streams[split] = Stream(parts)
-    return Corpus(**streams, vocabulary=words, fingerprint=digest.hexdigest())
-
-
-def _find(raw: Path, split: str, partial: bool) -> list[Path]:
-    folder, pattern, expected = _SHARDS[split]
-    found = sorted((raw / folder).glob(pattern))
-    if not found:
-        raise ExperimentError(
-            f"{raw / folder / pattern}: no such shards; --raw needs the benchmark's folder, with "
-            f"{_TRAINING} and {_HELD_OUT}"
-        )
-    if len(found) < expected and not partial:
-        raise ExperimentError(
-            f"{raw / folder}: {len(found)} shards, the benchmark has {expected}; "
-            "--partial takes those that are there"
-        )
-    return found
-
-
-def _name(shard: Path) -> str:
-    return shard.name.removesuffix(".gz")
-
-
-def _is_done(path: Path, target: Path, vocabulary: str) -> bool:
-    try:
-        about = json.loads(target.with_name(f"{target.name}.json").read_text())
-        size = target.with_name(f"{target.name}.tokens").stat().st_size
-    except (OSError, ValueError):
-        return False
-    return bool(
-        about.get("vocabulary") == vocabulary
-        and about.get("source_bytes") == path.stat().st_size
-        and size == 4 * about.get("tokens", -1)
+        digest = words.digest
+        vocabularies.write(out / "vocabulary.txt", words)
+        del words  # each worker has its own
+        jobs = {}
+        for split, paths in shards.items():
+            (out / split).mkdir(exist_ok=True)
+            for number, path in paths.items():
+                jobs[f"{split}/{number:05}.tokens"] = path
+        encode = partial(_encode_shard, out, digest)
+        made = pool.do(encode, list(jobs.items()), partial(tell, "Tokenising shards"))
+        files = {name: made[name, path] for name, path in jobs.items()}
+        told = _summary(files, digest)
+        write_atomically(_manifest(out), json.dumps(told, indent=1).encode() + b"\n")
+        _remove(out / "counts")
+        _kept.clear()
+    counts = told["counts"]
+    tell(
+        f"Prepared {len(jobs)} shards: {told['tokens']:,} tokens, {counts[SENTENCES]:,} sentences, "
+        f"{counts[UNKNOWNS]:,} unknown words, {counts[EMPTY]:,} empty lines passed over",
+        len(jobs),
+        len(jobs),
     )
 
 
-_words: Vocabulary  # of a process that tokenises
+def load(folder: Path) -> Corpus:
+    """What ``prepare`` has made, mapped from the disk.
 
-
-def _use(words: Vocabulary) -> None:
-    global _words
-    _words = words
-
-
-def _tokenise(path: Path, target: Path) -> None:
-    tokens, sentences, empty = array("i"), 0, 0
-    lines = read_lines(path)
-    while batch := list(itertools.islice(lines, _AT_ONCE)):
-        full = [line for line in batch if line.strip()]
-        sentences += len(full)
-        empty += len(batch) - len(full)
-        tokens.extend(_words.encode_all(full))
-    if not sentences:
-        raise ExperimentError(f"{path}: no sentences in it")
-    content = numpy.frombuffer(tokens, numpy.int32).astype("<i4", copy=False).tobytes()
-    about = {
-        "tokens": len(tokens),
-        "sentences": sentences,
-        "empty_lines": empty,
-        "unknown": tokens.count(_words.unknown),
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "vocabulary": _words.digest,
-        "source": path.name,
-        "source_bytes": path.stat().st_size,
-    }
-    write_atomically(target.with_name(f"{target.name}.tokens"), content)
-    # last: where it is, the tokens are whole
-    write_atomically(target.with_name(f"{target.name}.json"), json.dumps(about).encode() + b"\n")
-
-
-def _read_json(path: Path, remedy: str) -> dict[str, Any]:
+    Raises:
+        ExperimentError: it was not prepared to the end, or a file is missing, damaged, truncated
+            or made with another vocabulary.
+    """
+    place = _manifest(folder)
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        told: dict[str, Any] = json.loads(place.read_bytes())
+        if told["format"] != FORMAT:
+            raise ExperimentError(f"{place}: format {told['format']!r}, not {FORMAT}; {_REMEDY}")
+        files, digest, empty = told["files"], told["vocabulary"], told["counts"][EMPTY]
+        splits: dict[str, list[Numbers]] = {"train": [], "valid": [], "test": []}
+        sums = [digest]
+        for name, expected in files.items():
+            path = folder / name
+            if token_files.describe(path).sha256 != expected:
+                raise ExperimentError(f"{path}: not the file that was prepared; {_REMEDY}")
+            splits[_split_of(name)].append(token_files.read(path, digest))
+            sums.append(expected)
     except FileNotFoundError:
-        raise ExperimentError(f"{path}: no such file; {remedy}") from None
-    except (OSError, ValueError) as error:
-        raise ExperimentError(f"{path}: damaged ({error}); {remedy}") from None
+        raise ExperimentError(
+            f"{place}: no such file, not prepared to the end; {_REMEDY}"
+        ) from None
+    except OSError as error:
+        raise ExperimentError(f"{place}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ExperimentError(f"{place}: damaged; {_REMEDY}") from None
+    words = vocabularies.read(folder / "vocabulary.txt")
+    if words.digest != digest:
+        raise ExperimentError(f"{folder / 'vocabulary.txt'}: changed since; {_REMEDY}")
+    fingerprint = hashlib.sha256("".join(sums).encode()).hexdigest()
+    train, valid, test = (Tokens(parts) for parts in splits.values())
+    return Corpus(train, valid, test, words, fingerprint, empty)
+
+
+def _split_of(name: str) -> str:
+    split, _, file = name.partition("/")
+    if split == "train":
+        return "train"
+    return "test" if file == f"{TEST:05}.tokens" else "valid"
+
+
+def _manifest(folder: Path) -> Path:
+    return folder / "corpus.json"
+
+
+def _summary(files: dict[str, Description], digest: str) -> dict[str, Any]:
+    counts: Counter[str] = Counter()
+    for description in files.values():
+        counts.update(description.counts)
+    return {
+        "format": FORMAT,
+        "vocabulary": digest,
+        "tokens": sum(description.tokens for description in files.values()),
+        "counts": {name: counts[name] for name in (SENTENCES, UNKNOWNS, EMPTY)},
+        "files": {name: description.sha256 for name, description in files.items()},
+    }
+
+
+def _shards(folder: Path, prefix: str, first: int) -> dict[int, Path]:
+    """The shards by number; those before the ``first`` may be missing."""
+    if not folder.is_dir():
+        raise ExperimentError(
+            f"{folder}: no such folder; the unpacked benchmark has {TRAIN} and {HELD_OUT}"
+        )
+    found, totals = {}, set()
+    for path in sorted(folder.iterdir()):
+        if match := re.fullmatch(re.escape(prefix) + r"(\d{5})-of-(\d{5})", path.name):
+            found[int(match[1])] = path
+            totals.add(match[2])
+    if not found:
+        raise ExperimentError(f"{folder}: no shards {prefix}00000-of-00000 in it")
+    if len(totals) > 1:
+        raise ExperimentError(f"{folder}: shards of {' and of '.join(sorted(totals))} mixed")
+    total = totals.pop()
+    for number in range(first, int(total)):
+        if number not in found:
+            raise ExperimentError(
+                f"{folder / f'{prefix}{number:05}-of-{total}'}: no such file; "
+                f"{len(found)} shards of {total} are there"
+            )
     return found
 
 
-def _mapped(path: Path, count: int, remedy: str) -> Tokens:
-    try:
-        size = path.stat().st_size
-        if size != 4 * count:
+def _encode_shard(out: Path, digest: str, job: tuple[str, Path]) -> Description:
+    name, path = job
+    target = out / name
+    source = token_files.source(path)
+    if token_files.is_made_from(target, digest, [source]):
+        return token_files.describe(target)
+    numbers, end, unknown = _numbers(out / "vocabulary.txt", digest)
+    counts = Counter({SENTENCES: 0, UNKNOWNS: 0, EMPTY: 0})
+    return token_files.write(
+        target, _encode(path, numbers, end, unknown, counts), digest, [source], counts
+    )
+
+
+_kept: dict[str, tuple[dict[bytes, int], int, int]] = {}  # one vocabulary, by its digest
+
+
+def _numbers(path: Path, digest: str) -> tuple[dict[bytes, int], int, int]:
+    """The numbers of words, of END and of UNKNOWN; read once a process."""
+    if digest not in _kept:
+        words = vocabularies.read(path)
+        numbers = {word.encode(): number for number, word in enumerate(words.words)}
+        # the ends of sentences are ours to set
+        for marker in (START, END):
+            numbers.pop(marker.encode(), None)
+        _kept.clear()
+        _kept[digest] = numbers, words.end, words.unknown
+    return _kept[digest]
+
+
+def _encode(
+    path: Path, numbers: dict[bytes, int], end: int, unknown: int, counts: Counter[str]
+) -> Iterator[Numbers]:
+    number_of, missing = numbers.get, itertools.repeat(unknown)
+    for lines in text_files.blocks(path):
+        found: list[int] = []
+        for words in lines:
+            if words:
+                found += map(number_of, words, missing)
+                found.append(end)
+            else:
+                counts[EMPTY] += 1
+        tokens = numpy.array(found, numpy.int32)
+        counts[SENTENCES] += int((tokens == end).sum())
+        counts[UNKNOWNS] += int((tokens == unknown).sum())
+        yield tokens
+
+
+def _count(paths: list[Path], folder: Path, pool: _Workers, tell: Tell) -> Vocabulary:
+    """The vocabulary of the training text, from sorted counts of each shard on the disk."""
+    folder.mkdir(exist_ok=True)
+    made = pool.do(partial(_count_shard, folder), paths, partial(tell, "Counting words"))
+    merged = heapq.merge(*(_counts(made[path]) for path in paths))
+    words = (
+        (word.decode(), sum(count for _, count in pairs))
+        for word, pairs in itertools.groupby(merged, itemgetter(0))
+    )
+    return vocabularies.from_counts(words, LEAST, place=f"{paths[0].parent}")
+
+
+def _count_shard(folder: Path, path: Path) -> Path:
+    target = folder / f"{path.name}.{token_files.source(path).sha256[:16]}"
+    if not target.exists():
+        counts: Counter[bytes] = Counter()
+        for lines in text_files.blocks(path):
+            counts.update(itertools.chain.from_iterable(lines))
+        with _written(target), replacing(target) as file:
+            for word in sorted(counts):
+                file.write(b"%s %d\n" % (word, counts[word]))
+    return target
+
+
+def _counts(path: Path) -> Iterator[tuple[bytes, int]]:
+    with path.open("rb") as file:
+        for line in file:
+            word, count = line.split()
+            yield word, int(count)
+
+
+class _Workers:
+    """Processes that share jobs; ``count`` 1: this one does them all."""
+
+    def __init__(self, count: int) -> None:
+        # new processes, not copies of this one: a copy of one that has threads may hang
+        context = multiprocessing.get_context("spawn")
+        self._pool = None if count == 1 else ProcessPoolExecutor(count, context, _end_with_parent)
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def do(
+        self, work: Callable[[_Job], _Result], jobs: list[_Job], tell: Callable[[int, int], None]
+    ) -> dict[_Job, _Result]:
+        """The result of each job; the first error ends all."""
+        tell(0, len(jobs))
+        done: dict[_Job, _Result] = {}
+        for job, result in self._results(work, jobs):
+            done[job] = result
+            tell(len(done), len(jobs))
+        return done
+
+    def _results(
+        self, work: Callable[[_Job], _Result], jobs: list[_Job]
+    ) -> Iterator[tuple[_Job, _Result]]:
+        if self._pool is None:
+            for job in jobs:
+                yield job, work(job)
+            return
+        try:
+            waiting = {self._pool.submit(work, job): job for job in jobs}
+            for future in as_completed(waiting):
+                yield waiting[future], future.result()
+        except BrokenProcessPool:
             raise ExperimentError(
-                f"{path}: has {size} bytes, {4 * count} are expected: cut short? {remedy}"
-            )
-        return numpy.memmap(path, "<i4", "r", shape=(count,))
+                f"a process that prepared a shard was killed, perhaps for want of memory; {_REMEDY}"
+            ) from None
+
+
+def _end_with_parent() -> None:
+    """See to it that no worker outlives a killed parent and writes beside the next one."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def _folder(out: Path) -> Iterator[None]:
+    """The folder for the result, for this process alone."""
+    with _written(out):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / "lock").open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ExperimentError(f"{out}: another process is preparing it") from None
+        with _written(out):
+            yield
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise ExperimentError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+        where = error.filename or path
+        raise ExperimentError(f"{where}: cannot be written ({error.strerror})") from None
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_dir():
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()

@@ -1,90 +1,135 @@
-"""Words and their numbers."""
+"""Words and their numbers, the frequent ones first."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from apollo_qn.experiments.errors import ExperimentError
+from apollo_qn.experiments.files import write_atomically
 
-END, UNKNOWN = "</S>", "<UNK>"
-
-
-class _Numbers(dict[str, int]):
-    """Where a word is not known, the number that stands for all such."""
-
-    unknown: int
-
-    def __missing__(self, word: str) -> int:
-        return self.unknown
+START = "<S>"  # in the standard vocabulary; no stream of ours holds it
+END = "</S>"
+UNKNOWN = "<UNK>"
 
 
 class Vocabulary:
-    """Numbers words by their place, the most frequent first.
-
-    That order is what the adaptive softmax's cut-offs count on.
+    """Words by number and numbers by word.
 
     Args:
-        words: each once; ``</S>`` (a sentence's end) and ``<UNK>`` (any other word) among them.
-        origin: what an error calls it.
+        words: in the order of their numbers; the cut-offs of an adaptive softmax take the
+            frequent ones to come first.
+        place: what the words come from, named in errors.
 
     Raises:
-        ExperimentError: a word twice, or one of the two is missing.
+        ExperimentError: a word is there twice, or END or UNKNOWN is missing.
     """
 
-    def __init__(self, words: list[str], origin: str) -> None:
-        self.words = words
-        self.numbers = _Numbers({word: number for number, word in enumerate(words)})
-        if len(self.numbers) < len(words):
-            twice = next(word for word, count in Counter(words).items() if count > 1)
-            raise ExperimentError(f"{origin}: the word {twice!r} stands there twice")
-        for word, meaning in ((END, "a sentence's end"), (UNKNOWN, "a word that is not known")):
-            if word not in self.numbers:
-                raise ExperimentError(f"{origin}: {word} is missing, which stands for {meaning}")
-        self.end, self.unknown = self.numbers[END], self.numbers[UNKNOWN]
-        self.numbers.unknown = self.unknown
-        self.digest = hashlib.sha256("\n".join(words).encode()).hexdigest()
+    def __init__(self, words: Sequence[str], place: str = "vocabulary") -> None:
+        self.words = tuple(words)
+        if len(set(self.words)) != len(self.words):
+            raise ExperimentError(
+                f"{place}, {_duplicate(self.words)}; each word must be there once"
+            )
+        for marker, meaning in ((END, "ends a sentence"), (UNKNOWN, "stands for unknown words")):
+            if marker not in self.words:
+                raise ExperimentError(f"{place}: no {marker}, which {meaning}; add it as a line")
+        self.end = self.words.index(END)
+        self.unknown = self.words.index(UNKNOWN)
 
     def __len__(self) -> int:
         return len(self.words)
 
-    def encode_all(self, lines: list[str]) -> Iterator[int]:
-        """The numbers of the sentences' words, which spaces divide, each sentence with its end."""
-        text = f" {END} ".join([*lines, ""])
-        return map(self.numbers.__getitem__, text.split())
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the words in their order."""
+        digest = hashlib.sha256()
+        for word in self.words:
+            digest.update(word.encode() + b"\n")
+        return digest.hexdigest()
 
-    @classmethod
-    def of_text(cls, lines: Iterable[str], least: int, origin: str) -> Vocabulary:
-        """The words that stand in a text at least so often; of equally frequent ones by name.
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """The number of each word."""
+        return {word: number for number, word in enumerate(self.words)}
 
-        Raises:
-            ExperimentError: the text has no words.
-        """
-        counts: Counter[str] = Counter()
-        sentences = 0
-        for line in lines:
-            counts.update(line.split())
-            sentences += 1
-        if not counts:
-            raise ExperimentError(f"{origin}: no words in it")
-        kept = {word: count for word, count in counts.items() if count >= least}
-        kept[UNKNOWN] = max(1, counts.total() - sum(kept.values()))
-        kept[END] = sentences
-        return cls(sorted(kept, key=lambda word: (-kept[word], word)), origin)
+    def encode(self, sentence: Iterable[str]) -> list[int]:
+        """Numbers of a sentence's words, END last."""
+        numbers, unknown = self.numbers, self.unknown
+        return [*(numbers.get(word, unknown) for word in sentence), self.end]
 
-    @classmethod
-    def read(cls, path: Path) -> Vocabulary:
-        """Read a file of a word a line, such as the benchmark's ``1b_word_vocab.txt``.
+    def decode(self, numbers: Iterable[int]) -> list[str]:
+        """The words of these numbers."""
+        return [self.words[number] for number in numbers]
 
-        Raises:
-            ExperimentError: the file cannot be read, or is no vocabulary.
-        """
-        try:
-            words = path.read_text(encoding="utf-8").split("\n")
-        except OSError as error:
-            raise ExperimentError(f"{path}: cannot be read ({error.strerror})") from None
-        except UnicodeDecodeError as error:
-            raise ExperimentError(f"{path}: not UTF-8 at byte {error.start}") from None
-        return cls([word.rstrip("\r") for word in words if word.strip()], str(path))
+
+def from_counts(
+    counts: Mapping[str, int] | Iterable[tuple[str, int]],
+    least: int,
+    size: int | None = None,
+    place: str = "vocabulary",
+) -> Vocabulary:
+    """The words that occur often enough, by falling frequency, equal ones by their letters.
+
+    END and UNKNOWN come first, for nearly every text has many of both. Markers among the words are
+    passed over.
+
+    Args:
+        counts: how often each word occurs.
+        least: occurrences that a word needs.
+        size: the most words there may be, END and UNKNOWN among them; None: no limit.
+        place: named in errors.
+
+    Raises:
+        ExperimentError: no word occurs often enough.
+    """
+    if size is not None and size < 3:
+        raise ValueError(f"size is {size}; END, UNKNOWN and a word make 3")
+    pairs = counts.items() if isinstance(counts, Mapping) else counts
+    kept = [(-count, word) for word, count in pairs if count >= least]
+    kept = [pair for pair in kept if pair[1] not in (START, END, UNKNOWN)]
+    if not kept:
+        raise ExperimentError(f"{place}: no word occurs {least} times; more text is needed")
+    kept.sort()
+    words = [END, UNKNOWN, *(word for _, word in kept)]
+    return Vocabulary(words[:size], place)
+
+
+def read(path: Path) -> Vocabulary:
+    """A file with a word a line, such as the standard 1b_word_vocab.txt of 793,471 words.
+
+    Raises:
+        ExperimentError: the file cannot be read, or a line is not one word in UTF-8, or a word is
+            there twice, or END or UNKNOWN is missing.
+    """
+    words = []
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                parts = line.split()
+                if len(parts) != 1:
+                    raise ExperimentError(
+                        f"{path}, line {number}: {len(parts)} words; one a line is right"
+                    )
+                words.append(parts[0].decode())
+    except UnicodeDecodeError as error:
+        raise ExperimentError(f"{path}, line {number}: not UTF-8 ({error.reason})") from None
+    except OSError as error:
+        raise ExperimentError(f"{path}: cannot be read ({error.strerror})") from None
+    return Vocabulary(words, str(path))
+
+
+def write(path: Path, vocabulary: Vocabulary) -> None:
+    """A word a line, whole or not at all."""
+    write_atomically(path, "".join(f"{word}\n" for word in vocabulary.words).encode())
+
+
+def _duplicate(words: Iterable[str]) -> str:
+    lines: dict[str, int] = {}
+    for line, word in enumerate(words, 1):
+        if word in lines:
+            return f"lines {lines[word]} and {line}: both {word!r}"
+        lines[word] = line
+    raise AssertionError("each word is there once")

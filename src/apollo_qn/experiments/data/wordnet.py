@@ -1,52 +1,62 @@
-"""WordNet's definitions and examples: the embedded text, or a larger one from a folder."""
+"""WordNet's definitions and examples: the embedded part, or the whole from a folder."""
 
 from __future__ import annotations
 
 import hashlib
-from array import array
+import itertools
+from collections import Counter
 from pathlib import Path
 
 import numpy
 
+from apollo_qn.experiments.data import vocabulary as vocabularies
 from apollo_qn.experiments.data.checksums import checksums, verify
-from apollo_qn.experiments.data.corpus import Corpus, Stream
-from apollo_qn.experiments.data.text_files import read_lines
+from apollo_qn.experiments.data.corpus import Corpus, Tokens
+from apollo_qn.experiments.data.text_files import gzipped_lines
 from apollo_qn.experiments.data.vocabulary import Vocabulary
 from apollo_qn.experiments.errors import ExperimentError
 
 EMBEDDED = Path(__file__).parent / "embedded" / "wordnet"
-_SPLITS = ("train", "valid", "test")
-_LEAST = 2  # times that a word must stand in the training text to be known
+FILES = tuple(f"wordnet_{split}.txt.gz" for split in ("train", "valid", "test"))
+LEAST = 2  # occurrences in the training text that a word needs to be known
 
 
-def load(folder: Path | None = None) -> Corpus:
-    """Read the text; its vocabulary is made of the training sentences.
+def load(folder: Path | None = None, size: int | None = None) -> Corpus:
+    """Read the three splits; the training text gives the vocabulary.
 
     Args:
-        folder: with ``wordnet_train.txt.gz``, ``wordnet_valid.txt.gz`` and ``wordnet_test.txt.gz``,
-            a sentence a line; None: the embedded text, whose checksums are verified.
+        folder: holds FILES, gzipped text of a tokenised sentence a line; None: the embedded part,
+            whose checksums are verified.
+        size: the most words of the vocabulary, END and UNKNOWN among them; None: every word that
+            occurs LEAST times.
 
     Raises:
-        ExperimentError: a file is missing, damaged, empty or not UTF-8.
+        ExperimentError: a file is missing, damaged, truncated, not UTF-8 or without words.
     """
-    if folder is None:
-        names = [f"{split}.txt.gz" for split in _SPLITS]
-        remedy = "reinstall apollo-qn, or make it anew with scripts/make_wordnet.py"
-        verify(EMBEDDED, checksums(EMBEDDED, names, remedy), remedy)
-        paths = {split: EMBEDDED / name for split, name in zip(_SPLITS, names, strict=True)}
-    else:
-        paths = {split: folder / f"wordnet_{split}.txt.gz" for split in _SPLITS}
-    lines = {split: [line for line in read_lines(path) if line] for split, path in paths.items()}
-    for split, path in paths.items():
-        if not lines[split]:
-            raise ExperimentError(f"{path}: no sentences in it")
-    vocabulary = Vocabulary.of_text(lines["train"], _LEAST, str(paths["train"]))
-    digest = hashlib.sha256()
-    streams = {}
-    for split in _SPLITS:
-        tokens = array("i", vocabulary.encode_all(lines[split]))
-        encoded = numpy.frombuffer(tokens, numpy.int32)
-        digest.update(encoded.tobytes())
-        streams[split] = Stream([encoded])
-    digest.update(vocabulary.digest.encode())
-    return Corpus(**streams, vocabulary=vocabulary, fingerprint=digest.hexdigest())
+    embedded = folder is None
+    folder = EMBEDDED if folder is None else folder
+    remedy = (
+        "reinstall apollo-qn, or make it anew with scripts/make_wordnet.py"
+        if embedded
+        else f"--data needs {', '.join(FILES)}"
+    )
+    digests = checksums(folder, FILES, remedy)
+    if embedded:
+        verify(folder, digests, remedy)
+    texts = [gzipped_lines(folder / name, remedy) for name in FILES]
+    for name, lines in zip(FILES, texts, strict=True):
+        if not any(lines):
+            raise ExperimentError(f"{folder / name}: no words in it; {remedy}")
+    counts = Counter(itertools.chain.from_iterable(texts[0]))
+    words = vocabularies.from_counts(counts, LEAST, size, str(folder / FILES[0]))
+    train, valid, test = (_encode(lines, words) for lines in texts)
+    empty = sum(not line for lines in texts for line in lines)
+    fingerprint = hashlib.sha256(
+        "".join([*(digests[name] for name in FILES), words.digest]).encode()
+    ).hexdigest()
+    return Corpus(train, valid, test, words, fingerprint, empty)
+
+
+def _encode(lines: list[list[str]], words: Vocabulary) -> Tokens:
+    numbers = itertools.chain.from_iterable(words.encode(line) for line in lines if line)
+    return Tokens([numpy.fromiter(numbers, numpy.int32)])

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from apollo_qn.experiments.data import one_billion_word, streams, wordnet
-from apollo_qn.experiments.data.corpus import Corpus, Stream
+from apollo_qn.experiments.data import one_billion_word, sequences, wordnet
+from apollo_qn.experiments.data.corpus import Corpus, Tokens
+from apollo_qn.experiments.data.sequences import IGNORED, Sequences
 from apollo_qn.experiments.errors import ExperimentError
 from apollo_qn.experiments.models.lstm import LanguageModel
 from apollo_qn.experiments.recipe import RunSpec
@@ -55,22 +56,17 @@ class LanguageTask:
             )
         train = corpus.train
         if data.train_examples is not None:
-            train = Stream([train.read(0, data.train_examples)])
-        self.steps_per_epoch = streams.count_steps(train, batch_size, data.steps)
-        if self.steps_per_epoch < 1:
-            raise ExperimentError(
-                f"{len(train)} training words are fewer than one batch of {batch_size} streams of "
-                f"{data.steps} words; check data.train_examples, data.steps and train.batch_size"
-            )
+            train = Tokens([train[: data.train_examples]])
+        self._sequences = Sequences(train, batch_size, data.steps)
+        self.steps_per_epoch = self._sequences.batches
         self.fingerprint = corpus.fingerprint
         self.remarks = [
             f"A vocabulary of {words} words; perplexity is that of every word and every sentence's "
-            f"end, on {len(corpus.test)} of the test text."
+            f"end, on {len(corpus.test)} of the test text; {corpus.empty_lines} empty lines passed "
+            "over."
         ]
         self.units_per_step = float(batch_size * data.steps)
-        self._corpus, self._train = corpus, train
-        self._model, self._time, self._batch_size = model, data.steps, batch_size
-        self._device = device
+        self._corpus, self._model, self._data, self._device = corpus, model, data, device
 
     def model(self) -> nn.Module:
         """A new network, initialised as torch does."""
@@ -82,19 +78,13 @@ class LanguageTask:
     ) -> Iterator[Batch]:
         """Tokens and the tokens after them, each shape=(batch / world, steps), int64.
 
-        The same in every epoch: the order of the text is part of it.
+        Each epoch begins at another token, which seed and epoch say.
 
         Raises:
             ExperimentError: the processes cannot share a batch equally.
         """
-        if self._batch_size % world:
-            raise ExperimentError(
-                f"train.batch_size is {self._batch_size}, which {world} processes cannot share "
-                "equally; choose a multiple of them"
-            )
-        share = self._batch_size // world
-        part = slice(rank * share, (rank + 1) * share)
-        for pair in streams.training(self._train, self._batch_size, self._time, start, part):
+        offset = self._sequences.offset(seed, epoch)
+        for pair in self._sequences.epoch(start, offset, rank, world):
             yield tuple(x.to(self._device, non_blocking=True) for x in pair)
 
     def loss(
@@ -120,14 +110,15 @@ class LanguageTask:
         sums = [self._sums(model, text, rank, world) for text in texts]
         return torch.cat(sums).to(self._device)
 
-    def _sums(self, model: nn.Module, text: Stream, rank: int, world: int) -> Tensor:
+    def _sums(self, model: nn.Module, text: Tokens, rank: int, world: int) -> Tensor:
         total = torch.zeros(2, dtype=torch.float64)
         state = None
         end = self._corpus.vocabulary.end
-        for columns in streams.evaluation(text, end, _ROWS, self._time, rank, world):
-            tokens, targets, counts = (x.to(self._device) for x in columns)
+        for pair in sequences.held_out(text, _ROWS, self._data.steps, end, rank, world):
+            tokens, targets = (x.to(self._device) for x in pair)
+            counts = targets != IGNORED
             state = self._begin(len(tokens)) if state is None else state
-            losses, state = model(tokens, targets, state)
+            losses, state = model(tokens, targets.masked_fill(~counts, end), state)
             found = torch.stack([losses.double()[counts].sum(), counts.sum().double()])
             total = total.to(found.device) + found
         return total
@@ -149,7 +140,13 @@ def of_wordnet(spec: RunSpec, resources: Resources) -> LanguageTask:
 
 def of_one_billion_words(spec: RunSpec, resources: Resources) -> LanguageTask:
     """The prepared benchmark; raises ExperimentError where it is not, or is damaged."""
-    return _task(spec, resources, one_billion_word.load)
+    if resources.folder is None:
+        raise ExperimentError(
+            "one-billion-word needs --data with the prepared text; "
+            "`apollo-qn prepare one-billion-word --raw DIR --out DIR` makes it"
+        )
+    folder = resources.folder
+    return _task(spec, resources, lambda _: one_billion_word.load(folder))
 
 
 def _task(
