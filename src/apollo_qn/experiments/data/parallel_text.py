@@ -7,7 +7,7 @@ import hashlib
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, cast
 
 import numpy
 from numpy.typing import NDArray
@@ -120,6 +120,18 @@ def read_pairs(source: Path, target: Path, remedy: str) -> TextPairs:
     return pairs
 
 
+def find_text(folder: Path, name: str, remedy: str) -> Path:
+    """A file of text in a folder, plain or with ``.gz`` after its name.
+
+    Raises:
+        ExperimentError: neither is there.
+    """
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.is_file():
+            return path
+    raise ExperimentError(f"{folder / name}: no such file, nor {name}.gz; {remedy}")
+
+
 def check_aligned(pairs: TextPairs, source: str, target: str, remedy: str) -> None:
     """Raise ExperimentError where the sides, called ``source`` and ``target``, differ in size."""
     if len(pairs.source) != len(pairs.target):
@@ -158,7 +170,7 @@ def read_lines(path: Path, remedy: str) -> list[str]:
 def _opened(path: Path) -> IO[bytes]:
     with path.open("rb") as file:
         zipped = file.read(len(_GZIP)) == _GZIP
-    return gzip.open(path) if zipped else path.open("rb")
+    return cast(IO[bytes], gzip.open(path)) if zipped else path.open("rb")
 
 
 def even(text: str) -> str:
@@ -168,11 +180,11 @@ def even(text: str) -> str:
 
 def clean(pairs: TextPairs, limits: Limits = FAIRSEQ) -> tuple[TextPairs, Counts]:
     """The pairs within limits on words between blanks, for text that is tokenised already."""
-    lengths = (
+    source, target = (
         numpy.fromiter((len(text.split()) for text in side), numpy.int64, len(side))
         for side in pairs
     )
-    kept, counts = within(*lengths, limits)
+    kept, counts = within(source, target, limits)
     if counts.kept == counts.read:
         return pairs, counts
     chosen = numpy.flatnonzero(kept).tolist()

@@ -98,7 +98,6 @@ def group(source: Numbers, target: Numbers, max_tokens: int) -> list[Numbers]:
         ``pairs * longest <= max_tokens`` on both sides.
     """
     longer = numpy.maximum(source, target)
-    # sorted by one side first: the batches are full only where both sides are of like length
     ranking = numpy.lexsort((numpy.arange(len(source)), source, target, longer))
     widths = longer[ranking]
     starts = [0]
