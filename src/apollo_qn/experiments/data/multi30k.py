@@ -5,12 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from apollo_qn.experiments.data.hub_text import load_hub
-from apollo_qn.experiments.data.parallel_text import (
-    ParallelCorpus,
-    corpus,
-    find_text,
-    read_pairs,
-)
+from apollo_qn.experiments.data.parallel_text import ParallelCorpus, corpus, read_named
 from apollo_qn.experiments.errors import ExperimentError
 
 HUB = "bentrevett/multi30k"
@@ -33,8 +28,5 @@ def load(folder: Path | None = None, hub: str = HUB) -> ParallelCorpus:
         return load_hub(hub, LANGUAGES, _REMEDY)
     if not folder.is_dir():
         raise ExperimentError(f"{folder}: no such folder; {_REMEDY}")
-    train, valid, test = (
-        read_pairs(*(find_text(folder, f"{split}.{one}", _REMEDY) for one in LANGUAGES), _REMEDY)
-        for split in SPLITS
-    )
+    train, valid, test = (read_named(folder, split, LANGUAGES, _REMEDY) for split in SPLITS)
     return corpus(train, valid, test, LANGUAGES, str(folder))

@@ -120,6 +120,12 @@ def read_pairs(source: Path, target: Path, remedy: str) -> TextPairs:
     return pairs
 
 
+def read_named(folder: Path, name: str, languages: tuple[str, str], remedy: str) -> TextPairs:
+    """Read ``name.en`` and ``name.de``, say, plain or gzipped; errors as of ``read_pairs``."""
+    source, target = (find_text(folder, f"{name}.{language}", remedy) for language in languages)
+    return read_pairs(source, target, remedy)
+
+
 def find_text(folder: Path, name: str, remedy: str) -> Path:
     """A file of text in a folder, plain or with ``.gz`` after its name.
 

@@ -14,7 +14,7 @@ from apollo_qn.experiments.data.parallel_text import (
     even,
     find_text,
     read_lines,
-    read_pairs,
+    read_named,
 )
 from apollo_qn.experiments.errors import ExperimentError
 
@@ -57,14 +57,14 @@ def load(folder: Path | None = None, hub: str = HUB) -> ParallelCorpus:
 
 def _named(folder: Path, name: str) -> TextPairs:
     place = _home(folder, f"{name}.{LANGUAGES[0]}") or folder
-    return read_pairs(*(find_text(place, f"{name}.{one}", _REMEDY) for one in LANGUAGES), _REMEDY)
+    return read_named(place, name, LANGUAGES, _REMEDY)
 
 
 def _training(folder: Path) -> TextPairs:
     if _home(folder, f"{TRAIN}.{LANGUAGES[0]}"):
         return _named(folder, TRAIN)
     parts = {
-        path.with_name(path.name.removesuffix(".gz"))
+        path.with_name(path.name.removesuffix(".gz")).with_suffix("")
         for pattern in _PARTS
         for path in folder.rglob(pattern)
     }
@@ -72,8 +72,7 @@ def _training(folder: Path) -> TextPairs:
         return _named(folder, TRAIN)  # says what is missing
     whole = TextPairs([], [])
     for part in sorted(parts):
-        names = (part.name, part.with_suffix(f".{LANGUAGES[1]}").name)
-        read = read_pairs(*(find_text(part.parent, name, _REMEDY) for name in names), _REMEDY)
+        read = read_named(part.parent, part.name, LANGUAGES, _REMEDY)
         whole.source.extend(read.source)
         whole.target.extend(read.target)
     return whole
@@ -83,16 +82,16 @@ def _test(folder: Path) -> TextPairs:
     place = _home(folder, _MARKED[0])
     if place is None or _home(folder, f"{TEST}.{LANGUAGES[0]}"):
         return _named(folder, TEST)
-    paths = [find_text(place, name, _REMEDY) for name in _MARKED]
-    # entities are left as they stand, as sacreBLEU and the hub leave them
-    pairs = TextPairs(
-        *(
-            [even(text) for line in read_lines(path, _REMEDY) for text in _SEGMENT.findall(line)]
-            for path in paths
-        )
-    )
-    check_aligned(pairs, str(paths[0]), str(paths[1]), _REMEDY)
+    source, target = (find_text(place, name, _REMEDY) for name in _MARKED)
+    pairs = TextPairs(_segments(source), _segments(target))
+    check_aligned(pairs, str(source), str(target), _REMEDY)
     return pairs
+
+
+def _segments(path: Path) -> list[str]:
+    lines = read_lines(path, _REMEDY)
+    # entities are left as they stand, as sacreBLEU leaves them
+    return [even(text) for line in lines for text in _SEGMENT.findall(line)]
 
 
 def _home(folder: Path, name: str) -> Path | None:
