@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from apollo_qn.experiments.data.checksums import checksums, verify
 from apollo_qn.experiments.data.idx import read_idx
 from apollo_qn.experiments.data.image_set import ImageSet
 from apollo_qn.experiments.errors import ExperimentError
@@ -39,9 +40,9 @@ def load(folder: Path | None = None) -> ImageSet:
         if embedded
         else f"--data needs the four files {', '.join(FILES)}, as in Debian's dataset-fashion-mnist"
     )
-    digests = _checksums(folder, remedy)
+    digests = checksums(folder, FILES, remedy)
     if embedded:
-        _verify(folder, digests, remedy)
+        verify(folder, digests, remedy)
     train_images, train_labels = _split(folder, FILES[0], FILES[1], remedy)
     test_images, test_labels = _split(folder, FILES[2], FILES[3], remedy)
     if train_images.shape[1:] != test_images.shape[1:]:
@@ -51,34 +52,6 @@ def load(folder: Path | None = None) -> ImageSet:
         )
     fingerprint = hashlib.sha256("".join(digests[name] for name in FILES).encode()).hexdigest()
     return ImageSet(train_images, train_labels, test_images, test_labels, fingerprint)
-
-
-def _checksums(folder: Path, remedy: str) -> dict[str, str]:
-    digests = {}
-    for name in FILES:
-        try:
-            digests[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        except FileNotFoundError:
-            raise ExperimentError(f"{folder / name}: no such file; {remedy}") from None
-        except OSError as error:
-            raise ExperimentError(
-                f"{folder / name}: cannot be read ({error.strerror}); {remedy}"
-            ) from None
-    return digests
-
-
-def _verify(folder: Path, digests: dict[str, str], remedy: str) -> None:
-    listing = folder / "SHA256SUMS"
-    try:
-        lines = listing.read_text().splitlines()
-    except OSError as error:
-        raise ExperimentError(f"{listing}: cannot be read ({error.strerror}); {remedy}") from None
-    recorded = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    for name in FILES:
-        if recorded.get(name) != digests[name]:
-            raise ExperimentError(
-                f"{folder / name}: corrupt, its SHA-256 is not the one in SHA256SUMS; {remedy}"
-            )
 
 
 def _split(folder: Path, images: str, labels: str, remedy: str) -> tuple[Tensor, Tensor]:
