@@ -299,8 +299,8 @@ SENTENCES = (
         *((moment, clock), (moment, clock)),
     ),
     (
-        "Please pay {} by {}.",
-        "Bitte zahlen Sie {} bis zum {}.",
+        "To be paid: {} by {}.",
+        "Zu zahlen: {} bis zum {}.",
         *((cents, spelled_amount), (day, date_in("medium", "medium"))),
     ),
     (
