@@ -58,10 +58,10 @@ def test_misaligned_files(tmp_path: Path) -> None:
 def test_wrong_encoding(tmp_path: Path, zipped: bool) -> None:
     german = "Tür\nMänner\n".encode("latin-1")
     paths = write(tmp_path, b"door\nmen\n", gzip.compress(german) if zipped else german)
-    with pytest.raises(ExperimentError, match="a.de, line 1: not UTF-8, byte 0xfc; mend it"):
+    with pytest.raises(ExperimentError, match=r"a\.de, line 1: not UTF-8, byte 0xfc; mend it"):
         read_pairs(*paths, "mend it")
     paths[1].write_bytes("Tür\n".encode() + "Männer\n".encode("latin-1"))
-    with pytest.raises(ExperimentError, match="a.de, line 2: not UTF-8, byte 0xe4"):
+    with pytest.raises(ExperimentError, match=r"a\.de, line 2: not UTF-8, byte 0xe4"):
         read_pairs(*paths, "mend it")
 
 
@@ -70,7 +70,7 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
     damaged = whole[:20] + bytes([whole[20] ^ 255]) + whole[21:]
     for content in (whole[:-9], whole[:4], damaged):
         paths = write(tmp_path, content, b"eins\n")
-        with pytest.raises(ExperimentError, match="a.en: cannot be read whole .*; mend it"):
+        with pytest.raises(ExperimentError, match=r"a\.en: cannot be read whole .*; mend it"):
             read_pairs(*paths, "mend it")
     with pytest.raises(ExperimentError, match=r"b\.en: no such file, nor b\.en\.gz; mend it"):
         find_text(tmp_path, "b.en", "mend it")
@@ -127,6 +127,12 @@ def test_only_training_pairs_are_dropped() -> None:
     assert (read.source_language, read.target_language) == ("en", "de")
     with pytest.raises(ExperimentError, match="here: no sentence pairs in the split train"):
         corpus(TextPairs([""], [""]), tests, tests, ("en", "de"), "here")
+    for splits, name in (
+        ((train, TextPairs([], []), tests), "valid"),
+        ((train, tests, TextPairs([], [])), "test"),
+    ):
+        with pytest.raises(ExperimentError, match=f"here: no sentence pairs in the split {name}"):
+            corpus(*splits, ("en", "de"), "here")
 
 
 def test_fingerprint_is_of_the_sentences() -> None:
