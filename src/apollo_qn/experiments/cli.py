@@ -192,12 +192,12 @@ def prepare(
     """
     with _one_line_errors():
         from apollo_qn.experiments import recipe
-        from apollo_qn.experiments.data import encoded_corpus, one_billion_word, translations
+        from apollo_qn.experiments.data import encoded_corpus, multi30k, one_billion_word, wmt14
         from apollo_qn.experiments.placement import cores
         from apollo_qn.experiments.progress import counter
         from apollo_qn.experiments.schema import Sentences
 
-        readers = {"wmt14-en-de": translations.wmt14, "multi30k": translations.multi30k}
+        readers = {"wmt14-en-de": wmt14.load, "multi30k": multi30k.load}
         if task not in ("one-billion-word", *readers):
             raise ExperimentError(
                 f"task is {task!r}, allowed are one-billion-word, {', '.join(readers)}; the "
@@ -210,7 +210,11 @@ def prepare(
                 assert isinstance(data, Sentences)
                 tell("Reading sentences", 0, 0)
                 size = data.subwords if subwords is None else subwords
-                encoded_corpus.prepare(readers[task](raw), size, folder, tell)
+                text = readers[task](raw)
+                tell("Learning subwords and encoding", 0, 0)
+                corpus = encoded_corpus.encode(text, size, clean=True)
+                encoded_corpus.prepare(corpus, folder, tell)
+                typer.echo(corpus.counts)
             else:
                 one_billion_word.prepare(raw, folder, vocabulary, workers or cores(), tell)
         typer.echo(f"Prepared: --data {folder}")

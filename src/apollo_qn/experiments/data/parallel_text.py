@@ -1,96 +1,221 @@
-"""Sentences in two languages, line by line the same."""
+"""Parallel text: two files of which line n of one translates line n of the other."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import gzip
+import hashlib
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import IO, NamedTuple, cast
 
-from apollo_qn.experiments.data.text_files import read_lines
-from apollo_qn.experiments.errors import ExperimentError
+import numpy
+from numpy.typing import NDArray
 
-# of training pairs, as fairseq's scripts clean with Moses' clean-corpus-n: words, and their ratio
-LONGEST, RATIO = 250, 1.5
+from apollo_qn.experiments.errors import ExperimentError, first_line
+
+_GZIP = b"\x1f\x8b"
+_MARK = b"\xef\xbb\xbf"  # the byte order mark that some editors put before UTF-8
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Sentences and their translations, and what was left out."""
+class TextPairs(NamedTuple):
+    """Sentences of two languages; pair n is ``source[n]``, ``target[n]``."""
 
     source: list[str]
     target: list[str]
-    empty: int = 0  # pairs of which a side is empty
-    unlike: int = 0  # pairs of too many words, or too different in length
 
-    def __len__(self) -> int:
+    @property
+    def size(self) -> int:
+        """How many pairs."""
         return len(self.source)
 
-    def first(self, count: int | None) -> Pairs:
-        """The first so many; None: all."""
-        return Pairs(self.source[:count], self.target[:count], self.empty, self.unlike)
+
+class Limits(NamedTuple):
+    """Which pairs are worth training on; lengths in whatever units the caller counts."""
+
+    shortest: int = 1
+    longest: int | None = 250  # None: any
+    ratio: float | None = 1.5  # of the longer to the shorter, at most; None: any
 
 
-def read_pairs(source: Path, target: Path, clean: bool) -> Pairs:
-    """Read two files, plain or gzipped, UTF-8, a sentence a line.
+# as fairseq's prepare-wmt14en2de.sh calls Moses's clean-corpus-n: on subwords, training data only
+FAIRSEQ = Limits()
+NOT_EMPTY = Limits(1, None, None)
+
+
+class Counts(NamedTuple):
+    """What became of the pairs that were read; a skipped one counts once, under the first."""
+
+    read: int
+    empty: int = 0  # shorter than the shortest on either side
+    long: int = 0
+    ratio: int = 0
+
+    @property
+    def kept(self) -> int:
+        """How many are left."""
+        return self.read - self.empty - self.long - self.ratio
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kept:,} of {self.read:,} pairs, without {self.empty:,} empty, "
+            f"{self.long:,} too long, {self.ratio:,} of unlike lengths"
+        )
+
+
+class ParallelCorpus(NamedTuple):
+    """A corpus as it is read: text, white space made even, otherwise as it lies on the disk."""
+
+    train: TextPairs  # without the pairs that are empty on a side
+    valid: TextPairs  # whole, as the test set
+    test: TextPairs
+    source_language: str  # as "en"
+    target_language: str
+    fingerprint: str  # of all sentences, whatever files they came from
+    counts: Counts  # of the training pairs
+
+
+def corpus(
+    train: TextPairs,
+    valid: TextPairs,
+    test: TextPairs,
+    languages: tuple[str, str],
+    where: str,
+) -> ParallelCorpus:
+    """Drop the empty training pairs, check what is left.
 
     Args:
-        source: one language.
-        target: the other, line by line the same.
-        clean: as of ``choose``.
+        train, valid, test: as they were read.
+        languages: of the source and the target.
+        where: what an error calls the corpus.
 
     Raises:
-        ExperimentError: the files differ in their number of lines or cannot be read; or as
-            ``choose`` does.
+        ExperimentError: a split is empty.
     """
-    return choose(_aligned(source, target), (str(source), str(target)), clean)
+    cleaned, counts = clean(train, NOT_EMPTY)
+    for name, pairs in (("train", cleaned), ("valid", valid), ("test", test)):
+        if not pairs.size:
+            raise ExperimentError(f"{where}: no sentence pairs in the split {name}")
+    digest = hashlib.sha256()
+    for pairs in (cleaned, valid, test):
+        for side in pairs:
+            digest.update(f"{len(side)}\n".encode())
+            for sentence in side:
+                digest.update(sentence.encode() + b"\n")
+    return ParallelCorpus(cleaned, valid, test, *languages, digest.hexdigest(), counts)
 
 
-def choose(pairs: Iterable[tuple[str, str]], names: tuple[str, str], clean: bool) -> Pairs:
-    """Leave out what no model can learn from, and count it.
+def read_pairs(source: Path, target: Path, remedy: str) -> TextPairs:
+    """Read two files of one sentence a line, every line, empty ones too.
 
     Args:
-        pairs: sentences and translations.
-        names: of both sides, for errors.
-        clean: for training: leave out pairs of which a side has more than 250 words or more than
-            1.5 times as many as the other (few words apart), as fairseq does.
+        source, target: UTF-8, plain or gzipped, whatever their names say.
+        remedy: what to do about a bad file; ends the error message.
 
     Raises:
-        ExperimentError: no pair is left; or one side alone is empty and ``clean`` is off.
+        ExperimentError: a file is missing, damaged or not UTF-8, or the two differ in lines.
     """
-    kept: tuple[list[str], list[str]] = ([], [])
-    empty = unlike = number = 0
-    for number, (one, other) in enumerate(pairs, 1):
-        counts = len(one.split()), len(other.split())
-        if min(counts) == 0:
-            if max(counts) and not clean:
-                bad = names[0] if counts[0] == 0 else names[1]
-                raise ExperimentError(f"{bad}, line {number}: empty, its translation is not")
-            empty += 1
-        elif clean and _is_unlike(*counts):
-            unlike += 1
-        else:
-            kept[0].append(one)
-            kept[1].append(other)
-    if not kept[0]:
-        raise ExperimentError(f"{names[0]} and {names[1]}: no pairs in {number} lines")
-    return Pairs(*kept, empty, unlike)
+    pairs = TextPairs(read_lines(source, remedy), read_lines(target, remedy))
+    check_aligned(pairs, str(source), str(target), remedy)
+    return pairs
 
 
-def _aligned(source: Path, target: Path) -> Iterator[tuple[str, str]]:
-    lines = itertools.zip_longest(read_lines(source), read_lines(target))
-    for number, (one, other) in enumerate(lines):
-        if one is None or other is None:
-            rest = 1 + sum(1 for _ in lines)
-            longer, shorter = (target, source) if one is None else (source, target)
-            raise ExperimentError(
-                f"{longer} has {number + rest} lines, {shorter} has {number}: they must be "
-                "translations of each other line by line"
-            )
-        yield one, other
+def read_named(folder: Path, name: str, languages: tuple[str, str], remedy: str) -> TextPairs:
+    """Read ``name.en`` and ``name.de``, say, plain or gzipped; errors as of ``read_pairs``."""
+    source, target = (find_text(folder, f"{name}.{language}", remedy) for language in languages)
+    return read_pairs(source, target, remedy)
 
 
-def _is_unlike(one: int, other: int) -> bool:
-    few, many = sorted((one, other))
-    # a ratio says little of a word or two
-    return many > LONGEST or (many > RATIO * few and many > few + 2)
+def find_text(folder: Path, name: str, remedy: str) -> Path:
+    """A file of text in a folder, plain or with ``.gz`` after its name.
+
+    Raises:
+        ExperimentError: neither is there.
+    """
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.is_file():
+            return path
+    raise ExperimentError(f"{folder / name}: no such file, nor {name}.gz; {remedy}")
+
+
+def check_aligned(pairs: TextPairs, source: str, target: str, remedy: str) -> None:
+    """Raise ExperimentError where the sides, called ``source`` and ``target``, differ in size."""
+    if len(pairs.source) != len(pairs.target):
+        raise ExperimentError(
+            f"{source} has {len(pairs.source):,} lines, {target} has {len(pairs.target):,}: "
+            f"line n of one must translate line n of the other; {remedy}"
+        )
+
+
+def read_lines(path: Path, remedy: str) -> list[str]:
+    """Every line of a file of UTF-8, plain or gzipped, its white space made even.
+
+    Raises:
+        ExperimentError: the file is missing, damaged or not UTF-8; the message has the line.
+    """
+    lines = []
+    try:
+        with _opened(path) as file:
+            # at line feeds alone: str.splitlines would also cut at marks within sentences
+            for number, row in enumerate(file, 1):
+                lines.append(even(row.removeprefix(_MARK if number == 1 else b"").decode()))
+    except UnicodeDecodeError as error:
+        bad = error.object[error.start]
+        raise ExperimentError(
+            f"{path}, line {len(lines) + 1}: not UTF-8, byte 0x{bad:02x}; {remedy}"
+        ) from None
+    except FileNotFoundError:
+        raise ExperimentError(f"{path}: no such file; {remedy}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise ExperimentError(
+            f"{path}: cannot be read whole ({first_line(error)}); {remedy}"
+        ) from None
+    return lines
+
+
+def _opened(path: Path) -> IO[bytes]:
+    with path.open("rb") as file:
+        zipped = file.read(len(_GZIP)) == _GZIP
+    return cast(IO[bytes], gzip.open(path)) if zipped else path.open("rb")
+
+
+def even(text: str) -> str:
+    """The text with one blank for each run of white space, and none around it."""
+    return " ".join(text.split())
+
+
+def clean(pairs: TextPairs, limits: Limits = FAIRSEQ) -> tuple[TextPairs, Counts]:
+    """The pairs within limits on words between blanks, for text that is tokenised already."""
+    source, target = (
+        numpy.fromiter((len(text.split()) for text in side), numpy.int64, len(side))
+        for side in pairs
+    )
+    kept, counts = within(source, target, limits)
+    if counts.kept == counts.read:
+        return pairs, counts
+    chosen = numpy.flatnonzero(kept).tolist()
+    return TextPairs(*([side[place] for place in chosen] for side in pairs)), counts
+
+
+def within(
+    source: NDArray[numpy.int64], target: NDArray[numpy.int64], limits: Limits
+) -> tuple[NDArray[numpy.bool_], Counts]:
+    """Which pairs are within limits, judged as Moses's clean-corpus-n does.
+
+    Args:
+        source, target: lengths of the pairs' sides, shape (n,).
+        limits: of lengths and their ratio; what equals a limit is within.
+
+    Returns:
+        A mask of shape (n,), and the counts.
+    """
+    shorter, longer = numpy.minimum(source, target), numpy.maximum(source, target)
+    empty = shorter < max(1, limits.shortest)
+    long = ~empty & (longer > limits.longest) if limits.longest else numpy.zeros_like(empty)
+    kept = ~(empty | long)
+    if limits.ratio is None:
+        unlike = numpy.zeros_like(empty)
+    else:
+        unlike = kept & (longer > limits.ratio * shorter)
+    skipped: Sequence[NDArray[numpy.bool_]] = (empty, long, unlike)
+    return kept & ~unlike, Counts(len(source), *(int(mask.sum()) for mask in skipped))

@@ -1,76 +1,123 @@
-"""Subwords of both languages, by byte-pair encoding (Sennrich et al., 2016)."""
+"""Subwords that two languages share: byte pair encoding, learned from their training text."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator
-from itertools import chain
+import itertools
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+import numpy
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from apollo_qn.experiments.data.parallel_text import TextPairs, even
+from apollo_qn.experiments.errors import ExperimentError, first_line
+from apollo_qn.experiments.files import write_atomically
 
 PADDING, BEGIN, END, UNKNOWN = range(4)
-_AT_ONCE = 8192  # texts that are encoded together
-_SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+# brackets that stand for no byte: neither text nor a merge of bytes can be taken for one of these
+SPECIAL = ("⟨padding⟩", "⟨begin⟩", "⟨end⟩", "⟨unknown⟩")
+_BYTES = 256
+SMALLEST = len(SPECIAL) + _BYTES
+_SEEN_AT_LEAST = 2  # a pair that occurs once is no subword
+
+
+def normalised(text: str) -> str:
+    """What encoding keeps of a text: canonical composition (NFC), white space made even."""
+    return even(unicodedata.normalize("NFC", text))
 
 
 class Subwords:
-    """Sentences as numbers and back.
+    """A vocabulary of subwords; ``decode(encode(text)) == normalised(text)`` for every text.
 
-    Text is brought to Unicode's form NFC and runs of spaces count as one; of what is left,
-    ``decode(encode(text)) == text`` wherever its characters stood in the training text.
+    Every byte is in the vocabulary, so that no text holds the unknown token; it has its place
+    for models and files that expect one.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self.digest = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return int(self._tokenizer.get_vocab_size())
 
     @classmethod
-    def learn(cls, texts: Iterable[Iterable[str]], size: int) -> Subwords:
-        """Learn ``size`` subwords, the special ones among them, from the texts of all languages."""
-        tokenizer = Tokenizer(models.BPE(unk_token=_SPECIAL[UNKNOWN]))
-        tokenizer.normalizer = normalizers.Sequence(
-            [
-                normalizers.NFC(),
-                normalizers.Replace(pattern="\N{NO-BREAK SPACE}", content=" "),
-                normalizers.Strip(),
-            ]
-        )
-        # a word begins with its space; digits and punctuation stand alone
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Metaspace(prepend_scheme="always"),
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.Punctuation(),
-            ]
-        )
-        tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    def learned(cls, pairs: TextPairs, size: int) -> Subwords:
+        """Learn from the text of both languages; the same subwords from the same text.
+
+        Args:
+            pairs: training text.
+            size: of the vocabulary with the special tokens, at least 260; it becomes smaller
+                where the text has no more pairs of subwords that occur twice.
+
+        Raises:
+            ExperimentError: the size is too small.
+        """
+        if size < SMALLEST:
+            raise ExperimentError(
+                f"a vocabulary of {size} subwords: at least {SMALLEST} are needed, "
+                f"{_BYTES} bytes and {len(SPECIAL)} special tokens"
+            )
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         trainer = trainers.BpeTrainer(
-            vocab_size=size, special_tokens=_SPECIAL, show_progress=False, min_frequency=2
+            vocab_size=size,
+            min_frequency=_SEEN_AT_LEAST,
+            special_tokens=list(SPECIAL),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
         )
-        tokenizer.train_from_iterator(chain.from_iterable(texts), trainer)
+        texts = map(normalised, itertools.chain(*pairs))
+        tokenizer.train_from_iterator(texts, trainer, length=2 * pairs.size)
+        return cls(_of_model(tokenizer.model))
+
+    @classmethod
+    def load(cls, path: Path) -> Subwords:
+        """Read what ``save`` wrote; raises ExperimentError for a missing or bad file."""
+        try:
+            tokenizer = Tokenizer.from_str(path.read_text("utf-8"))
+        except FileNotFoundError:
+            raise ExperimentError(f"{path}: no such file of subwords") from None
+        except Exception as error:  # the library raises bare Exception
+            raise ExperimentError(
+                f"{path}: not a whole file of subwords ({first_line(error)})"
+            ) from None
+        found = [tokenizer.token_to_id(name) for name in SPECIAL]
+        if found != list(range(len(SPECIAL))):
+            raise ExperimentError(
+                f"{path}: the special tokens {', '.join(SPECIAL)} have the numbers {found}, "
+                f"they must be 0 to {len(SPECIAL) - 1}"
+            )
         return cls(tokenizer)
 
-    def encode(self, texts: list[str]) -> Iterator[list[int]]:
-        """The numbers of each text, without begin and end."""
-        for start in range(0, len(texts), _AT_ONCE):
-            for one in self._tokenizer.encode_batch_fast(texts[start : start + _AT_ONCE]):
-                yield one.ids
+    def save(self, path: Path) -> None:
+        """Write as JSON of the library ``tokenizers``, whole or not at all."""
+        write_atomically(path, self._tokenizer.to_str().encode())
 
-    @classmethod
-    def load(cls, text: str) -> Subwords:
-        """What ``save`` returned; raises ValueError for anything else."""
-        try:
-            return cls(Tokenizer.from_str(text))
-        except Exception as error:  # of the library's own kind
-            raise ValueError(str(error)) from None
+    @property
+    def size(self) -> int:
+        """Of the vocabulary, special tokens counted."""
+        size: int = self._tokenizer.get_vocab_size()
+        return size
 
-    def save(self) -> str:
-        """As JSON."""
-        return str(self._tokenizer.to_str())
+    def encode(self, text: str) -> list[int]:
+        """The numbers of a text's subwords, without begin and end."""
+        numbers: list[int] = self._tokenizer.encode(normalised(text)).ids
+        return numbers
 
-    def decode(self, numbers: list[int]) -> str:
-        """The text of some numbers; special ones are left out."""
-        return str(self._tokenizer.decode(numbers))
+    def encode_all(self, texts: Sequence[str]) -> tuple[NDArray[numpy.int32], NDArray[numpy.int64]]:
+        """The numbers of all texts one after the other, and how many each text has."""
+        rows = self._tokenizer.encode_batch_fast([normalised(text) for text in texts])
+        lengths = numpy.fromiter((len(row) for row in rows), numpy.int64, len(rows))
+        numbers = itertools.chain.from_iterable(row.ids for row in rows)
+        return numpy.fromiter(numbers, numpy.int32, int(lengths.sum())), lengths
+
+    def decode(self, numbers: Iterable[int]) -> str:
+        """The text of subwords, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
+        text: str = self._tokenizer.decode([n for n in numbers if n >= len(SPECIAL)])
+        return text.removeprefix(" ")
+
+
+def _of_model(model: models.BPE) -> Tokenizer:
+    # anew around the model: the trainer makes the tokenizer find special tokens in plain text
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer

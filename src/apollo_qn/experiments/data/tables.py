@@ -1,4 +1,4 @@
-"""Images and labels in Arrow tables: parquet files, and data sets of the Hugging Face hub."""
+"""Arrow tables of images and labels or of text: parquet files, the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -55,28 +55,39 @@ def read_parquet(path: Path) -> Any:
         raise ExperimentError(f"{path}: not a whole parquet file ({first_line(error)})") from None
 
 
-def open_hub(name: str, remedy: str, subset: str | None = None) -> Any:
+def open_hub(name: str, remedy: str) -> Any:
     """A data set of the hub with its images undecoded, a ``datasets.DatasetDict``.
 
     Args:
         name: on the hub, or a folder laid out like one there.
         remedy: what to do without the hub; ends the error message.
-        subset: of the data set; None: it has but one.
 
     Raises:
         ExperimentError: the library, the network or the data set is not there.
     """
-    datasets = library("datasets", f"{name} of the Hugging Face hub", f"; without it {remedy}")
-    try:
-        splits = datasets.load_dataset(name, subset)
-    except Exception as error:  # whatever stands between here and the hub
-        raise ExperimentError(
-            f"{name}: not to be had from the Hugging Face hub ({first_line(error)}); {remedy}"
-        ) from None
+    splits = hub_splits(name, remedy)
+    datasets = library("datasets", f"{name} of the Hugging Face hub")
     for split, rows in splits.items():
         column = image_column(rows, f"{name}, split {split}")
         splits[split] = rows.cast_column(column, datasets.Image(decode=False))
     return splits
+
+
+def hub_splits(name: str, remedy: str, subset: str | None = None) -> Any:
+    """A data set of the hub as it is there; arguments and errors are those of ``open_hub``.
+
+    Args:
+        name: as there.
+        remedy: as there.
+        subset: which of the configurations that the hub has under the name; None: the only one.
+    """
+    datasets = library("datasets", f"{name} of the Hugging Face hub", f"; without it {remedy}")
+    try:
+        return datasets.load_dataset(name, subset)
+    except Exception as error:  # whatever stands between here and the hub
+        raise ExperimentError(
+            f"{name}: not to be had from the Hugging Face hub ({first_line(error)}); {remedy}"
+        ) from None
 
 
 def image_bytes(table: Any, where: str) -> list[bytes]:

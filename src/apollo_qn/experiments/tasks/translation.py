@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy
 import sacrebleu
 import torch
+from numpy.typing import NDArray
 from sacrebleu.metrics.bleu import BLEU
 from torch import Tensor, nn
 from torch.nn import functional
 
-from apollo_qn.experiments.data import encoded_corpus, sentence_pairs, translations
+from apollo_qn.experiments.data import encoded_corpus, multi30k, phrases, wmt14
 from apollo_qn.experiments.data.encoded_corpus import EncodedCorpus
-from apollo_qn.experiments.data.sentence_pairs import EncodedPairs
+from apollo_qn.experiments.data.encoded_pairs import EncodedPairs
+from apollo_qn.experiments.data.parallel_text import ParallelCorpus
 from apollo_qn.experiments.data.subwords import BEGIN, END, PADDING
-from apollo_qn.experiments.data.translations import Translations
+from apollo_qn.experiments.data.token_batches import TokenBatches, group, padded
 from apollo_qn.experiments.errors import ExperimentError
 from apollo_qn.experiments.models.beam import search
 from apollo_qn.experiments.models.transformer import Transformer
@@ -63,39 +65,40 @@ class TranslationTask:
         device: torch.device,
     ) -> None:
         self._subwords, self._references = corpus.subwords, corpus.references
-        self._train = corpus.train.first(data.train_examples)
-        self._valid, self._test = corpus.valid, corpus.test
-        for name, pairs in (("validation", self._valid), ("test", self._test)):
-            longest = int(max(pairs.source.lengths.max(), pairs.target.lengths.max()))
-            if longest > model.longest:
-                raise ExperimentError(
-                    f"model.longest is {model.longest}, a {name} sentence has {longest} subwords"
-                )
-        self._rows = self._train.up_to(min(model.longest, tokens))
-        if not len(self._rows):
+        train = corpus.train
+        if data.train_examples is not None:
+            train = train.chosen(numpy.arange(min(data.train_examples, train.size)))
+        self._train, too_long = train.fitting(min(model.longest, tokens))
+        if not self._train.size:
             raise ExperimentError(
                 f"every training pair has more than {min(model.longest, tokens)} subwords; check "
                 "train.batch_size and model.longest"
             )
+        self._valid, self._test = corpus.valid, corpus.test
+        self._valid.check_fitting(model.longest, "the validation sentences")
+        self._test.check_fitting(model.longest, "the test sentences")
         self._model, self._data, self._tokens, self._device = model, data, tokens, device
-        self._batches = sentence_pairs.make_batches(self._train, self._rows, tokens)
-        self.steps_per_epoch = len(self._batches)
-        used = self._train.target.lengths[self._rows].sum()
+        self._shared: dict[int, TokenBatches] = {}  # by the number of processes
+        self.steps_per_epoch = len(self._batches(1))
+        used = self._train.target.lengths.sum() + self._train.size
         self.units_per_step = float(used / self.steps_per_epoch)
         self.fingerprint = corpus.fingerprint
-        too_long = len(self._train) - len(self._rows)
         self.remarks = [
-            f"{len(self._rows)} training pairs, {len(corpus.subwords)} subwords; left out: "
-            f"{corpus.empty} with an empty side, {corpus.unlike} too long or too different in "
-            f"length, {too_long} of more subwords than the model takes.",
+            f"{corpus.counts}; {self._train.size:,} trained on, {too_long:,} have more subwords "
+            f"than the model takes; {corpus.subwords.size:,} subwords.",
             f"BLEU of sacrebleu, {SIGNATURE}; {data.beams} beams, length penalty "
             f"{data.length_penalty:g}.",
         ]
 
+    def _batches(self, world: int) -> TokenBatches:
+        if world not in self._shared:
+            self._shared[world] = TokenBatches(self._train, self._tokens, world)
+        return self._shared[world]
+
     def model(self) -> nn.Module:
         """A new network, initialised as fairseq does."""
         settings = self._model.model_dump(exclude={"family"})
-        return Transformer(len(self._subwords), padding=PADDING, **settings)
+        return Transformer(self._subwords.size, padding=PADDING, **settings)
 
     def batches(
         self, seed: int, epoch: int, start: int, rank: int = 0, world: int = 1
@@ -106,20 +109,14 @@ class TranslationTask:
         ``world``-th pair of a batch; a weight is ``world`` over the tokens of the whole batch.
 
         Raises:
-            ExperimentError: a batch has fewer pairs than there are processes.
+            ExperimentError: the processes cannot share every batch.
         """
-        order = sentence_pairs.order_of(self.steps_per_epoch, seed, epoch)
-        for number in order[start:]:
-            rows = self._batches[number]
-            if len(rows) < world:
-                raise ExperimentError(
-                    f"train.batch_size is {self._tokens}: a batch has {len(rows)} pairs for "
-                    f"{world} processes; choose a larger one"
-                )
-            columns = self._train.columns(rows[rank::world])
-            total = self._train.target.lengths[rows].sum()
-            weights = torch.full((len(columns[0]),), float(world / total))
-            yield tuple(x.to(self._device, non_blocking=True) for x in (*columns, weights))
+        batches = self._batches(world)
+        for number in batches.order(seed, epoch)[start:]:
+            source, before, wanted, _ = batches.part(number, rank)
+            weights = torch.full((len(source),), world / batches.tokens(number))
+            columns = (source, before, wanted, weights)
+            yield tuple(x.to(self._device, non_blocking=True) for x in columns)
 
     def loss(
         self, model: nn.Module, part: Batch, batch: Batch, carried: Carried
@@ -139,7 +136,7 @@ class TranslationTask:
         """Summed negative log likelihood and subwords; at the end what BLEU counts too."""
         sums = torch.zeros(2, dtype=torch.float64)
         for rows in self._evaluation(self._valid, rank, world):
-            source, before, wanted = (x.to(self._device) for x in self._valid.columns(rows))
+            source, before, wanted = (x.to(self._device) for x in padded(self._valid, rows)[:3])
             losses = functional.cross_entropy(
                 model(source, before).flatten(0, 1).float(),
                 wanted.flatten(),
@@ -155,7 +152,8 @@ class TranslationTask:
         """Right n-grams, all n-grams, words of the translations and of the references."""
         found, references = [], []
         for rows in self._evaluation(self._test, rank, world):
-            found += self._translate(model, self._test.source.padded(rows).to(self._device))
+            source = padded(self._test, rows).source
+            found += self._translate(model, source.to(self._device))
             references += [self._references[row] for row in rows]
         if not found:
             return torch.zeros(2 * _ORDERS + 2, dtype=torch.float64)
@@ -177,10 +175,14 @@ class TranslationTask:
         )
         return [self._subwords.decode(numbers) for numbers in found]
 
-    @staticmethod
-    def _evaluation(pairs: EncodedPairs, rank: int, world: int) -> list[numpy.ndarray]:
-        rows = numpy.arange(rank, len(pairs), world)
-        return sentence_pairs.make_batches(pairs, rows, _EVALUATION_TOKENS)
+    def _evaluation(
+        self, pairs: EncodedPairs, rank: int, world: int
+    ) -> Iterator[NDArray[numpy.int64]]:
+        """Batches of a process's part of the pairs."""
+        mine = numpy.arange(rank, pairs.size, world)
+        source, target = (1 + side.lengths[mine] for side in pairs)
+        tokens = max(_EVALUATION_TOKENS, self._model.longest)
+        return (mine[rows] for rows in group(source, target, tokens))
 
     def metrics(self, tally: Tensor, final: bool = False) -> dict[str, float]:
         """Perplexity of the validation text and, of the trained model, BLEU of the test text."""
@@ -197,21 +199,24 @@ class TranslationTask:
 
 def of_phrases(spec: RunSpec, resources: Resources) -> TranslationTask:
     """The embedded phrases; raises ExperimentError for bad files."""
-    return _task(spec, resources, translations.phrases)
+    return _task(spec, resources, phrases.load, clean=False)
 
 
 def of_multi30k(spec: RunSpec, resources: Resources) -> TranslationTask:
     """Multi30k from local files or the hub; raises ExperimentError for bad files."""
-    return _task(spec, resources, translations.multi30k)
+    return _task(spec, resources, multi30k.load)
 
 
 def of_wmt14(spec: RunSpec, resources: Resources) -> TranslationTask:
     """WMT14, prepared or raw, or from the hub; raises ExperimentError for bad files."""
-    return _task(spec, resources, translations.wmt14)
+    return _task(spec, resources, wmt14.load)
 
 
 def _task(
-    spec: RunSpec, resources: Resources, load: Callable[[Path | None], Translations]
+    spec: RunSpec,
+    resources: Resources,
+    load: Callable[[Path | None], ParallelCorpus],
+    clean: bool = True,
 ) -> TranslationTask:
     if not isinstance(spec.data, Sentences) or not isinstance(spec.model, TransformerModel):
         raise ExperimentError(
@@ -222,5 +227,5 @@ def _task(
     if folder is not None and encoded_corpus.is_prepared(folder):
         corpus = encoded_corpus.load(folder, size)
     else:
-        corpus = encoded_corpus.encode(load(folder), size)
+        corpus = encoded_corpus.encode(load(folder), size, clean)
     return TranslationTask(corpus, spec.model, spec.data, spec.train.batch_size, resources.device)
