@@ -22,6 +22,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
@@ -322,7 +323,11 @@ class _Workers:
 
 
 def _end_with_parent() -> None:
-    """See to it that no worker outlives a killed parent and writes beside the next one."""
+    """See to it that no worker outlives a killed parent and writes beside the next one.
+
+    Interrupted from the keyboard, the parent lets each worker end its shard.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
