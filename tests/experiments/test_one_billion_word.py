@@ -297,7 +297,8 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     assert child.stdout is not None
     while "shards 1 5" not in child.stdout.readline():
         assert child.poll() is None
-    workers = children(child.pid)
+    workers = descendants(child.pid)
+    assert len(workers) >= 3  # two of them, and what they are copied from
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     child.stdout.close()
@@ -316,9 +317,10 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def children(parent: int) -> list[int]:
+def descendants(parent: int) -> list[int]:
     listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True)
-    return [int(word) for word in listed.stdout.split()]
+    found = [int(word) for word in listed.stdout.split()]
+    return [*found, *(one for child in found for one in descendants(child))]
 
 
 def running(process: int) -> bool:

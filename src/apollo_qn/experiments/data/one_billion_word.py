@@ -22,6 +22,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
@@ -89,6 +90,7 @@ def prepare(raw: Path, out: Path, vocabulary: Path | None, workers: int, tell: T
             else vocabularies.read(vocabulary)
         )
         digest = words.digest
+        encode = partial(_encode_shard, out, digest, words.end, words.unknown)
         vocabularies.write(out / "vocabulary.txt", words)
         del words  # each worker has its own
         jobs = {}
@@ -96,7 +98,6 @@ def prepare(raw: Path, out: Path, vocabulary: Path | None, workers: int, tell: T
             (out / split).mkdir(exist_ok=True)
             for number, path in paths.items():
                 jobs[f"{split}/{number:05}.tokens"] = path
-        encode = partial(_encode_shard, out, digest)
         made = pool.do(encode, list(jobs.items()), partial(tell, "Tokenising shards"))
         files = {name: made[name, path] for name, path in jobs.items()}
         told = _summary(files, digest)
@@ -198,32 +199,32 @@ def _shards(folder: Path, prefix: str, first: int) -> dict[int, Path]:
     return found
 
 
-def _encode_shard(out: Path, digest: str, job: tuple[str, Path]) -> Description:
+def _encode_shard(
+    out: Path, digest: str, end: int, unknown: int, job: tuple[str, Path]
+) -> Description:
     name, path = job
     target = out / name
     source = token_files.source(path)
     if token_files.is_made_from(target, digest, [source]):
         return token_files.describe(target)
-    numbers, end, unknown = _numbers(out / "vocabulary.txt", digest)
     counts = Counter({SENTENCES: 0, UNKNOWNS: 0, EMPTY: 0})
-    return token_files.write(
-        target, _encode(path, numbers, end, unknown, counts), digest, [source], counts
-    )
+    blocks = _encode(path, _numbers(out / "vocabulary.txt", digest), end, unknown, counts)
+    return token_files.write(target, blocks, digest, [source], counts)
 
 
-_kept: dict[str, tuple[dict[bytes, int], int, int]] = {}  # one vocabulary, by its digest
+_kept: dict[str, dict[bytes, int]] = {}  # the numbers of one vocabulary, by its digest
 
 
-def _numbers(path: Path, digest: str) -> tuple[dict[bytes, int], int, int]:
-    """The numbers of words, of END and of UNKNOWN; read once a process."""
+def _numbers(path: Path, digest: str) -> dict[bytes, int]:
+    """The number of each word; read once a process, and without what a Vocabulary has beside."""
     if digest not in _kept:
-        words = vocabularies.read(path)
-        numbers = {word.encode(): number for number, word in enumerate(words.words)}
+        with path.open("rb") as file:
+            numbers = {line[:-1]: number for number, line in enumerate(file)}
         # the ends of sentences are ours to set
         for marker in (START, END):
             numbers.pop(marker.encode(), None)
         _kept.clear()
-        _kept[digest] = numbers, words.end, words.unknown
+        _kept[digest] = numbers
     return _kept[digest]
 
 
@@ -280,8 +281,10 @@ class _Workers:
     """Processes that share jobs; ``count`` 1: this one does them all."""
 
     def __init__(self, count: int) -> None:
-        # new processes, not copies of this one: a copy of one that has threads may hang
-        context = multiprocessing.get_context("spawn")
+        # copies of a server, which has imported for all what they share; never of this process:
+        # a copy of one whose threads hold locks may hang
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
         self._pool = None if count == 1 else ProcessPoolExecutor(count, context, _end_with_parent)
 
     def __enter__(self) -> _Workers:
@@ -320,7 +323,11 @@ class _Workers:
 
 
 def _end_with_parent() -> None:
-    """See to it that no worker outlives a killed parent and writes beside the next one."""
+    """See to it that no worker outlives a killed parent and writes beside the next one.
+
+    Interrupted from the keyboard, the parent lets each worker end its shard.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
