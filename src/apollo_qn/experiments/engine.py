@@ -101,6 +101,7 @@ class _Run:
         # in this epoch: the optimizer, and all of a training step but its reading of data
         self.updates, self.steps_taken = Stopwatch(fabric.device), Stopwatch(fabric.device)
         self.last: Record = {}
+        self.evaluated = 0  # the step of the last evaluation
         self.best: float | None = None  # of the task's metric, so far
         self.seconds_before = 0.0  # spent in the processes before this one
         self.started = time.perf_counter()
@@ -128,6 +129,11 @@ class _Run:
 
     def to_the_end(self, stop: Callable[[], bool]) -> Outcome:
         per_epoch = self.task.steps_per_epoch
+        unfinished = self.step and self.step % per_epoch == 0 and self.evaluated != self.step
+        if unfinished:  # it was interrupted while it evaluated
+            if not self._end_epoch(self.step // per_epoch - 1):
+                return self._finish("diverged")
+            self._save()
         alone = self.fabric.world_size == 1
         rank, world = self.fabric.global_rank, self.fabric.world_size
         while self.step < self.steps:
@@ -144,7 +150,9 @@ class _Run:
                         return self._finish("diverged")
                     self._log_line(epoch, mean)
                 if ends_epoch:
-                    self._end_epoch(epoch)
+                    self._save()  # what an interruption of the evaluation would lose
+                    if not self._end_epoch(epoch):
+                        return self._finish("diverged")
                 if not alone and not ends_line:
                     continue  # the processes agree on no more than once a line
                 late = time.perf_counter() - self.saved_at > self.spec.train.checkpoint_every
@@ -223,12 +231,14 @@ class _Run:
         self.line_loss.zero_()
         self.line_steps = 0
 
-    def _end_epoch(self, epoch: int) -> None:
+    def _end_epoch(self, epoch: int) -> bool:
+        """Evaluate; False: what is measured is not finite, though the losses before were."""
         measured = self._evaluate()
+        if not all(math.isfinite(value) for value in measured.values()):
+            return False
         self.last = {
             "train_loss": self._mean(self.epoch_loss) / self.task.steps_per_epoch,
-            # JSON knows no NaN
-            **{name: value if math.isfinite(value) else None for name, value in measured.items()},
+            **measured,
         }
         self._write(
             {
@@ -247,11 +257,13 @@ class _Run:
         self.epoch_loss.zero_()
         self.updates.times.clear()
         self.steps_taken.times.clear()
+        self.evaluated = self.step
+        return True
 
     def _keep_best(self, epoch: int) -> None:
         metric = self.task.metric
         value = self.last[metric.name]
-        if value is None or (self.best is not None and not metric.better(value, self.best)):
+        if self.best is not None and not metric.better(value, self.best):
             return
         self.best = value
         if self.fabric.is_global_zero:
@@ -296,6 +308,7 @@ class _Run:
                 "times": [watch.collect() for watch in (self.updates, self.steps_taken)],
                 "last": self.last,
                 "best": self.best,
+                "evaluated": self.evaluated,
                 "seconds": self.seconds(),
                 "metrics_bytes": self.metrics.tell(),
             }
@@ -344,6 +357,7 @@ class _Run:
         self.line_steps = state["line_steps"]
         self.updates.times, self.steps_taken.times = state["times"]
         self.last, self.best = state["last"], state["best"]
+        self.evaluated = state["evaluated"]
         self.seconds_before = state["seconds"]
         return int(state["metrics_bytes"])
 
