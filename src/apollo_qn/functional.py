@@ -82,13 +82,13 @@ def apollo(
         [
             Group(
                 h,
-                params,
-                grads,
-                exp_avgs,
-                hessian_diags,
-                state_steps,
-                previous_lrs,
-                thresholds,
+                _listed(params),
+                _listed(grads),
+                _listed(exp_avgs),
+                _listed(hessian_diags),
+                _listed(state_steps),
+                _listed(previous_lrs),
+                _listed(thresholds),
                 foreach,
                 fused,
                 capturable,
@@ -96,6 +96,10 @@ def apollo(
             )
         ]
     )
+
+
+def _listed(tensors: Any) -> Any:
+    return list(tensors) if isinstance(tensors, tuple) else tensors
 
 
 def warmup_share(warmup_init_lr: float | None, base_lr: Scalar) -> float:

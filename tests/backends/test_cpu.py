@@ -7,6 +7,7 @@ import itertools
 import mmap
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from apollo_qn import Apollo, ApolloW, apollo
-from apollo_qn.backends import kernel
+from apollo_qn.backends import cpu, kernel, memory
 from tests import tolerances
 from tests.backends.test_backends import MODE_IDS, MODES, Watched
 from tests.helpers import (
@@ -75,17 +76,23 @@ def test_sizes_around_blocks_and_chunks(
 
 
 @pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
-def test_sixteen_million_elements(mode: dict[str, Any], threads: Callable[[int], None]) -> None:
+@pytest.mark.parametrize("spread", [0.5, 0.0], ids=["spread", "alike"])
+def test_sixteen_million_elements(
+    spread: float, mode: dict[str, Any], threads: Callable[[int], None]
+) -> None:
+    """Where all elements are alike, the roundings of a sum all go one way."""
+    if spread == 0 and mode["rebound"] == "belief":
+        pytest.skip("|g - m| of like elements is all rounding")
     threads(2)
     n = 1 << 24
-    theta = torch.randn(n, generator=generator("theta"))
+    theta = torch.randn(n, generator=generator("theta")) * 2 * spread + 0.1
     optimizers = []
     for dtype, back_end in ((torch.float32, {"fused": True}), (torch.float64, {"foreach": True})):
         p = torch.nn.Parameter(theta.to(dtype))
         optimizers.append(Apollo([p], lr=0.3, warmup_steps=0, **mode, **back_end))
     for t in range(3):
         # a mean that is not 0, so that the sums grow with the number of elements
-        g = torch.randn(n, generator=generator("g", t)) * 0.5 + 0.7
+        g = torch.randn(n, generator=generator("g", t)) * spread + (0.93, 0.7, 1.02)[t]
         for optimizer in optimizers:
             (p,) = optimizer.param_groups[0]["params"]
             p.grad = g.to(p.dtype)
@@ -269,6 +276,108 @@ def test_a_gradient_that_lies_in_a_parameter(shift: int) -> None:
         return line
 
     assert torch.allclose(train(fused=True), train(foreach=False), rtol=1e-5, atol=1e-6)
+
+
+def test_a_gradient_that_is_another_parameter() -> None:
+    """The first reads what the second writes: in the order of the rule."""
+
+    def train(**back_end: Any) -> list[Tensor]:
+        a, b, c = (torch.nn.Parameter(torch.full((40,), float(i))) for i in range(3))
+        a.grad, b.grad, c.grad = b.data, torch.full((40,), 0.5), torch.full((40,), -2.0)
+        optimizer = Apollo([a, b, c], lr=1.0, warmup_steps=0, **back_end)
+        for _ in range(3):
+            optimizer.step()
+        return [a.detach(), b.detach(), c.detach()]
+
+    fused, rule = train(fused=True), train(foreach=False, fused=False)
+    torch.testing.assert_close(fused, rule)
+
+
+@pytest.mark.parametrize("state", [2, 3], ids=["exp_avg", "hessian_diag"])
+def test_state_that_is_the_parameter(state: int) -> None:
+    found = []
+    for back_end in ({"fused": True}, {"foreach": False, "fused": False}):
+        columns = [[normal((100,), i, dtype=torch.float32)] for i in range(4)]
+        columns[state] = columns[0]
+        apollo(*columns, [torch.tensor(3.0)], lr=0.1, **back_end)  # type: ignore[arg-type]
+        found.append(columns[0][0])
+    torch.testing.assert_close(*found)
+
+
+def test_tuples_for_lists() -> None:
+    found = []
+    for kind in (list, tuple):
+        p, g = torch.linspace(-1, 1, 9), torch.linspace(2, -1, 9)
+        columns = [kind([x]) for x in (p, g, torch.zeros(9), torch.zeros(9), torch.zeros(()))]
+        apollo(*columns, lr=0.1, fused=True)  # type: ignore[arg-type]
+        found.append(p)
+    assert torch.equal(*found)
+
+
+def test_gradients_that_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two losses in turn: what was found out of both is kept."""
+    optimizers = []
+    for back_end in ({"fused": True}, {"foreach": False, "fused": False}):
+        params = [torch.nn.Parameter(normal((n,), n, dtype=torch.float32)) for n in (5, 70, 9)]
+        optimizers.append(Apollo(params, warmup_steps=0, lr=0.1, **back_end))
+    made: list[object] = []
+    plan = cpu.Plan
+
+    class Counted(plan):  # type: ignore[misc, valid-type]
+        def __init__(self, *arguments: Any) -> None:
+            made.append(self)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(cpu, "Plan", Counted)
+    for t in range(12):
+        for optimizer in optimizers:
+            params = optimizer.param_groups[0]["params"]
+            for i, p in enumerate(params):
+                g = normal(tuple(p.shape), ("g", t, i), dtype=torch.float32)
+                p.grad = None if i == t % 3 else g
+            optimizer.step()
+    assert len(made) == 3
+    for one, other in zip(*(o.param_groups[0]["params"] for o in optimizers), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_mapped_file_of_any_name(tmp_path: Path) -> None:
+    name = os.path.join(os.fsencode(tmp_path), b"w\xe9ights.bin")
+    try:
+        Path(os.fsdecode(name)).write_bytes(bytes(4096))
+    except OSError:
+        pytest.skip("this file system takes only names in UTF-8")
+    with open(name, "r+b") as file, mmap.mmap(file.fileno(), 4096):
+        p = torch.nn.Parameter(torch.ones(3))
+        p.grad = torch.ones(3)
+        Apollo([p], fused=True).step()
+
+
+def test_threads_are_torchs_own(tmp_path: Path) -> None:
+    """Also where another package has brought an OpenMP of its own."""
+    home = Path(torch.__file__).parent
+    paths = {Path(x.path) for x in memory.regions() if "libgomp" in x.path}
+    own = [path for path in paths if path.is_relative_to(home)]
+    if not own:
+        pytest.skip("this torch brings no GNU OpenMP")
+    shutil.copy(own[0], tmp_path / "libgomp-other.so.1")
+    code = (
+        "import ctypes, torch\n"
+        f"ctypes.CDLL({str(tmp_path / 'libgomp-other.so.1')!r})\n"
+        "from apollo_qn.backends import kernel, memory\n"
+        "at = kernel.loaded().openmp[0]\n"
+        "print(next(x.path for x in memory.regions() if x.start <= at < x.end))\n"
+    )
+    for seed in ("0", "1", "2"):
+        environment = dict(os.environ, PYTHONHASHSEED=seed)
+        found = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert Path(found.stdout.strip()).is_relative_to(home)
 
 
 def test_shared_gradients_and_steps() -> None:

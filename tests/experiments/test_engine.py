@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -169,6 +170,73 @@ def test_a_directory_with_another_recipe_is_refused(recipe_file: Path, tmp_path:
     with pytest.raises(ExperimentError, match=r"other settings \(the data\)"):
         directory.prepare(spec, "another", None, [])
     assert directory.manifest.read_bytes() == before
+
+
+class InterruptedHereError(Exception):
+    pass
+
+
+def test_an_interrupted_evaluation_costs_no_training(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_of(recipe_file, "apollo")
+    whole, task = prepared(tmp_path / "whole", spec)
+    train(whole, spec, task)
+    broken, task = prepared(tmp_path / "broken", spec)
+    tally = type(task).tally
+    for place in (1, 2):  # in each epoch's evaluation
+        left = iter([True] * (place - 1))
+
+        def fail(self: Any, *arguments: Any, left: Any = left) -> Any:
+            if next(left, False):
+                return tally(self, *arguments)
+            raise InterruptedHereError
+
+        monkeypatch.setattr(type(task), "tally", fail)
+        with pytest.raises(InterruptedHereError):
+            train(broken, spec, task)
+        state = torch.load(broken.checkpoint, weights_only=True)
+        assert state["step"] == 12 * min(place, 2)
+    monkeypatch.undo()
+    assert train(broken, spec, task) == "finished"
+    assert_identical(result(whole), result(broken))
+
+
+def test_an_update_after_the_last_loss_can_diverge_too(recipe_file: Path, tmp_path: Path) -> None:
+    text = TINY.replace("lr = 0.1", "lr = 1e30").replace("epochs = 2", "epochs = 1")
+    recipe_file.write_text(text.replace("train_examples = 384", "train_examples = 32"))
+    spec = spec_of(recipe_file, "sgd")
+    directory, task = prepared(tmp_path / "run", spec)
+    assert task.steps_per_epoch == 1
+    assert train(directory, spec, task) == "diverged"
+    [line] = directory.records()
+    assert line["kind"] == "step"
+    assert line["loss"] < 100
+    verdict = directory.verdict()
+    assert verdict is not None
+    assert "accuracy" not in verdict
+
+
+def test_a_fork_does_not_keep_the_lock(recipe_file: Path, tmp_path: Path) -> None:
+    directory, _ = prepared(tmp_path / "run", spec_of(recipe_file, "sgd"))
+    hold = (
+        "import os, sys, time\nfrom pathlib import Path\n"
+        "from apollo_qn.experiments.runs import RunDirectory\n"
+        "from apollo_qn.experiments.worker import _exclusive\n"
+        "file = _exclusive(RunDirectory(Path(sys.argv[1])))\n"
+        "if os.fork() == 0:\n    time.sleep(20)\n    os._exit(0)\n"
+        "print('held', flush=True)\ntime.sleep(20)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", hold, str(directory.path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    done = subprocess.run([*WORKER, str(directory.path)], capture_output=True, text=True)
+    assert "another process is training this run" in done.stderr
+    process.kill()
+    process.wait()
+    subprocess.run([*WORKER, str(directory.path)], check=True)
 
 
 def test_divergence_is_a_verdict(recipe_file: Path, tmp_path: Path) -> None:

@@ -75,6 +75,28 @@ def test_two_processes_killed_and_resumed(recipe_file: Path, tmp_path: Path) -> 
     assert_identical(*results)
 
 
+def test_no_process_outlives_the_command(recipe_file: Path, tmp_path: Path) -> None:
+    """Killed, the command cannot stop its workers, and torchrun stands between them."""
+    recipe_file.write_text(TINY.replace("epochs = 2", "epochs = 40"))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "apollo_qn.experiments.cli", "train", str(recipe_file)]
+    command += ["--optimizer", "sgd", "--devices", "2", "--out", str(out)]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    directory = RunDirectory(out / "runs" / "sgd-cosine-seed3")
+    deadline = time.monotonic() + 90
+    while not directory.checkpoint.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    pattern = ["pgrep", "-f", f"worker {directory.path.resolve()}"]
+    while subprocess.run(pattern, capture_output=True, check=False).returncode == 0:
+        assert time.monotonic() < deadline + 60
+        time.sleep(0.1)
+    assert directory.verdict() is None
+
+
 def test_parts_of_a_batch_add_up_to_it(recipe_file: Path, tmp_path: Path) -> None:
     """Accumulated parts, also of unequal size, give the mean of the batch."""
     found = []

@@ -27,6 +27,9 @@ def test_a_difference_of_seeds_in_common() -> None:
     same = difference({1: 2.0, 2: 3.0}, {1: 1.0, 2: 2.0})
     assert same is not None
     assert (same.low, same.high, same.p) == (1.0, 1.0, None)
+    rounded = difference({1: 80.10, 2: 81.15, 3: 79.95}, {1: 80.0, 2: 81.05, 3: 79.85})
+    assert rounded is not None
+    assert rounded.p is None, "the rounding of a subtraction is no spread"
 
 
 def test_the_p_value_is_students() -> None:

@@ -8,8 +8,9 @@ with what is there, so that the overhead stays near a microsecond a tensor.
 from __future__ import annotations
 
 import ctypes
+import operator
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -33,6 +34,7 @@ KINDS = {
 _PARAMETER_SIZE = [p.itemsize for p, _, _ in KINDS]
 _STATE_SIZE = [state.itemsize for _, _, state in KINDS]
 _PLAIN = (Tensor, torch.nn.Parameter)
+_KEPT = 8  # plans
 
 
 def why_not() -> str | None:
@@ -52,7 +54,15 @@ def planned(groups: list[Group], plan: Plan | None) -> Plan:
         ValueError: a tensor lies in read-only memory.
     """
     tensors = _Tensors.of(groups)
-    return plan if plan is not None and plan.renew(tensors) else Plan(tensors, plan)
+    known = [] if plan is None else [plan, *plan.others]
+    found = next((one for one in known if one.renew(tensors)), None)
+    if found is None:
+        found = Plan(tensors, known)
+    for one in known:
+        one.others = []
+    # which parameters have gradients may go to and fro, as with two losses in turn
+    found.others = [one for one in known if one is not found][: _KEPT - 1]
+    return found
 
 
 @dataclass(slots=True)
@@ -75,7 +85,9 @@ class _Tensors:
     def of(cls, groups: list[Group]) -> _Tensors:
         def row(name: str) -> Any:
             columns = [getattr(group, name) for group in groups]
-            if len(groups) == 1 or all(column is None for column in columns):
+            if all(column is None for column in columns):
+                return None
+            if len(groups) == 1:
                 return columns[0]
             return list(
                 chain.from_iterable(
@@ -173,10 +185,12 @@ class _Look:
 class Plan:
     """Which tensors the kernel takes, their addresses, and what this was concluded from.
 
-    ``left`` are for each group the indices of the tensors that the kernel does not take.
+    ``left`` are for each group the indices of the tensors that the kernel does not take, ``others``
+    the plans of other tensors that were needed lately.
     """
 
-    def __init__(self, tensors: _Tensors, before: Plan | None = None) -> None:
+    def __init__(self, tensors: _Tensors, known: Sequence[Plan] = ()) -> None:
+        self.others: list[Plan] = []
         try:
             self._look: _Look | None = _Look(tensors)
         except (RuntimeError, NotImplementedError, BufferError):
@@ -185,13 +199,16 @@ class Plan:
         self._kept = [column and list(column) for column in tensors.kept()]
         kinds = [_kind(tensors, i) for i in range(len(tensors.params))]
         self._take(tensors, [i for i, kind in enumerate(kinds) if kind is not None], kinds)
-        new = self._written if before is None else self._written - before._written
+        new = self._written.difference(*(one._written for one in known))
         _check_writable(new, tensors)
-        overlapping = memory.overlapping(self._written) or self._overlapping_gradient(self._g)
-        while overlapping:
-            self._look = None  # a gradient will lie elsewhere
+        overlapping = memory.overlapping(self._ranges())
+        if overlapping:
+            self._look = None
             self._take(tensors, [i for i in self._taken if i not in overlapping], kinds)
-            overlapping = self._overlapping_gradient(self._g)
+        if self._overlapping_gradient(self._g):
+            # what one tensor reads another writes: the order of all of them matters
+            self._look = None
+            self._take(tensors, [], kinds)
         taken = set(self._taken)
         self.left: list[list[int]] = []
         first = 0
@@ -243,7 +260,7 @@ class Plan:
 
     def renew(self, tensors: _Tensors) -> bool:
         """Take over the gradients of another step; False: more has changed, a new plan is due."""
-        if self._look is None:
+        if self._look is None or not self._knows(tensors.params):
             return False
         try:
             look = _Look(tensors, self._look.room)
@@ -256,6 +273,10 @@ class Plan:
             return False
         self._look, self._g = look, g
         return True
+
+    def _knows(self, params: list[Tensor]) -> bool:
+        mine = self._kept[0] or []
+        return len(mine) == len(params) and all(map(operator.is_, mine, params))
 
     def _table(self, g: array[int], scalars: int = 0) -> kernel.Table:
         p, *others = self._addresses

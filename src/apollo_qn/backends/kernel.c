@@ -33,7 +33,9 @@
 
 enum {
     LANES = 16,
-    BLOCK = 1024,          /* elements whose sums are taken in the state's type */
+    RUN = 8 * LANES,       /* elements whose sums are taken in the state's type: where all are alike
+                              the rounding of a sum goes one way, and grows with its length */
+    BLOCK = 8 * RUN,       /* elements that share a scale */
     CHUNK = 32 * BLOCK,    /* elements whose sums are kept apart in a large tensor */
     SMALL = 2 * CHUNK,     /* elements up to which a tensor is one thread's */
     PORTION = 16 * BLOCK,  /* elements of small tensors that a thread takes at once */
@@ -195,7 +197,7 @@ static void aim(forerunner *ahead, const tensor *t, size_t at, size_t n)
 
 INLINE void fetch(forerunner *ahead, size_t n)
 {
-    enum { RUN = 4 * LINE };
+    enum { FEW = 4 * LINE };
     const double due = ahead->due + ahead->pace * (double)n;
     ptrdiff_t lines = (ptrdiff_t)due; /* below 0 afterwards, where a run was too long */
     const double rest = due - (double)lines;
@@ -203,7 +205,7 @@ INLINE void fetch(forerunner *ahead, size_t n)
         size_t left = 0;
         for (int k = 0; k < 4; k++) {
             const char *at = ahead->at[k];
-            const size_t bytes = ahead->left[k] < RUN ? ahead->left[k] : RUN;
+            const size_t bytes = ahead->left[k] < FEW ? ahead->left[k] : FEW;
             for (size_t i = 0; i < bytes; i += LINE) __builtin_prefetch(at + i);
             lines -= (ptrdiff_t)((bytes + LINE - 1) / LINE);
             ahead->at[k] = at + bytes;

@@ -12,6 +12,7 @@ INLINE void NAME(measure_block)(const P *restrict p, const G *restrict g, const 
     const S omega = (S)s->omega, floor = (S)s->previous_threshold, offset = (S)s->previous_offset;
     const S inverse = (S)power_of_2(-e);
     S q4[LANES] = {0}, k[LANES] = {0}, largest[LANES] = {0}, most[LANES] = {0};
+    double q4_sum[LANES] = {0}, k_sum[LANES] = {0};
 #define ELEMENT(i, j)                                                                              \
     do {                                                                                           \
         const S b = B[i], mi = m[i], a = ABS(b);                                                   \
@@ -32,14 +33,22 @@ INLINE void NAME(measure_block)(const P *restrict p, const G *restrict g, const 
         k[j] += u * (alpha * delta + b * d);                                                       \
     } while (0)
     size_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (size_t j = 0; j < LANES; j++) ELEMENT(i + j, j);
+    while (i + LANES <= n) {
+        const size_t end = i + RUN <= n ? i + RUN : n;
+        for (; i + LANES <= end; i += LANES)
+            for (size_t j = 0; j < LANES; j++) ELEMENT(i + j, j);
+        for (size_t j = 0; j < LANES; j++) {
+            q4_sum[j] += (double)q4[j];
+            k_sum[j] += (double)k[j];
+            q4[j] = k[j] = 0;
+        }
+    }
     for (size_t j = 0; i < n; i++, j++) ELEMENT(i, j);
 #undef ELEMENT
     *found = (sums){.e = e};
     for (size_t j = 0; j < LANES; j++) {
-        found->q4 += (double)q4[j];
-        found->k += (double)k[j];
+        found->q4 += q4_sum[j] + (double)q4[j];
+        found->k += k_sum[j] + (double)k[j];
         found->d = larger(found->d, (double)largest[j]);
         found->most = larger(found->most, (double)most[j]);
     }

@@ -95,7 +95,10 @@ def _openmp() -> tuple[int | None, ...]:
     Its threads are torch's own, so that no second pool competes for the cores.
     """
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-    for path in {region.path for region in memory.regions() if "libgomp" in region.path}:
+    paths = dict.fromkeys(region.path for region in memory.regions() if "libgomp" in region.path)
+    home = os.path.dirname(torch.__file__)
+    # other packages bring one of their own; torch's lies with torch, or is the first to be loaded
+    for path in sorted(paths, key=lambda path: not path.startswith(home)):
         try:
             library = ctypes.CDLL(path)
             return tuple(ctypes.cast(getattr(library, name), _POINTER).value for name in names)

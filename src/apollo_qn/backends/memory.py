@@ -29,7 +29,8 @@ class Region:
 def regions() -> list[Region]:
     """This process's memory in ascending order; empty where the system is not Linux."""
     try:
-        with open("/proc/self/maps") as file:
+        # the name of a mapped file may be any bytes
+        with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as file:
             lines = [line.split(maxsplit=5) for line in file]
     except OSError:
         return []

@@ -104,6 +104,7 @@ class _Run:
         # since the last evaluation: the optimizer, and all of a step but its reading of data
         self.updates, self.steps_taken = Stopwatch(fabric.device), Stopwatch(fabric.device)
         self.last: Record = {}
+        self.evaluated = 0  # the step of the last evaluation
         self.best: float | None = None  # of the task's curve, so far
         self.seconds_before = 0.0  # spent in the processes before this one
         self.started = time.perf_counter()
@@ -131,6 +132,10 @@ class _Run:
 
     def to_the_end(self, stop: Callable[[], bool]) -> Outcome:
         per_epoch = self.task.steps_per_epoch
+        if self._ends_period() and self.evaluated != self.step:  # interrupted while it evaluated
+            if not self._end_period():
+                return self._finish("diverged")
+            self._save()
         alone = self.fabric.world_size == 1
         rank, world = self.fabric.global_rank, self.fabric.world_size
         while self.step < self.steps:
@@ -142,7 +147,7 @@ class _Run:
                 with self.steps_taken.running():
                     self._train_step(batch)
                 ends = self.step == self.steps
-                ends_period = self.step % self.every == 0 or ends
+                ends_period = self._ends_period()
                 ends_line = self.step % self.spec.train.log_every == 0 or ends_period
                 if ends_line:
                     mean = self._mean(self.line_loss) / self.line_steps
@@ -150,7 +155,9 @@ class _Run:
                         return self._finish("diverged")
                     self._log_line(mean)
                 if ends_period:
-                    self._end_period()
+                    self._save()  # what an interruption of the evaluation would lose
+                    if not self._end_period():
+                        return self._finish("diverged")
                 if not alone and not ends_line:
                     continue  # the processes agree on no more than once a line
                 late = time.perf_counter() - self.saved_at > self.spec.train.checkpoint_every
@@ -162,6 +169,9 @@ class _Run:
                 if stopping:
                     return "stopped"
         return self._finish("finished")
+
+    def _ends_period(self) -> bool:
+        return self.step > 0 and (self.step % self.every == 0 or self.step == self.steps)
 
     def _train_step(self, batch: Batch) -> None:
         parts = self.spec.train.accumulate
@@ -239,9 +249,15 @@ class _Run:
         self.line_loss.zero_()
         self.line_steps = 0
 
-    def _end_period(self) -> None:
-        steps = (self.step - 1) % self.every + 1
-        self.last = {"train_loss": self._mean(self.period_loss) / steps, **self._evaluate()}
+    def _end_period(self) -> bool:
+        """Evaluate; False: what is measured is not finite, though the losses before were."""
+        measured = self._evaluate()
+        if not all(math.isfinite(value) for value in measured.values()):
+            return False
+        self.last = {
+            "train_loss": self._mean(self.period_loss) / (self.step - self.evaluated),
+            **measured,
+        }
         self._write(
             {
                 "kind": "evaluation",
@@ -260,11 +276,13 @@ class _Run:
         self.period_loss.zero_()
         self.updates.times.clear()
         self.steps_taken.times.clear()
+        self.evaluated = self.step
+        return True
 
     def _keep_best(self) -> None:
         metric = self.task.curve
         value = self.last[metric.name]
-        if value is None or (self.best is not None and not metric.better(value, self.best)):
+        if self.best is not None and not metric.better(value, self.best):
             return
         self.best = value
         if self.fabric.is_global_zero:
@@ -292,7 +310,7 @@ class _Run:
         if self.fabric.is_global_zero:
             write_atomically(self.directory.averaged, _saved({"model": mean}))
 
-    def _evaluate(self, final: bool = False) -> dict[str, float | None]:
+    def _evaluate(self, final: bool = False) -> dict[str, float]:
         """Metrics on the held-out data, of which each process takes a part."""
         rank, world = self.fabric.global_rank, self.fabric.world_size
         if world > 1:  # running means and variances are the first process's
@@ -303,9 +321,7 @@ class _Run:
             tally = self.task.tally(self.network, rank, world, final)
         if world > 1:
             tally = self.fabric.all_reduce(tally, reduce_op="sum")  # type: ignore[assignment]
-        measured = self.task.metrics(tally, final)
-        # JSON knows no NaN
-        return {name: x if math.isfinite(x) else None for name, x in measured.items()}
+        return self.task.metrics(tally, final)
 
     def _finish(self, outcome: Literal["finished", "diverged"]) -> Outcome:
         verdict: Record = {"verdict": outcome, "step": self.step, "steps": self.steps}
@@ -314,7 +330,9 @@ class _Run:
             if self.spec.train.average_last > 1:
                 self._average()
             if self.task.examines or self.spec.train.average_last > 1:
-                verdict |= self._evaluate(final=True)
+                measured = self._evaluate(final=True)
+                # JSON knows no NaN
+                verdict |= {name: x if math.isfinite(x) else None for name, x in measured.items()}
         verdict["time"] = {"seconds": self.seconds()}
         if self.fabric.is_global_zero:
             write_atomically(self.directory.result, json.dumps(verdict, indent=2).encode() + b"\n")
@@ -336,6 +354,7 @@ class _Run:
                 "times": [watch.collect() for watch in (self.updates, self.steps_taken)],
                 "last": self.last,
                 "best": self.best,
+                "evaluated": self.evaluated,
                 "seconds": self.seconds(),
                 "metrics_bytes": self.metrics.tell(),
             }
@@ -389,6 +408,7 @@ class _Run:
         self.line_steps = state["line_steps"]
         self.updates.times, self.steps_taken.times = state["times"]
         self.last, self.best = state["last"], state["best"]
+        self.evaluated = state["evaluated"]
         self.seconds_before = state["seconds"]
         return int(state["metrics_bytes"])
 

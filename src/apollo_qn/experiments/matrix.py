@@ -15,7 +15,7 @@ from apollo_qn.experiments.placement import Placement
 from apollo_qn.experiments.recipe import RunSpec
 from apollo_qn.experiments.runs import Record, RunDirectory
 from apollo_qn.experiments.tasks.base import Metric
-from apollo_qn.experiments.worker import STOPPED
+from apollo_qn.experiments.worker import COMPLAINT, PARENT, STOPPED
 
 Status = Literal["waiting", "running", "finished", "diverged", "failed", "stopped"]
 
@@ -137,6 +137,7 @@ def launcher(placement: Placement) -> list[str]:
 def _start(run: RunState, slot: int) -> subprocess.Popen[bytes]:
     placement = run.directory.placement()
     environment = dict(os.environ, PYTHONDONTWRITEBYTECODE="1")
+    environment[PARENT] = str(os.getpid())
     # threads that spin while they wait would bring a machine with other work to a standstill
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if placement.accelerator == "gpu":  # each run has GPUs of its own
@@ -169,7 +170,9 @@ def _settle(run: RunState, status: int | None = None) -> None:
         run.status = "failed"
         lines = run.directory.log.read_text(errors="replace").strip().splitlines()
         how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
-        run.reason = f"{how}: {lines[-1]}" if lines and status > 0 else how
+        # torchrun has words of its own after a worker's
+        told = [line.removeprefix(COMPLAINT) for line in lines if line.startswith(COMPLAINT)]
+        run.reason = f"{how}: {(told or lines)[-1]}" if lines and status > 0 else how
 
 
 def _stop(

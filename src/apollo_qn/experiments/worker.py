@@ -24,6 +24,8 @@ from apollo_qn.experiments.runs import RunDirectory
 
 STOPPED = 75  # exit status: not finished, there is a checkpoint to go on from
 UNUSABLE = 2  # exit status: an error that the user can mend
+PARENT = "APOLLO_QN_PARENT"  # whose end is a worker's too; between them there may be torchrun
+COMPLAINT = "apollo-qn: "  # begins the line that tells such an error
 
 
 def main() -> int:
@@ -34,7 +36,7 @@ def main() -> int:
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: asked.append(number))
-    parent = os.getppid()
+    parent = int(os.environ.get(PARENT, os.getppid()))
     directory = RunDirectory(arguments.run)
     try:
         first = os.environ.get("RANK", "0") == "0"  # torchrun's; the others hold no lock
@@ -46,20 +48,33 @@ def main() -> int:
             folder = directory.read()["data"]["folder"]
             task = tasks.make(spec, None if folder is None else Path(folder), fabric.device)
             outcome = train(
-                directory, spec, task, lambda: bool(asked) or os.getppid() != parent, fabric
+                directory, spec, task, lambda: bool(asked) or not _is_alive(parent), fabric
             )
             leave()
     except ExperimentError as error:
-        print(error, file=sys.stderr)
+        print(f"{COMPLAINT}{error}", file=sys.stderr)
         return UNUSABLE
     return STOPPED if outcome == "stopped" else 0
 
 
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # another user's
+    return True
+
+
 def _exclusive(directory: RunDirectory) -> TextIO:
-    """Hold the run's lock until the file is closed; raises ExperimentError if another has it."""
+    """Hold the run's lock until the file is closed; raises ExperimentError if another has it.
+
+    Of lockf, for processes that decode images must not inherit it and outlive this one.
+    """
     file = (directory.path / "lock").open("w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.close()
         raise ExperimentError(f"{directory.path}: another process is training this run") from None

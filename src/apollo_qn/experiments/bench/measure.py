@@ -23,6 +23,7 @@ from apollo_qn.experiments.errors import ExperimentError
 COPY = "copy"
 WARM_UP = 3  # steps before the first that counts
 FEWEST = 5  # rounds, whatever they take
+_WORDS = 3  # that every optimizer moves: the gradient, and the parameter twice
 _SLOW = 8  # times the peer's step: such a contender takes part in FEWEST rounds only
 _COPIED = 64 << 20  # bytes of the tensor whose copying measures the bandwidth
 _SHARE_OF_MEMORY = 0.7  # of what is free, that may be used at once
@@ -84,8 +85,15 @@ class Result:
         return 2 * _COPIED / (statistics.median(self.copy_times) / 1e3)
 
     def bandwidth(self, taken: Taken) -> float:
-        """Bytes a second that a contender moved, if it moved no more than it must."""
-        moved = taken.words * self.parameters * self.element_bytes
+        """Bytes a second that a contender moved, if it moved no more than it must.
+
+        That is gradient and parameter read, the parameter written, all of the state both.
+        """
+        moved = _WORDS * self.parameters * self.element_bytes
+        if taken.state_bytes is None:
+            moved += (taken.words - _WORDS) * self.parameters * self.element_bytes
+        else:
+            moved += 2 * taken.state_bytes
         return moved / (taken.milliseconds / 1e3)
 
     def faster_than_rule(self, taken: Taken) -> float | None:

@@ -66,7 +66,8 @@ def difference(one: dict[int, float], other: dict[int, float]) -> Difference | N
     mean = float(values.mean())
     if len(seeds) == 1:
         return Difference(mean, 1, None, None, None)
-    if numpy.ptp(values) == 0:
+    # equal but for the rounding of the subtraction
+    if numpy.ptp(values) <= 1e-9 * max(abs(x) for seed in seeds for x in (one[seed], other[seed])):
         return Difference(mean, len(seeds), mean, mean, None)
     interval = stats.bootstrap(
         (values,),
