@@ -8,12 +8,14 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import sacrebleu
 import torch
 
 from apollo_qn.experiments import recipe, tasks
-from apollo_qn.experiments.data import encoded_corpus, translations
+from apollo_qn.experiments.data import encoded_corpus, phrases
+from apollo_qn.experiments.data.token_batches import padded
 from apollo_qn.experiments.engine import train
 from apollo_qn.experiments.errors import ExperimentError
 from apollo_qn.experiments.matrix import launcher
@@ -46,9 +48,9 @@ def spec_of(task: str, *settings: str, name: str = "apollo") -> RunSpec:
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded texts with little to evaluate: whole they take too long for so many runs."""
     folder = tmp_path_factory.mktemp("texts")
-    embedded = translations.PHRASES.parent
+    embedded = phrases.EMBEDDED.parent
     for split, count in (("train", 2000), ("valid", 70), ("test", 20)):
-        names = {f"wordnet/{split}.txt.gz": f"wordnet_{split}.txt.gz"}
+        names = {f"wordnet/wordnet_{split}.txt.gz": f"wordnet_{split}.txt.gz"}
         names |= {f"phrases/{split}.{side}.gz": f"{split}.{side}.gz" for side in ("en", "de")}
         for source, target in names.items():
             lines = gzip.decompress((embedded / source).read_bytes()).splitlines()
@@ -174,7 +176,9 @@ class Oracle(TranslationTask):
     wrong: list[str] = []  # noqa: RUF012
 
     def _translate(self, model: Any, source: torch.Tensor) -> list[str]:
-        known = {tuple(self._test.source.padded([row])[0].tolist()): row for row in range(20)}  # type: ignore[arg-type]
+        known = {}
+        for row in range(20):
+            known[tuple(padded(self._test, numpy.array([row])).source[0].tolist())] = row
         rows = [known[tuple(x for x in one.tolist() if x)] for one in source]
         return [self.wrong[row] if self.wrong else self._references[row] for row in rows]
 
@@ -204,7 +208,7 @@ def test_bleu_is_sacrebleus_in_any_division(texts: Path) -> None:
 
 def test_what_a_reader_must_know(tmp_path: Path) -> None:
     for task, expected in (
-        ("wordnet", "A vocabulary of 22107 words; perplexity is that of every word and every"),
+        ("wordnet", "A vocabulary of 23,916 words; perplexity is that of every word and every"),
         ("phrases", f"BLEU of sacrebleu, {SIGNATURE}; 2 beams, length penalty 0.6."),
     ):
         assert any(text.startswith(expected) for text in tasks.make(spec_of(task)).remarks)
@@ -217,14 +221,18 @@ def test_what_a_reader_must_know(tmp_path: Path) -> None:
     settings = ["model.longest=64", "data.subwords=300", "train.batch_size=512"]
     made = tasks.make(recipe.load("multi30k", settings).run("sgd", 1), tmp_path)
     assert made.remarks[0] == (
-        f"30 training pairs, {len(made._subwords)} subwords; left out: 1 with an empty side, 1 too "  # type: ignore[attr-defined]
-        "long or too different in length, 1 of more subwords than the model takes."
+        "Of the training text 31 of 33 pairs, without 1 empty, 1 of unlike lengths; trained on 30, "
+        "without 1 of more subwords than the model takes; 300 subwords."
     )
 
 
 def test_settings_that_do_not_fit(texts: Path) -> None:
     for task, setting, expected in (
-        ("wordnet", "data.train_examples=100", "100 training words are fewer than one batch of 8"),
+        (
+            "wordnet",
+            "data.train_examples=100",
+            "100 tokens do not fill a batch of 8 .* check train.batch",
+        ),
         ("wordnet", "model.cutoffs=[30000]", "allowed are numbers below the vocabulary's size"),
         ("phrases", "model.longest=12", "model.longest is 12, a validation sentence has"),
         ("phrases", "train.batch_size=1", "every training pair has more than 1 subwords"),
@@ -244,27 +252,27 @@ def test_settings_that_do_not_fit(texts: Path) -> None:
 
 
 def test_a_prepared_corpus_is_the_raw_one(tmp_path: Path) -> None:
-    corpus = translations.phrases()
-    raw = encoded_corpus.encode(corpus, 400)
+    raw = encoded_corpus.encode(phrases.load(), 400, clean=False)
     assert not encoded_corpus.is_prepared(tmp_path)
-    encoded_corpus.prepare(corpus, 400, tmp_path, lambda *_: None)
+    encoded_corpus.prepare(raw, tmp_path, lambda *_: None)
     assert encoded_corpus.is_prepared(tmp_path)
     ready = encoded_corpus.load(tmp_path, 400)
     for split in ("train", "valid", "test"):
         for one, other in zip(getattr(raw, split), getattr(ready, split), strict=True):
             assert (one.tokens == other.tokens).all()
-            assert (one.starts == other.starts).all()
+            assert (one.offsets == other.offsets).all()
     assert ready.references == raw.references
-    assert (ready.empty, ready.unlike) == (raw.empty, raw.unlike) == (0, 0)
-    assert ready.subwords.digest == raw.subwords.digest
-    with pytest.raises(ExperimentError, match=r"data.subwords is 500, .* has 400"):
+    assert ready.counts == raw.counts
+    text = raw.references[4]
+    assert ready.subwords.encode(text) == raw.subwords.encode(text)
+    with pytest.raises(ExperimentError, match=r"data.subwords is 500, .* was prepared for 400"):
         encoded_corpus.load(tmp_path, 500)
     path = tmp_path / "train.source.tokens"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ExperimentError, match=r"train.source.tokens: missing or cut short"):
         encoded_corpus.load(tmp_path, 400)
     (tmp_path / "subwords.json").write_text("{}")
-    with pytest.raises(ExperimentError, match=r"damaged .*; prepare it anew"):
+    with pytest.raises(ExperimentError, match=r"does not fit subwords.json; prepare it anew"):
         encoded_corpus.load(tmp_path, 400)
 
 

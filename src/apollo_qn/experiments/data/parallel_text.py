@@ -57,10 +57,9 @@ class Counts(NamedTuple):
         return self.read - self.empty - self.long - self.ratio
 
     def __str__(self) -> str:
-        return (
-            f"{self.kept:,} of {self.read:,} pairs, without {self.empty:,} empty, "
-            f"{self.long:,} too long, {self.ratio:,} of unlike lengths"
-        )
+        skipped = {"empty": self.empty, "too long": self.long, "of unlike lengths": self.ratio}
+        told = ", ".join(f"{count:,} {what}" for what, count in skipped.items() if count)
+        return f"{self.kept:,} of {self.read:,} pairs" + (f", without {told}" if told else "")
 
 
 class ParallelCorpus(NamedTuple):

@@ -54,7 +54,8 @@ class Sequences:
         if not self.batches:
             raise ExperimentError(
                 f"{len(tokens)} tokens do not fill a batch of {batch} streams of {steps} tokens; "
-                f"{batch * steps + 1} do"
+                f"{batch * steps + 1} do; check train.batch_size, data.steps and "
+                "data.train_examples"
             )
 
     def epoch(

@@ -60,10 +60,10 @@ class LanguageTask:
         self._sequences = Sequences(train, batch_size, data.steps)
         self.steps_per_epoch = self._sequences.batches
         self.fingerprint = corpus.fingerprint
+        empty = f"; {corpus.empty_lines:,} empty lines passed over" if corpus.empty_lines else ""
         self.remarks = [
-            f"A vocabulary of {words} words; perplexity is that of every word and every sentence's "
-            f"end, on {len(corpus.test)} of the test text; {corpus.empty_lines} empty lines passed "
-            "over."
+            f"A vocabulary of {words:,} words; perplexity is that of every word and every "
+            f"sentence's end, {len(corpus.test):,} in the test text{empty}."
         ]
         self.units_per_step = float(batch_size * data.steps)
         self._corpus, self._model, self._data, self._device = corpus, model, data, device

@@ -83,9 +83,10 @@ class TranslationTask:
         used = self._train.target.lengths.sum() + self._train.size
         self.units_per_step = float(used / self.steps_per_epoch)
         self.fingerprint = corpus.fingerprint
+        beyond = f", without {too_long:,} of more subwords than the model takes" if too_long else ""
         self.remarks = [
-            f"{corpus.counts}; {self._train.size:,} trained on, {too_long:,} have more subwords "
-            f"than the model takes; {corpus.subwords.size:,} subwords.",
+            f"Of the training text {corpus.counts}; trained on {self._train.size:,}{beyond}; "
+            f"{corpus.subwords.size:,} subwords.",
             f"BLEU of sacrebleu, {SIGNATURE}; {data.beams} beams, length penalty "
             f"{data.length_penalty:g}.",
         ]
