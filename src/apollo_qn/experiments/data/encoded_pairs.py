@@ -95,9 +95,9 @@ class EncodedPairs(NamedTuple):
         wanted = self._padded()
         for number in numpy.flatnonzero(wanted > longest)[:1].tolist():
             raise ExperimentError(
-                f"{where}, line {number + 1}: {wanted[number]} tokens with the end, the model's "
-                f"longest is {longest}; no test sentence is dropped, so set longest to at least "
-                f"{wanted.max()}"
+                f"model.longest is {longest}, but line {number + 1} of {where} has "
+                f"{wanted[number]} subwords with its end; none of these is left out, so allowed is "
+                f"{wanted.max()} or more"
             )
 
     def _padded(self) -> Lengths:
