@@ -183,5 +183,5 @@ def test_longer_than_the_model() -> None:
     pairs.check_fitting(11, "test.en")
     with pytest.raises(ExperimentError) as caught:
         pairs.check_fitting(9, "test.en")
-    assert str(caught.value).startswith("test.en, line 2: 10 tokens with the end")
-    assert str(caught.value).endswith("so set longest to at least 11")
+    assert str(caught.value).startswith("model.longest is 9, but line 2 of test.en has 10 subwords")
+    assert str(caught.value).endswith("allowed is 11 or more")

@@ -234,7 +234,11 @@ def test_settings_that_do_not_fit(texts: Path) -> None:
             "100 tokens do not fill a batch of 8 .* check train.batch",
         ),
         ("wordnet", "model.cutoffs=[30000]", "allowed are numbers below the vocabulary's size"),
-        ("phrases", "model.longest=12", "model.longest is 12, but line 6 of the validation sentences has 21"),
+        (
+            "phrases",
+            "model.longest=12",
+            "model.longest is 12, but line 6 of the validation sentences has 21",
+        ),
         ("phrases", "train.batch_size=1", "every training pair has more than 1 subwords"),
     ):
         with pytest.raises(ExperimentError, match=expected):
@@ -246,7 +250,7 @@ def test_settings_that_do_not_fit(texts: Path) -> None:
             tasks.make(wrong, texts)
     few = tasks.make(spec_of("phrases", "train.batch_size=60"), texts)
     with pytest.raises(
-        ExperimentError, match=r"train.batch_size is 60: a batch has . pairs for 99"
+        ExperimentError, match=r"train.batch_size is 60: for sentences of 45 tokens shared by 99"
     ):
         next(few.batches(1, 0, 0, 0, 99))
 

@@ -78,7 +78,7 @@ def test_too_few_tokens_for_the_processes() -> None:
     TokenBatches(pairs, 30, world=2)
     with pytest.raises(ExperimentError) as caught:
         TokenBatches(pairs, 29, world=2)
-    assert "max_tokens is 29" in str(caught.value)
+    assert "train.batch_size is 29" in str(caught.value)
     assert "sentences of 10 tokens shared by 2 processes it must be at least 30" in str(
         caught.value
     )

@@ -55,7 +55,7 @@ class TokenBatches:
         needed = (2 * world - 1) * longest
         if needed > max_tokens:
             raise ExperimentError(
-                f"max_tokens is {max_tokens}: for sentences of {longest} tokens shared by {world} "
+                f"train.batch_size is {max_tokens}: for sentences of {longest} tokens shared by {world} "
                 f"process{'es' if world > 1 else ''} it must be at least {needed}"
             )
         self._pairs = pairs
