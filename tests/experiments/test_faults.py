@@ -1,4 +1,4 @@
-"""Which damaged image files are found without decoding them, and which whole ones pass."""
+"""Which damaged image files are found before training, and which whole ones pass."""
 
 from __future__ import annotations
 
@@ -58,6 +58,21 @@ def test_files_cut_short(tmp_path: Path, kind: str, missing: float) -> None:
     if kind != "bmp":  # as a download ends whose space was reserved
         path.write_bytes(content[: len(content) - lost] + bytes(lost))
         assert find_fault(path) is not None
+
+
+def test_damage_inside(tmp_path: Path) -> None:
+    path = tmp_path / "image.JPEG"
+    content = bytearray(WHOLE["png"])
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert (
+        find_fault(path) == "not a whole image (broken PNG file (bad header checksum in b'IDAT'))"
+    )
+    content = bytearray(WHOLE["jpeg"])
+    tables = content.index(b"\xff\xc4")  # of Huffman's code, without which nothing is decoded
+    content[tables + 5 : tables + 21] = bytes([255] * 16)
+    path.write_bytes(content)
+    assert str(find_fault(path)).startswith("not a")
 
 
 def test_what_is_said(tmp_path: Path) -> None:

@@ -278,8 +278,8 @@ def test_damage_that_only_decoding_shows_is_named(tree: Path, workers: int) -> N
     content = bytearray(path.read_bytes())
     table = content.index(b"\xff\xc4") + 5  # the lengths of the Huffman codes
     content[table : table + 16] = b"\xff" * 16
-    path.write_bytes(content)
     task = task_of(tree, workers=workers)
+    path.write_bytes(content)  # after the check, or it would have been found then
     with pytest.raises(ExperimentError, match=rf"{path.name}: not a whole image") as caught:
         list(task.batches(1, 0, 0))
     assert "\n" not in str(caught.value)
@@ -337,9 +337,10 @@ for images in (imagenet.load(None, sys.argv[1]), imagenet.load(Path(sys.argv[2])
     both.append(list(source.evaluation(0, 1))[0])
     print(images.classes, images.train.labels.tolist())
 print(all(torch.equal(*pair) for pair in zip(*both)))
-try:
-    imagenet.load(None)
-except ExperimentError as error:
+for hub in (sys.argv[3], None):
+  try:
+    imagenet.load(None, *[hub] * (hub is not None))
+  except ExperimentError as error:
     print(error)
 """
 
@@ -347,25 +348,33 @@ except ExperimentError as error:
 def test_the_hub(tree: Path, tmp_path: Path) -> None:
     """A folder laid out like the hub's, read by the hub's library; then the hub, unreachable."""
     pytest.importorskip("datasets")
-    (tmp_path / "hub" / "data").mkdir(parents=True)
-    for split, name in (("train", "train"), ("val", "validation")):
-        paths = sorted((tree / split).glob("*/*"))
-        rows = {
-            "image": [{"bytes": path.read_bytes(), "path": path.name} for path in paths],
-            "label": [WNIDS.index(path.parent.name) for path in paths],
-        }
-        target = tmp_path / "hub" / "data" / f"{name}-00000-of-00001.parquet"
-        pyarrow.parquet.write_table(pyarrow.table(rows), target)
+    for hub in ("hub", "damaged"):
+        (tmp_path / hub / "data").mkdir(parents=True)
+        for split, name in (("train", "train"), ("val", "validation")):
+            paths = sorted((tree / split).glob("*/*"))
+            contents = [path.read_bytes() for path in paths]
+            if hub == "damaged":
+                contents[2] = contents[2][:-9]
+            rows = {
+                "image": [{"bytes": x, "path": "image"} for x in contents],
+                "label": [WNIDS.index(path.parent.name) for path in paths],
+            }
+            target = tmp_path / hub / "data" / f"{name}-00000-of-00001.parquet"
+            pyarrow.parquet.write_table(pyarrow.table(rows), target)
     # its caches and its idea of the network are settled when it is imported
     environment = dict(os.environ, HF_HOME=str(tmp_path / "cache"), HF_HUB_OFFLINE="1")
     done = subprocess.run(
-        [sys.executable, "-c", IN_ANOTHER_PROCESS, str(tmp_path / "hub"), str(tree)],
+        [
+            *(sys.executable, "-c", IN_ANOTHER_PROCESS),
+            *(str(tmp_path / "hub"), str(tree), str(tmp_path / "damaged")),
+        ],
         env=environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    hub, local, equal, error = done.stdout.splitlines()
+    hub, local, equal, damaged, error = done.stdout.splitlines()
+    assert "damaged, split train, row 2: cut short: " in damaged
     assert hub == local == "3 [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]"
     assert equal == "True"
     assert error.startswith("ILSVRC/imagenet-1k: not to be had from the Hugging Face hub (")

@@ -9,7 +9,8 @@ import torch
 
 from apollo_qn.experiments.data import tables
 from apollo_qn.experiments.data.encoded import EncodedSet, HubImages, ImageFiles
-from apollo_qn.experiments.data.tree import Folder, index_tree
+from apollo_qn.experiments.data.remembered import Remembered
+from apollo_qn.experiments.data.tree import Folder, check_images, index_tree
 from apollo_qn.experiments.errors import ExperimentError
 
 HUB = "ILSVRC/imagenet-1k"
@@ -32,7 +33,7 @@ def load(place: Path | None = None, hub: str = HUB, cache: Path | None = None) -
         ExperimentError: the data are not there, or files are missing, cut short or no images.
     """
     if place is None:
-        return _from_hub(hub)
+        return _from_hub(hub, cache)
     for split in ("train", "val"):
         if not (place / split).is_dir():
             raise ExperimentError(f"{place / split}: no such folder; {_REMEDY}")
@@ -60,9 +61,10 @@ def _files(root: Path, folders: dict[str, Folder], numbers: dict[str, int]) -> I
     return ImageFiles(root, names, torch.tensor(labels, dtype=torch.int64))
 
 
-def _from_hub(name: str) -> EncodedSet:
+def _from_hub(name: str, cache: Path | None) -> EncodedSet:
     splits = tables.open_hub(name, _REMEDY)
     digest = hashlib.sha256()
+    key = hashlib.sha256(name.encode()).hexdigest()[:16]
     both = []
     for split in ("train", "validation"):
         where = f"{name}, split {split}"
@@ -73,5 +75,6 @@ def _from_hub(name: str) -> EncodedSet:
         labels = tables.labels(table, None, where)
         digest.update(labels.numpy().data)
         both.append(HubImages(rows, tables.image_column(rows, where), labels, where))
+        check_images(both[-1], split, rows._fingerprint, Remembered(f"hub-{key}.json", cache))
     classes = 1 + max(int(images.labels.max()) for images in both)
     return EncodedSet(both[0], both[1], classes, digest.hexdigest())

@@ -55,8 +55,8 @@ class TokenBatches:
         needed = (2 * world - 1) * longest
         if needed > max_tokens:
             raise ExperimentError(
-                f"train.batch_size is {max_tokens}: for sentences of {longest} tokens shared by {world} "
-                f"process{'es' if world > 1 else ''} it must be at least {needed}"
+                f"train.batch_size is {max_tokens}: for sentences of {longest} tokens shared by "
+                f"{world} process{'es' if world > 1 else ''} it must be at least {needed}"
             )
         self._pairs = pairs
         self._world = world

@@ -7,24 +7,26 @@ checked again only when one of these has changed.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import Progress
 
-from apollo_qn.experiments.data.faults import find_fault
+from apollo_qn.experiments.data.encoded import EncodedImages
+from apollo_qn.experiments.data.faults import fault_in, find_fault
+from apollo_qn.experiments.data.remembered import Remembered
 from apollo_qn.experiments.errors import ExperimentError
 
 _SUFFIXES = (".jpeg", ".jpg", ".png")
-_THREADS = 16  # they wait for the disk most of the time
+_THREADS = 16  # they wait for the disk, and decoding leaves Python to the others
 _TOLD = 3  # bad files that an error names
+_CHUNK = 256  # images that a thread checks at a time
 _LARGE = 10_000  # files; fewer are checked before anyone asks what is going on
 
 
@@ -51,13 +53,14 @@ def index_tree(root: Path, splits: tuple[str, ...], cache: Path | None = None) -
     Raises:
         ExperimentError: a folder or its images are missing, or files are bad: the first are named.
     """
-    remembered = _Memory(root, default_cache() if cache is None else cache)
+    place = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
+    remembered = Remembered(f"tree-{place}.json", cache)
     names = [name for split in splits for name in _classes(root, split)]
     faults: list[str] = []
 
     def look(name: str) -> tuple[Folder, list[str]]:
         folder = _list(root, name)
-        if remembered.knows(folder):
+        if remembered.knows(name, folder.digest):
             return folder, []
         paths = (root / name / file for file in folder.files)
         return folder, [f"{path}: {fault}" for path in paths if (fault := find_fault(path))]
@@ -75,21 +78,50 @@ def index_tree(root: Path, splits: tuple[str, ...], cache: Path | None = None) -
                 found.append(folder)
                 faults += bad
                 if not bad:
-                    remembered.add(folder)
+                    remembered.add(folder.name, folder.digest)
     finally:
         pool.shutdown(cancel_futures=True)
         remembered.save()
-    if faults:
-        faults.sort()
-        more = f"; and {len(faults) - _TOLD} more" if len(faults) > _TOLD else ""
-        raise ExperimentError("; ".join(faults[:_TOLD]) + more)
+    _complain(sorted(faults))
     order = {name: place for place, name in enumerate(names)}
     return sorted(found, key=lambda folder: order[folder.name])
 
 
-def default_cache() -> Path:
-    """Where the user's programs keep what they can make anew."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "apollo-qn"
+def check_images(images: EncodedImages, name: str, digest: str, remembered: Remembered) -> None:
+    """Check the images of a split that lies in no tree.
+
+    Args:
+        images: the split.
+        name: under which it is remembered.
+        digest: changes when an image does.
+        remembered: what was found good before.
+
+    Raises:
+        ExperimentError: images are bad: the first are named.
+    """
+    if remembered.knows(name, digest):
+        return
+    count = len(images.labels)
+    faults = []
+
+    def look(rows: range) -> list[str]:
+        read = ((row, fault_in(images.read(row))) for row in rows)
+        return [f"{images.where(row)}: {fault}" for row, fault in read if fault]
+
+    chunks = [range(i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK)]
+    with ThreadPoolExecutor(_THREADS) as pool, _shown(name, len(chunks)) as advance:
+        for rows, bad in zip(chunks, pool.map(look, chunks), strict=True):
+            advance(len(rows))
+            faults += bad
+    _complain(faults)
+    remembered.add(name, digest)
+    remembered.save()
+
+
+def _complain(faults: list[str]) -> None:
+    if faults:
+        more = f"; and {len(faults) - _TOLD} more" if len(faults) > _TOLD else ""
+        raise ExperimentError("; ".join(faults[:_TOLD]) + more)
 
 
 def _classes(root: Path, split: str) -> list[str]:
@@ -128,37 +160,8 @@ def _list(root: Path, name: str) -> Folder:
     return Folder(name, listed, sizes, digest.hexdigest())
 
 
-class _Memory:
-    """The digests of folders whose files were found good."""
-
-    def __init__(self, root: Path, cache: Path) -> None:
-        place = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
-        self._path = cache / f"tree-{place}.json"
-        self._saved: dict[str, str] = {}
-        # none yet, or damaged: everything is checked anew
-        with suppress(OSError, ValueError, TypeError):
-            self._saved = dict(json.loads(self._path.read_text()))
-        self._good = dict(self._saved)
-
-    def knows(self, folder: Folder) -> bool:
-        return self._good.get(folder.name) == folder.digest
-
-    def add(self, folder: Folder) -> None:
-        self._good[folder.name] = folder.digest
-
-    def save(self) -> None:
-        if self._good == self._saved:
-            return
-        temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
-        # where it cannot be written, the next run checks again
-        with suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(self._good))
-            os.replace(temporary, self._path)
-
-
 @contextmanager
-def _shown(root: Path, folders: int) -> Iterator[Callable[[int], None]]:
+def _shown(root: Path | str, folders: int) -> Iterator[Callable[[int], None]]:
     """Show on standard error how far a large tree is looked through."""
     console = Console(stderr=True)
     files = 0
