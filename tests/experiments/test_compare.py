@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 from apollo_qn.experiments import matrix, recipe, tasks
 from apollo_qn.experiments.cli import app
 from apollo_qn.experiments.engine import train
+from apollo_qn.experiments.errors import ExperimentError
+from apollo_qn.experiments.placement import Placement
 from apollo_qn.experiments.progress import LiveTable, duration, seconds_left
 from apollo_qn.experiments.recipe import RunSpec
 from apollo_qn.experiments.report import page, words
@@ -71,7 +73,10 @@ def test_ctrl_c_and_the_same_command_again(recipe_file: Path, tmp_path: Path) ->
         command, cwd=work, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
-    runs = [RunDirectory(out / "runs" / f"{name}-cosine-seed3") for name in ("sgd", "apollo")]
+    runs = [
+        RunDirectory(out / "runs" / f"fashion-mnist-{name}-cosine-seed3")
+        for name in ("sgd", "apollo")
+    ]
     deadline = time.monotonic() + 60
     while not all(any(run.records()) for run in runs):
         assert process.poll() is None
@@ -152,10 +157,32 @@ def test_live_table(finished: Path) -> None:
     for title in ("run", "done", "loss", "score", "images/s", "left"):
         assert title in text
     for run in runs:
-        assert run.name in text
+        assert run.name.removeprefix("fashion-mnist-") in text
     assert "1/2 epochs" in text
     assert runs[1].speed is not None
     assert f"{runs[1].speed:.0f} images/s" in text
+
+
+def test_a_table_higher_than_the_terminal_shows_what_goes_on() -> None:
+    spec = recipe.load("fashion-mnist").run("sgd", 1)
+    runs = [state_of(RunDirectory(Path(f"run{i:02}")), spec, 100) for i in range(40)]
+    for run in runs[:20]:
+        run.status = "finished"
+    runs[5].status = "failed"
+    runs[20].status = runs[21].status = "running"
+    console = Console(
+        width=100,
+        height=10,
+        force_terminal=True,
+        record=True,
+        file=io.StringIO(),
+        color_system=None,
+    )
+    with LiveTable(console) as table:
+        table.update(runs, 2)
+    lines = console.export_text().splitlines()
+    assert [line.split()[0] for line in lines[1:7]] == [f"run{i:02}" for i in (5, *range(20, 25))]
+    assert "and 34 more: 19 finished, 15 waiting" in lines[7]
 
 
 def test_time_left() -> None:
@@ -214,16 +241,75 @@ def test_a_folder_with_other_settings_is_refused(
     assert done.stderr.count("\n") == 1
 
 
+def test_nothing_is_written_where_not_all_can_be_trained(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_caches(tmp_path, monkeypatch)
+    out = tmp_path / "out"
+    states(recipe_file, out, ["sgd"])
+    there = sorted(out.rglob("*"))
+
+    def refused(text: str, optimizers: str) -> str:
+        recipe_file.write_text(text)
+        arguments = ["compare", str(recipe_file), "--out", str(out), "--optimizers", optimizers]
+        done = CliRunner().invoke(app, [*arguments, "--seeds", "1"])
+        assert done.exit_code == 2
+        assert sorted(out.rglob("*")) == there
+        return done.stderr
+
+    assert "optimizer.lr: 0.1 there" in refused(TINY.replace("lr = 0.1", "lr = 0.3"), "apollo,sgd")
+    # what the report would refuse, before hours of training
+    assert "differ in train: they cannot" in refused(
+        TINY.replace("epochs = 2", "epochs = 3"), "adam"
+    )
+
+
+def test_a_run_of_another_task_is_not_gone_on_with(recipe_file: Path, tmp_path: Path) -> None:
+    spec = recipe.load(str(recipe_file)).run("sgd", 3)
+    directory, task = prepared(tmp_path / "run", spec)
+    other = recipe.load("wordnet").run("sgd", 3)
+    with pytest.raises(ExperimentError, match="holds a run of the task 'fashion-mnist'; choose"):
+        directory.check(other, task.fingerprint, Placement())
+
+
+def test_an_unfinished_run_may_move(recipe_file: Path, tmp_path: Path) -> None:
+    spec = recipe.load(str(recipe_file)).run("sgd", 3)
+    directory, task = prepared(tmp_path / "run", spec, Placement(threads=2))
+
+    def prepare(placement: Placement, data: Path | None = None, keep: bool = True) -> None:
+        directory.prepare(spec, task.fingerprint, data, ["test"], placement, (), keep)
+
+    prepare(Placement(), tmp_path)
+    assert directory.placement() == Placement(threads=2)
+    assert directory.read()["data"]["folder"] == str(tmp_path)
+    prepare(Placement(threads=3), keep=False)
+    assert directory.placement() == Placement(threads=3)
+    assert directory.read()["data"]["folder"] is None
+    prepare(Placement(accelerator="gpu"))
+    assert directory.placement() == Placement(accelerator="gpu", threads=3)
+    prepare(Placement(devices=2))  # nothing has been trained
+    directory.checkpoint.write_bytes(b"")
+    message = r"holds an unfinished run of 2 processes \(--devices 2\), 1 asked for"
+    with pytest.raises(ExperimentError, match=message):
+        prepare(Placement())
+    directory.result.write_text('{"verdict": "finished"}')
+    before = directory.manifest.read_text()
+    prepare(Placement(accelerator="gpu", threads=7), keep=False)
+    assert directory.manifest.read_text() == before
+
+
 def test_train_and_report_commands(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own_caches(tmp_path, monkeypatch)
     out = tmp_path / "out"
     command = ["train", str(recipe_file), "--optimizer", "adam", "--seed", "8", "--out", str(out)]
+    command += ["--threads", "1"]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
-    run = out / "runs" / "adam-cosine-seed8"
+    run = out / "runs" / "fashion-mnist-adam-cosine-seed8"
     assert str(run) in done.stdout
+    assert RunDirectory(run).placement().threads == 1
     done = CliRunner().invoke(app, ["report", str(run), "--out", str(tmp_path / "page")])
     assert done.exit_code == 0, done.output
     assert (tmp_path / "page" / "report.html").exists()

@@ -17,7 +17,7 @@ from apollo_qn.experiments import recipe
 from apollo_qn.experiments.engine import train
 from apollo_qn.experiments.errors import ExperimentError
 from apollo_qn.experiments.matrix import launcher
-from apollo_qn.experiments.placement import Placement, share
+from apollo_qn.experiments.placement import Placement, cores, share
 from apollo_qn.experiments.runs import RunDirectory
 
 from .conftest import TINY
@@ -82,7 +82,7 @@ def test_no_process_outlives_the_command(recipe_file: Path, tmp_path: Path) -> N
     command = [sys.executable, "-m", "apollo_qn.experiments.cli", "train", str(recipe_file)]
     command += ["--optimizer", "sgd", "--devices", "2", "--out", str(out)]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
-    directory = RunDirectory(out / "runs" / "sgd-cosine-seed3")
+    directory = RunDirectory(out / "runs" / "fashion-mnist-sgd-cosine-seed3")
     deadline = time.monotonic() + 90
     while not directory.checkpoint.exists():
         assert process.poll() is None
@@ -148,6 +148,10 @@ def test_bfloat16(recipe_file: Path, tmp_path: Path) -> None:
 def test_sharing_a_machine() -> None:
     jobs, placement = share("cpu", 2, 1)
     assert (jobs, placement.devices) == (1, 2)
+    there = cores()
+    assert share("cpu", 1, None) == (there, Placement())
+    assert share("cpu", 1, None, there) == (1, Placement(threads=there))
+    assert share("cpu", 1, 3, 5) == (3, Placement(threads=5))
     with pytest.raises(ExperimentError, match="--accelerator is 'tpu', allowed are cpu, gpu"):
         share("tpu", 1, None)
     if not torch.cuda.is_available():

@@ -284,7 +284,7 @@ def test_learning_rates_of_a_sweep_keep_the_strength_of_decay(recipe_file: Path)
     specs = sweep_of("lr-robustness", "values = [0.2, 1, 2, 10]", recipe_file)
     assert len(specs) == 4 * 4
     assert len({spec.label for spec in specs}) == len(specs)
-    assert specs[0].label == "sgd-cosine-lr-x0.2-seed3"
+    assert specs[0].label == "fashion-mnist-sgd-cosine-lr-x0.2-seed3"
     for spec in specs:
         base = plan.run(spec.name, 3).optimizer
         assert spec.sweep is not None
@@ -310,7 +310,7 @@ def test_decays_of_a_sweep(recipe_file: Path) -> None:
             assert own.weight_decay == spec.sweep.value
         else:
             assert own.weight_decay * own.lr == pytest.approx(spec.sweep.value * 0.5)  # type: ignore[operator]
-    assert specs[-1].label == "apollo-cosine-decay-0.0009-seed3"
+    assert specs[-1].label == "fashion-mnist-apollo-cosine-decay-0.0009-seed3"
 
 
 def test_a_sweep_of_some(recipe_file: Path) -> None:
@@ -332,10 +332,31 @@ def test_a_sweep_of_some(recipe_file: Path) -> None:
         assert expected in error_of(text, recipe_file)
     text = f"{TINY}\n[sweeps.momentum]\nvalues = [1]\n"
     assert "'lr-robustness' or 'weight-decay'" in error_of(text, recipe_file)
-    text = f"compare = ['x']\n{TINY}"
-    assert "compare is ['x'], allowed are some of sgd, adam, radam, apollo" in error_of(
-        text, recipe_file
-    )
+    for text, expected in (
+        ("compare.optimizers = ['x']\n", "compare.optimizers is ['x'], allowed are some of sgd, "),
+        ("compare.schedules = ['x']\n", "compare.schedules is ['x'], allowed are some of cosine"),
+    ):
+        assert expected in error_of(text + TINY, recipe_file)
+
+
+def test_names_of_the_paper_and_of_the_task(recipe_file: Path) -> None:
+    for text, expected in (
+        ("[paper.linear]\nsgd = { mean = 1 }", "paper is ['linear'], allowed are some of cosine"),
+        ("[paper.cosine]\nx = { mean = 1 }", "paper.cosine is ['x'], allowed are some of sgd, "),
+    ):
+        assert expected in error_of(f"{TINY}\n{text}\n", recipe_file)
+    text = TINY.replace('"fashion-mnist"', '"fashion"')
+    assert "task is 'fashion', allowed are cifar10, fashion-mnist, " in error_of(text, recipe_file)
+
+
+def test_the_main_job_has_both_schedules_and_trains_one() -> None:
+    plan = recipe.load("fashion-mnist")
+    assert {spec.schedule for spec in plan.runs()} == {"cosine"}
+    assert {spec.schedule for spec in plan.sweep("lr-robustness")} == {"cosine"}
+    milestone = plan.run("sgd", 1, "milestone").train.schedule
+    assert (milestone.kind, milestone.milestones) == ("milestone", [4, 6])
+    shorter = recipe.load("fashion-mnist", quick=True).schedules["milestone"]
+    assert (shorter.epochs, shorter.milestones) == (2, [1.0, 1.5])
 
 
 def test_any_value_can_be_set(recipe_file: Path) -> None:

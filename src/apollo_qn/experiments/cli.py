@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 from rich.console import Console
@@ -29,7 +29,9 @@ app = typer.Typer(
 # embedded: what `compare` trains by itself
 _SMALL = ("fashion-mnist", "wordnet", "phrases")
 TaskName = Annotated[str, typer.Argument(help="A task (see `tasks`), or a recipe's .toml file.")]
-Quick = Annotated[bool, typer.Option("--quick", help="A short look: under a minute.")]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="A short look: the recipe's [quick], a minute or so.")
+]
 Seeds = Annotated[int | None, typer.Option(min=1, help="How many seeds.")]
 Optimizers = Annotated[
     str | None, typer.Option(help="Which of the recipe's optimizers: a,b,c or all.")
@@ -43,6 +45,10 @@ DataFolder = Annotated[Path | None, typer.Option("--data", help="Local data, in 
 Jobs = Annotated[int | None, typer.Option(min=1, help="Runs at a time.  [default: as many as fit]")]
 Accelerator = Annotated[str, typer.Option(help="cpu or gpu.")]
 Devices = Annotated[int, typer.Option(min=1, help="Processes that share each run's batches.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, help="CPU threads of each process.  [default: its part of the cores]"),
+]
 
 
 @contextmanager
@@ -79,6 +85,7 @@ def compare(
     jobs: Jobs = None,
     accelerator: Accelerator = "cpu",
     devices: Devices = 1,
+    threads: Threads = None,
 ) -> None:
     """Train a task with several optimizers, schedules and seeds, and write a report.
 
@@ -86,6 +93,7 @@ def compare(
     Stop it with Ctrl-C; the same command goes on where it was.
     """
     with _one_line_errors():
+        where = _Where(accelerator, devices, jobs, threads)
         folder = out or Path("runs") / ("compare-quick" if quick else "compare")
         if task is None and data is not None:
             raise ExperimentError(f"--data is {str(data)!r}, which task's? name one before it")
@@ -93,7 +101,7 @@ def compare(
         for one in _SMALL if task is None else (task,):
             plan, names, chosen = _plan(one, quick, settings, optimizers, schedules)
             specs += plan.runs(names, seeds, chosen)
-        failed = _train_and_report(specs, folder, data, jobs, accelerator, devices)
+        failed = _train_and_report(specs, folder, data, where)
     if failed:
         raise typer.Exit(1)
 
@@ -114,6 +122,7 @@ def sweep(
     jobs: Jobs = None,
     accelerator: Accelerator = "cpu",
     devices: Devices = 1,
+    threads: Threads = None,
 ) -> None:
     """Train a task at several learning rates or weight decays, and write a report.
 
@@ -122,11 +131,12 @@ def sweep(
     Ctrl-C; the same command goes on where it was.
     """
     with _one_line_errors():
+        where = _Where(accelerator, devices, jobs, threads)
         name = f"sweep-{Path(task).stem}-{analysis}{'-quick' if quick else ''}"
-        plan, names, chosen = _plan(task, quick, settings, optimizers, schedules)
+        plan, names, chosen = _plan(task, quick, settings, optimizers, schedules, analysis)
         specs = plan.sweep(analysis, names, seeds, chosen)
         folder = out or Path("runs") / name
-        failed = _train_and_report(specs, folder, data, jobs, accelerator, devices)
+        failed = _train_and_report(specs, folder, data, where)
     if failed:
         raise typer.Exit(1)
 
@@ -136,18 +146,27 @@ def train(
     task: TaskName,
     optimizer: Annotated[str, typer.Option(help="Which of the recipe's optimizers.")],
     seed: Annotated[int | None, typer.Option(help="Default: the recipe's first.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="Default: the recipe's first.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="Default: the first that `compare` trains.")
+    ] = None,
     settings: Settings = None,
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/train"),
     data: DataFolder = None,
     accelerator: Accelerator = "cpu",
     devices: Devices = 1,
+    threads: Threads = None,
 ) -> None:
-    """Train one run: the same weights, bit by bit, as the run that `compare` makes of it."""
+    """Train one run.
+
+    With the same --threads these are, bit by bit, the weights of the run that `compare` makes of
+    it; with other threads sums are rounded otherwise.
+    """
     with _one_line_errors():
-        plan, _, _ = _plan(task, False, settings, optimizer, schedule)
-        spec = plan.run(optimizer, plan.seeds[0] if seed is None else seed, schedule)
-        failed = _train([spec], out, data, 1, accelerator, devices)
+        where = _Where(accelerator, devices, 1, threads)
+        plan, _, chosen = _plan(task, False, settings, optimizer, schedule)
+        seed = plan.seeds[0] if seed is None else seed
+        spec = plan.run(optimizer, seed, schedule or chosen[0])
+        failed = _train([spec], out, data, where)
         typer.echo(f"{_run_folder(out, spec)}")
     if failed:
         raise typer.Exit(1)
@@ -282,8 +301,17 @@ def list_tasks() -> None:
         Console().print(table)
 
 
-def _run_folder(folder: Path, spec: RunSpec, one_of_several: bool = False) -> Path:
-    return folder / "runs" / (f"{spec.task}-{spec.label}" if one_of_several else spec.label)
+class _Where(NamedTuple):
+    """What the command line says of machines."""
+
+    accelerator: str
+    devices: int
+    jobs: int | None
+    threads: int | None
+
+
+def _run_folder(folder: Path, spec: RunSpec) -> Path:
+    return folder / "runs" / spec.label
 
 
 def _plan(
@@ -292,13 +320,15 @@ def _plan(
     settings: list[str] | None,
     optimizers: str | None,
     schedules: str | None,
-) -> tuple[Recipe, list[str] | None, list[str] | None]:
-    """The recipe, and which of its optimizers and schedules are chosen; None: it says itself."""
+    analysis: SweepKind | None = None,
+) -> tuple[Recipe, list[str] | None, list[str]]:
+    """The recipe, and which of its optimizers (None: it says itself) and schedules are chosen."""
     from apollo_qn.experiments import recipe
 
     as_it_stands = recipe.load(task)
     names = _chosen("--optimizers", optimizers, as_it_stands.optimizers)
     chosen = _chosen("--schedules", schedules, as_it_stands.schedules)
+    chosen = chosen or as_it_stands.default_schedules(analysis)
     return recipe.load(task, settings or (), names, chosen, quick), names, chosen
 
 
@@ -312,15 +342,8 @@ def _chosen(option: str, value: str | None, there: Iterable[str]) -> list[str] |
     return names
 
 
-def _train_and_report(
-    specs: list[RunSpec],
-    folder: Path,
-    data: Path | None,
-    jobs: int | None,
-    accelerator: str,
-    devices: int,
-) -> bool:
-    failed = _train(specs, folder, data, jobs, accelerator, devices)
+def _train_and_report(specs: list[RunSpec], folder: Path, data: Path | None, where: _Where) -> bool:
+    failed = _train(specs, folder, data, where, in_one_report=True)
     _report([folder], folder)
     return failed
 
@@ -329,24 +352,42 @@ def _train(
     specs: list[RunSpec],
     folder: Path,
     data: Path | None,
-    jobs: int | None,
-    accelerator: str,
-    devices: int,
+    where: _Where,
+    in_one_report: bool = False,
 ) -> bool:
-    """Train what is not finished; True: a run has failed."""
-    from apollo_qn.experiments import matrix, tasks
+    """Train what is not finished; True: a run has failed.
+
+    Nothing is written before it is clear that all can be trained, and where they are meant for one
+    report, that they can stand in one with what is there.
+    """
+    from apollo_qn.experiments import comparable, matrix, tasks
     from apollo_qn.experiments.placement import share
     from apollo_qn.experiments.progress import display
     from apollo_qn.experiments.runs import RunDirectory
 
-    _keep_caches_in(folder)
-    jobs, placement = share(accelerator, devices, jobs)
+    jobs, placement = share(*where)
     made = {spec.task: tasks.make(spec, data) for spec in reversed(specs)}
+    new = {}
+    for spec in specs:
+        directory = RunDirectory(_run_folder(folder, spec))
+        fingerprint = made[spec.task].fingerprint
+        directory.check(spec, fingerprint, placement)
+        new[directory.path.resolve()] = comparable.Candidate(directory.path, spec, fingerprint)
+    if in_one_report:
+        there = [
+            comparable.candidate(directory)
+            for directory in comparable.directories(folder)
+            if directory.path.resolve() not in new
+        ]
+        comparable.check([*there, *new.values()])
+    _keep_caches_in(folder)
     runs = []
     for spec in specs:
         task = made[spec.task]
-        directory = RunDirectory(_run_folder(folder, spec, len(made) > 1))
-        directory.prepare(spec, task.fingerprint, data, sys.argv, placement, task.remarks)
+        directory = RunDirectory(_run_folder(folder, spec))
+        directory.prepare(
+            spec, task.fingerprint, data, sys.argv, placement, task.remarks, where.threads is None
+        )
         steps = spec.train.schedule.steps(task.steps_per_epoch)
         runs.append(
             matrix.RunState(directory, spec, steps, task.curve, task.unit, task.units_per_step)

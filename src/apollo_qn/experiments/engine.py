@@ -390,8 +390,10 @@ class _Run:
             self.schedule.load_state_dict(state["schedule"])
             mine = state["processes"][self.fabric.global_rank]
             torch.set_rng_state(mine["random"])
-            if self.fabric.device.type == "cuda":
+            if self.fabric.device.type == "cuda" and "device_random" in mine:
                 torch.cuda.set_rng_state(mine["device_random"], self.fabric.device)
+            elif self.fabric.device.type == "cuda":  # it began on a CPU
+                torch.cuda.manual_seed(derived_seed(self.spec.seed, state["step"]))
         except _UNREADABLE as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ExperimentError(

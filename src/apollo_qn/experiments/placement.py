@@ -63,13 +63,16 @@ def leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def share(accelerator: str, devices: int, jobs: int | None) -> tuple[int, Placement]:
+def share(
+    accelerator: str, devices: int, jobs: int | None, threads: int | None = None
+) -> tuple[int, Placement]:
     """Divide this machine: how many runs at a time, and where each is trained.
 
     Args:
         accelerator: ``"cpu"`` or ``"gpu"``.
         devices: processes of a run.
         jobs: runs at a time; None: as many as the cores or GPUs are enough for.
+        threads: of each process; None: its part of the cores.
 
     Raises:
         ExperimentError: another accelerator, or fewer GPUs than a run needs.
@@ -82,9 +85,9 @@ def share(accelerator: str, devices: int, jobs: int | None) -> tuple[int, Placem
         if there < devices * (jobs or 1):
             raise ExperimentError(f"{devices * (jobs or 1)} GPUs are needed, there are {there}")
     else:
-        there = cores()
+        there = cores() // (threads or 1)
     jobs = jobs or max(1, there // devices)
-    threads = max(1, cores() // (jobs * devices))
+    threads = threads or max(1, cores() // (jobs * devices))
     placement = {"accelerator": accelerator, "devices": devices, "threads": threads}
     return jobs, Placement.model_validate(placement)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -30,6 +31,10 @@ _STYLES: dict[Status, str] = {
     "failed": "red",
     "stopped": "yellow",
 }
+
+# which to show first where the terminal is lower than the table
+_URGENT: tuple[Status, ...] = ("running", "failed", "diverged", "stopped", "waiting", "finished")
+_AROUND = 4  # lines: titles, what is hidden, the bar, the cursor's
 
 
 def duration(seconds: float | None) -> str:
@@ -77,10 +82,12 @@ class LiveTable:
         for title in ("done", "loss", "score", "speed", "time", "left"):
             table.add_column(title, justify="right", no_wrap=True)
         table.add_column("", no_wrap=True)
-        for run in runs:
+        shown = _fitting(runs, self._live.console.height - _AROUND)
+        one_task = len({run.spec.task for run in runs}) == 1
+        for run in shown:
             running = run.status == "running"
             table.add_row(
-                run.name,
+                run.name.removeprefix(f"{run.spec.task}-") if one_task else run.name,
                 run.done,
                 _number(run.loss, ".4f"),
                 _score(run),
@@ -97,7 +104,8 @@ class LiveTable:
             ProgressBar(total=total, completed=done, width=40),
             Text(f"{100 * done // total} %, {left} left"),
         )
-        self._live.update(Group(table, line), refresh=True)
+        rest = [Text(_more(runs, shown), style="dim")] if len(shown) < len(runs) else []
+        self._live.update(Group(table, *rest, line), refresh=True)
 
 
 class PlainLines:
@@ -170,6 +178,20 @@ def counter(console: Console) -> Iterator[Callable[[str, int, int], None]]:
             progress.update(task, description=title, completed=done, total=total or None)
 
         yield show
+
+
+def _fitting(runs: list[RunState], rows: int) -> list[RunState]:
+    """The runs that matter most, as many as fit, in their order: those that go on before all."""
+    ranked = sorted(enumerate(runs), key=lambda item: (_URGENT.index(item[1].status), item[0]))
+    chosen = {run.name for _, run in ranked[: max(1, rows)]}
+    return [run for run in runs if run.name in chosen]
+
+
+def _more(runs: list[RunState], shown: list[RunState]) -> str:
+    names = {run.name for run in shown}
+    hidden = Counter(run.status for run in runs if run.name not in names)
+    told = ", ".join(f"{count} {status}" for status, count in hidden.items())
+    return f"and {len(runs) - len(shown)} more: {told}"
 
 
 def _score(run: RunState) -> str:

@@ -18,6 +18,7 @@ from apollo_qn.experiments.errors import ExperimentError
 from apollo_qn.experiments.overrides import override
 from apollo_qn.experiments.schema import (
     ApolloSettings,
+    Comparison,
     Data,
     EqualStrength,
     Model,
@@ -59,7 +60,7 @@ class RunSpec(Section):
     def label(self) -> str:
         """Of all runs of an experiment only this one has it: the name of its directory."""
         point = "" if self.sweep is None else f"-{self.sweep}"
-        return f"{self.name}-{self.schedule}{point}-seed{self.seed}"
+        return f"{self.task}-{self.name}-{self.schedule}{point}-seed{self.seed}"
 
 
 class Recipe(Section):
@@ -73,7 +74,7 @@ class Recipe(Section):
     schedules: Annotated[dict[str, Schedule], Field(min_length=1)]
     optimizers: Annotated[dict[str, Optimizer], Field(min_length=1)]
     quick: Quick
-    compare: list[str] | None = None  # the optimizers of a comparison; None: all
+    compare: Comparison = Comparison()
     sweeps: dict[SweepKind, Sweep] = Field(default_factory=dict)
     # the paper's results on this task, by schedule and optimizer
     paper: dict[str, dict[str, Published]] = Field(default_factory=dict)
@@ -97,14 +98,19 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _names_are_there(self) -> Recipe:
-        named = {f"sweeps.{kind}.optimizers": plan.optimizers for kind, plan in self.sweeps.items()}
-        for key, names in {"compare": self.compare, **named}.items():
-            _check_names(key, names, self.optimizers)
-        for kind, plan in self.sweeps.items():
-            _check_names(f"sweeps.{kind}.schedules", plan.schedules, self.schedules)
-        for schedule, plan_of in self.schedules.items():
-            there = list(plan_of.instead) or None
-            _check_names(f"schedules.{schedule}.instead", there, self.optimizers)
+        if self.task not in available():
+            raise ValueError(f"task is {self.task!r}, allowed are {', '.join(available())}")
+        choices: dict[str, Comparison | Sweep] = {"compare": self.compare}
+        choices |= {f"sweeps.{kind}": plan for kind, plan in self.sweeps.items()}
+        for key, plan in choices.items():
+            _check_names(f"{key}.optimizers", plan.optimizers, self.optimizers)
+            _check_names(f"{key}.schedules", plan.schedules, self.schedules)
+        for name, schedule in self.schedules.items():
+            there = list(schedule.instead) or None
+            _check_names(f"schedules.{name}.instead", there, self.optimizers)
+        _check_names("paper", list(self.paper) or None, self.schedules)
+        for name, published in self.paper.items():
+            _check_names(f"paper.{name}", list(published), self.optimizers)
         return self
 
     def run(self, name: str, seed: int, schedule: str | None = None) -> RunSpec:
@@ -143,9 +149,9 @@ class Recipe(Section):
         """Resolve optimizers x schedules x seeds, seed by seed, so that an early report has all.
 
         Args:
-            names: optimizers; None: those of the key ``compare``.
+            names: optimizers; None: those of the table [compare].
             seeds: how many seeds; beyond the recipe's own they count on from its largest.
-            schedules: None: all.
+            schedules: None: those of the table [compare].
 
         Raises:
             ExperimentError: the recipe has no such optimizer or schedule.
@@ -153,8 +159,8 @@ class Recipe(Section):
         return [
             self.run(name, seed, schedule)
             for seed in self._chosen_seeds(seeds)
-            for schedule in schedules or self.schedules
-            for name in names or self.compare or self.optimizers
+            for schedule in schedules or self.default_schedules()
+            for name in names or self.compare.optimizers or self.optimizers
         ]
 
     def sweep(
@@ -187,10 +193,15 @@ class Recipe(Section):
         return [
             self._at(SweepPoint(kind=kind, value=value), name, seed, schedule)
             for seed in self._chosen_seeds(seeds)
-            for schedule in schedules or plan.schedules or self.schedules
+            for schedule in schedules or self.default_schedules(kind)
             for value in plan.values
             for name in names or plan.optimizers or self.optimizers
         ]
+
+    def default_schedules(self, kind: SweepKind | None = None) -> list[str]:
+        """Which schedules an analysis trains if it is not told; None: a comparison."""
+        plan = self.compare if kind is None else self.sweeps.get(kind)
+        return list((plan.schedules if plan else None) or self.schedules)
 
     def _at(self, point: SweepPoint, name: str, seed: int, schedule: str) -> RunSpec:
         if point.kind == "weight-decay":

@@ -59,30 +59,26 @@ class RunDirectory:
         command: list[str],
         placement: Placement = Placement(),  # noqa: B008  (frozen)
         remarks: Sequence[str] = (),
+        keep_threads: bool = True,
     ) -> None:
         """Create the run, or make sure that what is there is this very run.
 
         Args:
             spec: the resolved recipe.
             fingerprint: of the data.
-            data: folder of local data, or None.
+            data: folder of local data, or None; the same data may have moved.
             command: the command line, kept for the record.
-            placement: where it is trained; a run that is there keeps its own.
+            placement: where it is trained, or goes on.
             remarks: of the task, for the report.
+            keep_threads: a run that is there goes on with as many threads as it began with, for
+                the order of sums depends on them; False: with those of ``placement``.
 
         Raises:
-            ExperimentError: the directory holds a run with another recipe or other data.
+            ExperimentError: as ``check`` does.
         """
-        if self.manifest.exists():
-            there = self.read()
-            differing = _differences(there["recipe"], spec.model_dump())
-            if there["data"]["fingerprint"] != fingerprint:
-                differing.append("the data")
-            if differing:
-                raise ExperimentError(
-                    f"{self.path}: holds a run with other settings ({', '.join(differing)}); "
-                    "choose another --out, or remove it"
-                )
+        if self.check(spec, fingerprint, placement):
+            if self.verdict() is None:
+                self._move(data, placement, keep_threads)
             return
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         manifest = {
@@ -90,7 +86,7 @@ class RunDirectory:
             "seed": spec.seed,
             "data": {
                 "fingerprint": fingerprint,
-                "folder": None if data is None else str(data.resolve()),
+                "folder": _absolute(data),
                 "remarks": list(remarks),
             },
             "versions": {
@@ -103,6 +99,57 @@ class RunDirectory:
             "placement": placement.model_dump(),
             "command": command,
         }
+        self._write(manifest)
+
+    def check(self, spec: RunSpec, fingerprint: str, placement: Placement) -> bool:
+        """Whether this very run is there; writes nothing.
+
+        Raises:
+            ExperimentError: the directory holds a run with another recipe or other data, or an
+                unfinished one of another number of processes, each of which has its own part of
+                the checkpoint.
+        """
+        if not self.manifest.exists():
+            return False
+        there = self.read()
+        task = there["recipe"].get("task")
+        if task != spec.task:
+            raise ExperimentError(
+                f"{self.path}: holds a run of the task {task!r}; choose another --out"
+            )
+        differing = _differences(there["recipe"], spec.model_dump())
+        if there["data"]["fingerprint"] != fingerprint:
+            differing.append("the data")
+        if differing:
+            raise ExperimentError(
+                f"{self.path}: holds a run with other settings ({', '.join(differing)}); "
+                "choose another --out, or remove it"
+            )
+        own = self.placement()
+        begun = self.checkpoint.exists() and self.verdict() is None
+        if begun and (own.devices, own.nodes) != (placement.devices, placement.nodes):
+            raise ExperimentError(
+                f"{self.path}: holds an unfinished run of {own.processes} "
+                f"process{'es' if own.processes > 1 else ''} (--devices {own.devices}), "
+                f"{placement.processes} asked for; go on with as many, or remove it"
+            )
+        return True
+
+    def _move(self, data: Path | None, placement: Placement, keep_threads: bool) -> None:
+        """Let an unfinished run go on with data in another place, or on other devices."""
+        manifest = self.read()
+        if keep_threads:
+            placement = placement.model_copy(update={"threads": self.placement().threads})
+        now = {
+            **manifest,
+            "data": {**manifest["data"], "folder": _absolute(data)},
+            "placement": placement.model_dump(),
+            "machine": machine(),
+        }
+        if now != manifest:
+            self._write(now)
+
+    def _write(self, manifest: Record) -> None:
         write_atomically(self.manifest, json.dumps(manifest, indent=2).encode() + b"\n")
 
     def read(self) -> Record:
@@ -156,6 +203,10 @@ class RunDirectory:
                 yield json.loads(line)
             except ValueError:
                 raise ExperimentError(f"{self.metrics}, line {number}: damaged") from None
+
+
+def _absolute(folder: Path | None) -> str | None:
+    return None if folder is None else str(folder.resolve())
 
 
 def machine() -> Record:

@@ -338,6 +338,13 @@ class Sweep(Section):
         return self
 
 
+class Comparison(Section):
+    """What a comparison trains where the command line does not say."""
+
+    optimizers: list[str] | None = None  # None: all
+    schedules: list[str] | None = None  # None: all
+
+
 class SweepPoint(Section):
     """Where in a sweep a run stands."""
 

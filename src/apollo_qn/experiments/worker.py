@@ -46,7 +46,8 @@ def main() -> int:
             torch.set_num_threads(placement.threads)
             fabric = placement.fabric(spec)
             folder = directory.read()["data"]["folder"]
-            task = tasks.make(spec, None if folder is None else Path(folder), fabric.device)
+            data = None if folder is None else Path(folder)
+            task = tasks.make(spec, data, fabric.device, placement.threads)
             outcome = train(
                 directory, spec, task, lambda: bool(asked) or not _is_alive(parent), fabric
             )

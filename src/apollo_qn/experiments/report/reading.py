@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from apollo_qn.experiments import comparable
 from apollo_qn.experiments.errors import ExperimentError
 from apollo_qn.experiments.recipe import RunSpec
 from apollo_qn.experiments.runs import Record, RunDirectory
@@ -72,18 +72,13 @@ def find(paths: list[Path]) -> list[Run]:
     for path in paths:
         if not path.is_dir():
             raise ExperimentError(f"{path}: no such folder")
-        manifests = [
-            manifest
-            for pattern in ("run.json", "*/run.json", "runs/*/run.json", "*/runs/*/run.json")
-            for manifest in sorted(path.glob(pattern))
-        ]
-        if not manifests:
+        there = comparable.directories(path)
+        if not there:
             raise ExperimentError(f"{path}: no runs in it; `apollo-qn compare` makes some")
-        for manifest in manifests:
-            found.setdefault(manifest.parent.resolve(), RunDirectory(manifest.parent))
-    runs = [_read(directory) for directory in found.values()]
-    _check_comparable(runs)
-    return runs
+        for directory in there:
+            found.setdefault(directory.path.resolve(), directory)
+    comparable.check(comparable.candidate(directory) for directory in found.values())
+    return [_read(directory) for directory in found.values()]
 
 
 def _read(directory: RunDirectory) -> Run:
@@ -99,31 +94,3 @@ def _read(directory: RunDirectory) -> Run:
         [record for record in records if record["kind"] == "evaluation"],
         seconds if verdict is None else verdict["time"]["seconds"],
     )
-
-
-def _check_comparable(runs: Iterable[Run]) -> None:
-    """Raise ExperimentError where two runs of a task differ in more than a report tells apart."""
-    same: dict[object, tuple[Run, object]] = {}
-    for run in runs:
-        spec = run.spec
-        kind = None if spec.sweep is None else spec.sweep.kind
-        # what must be equal, for which runs, and what it is called
-        for what, scope, value in (
-            ("model", (), spec.model),
-            ("data", (), (spec.data, run.manifest["data"]["fingerprint"])),
-            ("analysis", (), kind),
-            ("train", (spec.schedule,), spec.train),
-            ("seed", (spec.name, spec.schedule, spec.sweep, spec.seed), run.directory.path),
-            ("optimizer settings", (spec.name, spec.schedule, spec.sweep), spec.optimizer),
-        ):
-            other, known = same.setdefault((spec.task, what, scope), (run, value))
-            if known == value:
-                continue
-            if what == "seed":
-                raise ExperimentError(
-                    f"{run.directory.path} and {other.directory.path} are the same run twice"
-                )
-            raise ExperimentError(
-                f"{run.directory.path} and {other.directory.path} differ in {what}: "
-                "they cannot stand in one table"
-            )
