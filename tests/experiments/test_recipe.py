@@ -12,7 +12,7 @@ from apollo_qn import Apollo
 from apollo_qn.experiments import recipe
 from apollo_qn.experiments.errors import ExperimentError
 from apollo_qn.experiments.optimizers import build, rate_factor
-from apollo_qn.experiments.schema import SGD, ApolloSettings, Schedule, SweepKind
+from apollo_qn.experiments.schema import SGD, ApolloSettings, Schedule, Shape, SweepKind
 
 from .conftest import TINY
 
@@ -271,6 +271,10 @@ def test_schedules() -> None:
     assert [steps(step) for step in (0, 49, 50, 74, 75, 100)] == pytest.approx(
         [1.0, 1.0, 0.1, 0.1, 0.01, 0.01]
     )
+    warm = Shape(kind="cosine", warmup_steps=50)
+    schedule = Schedule(kind="cosine", epochs=4, instead={"adam": warm})
+    adam, sgd = (rate_factor(schedule, name, 100) for name in ("adam", "sgd"))
+    assert [adam(step) / sgd(step) for step in (0, 24, 49, 75)] == pytest.approx([0.02, 0.5, 1, 1])
 
 
 def sweep_of(kind: SweepKind, lines: str, path: Path) -> list[recipe.RunSpec]:

@@ -62,11 +62,17 @@ def rate_factor(schedule: Schedule, name: str, steps: int) -> Callable[[int], fl
         steps: of the whole training.
     """
     shape: Shape = schedule.instead.get(name, schedule)
+    warmup = shape.warmup_steps
+    if shape.kind == "inverse-sqrt" and warmup is not None:
+        return inverse_square_root(warmup)
+    fall = _fall(shape, schedule, steps)
+    return fall if warmup is None else lambda step: min(1.0, (step + 1) / warmup) * fall(step)
+
+
+def _fall(shape: Shape, schedule: Schedule, steps: int) -> Callable[[int], float]:
     if shape.kind == "constant":
         return lambda step: 1.0
     if shape.kind == "cosine":
         return lambda step: 0.5 * (1.0 + math.cos(math.pi * min(step, steps) / steps))
-    if shape.warmup_steps is not None:
-        return inverse_square_root(shape.warmup_steps)
     edges = [round(milestone * steps / schedule.length) for milestone in shape.milestones]
     return lambda step: shape.factor ** sum(step >= edge for edge in edges)

@@ -177,14 +177,16 @@ class Shape(Section):
     kind: Literal["constant", "cosine", "milestone", "inverse-sqrt"]
     milestones: list[Positive] = []  # in the schedule's unit
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.1  # on the rate at every milestone
-    warmup_steps: Count | None = None  # of inverse-sqrt: updates in which the rate rises
+    warmup_steps: Count | None = (
+        None  # updates in which the rate rises to it, for those without one
+    )
 
     @model_validator(mode="after")
     def _says_what_its_kind_needs(self) -> Shape:
         if (self.kind == "milestone") != bool(self.milestones):
             raise ValueError("milestones are needed with kind 'milestone', and only with it")
-        if (self.kind == "inverse-sqrt") != (self.warmup_steps is not None):
-            raise ValueError("warmup_steps is needed with kind 'inverse-sqrt', and only with it")
+        if self.kind == "inverse-sqrt" and self.warmup_steps is None:
+            raise ValueError("warmup_steps is needed with kind 'inverse-sqrt'")
         return self
 
     def _scaled(self, share: float) -> dict[str, Any]:
