@@ -17,9 +17,10 @@ from apollo_qn.experiments.errors import ExperimentError
 from apollo_qn.experiments.placement import Placement
 from apollo_qn.experiments.recipe import RunSpec
 from apollo_qn.experiments.report import page, tables, words
+from apollo_qn.experiments.report.figures import short
 from apollo_qn.experiments.report.summary import Summary, collect
 from apollo_qn.experiments.runs import RunDirectory
-from apollo_qn.experiments.styles import STYLES
+from apollo_qn.experiments.styles import STYLES, style
 
 from .conftest import TINY
 
@@ -198,8 +199,67 @@ def test_divergent_and_unfinished_runs_are_told(recipe_file: Path, tmp_path: Pat
         "SGD": "1 of 2 finished, 1 diverged",
         "Apollo": "0 of 1 finished, 1 unfinished",
     }
-    assert words.finding(summary) == "No run has finished yet."
+    assert words.finding(summary) == "No run has finished yet. Diverged: SGD (1 of 2 runs)."
     page.write([tmp_path], tmp_path / "page")
+
+
+def test_a_mean_without_its_diverged_runs_is_not_the_best(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    recipe_file.write_text(f"{TINY}\n[sweeps.lr-robustness]\nvalues = [1.0]\n")
+    plan = recipe.load(str(recipe_file))
+    for folder, spec_of in (
+        ("compared", lambda name, seed: plan.run(name, seed)),
+        (
+            "swept",
+            lambda name, seed: next(
+                spec for spec in plan.sweep("lr-robustness", [name]) if spec.seed == seed
+            ),
+        ),
+    ):
+        place = tmp_path / folder
+        for seed in (3, 4):
+            made_up(place, spec_of("sgd", seed), [50.0, 60.0 + seed])
+            made_up(place, spec_of("adam", seed), [50.0, 50.0 + seed])
+        made_up(place, spec_of("apollo", 3), [50.0, 90.0])
+        made_up(place, spec_of("apollo", 4), [], "diverged")
+        [summary] = collect([place])
+        best = [row[0].text for row in tables.tables(summary)[0].rows if any(c.best for c in row)]
+        assert best == ["SGD"]
+        text = words.finding(summary)
+        assert text.endswith(" Diverged: Apollo (1 of 2 runs).")
+        if folder == "compared":
+            assert text.startswith("Best mean test accuracy: SGD, 63.50 ± 0.71 %. Apollo is 27.00")
+            assert "seeds 3, 4." in words.notes(summary)[0]
+    # where all have some, the best of them is the best there is
+    for name in ("sgd", "adam"):
+        made_up(tmp_path / "compared", plan.run(name, 5), [], "diverged")
+    [summary] = collect([tmp_path / "compared"])
+    best_row = summary.sections[0].best
+    assert best_row is not None
+    assert best_row.name == "apollo"
+    assert "seeds 3, 4 of all, beyond them 5 of SGD; 5 of Adam." in words.notes(summary)[0]
+    for name in ("sgd", "adam", "apollo"):
+        made_up(tmp_path / "none", plan.run(name, 3), [], "diverged")
+    [summary] = collect([tmp_path / "none"])
+    assert words.finding(summary).startswith("No run has finished. Diverged: SGD (1 of 1 runs), ")
+
+
+def test_where_runs_were_trained(recipe_file: Path, tmp_path: Path) -> None:
+    plan = recipe.load(str(recipe_file))
+    made_up(tmp_path, plan.run("sgd", 3), [50.0])
+    [summary] = collect([tmp_path])
+    assert "1 thread a process, precision 32-true; torch " in words.notes(summary)[-1]
+    made_up(tmp_path, plan.run("sgd", 4), [50.0])
+    manifest = RunDirectory(tmp_path / "runs" / plan.run("sgd", 4).label).manifest
+    told = json.loads(manifest.read_text())
+    told["placement"] |= {"accelerator": "gpu", "devices": 2, "nodes": 3}
+    told["machine"]["gpu"] = "NVIDIA H200"
+    manifest.write_text(json.dumps(told))
+    *_, where, warning = words.notes(collect([tmp_path])[0])
+    assert "; 2 x NVIDIA H200, " in where
+    assert "3 such machines, precision 32-true; torch" in where
+    assert "their times do not compare" in warning
 
 
 def test_beside_the_papers_numbers(tmp_path: Path) -> None:
@@ -215,11 +275,20 @@ def test_beside_the_papers_numbers(tmp_path: Path) -> None:
     ]
     assert cells(summary, "in the paper") == {"SGD": "93.91 ± 0.07", "Apollo": "94.20 ± 0.12"}
     assert "of ResNet-110, width 16, batch 128, 164 epochs (milestone), 200 epochs (cosine)" in text
-    assert "Ours are of another size: they do not compare with them." in text
+    assert "Ours differ in model and schedule: they do not compare with them." in text
     assert "Schedule milestone: Best mean test accuracy: " in text
     whole = recipe.load("cifar10")
     made_up(tmp_path / "whole", whole.run("sgd", 1, "cosine"), [50.0, 60.0])
-    assert "another size" not in " ".join(words.notes(collect([tmp_path / "whole"])[0]))
+    assert "Ours differ" not in " ".join(words.notes(collect([tmp_path / "whole"])[0]))
+    for setting, what in (
+        ("train.batch_size=64", "batch size"),
+        ("train.clip_norm=1", "gradient clipping"),
+        ("data.train_examples=100", "data"),
+        ("optimizers.sgd.lr=0.2", "the settings of SGD"),
+    ):
+        folder = tmp_path / what
+        made_up(folder, recipe.load("cifar10", [setting]).run("sgd", 1, "cosine"), [50.0, 60.0])
+        assert f" Ours differ in {what}: " in " ".join(words.notes(collect([folder])[0]))
 
 
 def test_sweeps(recipe_file: Path, tmp_path: Path) -> None:
@@ -281,7 +350,15 @@ def test_runs_that_do_not_compare(recipe_file: Path, tmp_path: Path) -> None:
 
 def test_colours_differ_and_belong_to_the_optimizer() -> None:
     styles = STYLES.values()
-    assert len({style.color for style in styles}) == len({style.marker for style in styles}) == 6
+    assert len({one.color for one in styles}) == len({one.marker for one in styles}) == 6
+    unknown = [f"mine-{i}" for i in range(3)]
+    found = [*styles, *map(style, unknown)]
+    assert len({one.color for one in found}) == len({one.marker for one in found}) == 9
+    assert list(map(style, reversed(unknown)))[::-1] == found[6:]
+
+
+def test_values_on_an_axis() -> None:
+    assert [short(x) for x in (0.2, 10.0, 5e-4, 2.5e-5)] == ["0.2", "10", "5e-4", "2.5e-5"]
 
 
 def test_a_metric_that_is_better_when_lower(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ class RunDirectory:
                 "numpy": numpy.__version__,
                 "python": platform.python_version(),
             },
-            "machine": machine(),
+            "machine": machine(placement),
             "placement": placement.model_dump(),
             "command": command,
         }
@@ -144,7 +144,7 @@ class RunDirectory:
             **manifest,
             "data": {**manifest["data"], "folder": _absolute(data)},
             "placement": placement.model_dump(),
-            "machine": machine(),
+            "machine": machine(placement),
         }
         if now != manifest:
             self._write(now)
@@ -209,8 +209,8 @@ def _absolute(folder: Path | None) -> str | None:
     return None if folder is None else str(folder.resolve())
 
 
-def machine() -> Record:
-    """CPU model, cores and platform of this machine."""
+def machine(placement: Placement | None = None) -> Record:
+    """CPU model, cores and platform of this machine; for a run on GPUs their model too."""
     model = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
@@ -218,7 +218,10 @@ def machine() -> Record:
         model = names[0] if names else model
     except OSError:
         pass  # not Linux
-    return {"cpu": model, "cores": cores(), "platform": platform.platform()}
+    found: Record = {"cpu": model, "cores": cores(), "platform": platform.platform()}
+    if placement is not None and placement.accelerator == "gpu" and torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
 
 
 def _differences(left: Record, right: Record, prefix: str = "") -> list[str]:

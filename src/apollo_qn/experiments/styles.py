@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any, NamedTuple
 
 
@@ -23,6 +24,20 @@ STYLES = {
     "apollo": Style("Apollo", "#D55E00", "o"),
 }
 
+# of optimizers that are none of the paper's: of Tol's palettes what the first leaves
+_MORE = (
+    ("#332288", "X"),
+    ("#117733", "<"),
+    ("#882255", ">"),
+    ("#999933", "h"),
+    ("#44AA99", "p"),
+    ("#AA4499", "*"),
+    ("#661100", "d"),
+    ("#888888", "8"),
+    ("#000000", "x"),
+)
+_given: dict[str, int] = {}  # which of them a name has in this process
+
 # of matplotlib
 SETTINGS: Any = {
     "font.size": 12.0,
@@ -39,8 +54,17 @@ SETTINGS: Any = {
 
 
 def style(name: str) -> Style:
-    """Of an optimizer of a recipe; black under its own name, if it is none of the paper's."""
-    return STYLES.get(name, Style(name, "#000000", "x"))
+    """Of an optimizer of a recipe; one that is none of the paper's is written as it is named.
+
+    Its colour is a function of the name, or the next one where another name has that.
+    """
+    if name in STYLES:
+        return STYLES[name]
+    if name not in _given:
+        first = zlib.crc32(name.encode())
+        places = [(first + i) % len(_MORE) for i in range(len(_MORE))]
+        _given[name] = next((p for p in places if p not in _given.values()), places[0])
+    return Style(name, *_MORE[_given[name]])
 
 
 def place(name: str) -> tuple[int, str]:

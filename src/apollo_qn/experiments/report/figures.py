@@ -191,7 +191,10 @@ def _by_value(summary: Summary, label: str) -> Figure:
             values = sorted({row.point.value for row in section.rows if row.point is not None})
             if summary.sweep == "lr-robustness":
                 axes.set_xscale("log")
-            axes.set_xticks(values, [f"{value:g}" for value in values])
+            turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+            axes.set_xticks(
+                values, [short(value) for value in values], **(turned if len(values) > 5 else {})
+            )
             axes.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
             if column == 0:
                 axes.set_ylabel(title)
@@ -266,7 +269,15 @@ def _value(row: Row) -> str:
     if row.point is None:
         return ""
     factor = row.point.kind == "lr-robustness"
-    return f"× {row.point.value:g}" if factor else f"{row.point.value:g}"
+    return f"× {row.point.value:g}" if factor else short(row.point.value)
+
+
+def short(value: float) -> str:
+    """As people write it on an axis: 0.2, 10, 5e-4."""
+    if value >= 0.001:
+        return f"{value:g}"
+    digits, _, exponent = f"{value:.3e}".partition("e")
+    return f"{float(digits):g}e{int(exponent)}"
 
 
 def _shade(color: str, place: int, count: int) -> tuple[float, float, float]:

@@ -79,6 +79,11 @@ class Row:
         done = sum(run.finished for run in self.runs)
         return ", ".join([f"{done} of {len(self.runs)} finished", *parts] if parts else [str(done)])
 
+    @property
+    def diverged(self) -> int:
+        """How many of its runs have."""
+        return sum(run.verdict == "diverged" for run in self.runs)
+
     def by_seed(self) -> dict[int, float]:
         """The metric of the finished runs."""
         values = {run.spec.seed: run.final(self.metric.name) for run in self.runs}
@@ -112,6 +117,18 @@ class Row:
         return spread(times)
 
 
+def best_of(rows: list[Row]) -> Row | None:
+    """The first row of the best mean; one with diverged runs only where all have some."""
+    scored = [row for row in rows if row.score is not None]
+    sound = [row for row in scored if not row.diverged] or scored
+
+    def merit(row: Row) -> float:
+        assert row.score is not None
+        return row.score.mean if row.metric.higher_is_better else -row.score.mean
+
+    return max(sound, key=merit, default=None)
+
+
 @dataclass(frozen=True)
 class Section:
     """All rows of one schedule."""
@@ -135,24 +152,13 @@ class Section:
 
     @property
     def best(self) -> Row | None:
-        """The row of the best mean."""
-        return self._best(self.rows)
+        """The row of the best mean, as of ``best_of``."""
+        return best_of(self.rows)
 
     @property
     def rival(self) -> Row | None:
         """The best of the others."""
-        return self._best([row for row in self.rows if row.name != OURS])
-
-    def _best(self, rows: list[Row]) -> Row | None:
-        best: Row | None = None
-        for row in rows:
-            if row.score is not None and (
-                best is None
-                or best.score is None
-                or self.metric.better(row.score.mean, best.score.mean)
-            ):
-                best = row
-        return best
+        return best_of([row for row in self.rows if row.name != OURS])
 
     def lead(self, row: Row) -> Difference | None:
         """By how much Apollo's metric is better than that of a row, paired by seed."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from rich import table as rich
 
 from apollo_qn.experiments.report.statistics import Spread
-from apollo_qn.experiments.report.summary import Row, Section, Summary
+from apollo_qn.experiments.report.summary import Row, Section, Summary, best_of
 
 NOTHING = "-"
 
@@ -114,12 +114,7 @@ def _sweep(summary: Summary, section: Section) -> Table:
     values = sorted({row.point.value for row in section.rows if row.point is not None})
     at = {(row.name, row.point.value): row for row in section.rows if row.point is not None}
     best = {
-        value: max(
-            (row.score.mean for (_, own), row in at.items() if own == value and row.score),
-            key=lambda mean: mean if summary.metric.higher_is_better else -mean,
-            default=None,
-        )
-        for value in values
+        value: best_of([row for (_, own), row in at.items() if own == value]) for value in values
     }
     rows = []
     for name in dict.fromkeys(row.name for row in section.rows):
@@ -129,11 +124,11 @@ def _sweep(summary: Summary, section: Section) -> Table:
         cells = [Cell(there[0].label, color=name)]
         for value, row in zip(values, mine, strict=True):
             score = None if row is None else row.score
-            cells.append(Cell(_spread(score, 2), score is not None and score.mean == best[value]))
+            cells.append(Cell(_spread(score, 2), row is not None and row is best[value]))
         cells.append(Cell(f"{max(means) - min(means):.2f}" if means else NOTHING))
         runs = [run for row in there for run in row.runs]
         done = sum(run.finished for run in runs)
-        diverged = sum(run.verdict == "diverged" for run in runs)
+        diverged = sum(row.diverged for row in there)
         remark = str(done) if done == len(runs) else f"{done} of {len(runs)} finished"
         cells.append(Cell(f"{remark}, {diverged} diverged" if diverged else remark))
         rows.append(cells)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from apollo_qn.experiments.recipe import RunSpec
-from apollo_qn.experiments.report.summary import Section, Summary
+from apollo_qn.experiments.recipe import Recipe, RunSpec
+from apollo_qn.experiments.report.reading import Run
+from apollo_qn.experiments.report.summary import Row, Section, Summary
 
 
 def finding(summary: Summary) -> str:
     """The outcome, whoever wins."""
+    unfinished = any(run.verdict == "unfinished" for run in summary.runs)
+    diverged = _diverged(summary)
     if all(row.score is None for row in summary.rows):
-        return "No run has finished yet."
+        return f"No run has finished{' yet' if unfinished else ''}.{diverged}"
     one = len(summary.sections) == 1
     say = _compared if summary.sweep is None else _swept
     texts = [say(section, summary) for section in summary.sections]
@@ -18,15 +21,36 @@ def finding(summary: Summary) -> str:
             f"Schedule {section.schedule}: {text}"
             for section, text in zip(summary.sections, texts, strict=True)
         ]
-    if not all(run.finished for run in summary.runs):
+    if unfinished:
         texts.append("Not all runs have finished: see the last column of the table.")
-    return " ".join(texts)
+    return " ".join(texts) + diverged
+
+
+def _diverged(summary: Summary) -> str:
+    """Whose runs have."""
+    told = []
+    for label, rows in _by_label(summary).items():
+        count, total = sum(row.diverged for row in rows), sum(len(row.runs) for row in rows)
+        if count:
+            told.append(f"{label} ({count} of {total} runs)")
+    return f" Diverged: {', '.join(told)}." if told else ""
+
+
+def _by_label(summary: Summary) -> dict[str, list[Row]]:
+    """The rows of each optimizer and, where there are several, schedule."""
+    found: dict[str, list[Row]] = {}
+    for section in summary.sections:
+        for row in section.rows:
+            one = len(summary.sections) == 1
+            label = row.label if one else f"{row.label}, {section.schedule}"
+            found.setdefault(label, []).append(row)
+    return found
 
 
 def _compared(section: Section, summary: Summary) -> str:
     best, rival, ours = section.best, section.rival, section.ours
     if best is None or best.score is None:
-        return "no run has finished yet."
+        return "no run has finished."
     unit = f" {summary.metric.unit}".rstrip()
     text = f"Best mean {summary.metric.label}: {best.label}, {best.score.text(2)}{unit}."
     lead = None if rival is None else section.lead(rival)
@@ -51,7 +75,7 @@ def _swept(section: Section, summary: Summary) -> str:
             means.setdefault(row.label, []).append(row.score.mean)
     spans = sorted((max(found) - min(found), label) for label, found in means.items())
     if not spans:
-        return "no run has finished yet."
+        return "no run has finished."
     told = ", ".join(f"{label} {span:.2f}" for span, label in spans)
     return f"Between its best and worst value the mean {summary.metric.label} differs by: {told}."
 
@@ -60,13 +84,13 @@ def notes(summary: Summary) -> list[str]:
     """What the numbers stand for."""
     spec = summary.runs[0].spec
     examples = spec.data.train_examples
-    seeds = sorted({run.spec.seed for run in summary.runs})
     part = f", the first {examples} training examples" if examples else ""
     schedules = ", ".join(f"{section.schedule} ({section.length})" for section in summary.sections)
     found = [
         f"{spec.task}{part}; {spec.model}; batch {spec.train.batch_size}; "
-        f"schedule {schedules}; seeds {', '.join(map(str, seeds))}.",
-        "Mean ± standard deviation over the seeds of the runs that finished, of the trained model. "
+        f"schedule {schedules}; {_seeds(summary)}.",
+        "Mean ± standard deviation over the seeds of the runs that finished, of the trained model; "
+        "an optimizer of which runs diverged is best only where that holds for all. "
         "Wall time is that of training and evaluation in one process of several; optimizer step: "
         "the median of optimizer.step() alone, and its share of forward pass, backward pass and "
         "step together.",
@@ -87,15 +111,54 @@ def notes(summary: Summary) -> list[str]:
         )
     if summary.paper is not None:
         found.append(_on_paper(summary, spec))
-    machines = {run.manifest["machine"]["cpu"]: run.manifest["machine"] for run in summary.runs}
+    places = list(dict.fromkeys(_place(run) for run in summary.runs))
     versions = summary.runs[0].manifest["versions"]
-    where = "; ".join(f"{m['cpu']}, {m['cores']} cores" for m in machines.values())
     found.append(
-        f"Measured on {where}; torch {versions['torch']}, apollo-qn {versions['apollo_qn']}."
+        f"Measured on {'; '.join(places)}; torch {versions['torch']}, "
+        f"apollo-qn {versions['apollo_qn']}."
     )
-    if len(machines) > 1:
-        found.append("The runs come from different machines: their times do not compare.")
+    if len(places) > 1:
+        found.append("The runs were not all trained in one such way: their times do not compare.")
     return found
+
+
+def _seeds(summary: Summary) -> str:
+    by_row = {
+        (label, str(row.point)): {run.spec.seed for run in row.runs}
+        for label, rows in _by_label(summary).items()
+        for row in rows
+    }
+    common = set.intersection(*by_row.values())
+    told = f"seeds {_listed(common)}" if common else "no seed that all have"
+    more: dict[str, set[int]] = {}
+    for (label, _), seeds in by_row.items():
+        if seeds - common:
+            more.setdefault(label, set()).update(seeds - common)
+    if not more:
+        return told
+    beyond = "; ".join(f"{_listed(seeds)} of {label}" for label, seeds in more.items())
+    return f"{told}{' of all' if common else ''}, beyond them {beyond}"
+
+
+def _listed(numbers: set[int]) -> str:
+    return ", ".join(str(number) for number in sorted(numbers))
+
+
+def _place(run: Run) -> str:
+    """Where and how it was trained, as far as its times hang on that."""
+    machine, placement = run.manifest["machine"], run.directory.placement()
+    told = [machine["cpu"], f"{machine['cores']} cores"]
+    if placement.accelerator == "gpu":
+        told.insert(0, f"{placement.devices} x {machine.get('gpu', 'GPU')}")
+    elif placement.devices > 1:
+        told.append(f"{placement.devices} processes a run")
+    if placement.nodes > 1:
+        told.append(f"{placement.nodes} such machines")
+    if placement.accelerator == "cpu":
+        threads = placement.threads
+        told.append(f"{threads} thread{'s' if threads > 1 else ''} a process")
+    told.append(f"precision {run.spec.train.precision}")
+    return ", ".join(told)
 
 
 def _on_differences(summary: Summary) -> str:
@@ -130,12 +193,36 @@ def _on_paper(summary: Summary, spec: RunSpec) -> str:
         f"The paper's numbers are of {theirs.model}, batch {theirs.train.batch_size}, {lengths}, "
         f"{len(theirs.seeds)} runs."
     )
-    same = (
-        spec.model == theirs.model
-        and spec.data == theirs.data
-        and all(
-            theirs.schedules.get(section.schedule) == section.rows[0].runs[0].spec.train.schedule
-            for section in summary.sections
-        )
-    )
-    return text if same else text + " Ours are of another size: they do not compare with them."
+    differing = _differing(summary, spec, theirs)
+    if not differing:
+        return text
+    *most, last = differing
+    told = f"{', '.join(most)} and {last}" if most else last
+    return f"{text} Ours differ in {told}: they do not compare with them."
+
+
+def _differing(summary: Summary, spec: RunSpec, theirs: Recipe) -> list[str]:
+    """In what our runs are not the paper's."""
+    train, steps = spec.train, theirs.train
+    shapes = [
+        theirs.schedules.get(section.schedule) == section.rows[0].runs[0].spec.train.schedule
+        for section in summary.sections
+    ]
+    settings = {
+        row.label
+        for row in summary.rows
+        if row.name in theirs.optimizers and row.schedule in theirs.schedules
+        for run in row.runs
+        if run.spec.optimizer != theirs.run(row.name, run.spec.seed, row.schedule).optimizer
+    }
+    labels = [row.label for row in summary.rows if row.label in settings]
+    same = {
+        "model": spec.model == theirs.model,
+        "data": spec.data == theirs.data,
+        "batch size": train.batch_size == steps.batch_size,
+        "schedule": all(shapes),
+        "gradient clipping": train.clip_norm == steps.clip_norm,
+        "averaging": train.average_last == steps.average_last,
+        f"the settings of {', '.join(dict.fromkeys(labels))}": not labels,
+    }
+    return [what for what, equal in same.items() if not equal]
