@@ -71,7 +71,8 @@ class LSTMModel(Section):
         return self
 
     def __str__(self) -> str:
-        return f"{self.layers} LSTM layers of {self.hidden}, words of {self.embedding} dimensions"
+        layers = f"{self.layers} LSTM layer{'s' if self.layers > 1 else ''}"
+        return f"{layers} of {self.hidden}, words of {self.embedding} dimensions"
 
 
 class TransformerModel(Section):

@@ -100,23 +100,23 @@ def _curves_by_schedule(summary: Summary, metric: str, label: str) -> Figure:
     for axes, section in zip(panels, sections, strict=True):
         scale = _Scale(axes, metric == summary.curve.name and summary.curve.higher_is_better)
         for row in section.rows:
-            found = _by_epoch(row, metric)
+            found = _over_time(row, metric)
             if not found:
                 continue
             color, marker = style(row.name).color, style(row.name).marker
             every = max(1, len(found) // 12)
-            epochs, means = list(found), [value.mean for value in found.values()]
+            times, means = list(found), [value.mean for value in found.values()]
             axes.plot(
-                epochs, means, color=color, marker=marker, markevery=every, markersize=5,
+                times, means, color=color, marker=marker, markevery=every, markersize=5,
                 linewidth=1.8, label=row.label,
             )  # fmt: skip
             low = [value.mean - (value.std or 0.0) for value in found.values()]
             high = [value.mean + (value.std or 0.0) for value in found.values()]
-            axes.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
+            axes.fill_between(times, low, high, color=color, alpha=0.15, linewidth=0)
             scale.saw(means, low)
         if len(sections) > 1:
             axes.set_title(f"{section.schedule} schedule")
-        axes.set_xlabel("epoch")
+        axes.set_xlabel(_unit(section.rows[0]))
         axes.set_ylabel(label)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         scale.set()
@@ -140,7 +140,7 @@ def _curves_by_value(summary: Summary, section: Section) -> Figure:
         for axes, name in zip(panels[line], names, strict=True):
             mine = [row for row in section.rows if row.name == name]
             for place, row in enumerate(mine):
-                found = _by_epoch(row, key)
+                found = _over_time(row, key)
                 if not found:
                     continue
                 means = [value.mean for value in found.values()]
@@ -152,7 +152,7 @@ def _curves_by_value(summary: Summary, section: Section) -> Figure:
             if line == 0:
                 axes.set_title(style(name).label)
             else:
-                axes.set_xlabel("epoch")
+                axes.set_xlabel(_unit(section.rows[0]))
                 axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
             if axes.lines and line == 0:
                 axes.legend(frameon=False, fontsize=10, ncols=1 + (len(mine) > 4))
@@ -217,20 +217,24 @@ def _train_loss(row: Row) -> Spread | None:
     return row.train_loss
 
 
-def _by_epoch(row: Row, metric: str) -> dict[float, Spread]:
-    """Mean and deviation over the runs at each evaluation."""
+def _unit(row: Row) -> str:
+    """What its schedule counts."""
+    return row.runs[0].spec.train.schedule.unit
+
+
+def _over_time(row: Row, metric: str) -> dict[float, Spread]:
+    """Mean and deviation over the runs at each evaluation, by epochs or updates."""
+    time = "epoch" if _unit(row) == "epoch" else "step"
     values: dict[float, list[float]] = {}
     for run in row.runs:
         for line in run.evaluations:
             if line.get(metric) is not None:
-                values.setdefault(line["epoch"], []).append(line[metric])
+                values.setdefault(line[time], []).append(line[metric])
     return {
-        epoch: Spread(
-            statistics.fmean(values[epoch]),
-            statistics.stdev(values[epoch]) if len(values[epoch]) > 1 else None,
-            len(values[epoch]),
+        at: Spread(
+            statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None, len(found)
         )
-        for epoch in sorted(values)
+        for at, found in sorted(values.items())
     }
 
 
