@@ -263,7 +263,7 @@ class _Scale:
         elif 0 < 10 * least < most:
             self._axes.set_yscale("log")
             axis = self._axes.yaxis
-            axis.set_major_formatter(mpl.ticker.FormatStrFormatter("%.2g"))
+            axis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
             axis.set_minor_formatter(mpl.ticker.NullFormatter())
             axis.set_major_locator(mpl.ticker.LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0)))
             self._axes.set_ylim(0.92 * least, 1.08 * most)
