@@ -118,7 +118,7 @@ def test_limits_hold_for_every_kept_pair(
 
 def test_only_training_pairs_are_dropped() -> None:
     train = TextPairs(["a", "", "c", words(9)], ["x", "y", "", "z"])
-    tests = TextPairs(["", words(300)], ["y", "x"])
+    tests = TextPairs(["d", words(300)], ["y", "x"])
     read = corpus(train, tests, tests, ("en", "de"), "here")
     assert read.train == (["a", words(9)], ["x", "z"])
     assert read.counts == Counts(read=4, empty=2)
@@ -132,6 +132,11 @@ def test_only_training_pairs_are_dropped() -> None:
         ((train, tests, TextPairs([], [])), "test"),
     ):
         with pytest.raises(ExperimentError, match=f"here: no sentence pairs in the split {name}"):
+            corpus(*splits, ("en", "de"), "here")
+    hole = TextPairs(["a", "b"], ["x", ""])
+    for splits, name in (((train, hole, tests), "valid"), ((train, tests, hole), "test")):
+        message = f"here: line 2 of the split {name} is empty in de"
+        with pytest.raises(ExperimentError, match=message):
             corpus(*splits, ("en", "de"), "here")
 
 

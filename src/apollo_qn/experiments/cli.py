@@ -207,7 +207,8 @@ def prepare(
 ) -> None:
     """Turn a raw download into the fast form that --data takes.
 
-    Stop it with Ctrl-C; the same command goes on where it was.
+    Stop it with Ctrl-C; the same command goes on with the shards of one-billion-word that are
+    missing. The other tasks, which take minutes, begin anew.
     """
     with _one_line_errors():
         from apollo_qn.experiments import recipe

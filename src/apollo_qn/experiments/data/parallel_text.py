@@ -89,12 +89,19 @@ def corpus(
         where: what an error calls the corpus.
 
     Raises:
-        ExperimentError: a split is empty.
+        ExperimentError: a split is empty, or a line of one that is held out.
     """
     cleaned, counts = clean(train, NOT_EMPTY)
     for name, pairs in (("train", cleaned), ("valid", valid), ("test", test)):
         if not pairs.size:
             raise ExperimentError(f"{where}: no sentence pairs in the split {name}")
+    for name, pairs in (("valid", valid), ("test", test)):
+        for language, side in zip(languages, pairs, strict=True):
+            if "" in side:
+                raise ExperimentError(
+                    f"{where}: line {1 + side.index('')} of the split {name} is empty in "
+                    f"{language}; what a model is measured on must be whole"
+                )
     digest = hashlib.sha256()
     for pairs in (cleaned, valid, test):
         for side in pairs:
