@@ -18,7 +18,7 @@ SHARED = Path(__file__).parents[3] / "shared" / "data" / "multi30k"
 TRAIN = TextPairs(
     ["A dog.", "", "Two cats.", "Snow & ice"], ["Ein Hund.", "x", "Zwei Katzen.", "y"]
 )
-VALID = TextPairs(["A tree.", ""], ["Ein Baum.", ""])
+VALID = TextPairs(["A tree.", "A lake."], ["Ein Baum.", "Ein See."])
 TEST = TextPairs(["A house.", "A boat."], ["Ein Haus.", "Ein Boot."])
 CORPUS = (TRAIN, VALID, TEST)
 

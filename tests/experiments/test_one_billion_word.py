@@ -64,7 +64,8 @@ def text(corpus: Corpus, tokens: Tokens) -> str:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    files = (path for path in out.rglob("*") if path.is_file())
+    """All that depends on the text alone; what was checked is remembered with place and time."""
+    files = (path for path in out.rglob("*") if path.is_file() and path.name != "checked.json")
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
@@ -243,7 +244,10 @@ def test_damage_that_loading_sees(tmp_path: Path) -> None:
     whole = tokens.read_bytes()
     tokens.write_bytes(whole[:-4])
     expect(r"00001.tokens: truncated, 36 bytes where 10 tokens take 40")
+    tokens.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    expect(r"00001.tokens: not the file that was prepared")
     tokens.write_bytes(whole)
+    load(out)
     words = (out / "vocabulary.txt").read_bytes()
     (out / "vocabulary.txt").write_bytes(words.replace(b"dog", b"god"))
     expect(r"vocabulary.txt: changed since")

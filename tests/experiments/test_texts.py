@@ -272,9 +272,24 @@ def test_a_prepared_corpus_is_the_raw_one(tmp_path: Path) -> None:
     with pytest.raises(ExperimentError, match=r"data.subwords is 500, .* was prepared for 400"):
         encoded_corpus.load(tmp_path, 500)
     path = tmp_path / "train.source.tokens"
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ExperimentError, match=r"train.source.tokens: missing or cut short"):
-        encoded_corpus.load(tmp_path, 400)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    manifest = tmp_path / "corpus.json"
+    told = manifest.read_text()
+    for file, damaged, message in (
+        (path, bytes(content[:-1]), "train.source.tokens: not the file that was prepared"),
+        (path, bytes(content), "train.source.tokens: not the file that was prepared"),
+        (path, None, "train.source.tokens: No such file"),
+        (tmp_path / "references.txt", b"", "references.txt: not the file that was prepared"),
+        (manifest, b"[]", "corpus.json: damaged"),
+        (manifest, told.replace('"files"', '"fires"').encode(), "corpus.json: damaged"),
+        (manifest, told.replace('"train.', '"trail.').encode(), "corpus.json: damaged"),
+    ):
+        before = file.read_bytes()
+        file.unlink() if damaged is None else file.write_bytes(damaged)
+        with pytest.raises(ExperimentError, match=message):
+            encoded_corpus.load(tmp_path, 400)
+        file.write_bytes(before)
     (tmp_path / "subwords.json").write_text("{}")
     with pytest.raises(ExperimentError, match=r"does not fit subwords.json; prepare it anew"):
         encoded_corpus.load(tmp_path, 400)

@@ -13,6 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from apollo_qn.experiments.data.encoded_pairs import EncodedPairs, Sentences
 from apollo_qn.experiments.data.parallel_text import FAIRSEQ, NOT_EMPTY, ParallelCorpus
+from apollo_qn.experiments.data.remembered import Remembered
 from apollo_qn.experiments.data.subwords import Subwords
 from apollo_qn.experiments.errors import ExperimentError
 from apollo_qn.experiments.files import write_atomically
@@ -20,6 +21,8 @@ from apollo_qn.experiments.files import write_atomically
 _FORMAT = 1
 _LIST = "corpus.json"
 _SUBWORDS = "subwords.json"
+_REFERENCES = "references.txt"
+_CHECKED = "checked.json"  # those whose checksums were found right
 _SPLITS = ("train", "valid", "test")
 Tell = Callable[[str, int, int], None]  # what is done, how much, of how much
 
@@ -70,7 +73,7 @@ def prepare(corpus: EncodedCorpus, out: Path, tell: Tell) -> None:
         "subwords": corpus.subwords.size,
         "fingerprint": corpus.fingerprint,
         "counts": corpus.counts,
-        "sizes": {},
+        "files": {},  # numbers and SHA-256 of each
         "subwords_sha256": hashlib.sha256((out / _SUBWORDS).read_bytes()).hexdigest(),
     }
     for done, split in enumerate(_SPLITS, 1):
@@ -81,11 +84,16 @@ def prepare(corpus: EncodedCorpus, out: Path, tell: Tell) -> None:
                 ("offsets", side.offsets, "<i8"),
             ):
                 file = f"{split}.{name}.{part}"
-                write_atomically(out / file, values.astype(dtype, copy=False).tobytes())
-                about["sizes"][file] = len(values)
+                content = values.astype(dtype, copy=False).tobytes()
+                write_atomically(out / file, content)
+                about["files"][file] = [len(values), hashlib.sha256(content).hexdigest()]
         tell("Writing sentences", done, len(_SPLITS))
     references = "".join(f"{text}\n" for text in corpus.references)
-    write_atomically(out / "references.txt", references.encode())
+    write_atomically(out / _REFERENCES, references.encode())
+    about["files"][_REFERENCES] = [
+        len(corpus.references),
+        hashlib.sha256(references.encode()).hexdigest(),
+    ]
     # last: where it is, all the others are whole
     write_atomically(out / _LIST, json.dumps(about, indent=2).encode() + b"\n")
 
@@ -104,24 +112,38 @@ def load(folder: Path, size: int) -> EncodedCorpus:
     remedy = "prepare it anew"
     try:
         about = json.loads((folder / _LIST).read_text())
-        references = (folder / "references.txt").read_text(encoding="utf-8").split("\n")[:-1]
+        files, counts, there = about["files"], about["counts"], about["subwords"]
+        fits = (about["format"], about["subwords_sha256"])
+        fingerprint = hashlib.sha256((about["fingerprint"] + fits[1]).encode()).hexdigest()
         digest = hashlib.sha256((folder / _SUBWORDS).read_bytes()).hexdigest()
-    except (OSError, ValueError) as error:
-        raise ExperimentError(f"{folder}: damaged ({error}); {remedy}") from None
-    if about.get("format") != _FORMAT or about.get("subwords_sha256") != digest:
+    except OSError as error:
+        raise ExperimentError(f"{error.filename}: {error.strerror}; {remedy}") from None
+    except (ValueError, KeyError, TypeError):
+        raise ExperimentError(f"{folder / _LIST}: damaged; {remedy}") from None
+    if fits != (_FORMAT, digest):
         raise ExperimentError(f"{folder / _LIST}: does not fit {_SUBWORDS}; {remedy}")
-    if about["subwords"] != size:
+    if there != size:
         raise ExperimentError(
-            f"data.subwords is {size}, {folder} was prepared for {about['subwords']}; {remedy}, "
-            f"or --set data.subwords={about['subwords']}"
+            f"data.subwords is {size}, {folder} was prepared for {there}; {remedy}, "
+            f"or --set data.subwords={there}"
         )
 
+    remembered = Remembered(_CHECKED, folder)
+
+    def check(file: str) -> int:
+        """How many numbers or lines it has, if it is the file that was written."""
+        try:
+            count, sha256 = files[file]
+            if not remembered.holds(folder / file, sha256):
+                raise ExperimentError(f"{folder / file}: not the file that was prepared; {remedy}")
+        except OSError as error:
+            raise ExperimentError(f"{folder / file}: {error.strerror}; {remedy}") from None
+        except (LookupError, TypeError, ValueError):
+            raise ExperimentError(f"{folder / _LIST}: damaged; {remedy}") from None
+        return int(count)
+
     def column(file: str, dtype: DTypeLike) -> NDArray[Any]:
-        path, count = folder / file, about["sizes"].get(file, -1)
-        size = numpy.dtype(dtype).itemsize * count
-        if not path.exists() or path.stat().st_size != size:
-            raise ExperimentError(f"{path}: missing or cut short, {size} bytes expected; {remedy}")
-        return numpy.memmap(path, dtype, "r", shape=(count,))
+        return numpy.memmap(folder / file, dtype, "r", shape=(check(file),))
 
     def side(split: str, name: str) -> Sentences:
         return Sentences(
@@ -131,6 +153,8 @@ def load(folder: Path, size: int) -> EncodedCorpus:
     train, valid, test = (
         EncodedPairs(side(split, "source"), side(split, "target")) for split in _SPLITS
     )
-    fingerprint = hashlib.sha256((about["fingerprint"] + digest).encode()).hexdigest()
+    check(_REFERENCES)
+    references = (folder / _REFERENCES).read_text(encoding="utf-8").split("\n")[:-1]
+    remembered.save()
     subwords = Subwords.load(folder / _SUBWORDS)
-    return EncodedCorpus(subwords, train, valid, test, references, fingerprint, about["counts"])
+    return EncodedCorpus(subwords, train, valid, test, references, fingerprint, counts)

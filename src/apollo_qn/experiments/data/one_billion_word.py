@@ -39,6 +39,7 @@ import numpy
 from apollo_qn.experiments.data import text_files, token_files
 from apollo_qn.experiments.data import vocabulary as vocabularies
 from apollo_qn.experiments.data.corpus import Corpus, Numbers, Tokens
+from apollo_qn.experiments.data.remembered import Remembered
 from apollo_qn.experiments.data.token_files import Description
 from apollo_qn.experiments.data.vocabulary import END, START, Vocabulary
 from apollo_qn.experiments.errors import ExperimentError
@@ -51,6 +52,7 @@ TEST = 0  # the held-out shard of the test set
 LEAST = 3  # occurrences of a word of the standard vocabulary, and of one made from the text
 EMPTY, UNKNOWNS, SENTENCES = "empty_lines", "unknown_words", "sentences"
 FORMAT = 1
+_CHECKED = "checked.json"  # beside the token files: those whose checksums were found right
 _REMEDY = "run apollo-qn prepare one-billion-word again; what is finished is kept"
 
 Tell = Callable[[str, int, int], None]  # what is done, how much of it, of how much
@@ -128,12 +130,15 @@ def load(folder: Path) -> Corpus:
         files, digest, empty = told["files"], told["vocabulary"], told["counts"][EMPTY]
         splits: dict[str, list[Numbers]] = {"train": [], "valid": [], "test": []}
         sums = [digest]
+        remembered = Remembered(_CHECKED, folder)
         for name, expected in files.items():
             path = folder / name
-            if token_files.describe(path).sha256 != expected:
+            described = token_files.describe(path).sha256 == expected
+            if not described or not remembered.holds(path, expected):
                 raise ExperimentError(f"{path}: not the file that was prepared; {_REMEDY}")
             splits[_split_of(name)].append(token_files.read(path, digest))
             sums.append(expected)
+        remembered.save()
     except FileNotFoundError:
         raise ExperimentError(
             f"{place}: no such file, not prepared to the end; {_REMEDY}"

@@ -1,11 +1,13 @@
-"""Which images were found good, so that they are decoded for a check only once."""
+"""What was found good, so that it is read and checked only once."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 
 class Remembered:
@@ -32,6 +34,21 @@ class Remembered:
         """It is good."""
         self._good[name] = digest
 
+    def holds(self, path: Path, sha256: str) -> bool:
+        """Whether a file has this content; read where it is another file than it was.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        there = path.stat()
+        digest = f"{sha256} {there.st_size} {there.st_mtime_ns}"
+        if not self.knows(str(path.resolve()), digest):
+            with path.open("rb") as file:
+                if _sha256(file) != sha256:
+                    return False
+            self.add(str(path.resolve()), digest)
+        return True
+
     def save(self) -> None:
         """Write what is new; where that is not possible, the next run checks again."""
         if self._good == self._saved:
@@ -41,6 +58,13 @@ class Remembered:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps(self._good))
             os.replace(temporary, self._path)
+
+
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while piece := file.read(1 << 20):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def _default_cache() -> Path:
