@@ -14,10 +14,10 @@ $(VENV)/.ready: requirements/dev.txt pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
-compare: $(VENV)/.ready  ## four optimizers on real images; the report is in $(OUT)
+compare: $(VENV)/.ready  ## four optimizers on images, language and translation; the report is in $(OUT)
 	$(BIN)/apollo-qn compare --out $(OUT) $(ARGS)
 
-quick: $(VENV)/.ready  ## the same in under a minute
+quick: $(VENV)/.ready  ## a short look at the same
 	$(BIN)/apollo-qn compare --quick --out $(OUT)-quick $(ARGS)
 
 test: lint  ## format, lint, types, tests with coverage, wheel
