@@ -289,6 +289,11 @@ def test_beside_the_papers_numbers(tmp_path: Path) -> None:
         folder = tmp_path / what
         made_up(folder, recipe.load("cifar10", [setting]).run("sgd", 1, "cosine"), [50.0, 60.0])
         assert f" Ours differ in {what}: " in " ".join(words.notes(collect([folder])[0]))
+    # one that the paper has no number of
+    wmt = recipe.load("wmt14-en-de", ["optimizers.sgd.lr=0.2"])
+    for name in ("sgd", "adam"):
+        made_up(tmp_path / "wmt", wmt.run(name, 1), [9.0, 8.0], metric="valid_perplexity")
+    assert "Ours differ" not in " ".join(words.notes(collect([tmp_path / "wmt"])[0]))
 
 
 def test_sweeps(recipe_file: Path, tmp_path: Path) -> None:

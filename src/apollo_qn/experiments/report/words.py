@@ -203,7 +203,7 @@ def _on_paper(summary: Summary, spec: RunSpec) -> str:
 
 def _differing(summary: Summary, spec: RunSpec, theirs: Recipe) -> list[str]:
     """In what our runs are not the paper's."""
-    train, steps = spec.train, theirs.train
+    steps = theirs.train
     shapes = [
         theirs.schedules.get(section.schedule) == section.rows[0].runs[0].spec.train.schedule
         for section in summary.sections
@@ -211,7 +211,7 @@ def _differing(summary: Summary, spec: RunSpec, theirs: Recipe) -> list[str]:
     settings = {
         row.label
         for row in summary.rows
-        if row.name in theirs.optimizers and row.schedule in theirs.schedules
+        if summary.published(row) is not None
         for run in row.runs
         if run.spec.optimizer != theirs.run(row.name, run.spec.seed, row.schedule).optimizer
     }
@@ -219,10 +219,12 @@ def _differing(summary: Summary, spec: RunSpec, theirs: Recipe) -> list[str]:
     same = {
         "model": spec.model == theirs.model,
         "data": spec.data == theirs.data,
-        "batch size": train.batch_size == steps.batch_size,
+        "batch size": all(run.spec.train.batch_size == steps.batch_size for run in summary.runs),
         "schedule": all(shapes),
-        "gradient clipping": train.clip_norm == steps.clip_norm,
-        "averaging": train.average_last == steps.average_last,
+        "gradient clipping": all(
+            run.spec.train.clip_norm == steps.clip_norm for run in summary.runs
+        ),
+        "averaging": all(run.spec.train.average_last == steps.average_last for run in summary.runs),
         f"the settings of {', '.join(dict.fromkeys(labels))}": not labels,
     }
     return [what for what, equal in same.items() if not equal]
