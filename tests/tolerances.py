@@ -73,3 +73,12 @@ SIXTEEN_MILLION = 1e-6
 
 # One step on some 100,000 elements from one and the same state: a dozen roundings.
 LARGE = {torch.float64: 2e-15, torch.float32: 1e-6}
+
+# Sharded against whole over 50 steps with the same gradients: only the order in which the sums of
+# float64 (the kernel's: of 128 float32 terms at a time) are added differs. B as in a trajectory.
+SHARDED = {torch.float32: 1e-6, torch.float64: 1e-13}
+SHARDED_B = {torch.float32: 3e-5, torch.float64: 1e-11}
+
+# 50 steps of training on several ranks against one process: the gradient is a mean of the ranks'
+# means, and its roundings pass through the loss.
+TRAINED_APART = 1e-5

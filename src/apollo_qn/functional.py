@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from apollo_qn.backends import Batch, Group, cpu
-from apollo_qn.backends.foreach import step as foreach_step
-from apollo_qn.backends.reference import step as reference_step
-from apollo_qn.rule import Hyperparameters, Rebound, Scalar
+from apollo_qn.backends import Batch, Group, cpu, foreach, reference
+from apollo_qn.rule import Hyperparameters, Rebound, Scalar, Sums
+from apollo_qn.sharded import Reduction, localized
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # a subclass may lack the operations on many tensors
 
@@ -89,10 +90,10 @@ def apollo(
                 _listed(state_steps),
                 _listed(previous_lrs),
                 _listed(thresholds),
-                foreach,
-                fused,
-                capturable,
-                differentiable,
+                foreach=foreach,
+                fused=fused,
+                capturable=capturable,
+                differentiable=differentiable,
             )
         ]
     )
@@ -109,14 +110,25 @@ def warmup_share(warmup_init_lr: float | None, base_lr: Scalar) -> float:
     return warmup_init_lr / float(base_lr) if warmup_init_lr else 0.0  # 0 / 0 where lr is 0
 
 
-def run(groups: list[Group], plan: cpu.Plan | None = None) -> cpu.Plan | None:
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a step leaves for the next one, which it spares work."""
+
+    plan: cpu.Plan | None = None
+    reduction: Reduction | None = None
+
+
+def run(groups: list[Group], kept: Kept | None = None) -> Kept:
     """:func:`apollo` for several groups, all checked before anything is changed.
 
     Args:
         groups: what is to be updated.
-        plan: what the last call with these groups returned; it spares the fused back end work.
+        kept: what the last call with these groups returned.
     """
+    kept = kept or Kept()
     groups = [_checked(group) for group in groups]
+    groups, reduction = localized(groups, kept.reduction)
+    plan = kept.plan
     fused = [group for group in groups if _may_be_fused(group)]
     if fused:
         plan = cpu.planned(fused, plan)
@@ -124,13 +136,29 @@ def run(groups: list[Group], plan: cpu.Plan | None = None) -> cpu.Plan | None:
         groups = rest + [group for group in groups if not any(group is one for one in fused)]
     for group in groups:
         _check_tensors(group)
-    if fused:
-        assert plan is not None
-        plan.step([group.h for group in fused])
+    calls = [call for group in groups if group.params for call in _alike(group)]
+
+    table = None
+    hyperparameters = [group.h for group in fused]
+    if reduction is not None:
+        table = reduction.table()
+        if fused and plan is not None:
+            plan.measure(hyperparameters, table)
+        for call in calls:
+            if call.rows and call.back_end is not None:
+                reduction.put(table, call.rows, call.back_end.measure(call.batch, call.h))
+        reduction.reduce_(table)
+    if fused and plan is not None:
+        plan.step(hyperparameters, table)
+    for call in calls:
+        sums = None
+        if reduction is not None and table is not None and call.rows:
+            sums = reduction.take(table, call.rows)
+        call.step(sums)
     for group in groups:
         if group.params:
-            _step_alike(group)
-    return plan
+            torch._foreach_add_(group.state_steps, 1.0)
+    return Kept(plan, reduction)
 
 
 def _checked(group: Group) -> Group:
@@ -205,8 +233,28 @@ def _say_once(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=2)
 
 
-def _step_alike(group: Group) -> None:
-    """Update what is alike together, by the foreach back end or the rule."""
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """Tensors that are alike, and the back end that updates them; None: they hold no element."""
+
+    back_end: ModuleType | None
+    batch: Batch
+    h: Hyperparameters
+    rows: list[int]  # of the reduction, where the tensors are parts of others
+    rate: Scalar
+    rates: list[Tensor] | None  # to be overwritten with it
+
+    def step(self, sums: Sums | None) -> None:
+        if self.back_end is not None:
+            self.back_end.step(self.batch, self.h, sums)
+        elif sums is not None and sums.largest is not None and self.batch.thresholds is not None:
+            torch._foreach_copy_(self.batch.thresholds, list(sums.largest.unbind()))
+        if self.rates is not None:
+            _record(self.rate, self.rates)
+
+
+def _alike(group: Group) -> Iterator[_Call]:
+    """What is alike, for the foreach back end or the rule."""
     h, params, previous_lrs = group.h, group.params, group.previous_lrs
     on_host = _on_host(group)
     rates_on_host = on_host and not group.differentiable  # autograd runs through the rate before
@@ -218,7 +266,8 @@ def _step_alike(group: Group) -> None:
     )
     together: dict[Any, list[int]] = {}
     for i, p in enumerate(params):
-        if p.numel() == 0:
+        shared = group.shared is not None and group.shared[i] >= 0
+        if p.numel() == 0 and not shared:
             continue  # nothing to update, and no maximum to take
         numbers = (
             group.state_steps[i].item() if on_host else None,
@@ -226,10 +275,11 @@ def _step_alike(group: Group) -> None:
         )
         g = group.grads[i]
         fast = may_be_fast and type(p) in _PLAIN and type(g) in _PLAIN
-        kind = (fast, p.device, p.dtype, g.dtype, group.exp_avgs[i].dtype)
+        back_end = None if p.numel() == 0 else foreach if fast else reference
+        kind = (back_end, shared, p.device, p.dtype, g.dtype, group.exp_avgs[i].dtype)
         together.setdefault((kind, numbers), []).append(i)
 
-    for ((fast, *_), (t, previous_lr)), members in together.items():
+    for ((back_end, shared, *_), (t, previous_lr)), members in together.items():
         part = group.part(members)
         batch = Batch(
             _real(part.params),
@@ -240,11 +290,11 @@ def _step_alike(group: Group) -> None:
             previous_lr if rates_on_host or previous_lrs is None else part.previous_lrs,
             part.thresholds,
         )
-        (foreach_step if fast else reference_step)(batch, h)
-        if previous_lrs is not None:
-            assert part.previous_lrs is not None
-            _record(h.rate(t if on_host else torch.stack(part.state_steps)), part.previous_lrs)
-    torch._foreach_add_(group.state_steps, 1.0)
+        rows = part.shared if shared and part.shared is not None else []
+        rate: Scalar = 0.0
+        if part.previous_lrs is not None:
+            rate = h.rate(t if on_host else torch.stack(part.state_steps))
+        yield _Call(back_end, batch, h, rows, rate, part.previous_lrs)
 
 
 def _real(tensors: list[Tensor]) -> list[Tensor]:

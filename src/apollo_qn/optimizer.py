@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from apollo_qn import checkpoint
-from apollo_qn.backends import Group, cpu
-from apollo_qn.functional import check_back_end_choice, run, warmup_share
+from apollo_qn import checkpoint, sharded
+from apollo_qn.backends import Group
+from apollo_qn.functional import Kept, check_back_end_choice, run, warmup_share
 from apollo_qn.rule import Hyperparameters, Rebound, Scalar
 
 
@@ -34,6 +34,10 @@ class Apollo(Optimizer):
     The sums run over the whole tensor. d is rebuilt from m and B, so that the state is two tensors
     of the parameter's shape, ``exp_avg`` (m) and ``hessian_diag`` (B), float32 at least, and
     0-dim tensors: ``step``, with decoupled decay ``previous_lr``, with belief ``threshold``.
+
+    Of a sharded parameter (DTensor: ``fully_shard``, tensor parallelism) the state is sharded alike
+    and the sums are still those of the whole tensor, at the price of one small all-reduce a step
+    and mesh. All ranks must have gradients of the same parameters.
 
     lr and sigma are coupled (Theorem 1): (c lr, c sigma) gives the same trajectory for any c > 0,
     so tune one of them.
@@ -63,8 +67,8 @@ class Apollo(Optimizer):
         differentiable: let autograd run through the step.
 
     Raises:
-        ValueError: a hyperparameter out of its range, named with its value; a state of a wrong
-            shape when one is loaded.
+        ValueError: a hyperparameter out of its range, named with its value; a parameter that FSDP1
+            has flattened; a state of a wrong shape when one is loaded.
         RuntimeError: a sparse gradient; a choice of back end that cannot be served.
 
     Nothing is changed where an error is raised. Do not change ``sigma``, ``beta``, ``eps`` or
@@ -72,7 +76,7 @@ class Apollo(Optimizer):
     the new values.
     """
 
-    _plan: cpu.Plan | None = None  # of the fused back end, kept from step to step
+    _kept: Kept | None = None  # from step to step
 
     def __init__(
         self,
@@ -120,6 +124,11 @@ class Apollo(Optimizer):
             lr = settings["lr"]
             # what warmup_init_lr is a share of, whatever a scheduler makes of lr later
             param_group.setdefault("warmup_base_lr", float(lr))
+            params = param_group["params"]
+            if not isinstance(params, Tensor | set):
+                param_group["params"] = params = list(params)
+            for p in [params] if isinstance(params, Tensor) else params:
+                sharded.check_parameter(p[1] if isinstance(p, tuple) else p)
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -139,7 +148,7 @@ class Apollo(Optimizer):
                 nothing is changed.
         """
         loaded: StateDict = {}
-        self._plan = None  # it would keep the state before alive
+        self._kept = None  # it would keep the state before alive
 
         def before(optimizer: Optimizer, given: StateDict) -> StateDict:
             loaded.update(checkpoint.translated(given, self.param_groups))
@@ -184,7 +193,7 @@ class Apollo(Optimizer):
                 loss = closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             groups = [self._group(group) for group in self.param_groups]
-            self._plan = run(groups, self._plan)
+            self._kept = run(groups, self._kept)
         return loss
 
     def _group(self, group: dict[str, Any]) -> Group:

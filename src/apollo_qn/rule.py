@@ -7,6 +7,7 @@ the Hessian approximation, ``D`` its rectified absolute value, ``d`` update dire
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -169,8 +170,54 @@ def finite(c: Tensor, dtype: torch.dtype) -> Tensor:
     return c.clamp(-largest, largest).to(dtype)
 
 
-def update(
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """What a step needs of a whole tensor, or of each of many: 0-dim tensors, or one for each.
+
+    With u = d / scale, where ``scale`` is max |d| or a number near it: ``q4`` = sum u^4, ``k`` =
+    <u, y + B d> and, with belief, ``largest`` = max |g - m|. Of a part of a tensor likewise.
+    """
+
+    scale: Tensor
+    q4: Tensor
+    k: Tensor
+    largest: Tensor | None = None
+
+    @classmethod
+    def joined(cls, sums: Sequence[Sums], join: Callable[[list[Tensor]], Tensor]) -> Sums:
+        """Those of many as one; ``join`` is ``torch.cat`` or ``torch.stack``."""
+        largest = [one.largest for one in sums if one.largest is not None]
+        return cls(
+            join([one.scale for one in sums]),
+            join([one.q4 for one in sums]),
+            join([one.k for one in sums]),
+            join(largest) if largest else None,
+        )
+
+    def merged(self) -> Sums:
+        """The sums of the whole from those of its parts, which lie along the first dimension."""
+        scale = self.scale.amax(0)
+        share = (self.scale / torch.where(scale == 0, 1, scale)).to(self.k.dtype)
+        largest = None if self.largest is None else self.largest.amax(0)
+        return Sums(scale, (self.q4 * share**4).sum(0), (self.k * share).sum(0), largest)
+
+
+def measure(
     theta: Tensor, g: Tensor, m: Tensor, B: Tensor, h: Hyperparameters, s: StepScalars
+) -> Sums:
+    """The sums of :func:`update` over a tensor, or over the part of it that is given."""
+    d, delta = _secant_pair(theta.to(m.dtype), g.to(m.dtype), m, B, h, s)
+    return _sums(d, s.alpha * delta, delta, B, h)
+
+
+def update(
+    theta: Tensor,
+    g: Tensor,
+    m: Tensor,
+    B: Tensor,
+    h: Hyperparameters,
+    s: StepScalars,
+    sums: Sums | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Scalar]:
     """One step of Algorithm 1 on one real tensor; nothing is changed in place.
 
@@ -178,36 +225,48 @@ def update(
         theta, g: parameter and gradient, any shape and floating type.
         m, B: state, of the same shape; its type is that of the arithmetic and of the results.
         h, s: hyperparameters and the scalars of this step.
+        sums: those of the whole tensor where only a part of it is given; None: it is whole.
 
     Returns:
         theta', m', B' and the threshold that this step's direction used.
     """
     theta, g = theta.to(m.dtype), g.to(m.dtype)
+    # the displacement of the step before, rebuilt; 0 at t = 0 because m = 0
+    d, delta = _secant_pair(theta, g, m, B, h, s)
+    y = s.alpha * delta  # m' - m
+    m = m + y
+
+    # B' = B - a d^2, a = (<d, y> + <d, B d>) / (||d||_4 + eps)^4, eq. (8)
+    sums = _sums(d, y, delta, B, h) if sums is None else sums
+    u = d / torch.where(sums.scale == 0, 1, sums.scale).to(d.dtype)
+    wide = accumulator(m.device)
+    c = secant_coefficient(sums.scale.to(wide), sums.q4.to(wide), sums.k.to(wide), h.secant_eps)
+    B = B - finite(c, m.dtype) * u**2
+
+    threshold: Scalar = h.sigma if sums.largest is None else sums.largest.to(m.dtype)
+    d = m / rectify(B, threshold, s.offset)
+    if h.decoupled:
+        d = d + h.weight_decay * theta
+    return theta - s.rate * d, m, B, threshold
+
+
+def _secant_pair(
+    theta: Tensor, g: Tensor, m: Tensor, B: Tensor, h: Hyperparameters, s: StepScalars
+) -> tuple[Tensor, Tensor]:
+    """d, the direction of the step before (its displacement), and g - m."""
     if h.maximize:
         g = -g
     if h.l2:
         g = g + h.weight_decay * theta
 
-    # the displacement of the step before, rebuilt; 0 at t = 0 because m = 0
     d = m / rectify(B, s.previous_threshold, s.previous_offset)
     if h.decoupled:
         d = s.kappa * d + s.omega * theta
+    return d, g - m
 
-    delta = g - m
-    y = s.alpha * delta  # m' - m
-    m = m + y
 
-    # B' = B - a d^2, a = (<d, y> + <d, B d>) / (||d||_4 + eps)^4, eq. (8)
+def _sums(d: Tensor, y: Tensor, delta: Tensor, B: Tensor, h: Hyperparameters) -> Sums:
     scale = d.detach().abs().amax()
     u = d / torch.where(scale == 0, 1, scale)
-    q4 = (u**4).sum()
-    k = (u * (y + B * d)).sum()
-    wide = accumulator(m.device)
-    c = secant_coefficient(scale.to(wide), q4.to(wide), k.to(wide), h.secant_eps)
-    B = B - finite(c, m.dtype) * u**2
-
-    threshold: Scalar = delta.abs().amax() if h.belief else h.sigma
-    d = m / rectify(B, threshold, s.offset)
-    if h.decoupled:
-        d = d + h.weight_decay * theta
-    return theta - s.rate * d, m, B, threshold
+    largest = delta.abs().amax() if h.belief else None
+    return Sums(scale, (u**4).sum(), (u * (y + B * d)).sum(), largest)

@@ -141,6 +141,6 @@ p = torch.nn.Parameter(torch.ones(1000))
 p.grad = torch.ones(1000)
 optimizer = Apollo([p], fused=True)
 optimizer.step()
-optimizer._plan._n[0] = 1001
+optimizer._kept.plan._n[0] = 1001
 optimizer.step()
 """

@@ -2,14 +2,14 @@
 
 A back end changes the tensors that it is given in place. It sees plain local tensors and knows
 nothing of state or meshes. ``reference`` and ``foreach`` take a :class:`Batch` of tensors that are
-alike; the fused ones take what they can of all :class:`Group` s in one call.
+alike; the fused ones take what they can of all :class:`Group` s in one call. Of tensors that are
+parts of others each back end gives the sums, and does the step with those of the whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import Tensor
 
@@ -20,7 +20,8 @@ from apollo_qn.rule import Hyperparameters
 class Group:
     """A parameter group in one step; see :func:`apollo_qn.apollo` for the lists and options.
 
-    ``previous_lrs`` are given with decoupled weight decay, ``thresholds`` with belief.
+    ``previous_lrs`` are given with decoupled weight decay, ``thresholds`` with belief, ``shared``
+    where some of the tensors are parts of others: a number for each of these, -1 for a whole one.
     """
 
     h: Hyperparameters
@@ -31,6 +32,7 @@ class Group:
     state_steps: list[Tensor]
     previous_lrs: list[Tensor] | None = None
     thresholds: list[Tensor] | None = None
+    shared: list[int] | None = None
     foreach: bool | None = None
     fused: bool | None = None
     capturable: bool = False
@@ -78,6 +80,3 @@ class Batch:
             lr[which] if isinstance(lr, list) else lr,
             None if self.thresholds is None else self.thresholds[which],
         )
-
-
-BackEnd: TypeAlias = Callable[[Batch, Hyperparameters], None]

@@ -79,6 +79,7 @@ class _Tensors:
     steps: list[Tensor]
     previous_lrs: list[Tensor | None] | None
     thresholds: list[Tensor | None] | None
+    shared: list[int | None] | None
     sizes: list[int]  # of the groups
 
     @classmethod
@@ -104,6 +105,7 @@ class _Tensors:
             row("state_steps"),
             row("previous_lrs"),
             row("thresholds"),
+            row("shared"),
             [len(group.params) for group in groups],
         )
 
@@ -197,6 +199,7 @@ class Plan:
             self._look = None  # to be looked at anew at the next step
         # alive, so that their ids remain theirs
         self._kept = [column and list(column) for column in tensors.kept()]
+        self._shared = tensors.shared and list(tensors.shared)
         kinds = [_kind(tensors, i) for i in range(len(tensors.params))]
         self._take(tensors, [i for i, kind in enumerate(kinds) if kind is not None], kinds)
         new = self._written.difference(*(one._written for one in known))
@@ -262,6 +265,8 @@ class Plan:
         """Take over the gradients of another step; False: more has changed, a new plan is due."""
         if self._look is None or not self._knows(tensors.params):
             return False
+        if self._shared != tensors.shared:
+            return False
         try:
             look = _Look(tensors, self._look.room)
         except (RuntimeError, NotImplementedError, BufferError):
@@ -278,18 +283,34 @@ class Plan:
         mine = self._kept[0] or []
         return len(mine) == len(params) and all(map(operator.is_, mine, params))
 
-    def _table(self, g: array[int], scalars: int = 0) -> kernel.Table:
+    def _table(self, g: array[int], scalars: int = 0, shared: int = 0) -> kernel.Table:
         p, *others = self._addresses
         columns: tuple[array[Any], ...] = (p, g, *others, self._n, self._kind, self._which)
-        return kernel.Table(len(self._taken), *map(address, columns), scalars)
+        return kernel.Table(len(self._taken), *map(address, columns), scalars, shared)
 
-    def step(self, hyperparameters: list[Hyperparameters]) -> None:
+    def measure(self, hyperparameters: list[Hyperparameters], table: Tensor) -> None:
+        """Write the sums of parts of tensors into their rows of ``table``; see :meth:`step`."""
+        self._run(hyperparameters, table, measuring=True)
+
+    def step(self, hyperparameters: list[Hyperparameters], table: Tensor | None) -> None:
         """Run the kernel with the settings of each group.
+
+        Args:
+            hyperparameters: one for each group.
+            table: float64 on the CPU, contiguous; row i holds scale (a power of 2), q4, k and
+                largest of :class:`apollo_qn.rule.Sums` for the tensor whose ``shared`` is i.
 
         Raises:
             MemoryError: nothing has been changed.
         """
-        if not self._taken:
+        if self._taken:
+            self._run(hyperparameters, table, measuring=False)
+
+    def _run(
+        self, hyperparameters: list[Hyperparameters], table: Tensor | None, measuring: bool
+    ) -> None:
+        shared = self._rows(table)
+        if measuring and shared is None:
             return
         _, _, _, step, previous_lr, _ = self._addresses
         read = (self._group, step, previous_lr)
@@ -301,10 +322,20 @@ class Plan:
             h = _on_host(hyperparameters[self._run_group[i]])
             scalars.extend(_scalars(h, self._run_step[i], self._run_lr[i]))
         # autograd learns that they are no longer what they were
-        torch.autograd.graph.increment_version(self._changing)
-        table = self._table(self._g, address(scalars))
-        if kernel.loaded().step(ctypes.byref(table), torch.get_num_threads(), *kernel.threads()):
+        if not measuring:
+            torch.autograd.graph.increment_version(self._changing)
+        given = self._table(self._g, address(scalars), 0 if shared is None else address(shared))
+        how = (int(measuring), torch.get_num_threads(), *kernel.threads())
+        if kernel.loaded().step(ctypes.byref(given), *how):
             raise MemoryError("no memory for the sums of the largest tensor")
+
+    def _rows(self, table: Tensor | None) -> array[int] | None:
+        """Where the sums of each part lie, 0 for whole tensors; None: all are whole."""
+        if self._shared is None or table is None:
+            return None
+        start, size = table.data_ptr(), table.stride(0) * table.itemsize
+        numbers = [self._shared[i] for i in self._taken]
+        return array("Q", [0 if i is None or i < 0 else start + i * size for i in numbers])
 
 
 def _kind(tensors: _Tensors, i: int) -> int | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from apollo_qn.backends import Batch
-from apollo_qn.rule import Hyperparameters, Scalar, StepScalars, accumulator, finite
+from apollo_qn.rule import Hyperparameters, Scalar, StepScalars, Sums, accumulator, finite
 from apollo_qn.rule import secant_coefficient as coefficient
 
 ROW = 256
@@ -28,17 +28,40 @@ BLOCK_ELSEWHERE = 1 << 24
 KEPT_LAYOUTS = 4096
 
 
-def step(batch: Batch, h: Hyperparameters) -> None:
-    """Apply Algorithm 1 to all tensors of ``batch``."""
+def step(batch: Batch, h: Hyperparameters, sums: Sums | None = None) -> None:
+    """Apply Algorithm 1 to all tensors of ``batch``; ``sums`` as of :func:`measure`."""
+    dtype = batch.exp_avgs[0].dtype
+    for bucket, part, flat, limit in _parts(batch):
+        given = None
+        if sums is not None:
+            largest = None if sums.largest is None else sums.largest[bucket].to(dtype)
+            scale = sums.scale[bucket].to(dtype)
+            given = Sums(scale, sums.q4[bucket], sums.k[bucket], largest)
+        if flat is None:
+            _step_gathered(part, h, given)
+        else:
+            _step_in_blocks(part, flat, h, limit, given)
+
+
+def measure(batch: Batch, h: Hyperparameters) -> Sums:
+    """The sums over each tensor, which here are parts of others; nothing is changed."""
+    found = []
+    for _, part, flat, limit in _parts(batch):
+        s = _scalars(part, h)
+        if flat is None:
+            found.append(_measure(_gathered(part, h)[0], h, s)[0])
+        else:
+            found.append(_measured_in_blocks([work for _, work in _works(flat, h, limit)], h, s))
+    return Sums.joined(found, torch.cat)
+
+
+def _parts(batch: Batch) -> Iterator[tuple[slice, Batch, list[Tensor] | None, int]]:
+    """What is worked on together: where it lies in the batch, and a large tensor's vectors."""
     limit = BLOCK.get(batch.params[0].device.type, BLOCK_ELSEWHERE)
     for bucket in _buckets(batch, limit):
         part = batch.part(bucket)
         large = len(part.params) == 1 and part.params[0].numel() > limit // 4
-        flat = _flat(part) if large else None
-        if flat is None:
-            _step_gathered(part, h)
-        else:
-            _step_in_blocks(part, flat, h, limit)
+        yield bucket, part, _flat(part) if large else None, limit
 
 
 def _buckets(batch: Batch, limit: int) -> Iterator[slice]:
@@ -181,17 +204,8 @@ class _Work:
     theta: Tensor | None  # where there is weight decay
 
 
-@dataclass(slots=True)
-class _Sums:
-    """Over each tensor, with u = d / scale: max |d|, sum u^4, <u, y + B d>, max |g - m|."""
-
-    scale: Tensor
-    q4: Tensor
-    k: Tensor
-    threshold: Tensor | None
-
-
-def _step_gathered(batch: Batch, h: Hyperparameters) -> None:
+def _gathered(batch: Batch, h: Hyperparameters) -> tuple[_Work, list[list[Tensor]]]:
+    """Small tensors in matrices, and the places of g, m and B there."""
     read = [batch.grads, batch.exp_avgs, batch.hessian_diags]
     if h.weight_decay != 0:
         read.append(batch.params)
@@ -199,12 +213,18 @@ def _step_gathered(batch: Batch, h: Hyperparameters) -> None:
     layout, matrices, views = _workspace.get(batch.params, dtype, len(read))
     for places, tensors in zip(views, read, strict=True):
         torch._foreach_copy_(places, tensors)
-
-    s = _scalars(batch, h)
     g, m, B = matrices[0], matrices[1], matrices[2]
-    work = _Work(layout, g, m, B, matrices[3] if h.weight_decay != 0 else None)
-    sums, u2, y = _measure(work, h, s)
-    _apply(work, h, s, sums, u2, y, out=g)
+    return _Work(layout, g, m, B, matrices[3] if h.weight_decay != 0 else None), views
+
+
+def _step_gathered(batch: Batch, h: Hyperparameters, given: Sums | None) -> None:
+    work, views = _gathered(batch, h)
+    s = _scalars(batch, h)
+    if given is None:
+        sums, u2, y = _measure(work, h, s)
+    else:
+        sums, u2, y = given, *_terms(work, h, s, given)
+    _apply(work, h, s, sums, u2, y, out=work.g)
 
     torch._foreach_sub_(batch.params, views[0])
     torch._foreach_copy_(batch.exp_avgs, views[1])
@@ -212,21 +232,34 @@ def _step_gathered(batch: Batch, h: Hyperparameters) -> None:
     _keep_thresholds(batch, sums)
 
 
-def _step_in_blocks(batch: Batch, flat: list[Tensor], h: Hyperparameters, block: int) -> None:
-    s = _scalars(batch, h)
+def _works(flat: list[Tensor], h: Hyperparameters, block: int) -> list[tuple[Tensor, _Work]]:
+    """The blocks of a large tensor's vectors, each with its piece of the parameter."""
     layout = _Block(flat[0].device)
-    works = [
+    return [
         (p, _Work(layout, g, m, B, p if h.weight_decay != 0 else None))
         for p, g, m, B in zip(*(torch.split(vector, block) for vector in flat), strict=True)
     ]
+
+
+def _step_in_blocks(
+    batch: Batch, flat: list[Tensor], h: Hyperparameters, block: int, given: Sums | None
+) -> None:
+    s = _scalars(batch, h)
+    works = _works(flat, h, block)
     # a block's u^2 and y are taken anew rather than kept: memory stays that of a block
-    sums = _merged([_measure(work, h, s)[0] for _, work in works])
-    scale = torch.where(sums.scale == 0, 1, sums.scale)
+    sums = _measured_in_blocks([work for _, work in works], h, s) if given is None else given
     for p, work in works:
-        u2 = _displacement(work, h, s).div_(scale).square_()
-        y = _difference(work, h).mul_(s.alpha)
+        u2, y = _terms(work, h, s, sums)
         p.sub_(_apply(work, h, s, sums, u2, y, out=u2))
     _keep_thresholds(batch, sums)
+
+
+def _terms(work: _Work, h: Hyperparameters, s: StepScalars, sums: Sums) -> tuple[Tensor, Tensor]:
+    """u^2, with the scale of ``sums``, and y = m' - m."""
+    spread = work.layout.spread
+    scale = torch.where(sums.scale == 0, 1, sums.scale)
+    u2 = _displacement(work, h, s).div_(spread(scale)).square_()
+    return u2, _difference(work, h).mul_(spread(s.alpha))
 
 
 def _scalars(batch: Batch, h: Hyperparameters) -> StepScalars:
@@ -240,29 +273,15 @@ def _scalars(batch: Batch, h: Hyperparameters) -> StepScalars:
     return StepScalars.at(t, h, vector(batch.previous_lr), vector(batch.thresholds))
 
 
-def _keep_thresholds(batch: Batch, sums: _Sums) -> None:
+def _keep_thresholds(batch: Batch, sums: Sums) -> None:
     if batch.thresholds is not None:
-        assert sums.threshold is not None
-        torch._foreach_copy_(batch.thresholds, list(sums.threshold.unbind()))
+        assert sums.largest is not None
+        torch._foreach_copy_(batch.thresholds, list(sums.largest.unbind()))
 
 
-def _merged(parts: list[_Sums]) -> _Sums:
-    """The sums of a tensor from those of its blocks."""
-    if len(parts) == 1:
-        return parts[0]
-    scales = torch.stack([part.scale for part in parts])
-    scale = scales.amax(0)
-    wide = parts[0].k.dtype
-    share = (scales / torch.where(scale == 0, 1, scale)).to(wide)
-    q4 = torch.stack([part.q4 for part in parts])
-    k = torch.stack([part.k for part in parts])
-    thresholds = [part.threshold for part in parts if part.threshold is not None]
-    return _Sums(
-        scale,
-        (q4 * share**4).sum(0),
-        (k * share).sum(0),
-        torch.stack(thresholds).amax(0) if thresholds else None,
-    )
+def _measured_in_blocks(works: list[_Work], h: Hyperparameters, s: StepScalars) -> Sums:
+    parts = [_measure(work, h, s)[0] for work in works]
+    return parts[0] if len(parts) == 1 else Sums.joined(parts, torch.stack).merged()
 
 
 def _rectify_(D: Tensor, threshold: Scalar, offset: Scalar) -> Tensor:
@@ -295,12 +314,12 @@ def _difference(work: _Work, h: Hyperparameters) -> Tensor:
     return y
 
 
-def _measure(work: _Work, h: Hyperparameters, s: StepScalars) -> tuple[_Sums, Tensor, Tensor]:
+def _measure(work: _Work, h: Hyperparameters, s: StepScalars) -> tuple[Sums, Tensor, Tensor]:
     """The sums, with u^2 (of this work's own scale) and y = m' - m for :func:`_apply`."""
     layout = work.layout
     d = _displacement(work, h, s)
     y = _difference(work, h)
-    threshold = layout.max(y.abs()) if h.belief else None
+    largest = layout.max(y.abs()) if h.belief else None
     y.mul_(layout.spread(s.alpha))
     v = torch.abs(d)
     scale = layout.max(v)
@@ -309,14 +328,14 @@ def _measure(work: _Work, h: Hyperparameters, s: StepScalars) -> tuple[_Sums, Te
     k = layout.sum(v.mul_(u))
     u2 = u.mul_(u)
     q4 = layout.sum(torch.mul(u2, u2, out=v))
-    return _Sums(scale, q4, k, threshold), u2, y
+    return Sums(scale, q4, k, largest), u2, y
 
 
 def _apply(
     work: _Work,
     h: Hyperparameters,
     s: StepScalars,
-    sums: _Sums,
+    sums: Sums,
     u2: Tensor,
     y: Tensor,
     out: Tensor,
@@ -328,7 +347,7 @@ def _apply(
     c = finite(coefficient(scale, sums.q4, sums.k, h.secant_eps), work.B.dtype)
     work.B.sub_(u2.mul_(spread(c)))
 
-    threshold = h.sigma if sums.threshold is None else sums.threshold
+    threshold = h.sigma if sums.largest is None else sums.largest
     d = _rectify_(torch.abs(work.B, out=u2), spread(threshold), spread(s.offset))
     torch.div(work.m, d, out=d)
     if h.decoupled:

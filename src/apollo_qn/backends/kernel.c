@@ -57,7 +57,14 @@ typedef struct {
     const int64_t *n;
     const int32_t *kind, *which; /* which: of the scalars */
     const step_scalars *scalars;
+    const uint64_t *shared; /* part_sums of each tensor that is a part of another, 0 for the others;
+                               NULL: all are whole */
 } table;
+
+/* rule.Sums of a part of a tensor, and later of all of it. */
+typedef struct {
+    double scale, q4, k, largest; /* scale: a power of 2 */
+} part_sums;
 
 typedef struct {
     char *p, *m, *B;
@@ -354,6 +361,22 @@ static result conclude(const sums *total, const step_scalars *s, int kind)
     return r;
 }
 
+static part_sums *shared_of(const table *all, int64_t i)
+{
+    return all->shared ? (part_sums *)(uintptr_t)all->shared[i] : NULL;
+}
+
+static void tell(const sums *total, part_sums *out)
+{
+    *out = (part_sums){power_of_2(total->e), total->q4, total->k, total->most};
+}
+
+static sums told(const part_sums *whole)
+{
+    return (sums){.q4 = whole->q4, .k = whole->k, .most = whole->largest,
+                  .d = whole->scale * sqrt(sqrt(whole->q4)), .e = ilogb(whole->scale)};
+}
+
 static void record(const table *all, int64_t i, const step_scalars *s, const result *r)
 {
     *(float *)(uintptr_t)all->step[i] += 1;
@@ -369,6 +392,7 @@ static void record(const table *all, int64_t i, const step_scalars *s, const res
 typedef struct {
     const table *all;
     sums *chunks; /* room for those of the largest tensor */
+    int measuring; /* only take the sums of parts; nothing is changed */
     int wanted, (*member)(void), (*members)(void);
     atomic_long next; /* tensor */
     atomic_int arrived, turn;
@@ -376,14 +400,23 @@ typedef struct {
 
 static size_t length(size_t at, size_t end, size_t most) { return end - at < most ? end - at : most; }
 
-static void step_small(const table *all, int64_t i, forerunner *ahead)
+static void step_small(const job *j, int64_t i, forerunner *ahead)
 {
+    const table *all = j->all;
+    part_sums *shared = shared_of(all, i);
+    if (j->measuring && !shared) return;
     const tensor t = tensor_at(all, i);
     const step_scalars s = scalars_of(all, i);
     sums total = {0}, part;
-    for (size_t at = 0; at < t.n; at += CHUNK) {
-        measure(&t, at, length(at, t.n, CHUNK), &s, &part, ahead);
-        add(&total, &part);
+    if (shared && !j->measuring) total = told(shared);
+    else
+        for (size_t at = 0; at < t.n; at += CHUNK) {
+            measure(&t, at, length(at, t.n, CHUNK), &s, &part, ahead);
+            add(&total, &part);
+        }
+    if (j->measuring) {
+        tell(&total, shared);
+        return;
     }
     const result r = conclude(&total, &s, t.kind);
     apply(&t, 0, t.n, &s, &r, ahead);
@@ -423,7 +456,7 @@ static void step_all_small(job *j)
         forerunner ahead = {.all = j->all, .next = next.first, .end = next.end};
         ahead.pace = now.elements > 0 ? next.lines / (2 * now.elements) : 0;
         for (int64_t i = now.first; i < now.end; i++)
-            if (j->all->n[i] <= SMALL) step_small(j->all, i, &ahead);
+            if (j->all->n[i] <= SMALL) step_small(j, i, &ahead);
         now = next;
     }
 }
@@ -456,19 +489,30 @@ static void keep_ahead(forerunner *ahead, const tensor *t, size_t chunk, int wit
 
 static void step_large(job *j, int64_t i, int member, int members)
 {
+    part_sums *shared = shared_of(j->all, i);
+    if (j->measuring && !shared) return;
     const tensor t = tensor_at(j->all, i);
     const step_scalars s = scalars_of(j->all, i);
     const size_t chunks = (t.n + CHUNK - 1) / CHUNK;
     const size_t first = chunks * (size_t)member / (size_t)members;
     const size_t last = chunks * ((size_t)member + 1) / (size_t)members;
     forerunner ahead = {0};
-    for (size_t k = first; k < last; k++) {
-        keep_ahead(&ahead, &t, k, s.decay != 0);
-        measure(&t, k * CHUNK, length(k * CHUNK, t.n, CHUNK), &s, &j->chunks[k], &ahead);
-    }
-    wait_for_all(j, members);
     sums total = {0};
-    for (size_t k = 0; k < chunks; k++) add(&total, &j->chunks[k]);
+    if (shared && !j->measuring) {
+        total = told(shared);
+    } else {
+        for (size_t k = first; k < last; k++) {
+            keep_ahead(&ahead, &t, k, s.decay != 0);
+            measure(&t, k * CHUNK, length(k * CHUNK, t.n, CHUNK), &s, &j->chunks[k], &ahead);
+        }
+        wait_for_all(j, members);
+        for (size_t k = 0; k < chunks; k++) add(&total, &j->chunks[k]);
+    }
+    if (j->measuring) {
+        wait_for_all(j, members); /* the chunks' sums have been read */
+        if (member == 0) tell(&total, shared);
+        return;
+    }
     const result r = conclude(&total, &s, t.kind);
     for (size_t k = first; k < last; k++) {
         keep_ahead(&ahead, &t, k, 1);
@@ -618,9 +662,9 @@ EXPORT int64_t apollo_qn_numbers(int64_t count, const int32_t *group, const uint
     return runs;
 }
 
-/* One step. omp_* are OpenMP's functions that the process already has; NULL: threads of our own.
+/* One step; or, measuring, only the sums of parts. omp_* are OpenMP's functions that the process already has; NULL: threads of our own.
    Returns 0; -1: no memory, nothing has been changed. */
-EXPORT int apollo_qn_step(const table *all, int threads,
+EXPORT int apollo_qn_step(const table *all, int measuring, int threads,
                           void (*omp_parallel)(void (*)(void *), void *, unsigned, unsigned),
                           int (*omp_get_thread_num)(void), int (*omp_get_num_threads)(void))
 {
@@ -630,7 +674,7 @@ EXPORT int apollo_qn_step(const table *all, int threads,
         elements += n;
         largest = n > largest ? n : largest;
     }
-    job j = {.all = all, .wanted = elements > 2 * PORTION && threads > 1 ? threads : 1};
+    job j = {.all = all, .measuring = measuring, .wanted = elements > 2 * PORTION && threads > 1 ? threads : 1};
     if (largest > SMALL && !(j.chunks = malloc((largest / CHUNK + 1) * sizeof *j.chunks))) return -1;
     int failed = 0;
     if (j.wanted == 1) {

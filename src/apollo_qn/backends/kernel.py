@@ -23,7 +23,7 @@ class Table(ctypes.Structure):
     _fields_ = [
         ("count", _NUMBER),
         *((name, _POINTER) for name in ("p", "g", "m", "B", "step", "previous_lr", "threshold")),
-        *((name, _POINTER) for name in ("n", "kind", "which", "scalars")),
+        *((name, _POINTER) for name in ("n", "kind", "which", "scalars", "shared")),
     ]
 
 
@@ -58,7 +58,7 @@ def load() -> Kernel | str:
         return f"the fused kernel cannot be loaded ({error})"
     step, numbers = library.apollo_qn_step, library.apollo_qn_numbers
     overlap, look = library.apollo_qn_overlap, holding_gil.apollo_qn_look
-    step.argtypes, step.restype = [_POINTER, ctypes.c_int, *[_POINTER] * 3], ctypes.c_int
+    step.argtypes, step.restype = [_POINTER, *[ctypes.c_int] * 2, *[_POINTER] * 3], ctypes.c_int
     numbers.argtypes, numbers.restype = [_NUMBER, *[_POINTER] * 7], _NUMBER
     overlap.argtypes, overlap.restype = [*[_POINTER] * 3, _NUMBER], _NUMBER
     look.argtypes = [_POINTER, _NUMBER, _POINTER, _NUMBER, *[_POINTER] * 4, _NUMBER]

@@ -4,29 +4,49 @@ from __future__ import annotations
 
 import torch
 
+from apollo_qn import rule
 from apollo_qn.backends import Batch
-from apollo_qn.rule import Hyperparameters, StepScalars, update
+from apollo_qn.rule import Hyperparameters, StepScalars, Sums
 
 
-def step(batch: Batch, h: Hyperparameters) -> None:
-    """Apply :func:`apollo_qn.rule.update` to each tensor of ``batch``."""
+def step(batch: Batch, h: Hyperparameters, sums: Sums | None = None) -> None:
+    """Apply :func:`apollo_qn.rule.update` to each tensor; ``sums`` as of :func:`measure`."""
     for i, (p, g, m, B) in enumerate(
         zip(batch.params, batch.grads, batch.exp_avgs, batch.hessian_diags, strict=True)
     ):
-        scalars = StepScalars.at(
-            batch.t[i] if isinstance(batch.t, list) else batch.t,
-            h,
-            batch.previous_lr[i] if isinstance(batch.previous_lr, list) else batch.previous_lr,
-            # clone: it is overwritten below, and autograd may still need it
-            None if batch.thresholds is None else batch.thresholds[i].clone(),
-        )
+        scalars = _scalars(batch, h, i)
+        given = None
+        if sums is not None:
+            largest = None if sums.largest is None else sums.largest[i]
+            given = Sums(sums.scale[i], sums.q4[i], sums.k[i], largest)
         old = (p, m, B)
         if torch.is_grad_enabled():  # they are overwritten below, and autograd still needs them
             old = (p.clone(), m.clone(), B.clone())
-        new_p, new_m, new_B, threshold = update(old[0], g, old[1], old[2], h, scalars)
+        new_p, new_m, new_B, threshold = rule.update(old[0], g, old[1], old[2], h, scalars, given)
         p.copy_(new_p)
         m.copy_(new_m)
         B.copy_(new_B)
         if batch.thresholds is not None:
             assert isinstance(threshold, torch.Tensor)
             batch.thresholds[i].copy_(threshold)
+
+
+def measure(batch: Batch, h: Hyperparameters) -> Sums:
+    """The sums over each tensor, which here are parts of others; nothing is changed."""
+    found = [
+        rule.measure(p, g, m, B, h, _scalars(batch, h, i))
+        for i, (p, g, m, B) in enumerate(
+            zip(batch.params, batch.grads, batch.exp_avgs, batch.hessian_diags, strict=True)
+        )
+    ]
+    return Sums.joined(found, torch.stack)
+
+
+def _scalars(batch: Batch, h: Hyperparameters, i: int) -> StepScalars:
+    return StepScalars.at(
+        batch.t[i] if isinstance(batch.t, list) else batch.t,
+        h,
+        batch.previous_lr[i] if isinstance(batch.previous_lr, list) else batch.previous_lr,
+        # clone: it is overwritten in the step, and autograd may still need it
+        None if batch.thresholds is None else batch.thresholds[i].clone(),
+    )

@@ -1,0 +1,292 @@
+"""What the ranks do; each function is run by :func:`tests.distributed.ranks.on_ranks`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+from apollo_qn import Apollo
+from tests import tolerances
+from tests.helpers import gradient, normal
+
+SHAPES = ((7, 5), (1, 3), (64,), (3, 401), (2, 3, 4, 5))
+MODES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "l2": {"weight_decay": 1e-2, "maximize": True},
+    "decoupled": {"weight_decay": 1e-2, "decoupled_weight_decay": True},
+    "belief": {"rebound": "belief"},
+    "belief-decoupled": {
+        "rebound": "belief",
+        "weight_decay": 1e-2,
+        "decoupled_weight_decay": True,
+    },
+}
+BACK_ENDS: dict[str, dict[str, Any]] = {
+    "rule": {"foreach": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": None},
+}
+
+
+@contextmanager
+def counted() -> Iterator[list[str]]:
+    """The collectives that are called meanwhile, by name."""
+    calls: list[str] = []
+    with torch.profiler.profile() as profile:
+        yield calls
+    calls += [event.name for event in profile.events() if event.name.startswith("c10d::")]
+
+
+def whole(x: Any) -> Tensor:
+    full: Tensor = x.full_tensor() if isinstance(x, DTensor) else x
+    return full.detach()
+
+
+def distance(x: Any, y: Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    y = y.detach()
+    return float((whole(x) - y).abs().max() / y.abs().max().clamp(min=1e-30))
+
+
+def placed(x: Tensor, mesh: Any, placements: Any) -> DTensor:
+    return distribute_tensor(x.clone(), mesh, placements, src_data_rank=None)
+
+
+def sharded_as_whole(dtype_name: str) -> None:
+    """Trajectories of sharded tensors, of every placement, mode and back end, equal whole ones."""
+    dtype = getattr(torch, dtype_name)
+    world = dist.get_world_size()
+    line = init_device_mesh("cpu", (world,))
+    grid = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
+    layouts = [
+        (line, [Shard(0)]),
+        (line, [Shard(1)]),
+        (grid, [Shard(0), Shard(1)]),
+        (grid, [Replicate(), Shard(0)]),
+        (grid, [Shard(0), Replicate()]),
+        (grid, [Shard(0), Shard(0)]),
+        (line, [Replicate()]),
+    ]
+    chosen = [
+        (shape, mesh, placements)
+        for shape in SHAPES
+        for mesh, placements in layouts
+        if all(getattr(p, "dim", 0) < len(shape) for p in placements)
+    ]
+    steps = 50 if dtype is torch.float32 else 10
+    gradients = [
+        [gradient(torch.Size(shape), dtype, i, t) for t in range(steps)]
+        for i, (shape, _, _) in enumerate(chosen)
+    ]
+    placed_gradients = [
+        [placed(g, mesh, placements) for g in row]
+        for row, (_, mesh, placements) in zip(gradients, chosen, strict=True)
+    ]
+    for mode, settings in MODES.items():
+        for name, back_end in BACK_ENDS.items():
+            alone = [
+                nn.Parameter(normal(shape, "theta", i, dtype=dtype))
+                for i, (shape, _, _) in enumerate(chosen)
+            ]
+            spread = [
+                nn.Parameter(placed(p.detach(), mesh, placements))
+                for p, (_, mesh, placements) in zip(alone, chosen, strict=True)
+            ]
+            optimizers = [
+                Apollo(params, lr=0.05, warmup_steps=5, **settings, **back_end)
+                for params in (alone, spread)
+            ]
+            for t in range(steps):
+                for i, (p, q) in enumerate(zip(alone, spread, strict=True)):
+                    p.grad, q.grad = gradients[i][t], placed_gradients[i][t]
+                for optimizer in optimizers:
+                    optimizer.step()
+            for i, (p, q) in enumerate(zip(alone, spread, strict=True)):
+                states = [o.state[x] for o, x in zip(optimizers, (p, q), strict=True)]
+                where = (mode, name, *chosen[i])
+                assert distance(q, p) <= tolerances.SHARDED[dtype], where
+                found = distance(states[1]["exp_avg"], states[0]["exp_avg"])
+                assert found <= tolerances.SHARDED[dtype], (found, *where)
+                found = distance(states[1]["hessian_diag"], states[0]["hessian_diag"])
+                assert found <= tolerances.SHARDED_B[dtype], (found, *where)
+                for scalar in ("step", "threshold", "previous_lr"):
+                    assert torch.equal(
+                        states[0].get(scalar, torch.zeros(())),
+                        states[1].get(scalar, torch.zeros(())),
+                    ), (scalar, *where)
+
+
+def one_all_reduce_a_mesh() -> None:
+    """However many tensors and groups there are, a step needs one all-reduce for each mesh."""
+    world = dist.get_world_size()
+    line = init_device_mesh("cpu", (world,))
+    grid = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
+    for settings in MODES.values():
+        for meshes in ([line], [line, grid]):
+            params = [
+                nn.Parameter(
+                    placed(normal((9, 4), i), mesh, [Shard(0)] + [Replicate()] * (mesh.ndim - 1))
+                )
+                for mesh in meshes
+                for i in range(6)
+            ]
+            groups = [{"params": params[::2]}, {"params": params[1::2], "lr": 0.5}]
+            optimizer = Apollo(groups, **settings)
+            for _ in range(2):
+                for p in params:
+                    p.grad = torch.ones_like(p)
+                with counted() as calls:
+                    optimizer.step()
+                assert calls == ["c10d::allreduce_"] * len(meshes), calls
+
+
+def extreme_values() -> None:
+    """Sums over shards of very different sizes neither overflow nor vanish."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for dtype, sizes in (
+        (torch.float32, (1e-30, 1e-12, 1e12, 1e30)),
+        (torch.float64, (1e-200, 1e-60, 1e60, 1e200)),
+    ):
+        for size in sizes:
+            for back_end in BACK_ENDS.values():
+                scale = torch.tensor([1.0, 1e-3, 1e-6, 1e3], dtype=dtype).unsqueeze(1) * size
+                p = nn.Parameter(torch.zeros(4, 6, dtype=dtype))
+                q = nn.Parameter(placed(p.detach(), mesh, [Shard(0)]))
+                optimizers = [Apollo([x], lr=0.1, warmup_steps=0, **back_end) for x in (p, q)]
+                for t in range(4):
+                    p.grad = gradient(p.shape, dtype, 0, t) * scale
+                    q.grad = placed(p.grad, mesh, [Shard(0)])
+                    for optimizer in optimizers:
+                        optimizer.step()
+                B = optimizers[0].state[p]["hessian_diag"]
+                assert bool(B.isfinite().all())
+                assert distance(q, p) <= tolerances.EXTREME, (dtype, size, back_end)
+                found = distance(optimizers[1].state[q]["hessian_diag"], B)
+                assert found <= tolerances.EXTREME, (dtype, size, back_end, found)
+
+
+def refusals() -> None:
+    """What cannot be served is named; nothing is changed."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for use_orig_params in (False, True):
+        flat = FullyShardedDataParallel(
+            nn.Linear(4, 4), use_orig_params=use_orig_params, device_id=torch.device("cpu")
+        )
+        with pytest.raises(ValueError, match=r"FSDP1.*fully_shard"):
+            Apollo(flat.parameters())
+
+    p = nn.Parameter(placed(torch.ones(8, 2), mesh, [Shard(0)]))
+    p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="differentiable=True does not support sharded"):
+        Apollo([p], differentiable=True, foreach=False).step()
+    partial = nn.Parameter(DTensor.from_local(torch.ones(2), mesh, [Partial()]))
+    partial.grad = DTensor.from_local(torch.ones(2), mesh, [Partial()])
+    with pytest.raises(RuntimeError, match="must be sharded or replicated"):
+        Apollo([partial]).step()
+    assert torch.equal(whole(p), torch.ones(8, 2))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(10, 10) for _ in range(3))
+        self.last = nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        out: Tensor = self.last(x)
+        return out
+
+
+def net() -> Net:
+    torch.manual_seed(1)
+    return Net()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, part: slice) -> None:
+    """Steps on a batch of 8, of which this rank sees ``part``."""
+    for t in steps:
+        x, y = normal((8, 10), "x", t, dtype=torch.float32), normal((8, 3), t, dtype=torch.float32)
+        optimizer.zero_grad()
+        ((model(x[part]) - y[part]) ** 2).mean().backward()
+        optimizer.step()
+
+
+def my_part() -> slice:
+    size = 8 // dist.get_world_size()
+    return slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
+
+
+def wrapped() -> None:
+    """DDP, ZeroRedundancyOptimizer, FSDP2 and HSDP train as one process does."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+    from torch.nn.parallel import DistributedDataParallel
+
+    settings: dict[str, Any] = {
+        "lr": 0.05,
+        "warmup_steps": 5,
+        "weight_decay": 1e-2,
+        "decoupled_weight_decay": True,
+    }
+    alone = net()
+    train(alone, Apollo(alone.parameters(), **settings), range(50), slice(None))
+
+    world = dist.get_world_size()
+    meshes = {
+        "fsdp": init_device_mesh("cpu", (world,)),
+        "hsdp": init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replica", "shard")),
+    }
+    for way in ("ddp", "zero", "fsdp", "hsdp"):
+        model: nn.Module = net()
+        if way in meshes:
+            for layer in model.layers:  # type: ignore[union-attr]
+                fully_shard(layer, mesh=meshes[way])
+            fully_shard(model, mesh=meshes[way])
+            optimizer: torch.optim.Optimizer = Apollo(model.parameters(), **settings)
+        else:
+            inner = model
+            model = DistributedDataParallel(model)
+            optimizer = (
+                ZeroRedundancyOptimizer(inner.parameters(), Apollo, **settings)
+                if way == "zero"
+                else Apollo(inner.parameters(), **settings)
+            )
+        train(model, optimizer, range(50), my_part())
+        for p, q in zip(alone.parameters(), model.parameters(), strict=True):
+            found = distance(q, p.detach())
+            assert found <= tolerances.TRAINED_APART, (way, found)
+
+
+def tensor_parallel() -> None:
+    """FSDP2 over tensor parallelism: two meshes, some gradients partial or replicated."""
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    world = dist.get_world_size()
+    grid = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("data", "tensor"))
+    alone, model = net(), net()
+    train(alone, Apollo(alone.parameters(), lr=0.05, warmup_steps=5), range(50), slice(None))
+    plan: dict[str, Any] = {"layers.0": ColwiseParallel(), "layers.1": RowwiseParallel()}
+    parallelize_module(model, grid["tensor"], plan)
+    fully_shard(model, mesh=grid["data"])
+    optimizer = Apollo(model.parameters(), lr=0.05, warmup_steps=5)
+    row, rows = grid.get_local_rank("data"), world // 2
+    part = slice(row * 8 // rows, (row + 1) * 8 // rows)
+    train(model, optimizer, range(50), part)
+    for p, q in zip(alone.parameters(), model.parameters(), strict=True):
+        assert distance(q, p.detach()) <= tolerances.TRAINED_APART
