@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import StateDict
 
 from apollo_qn.rule import Hyperparameters
+from apollo_qn.sharded import is_sharded, placed_as
 
 TENSORS = ("exp_avg", "hessian_diag")
 _SCALARS = ("previous_lr", "threshold")
@@ -51,6 +52,12 @@ def check(state_dict: StateDict, groups: list[dict[str, Any]]) -> None:
                     f"{name} must have its parameter's shape {tuple(p.shape)}, "
                     f"got {tuple(state[name].shape)}"
                 )
+            if is_sharded(state[name]) and not is_sharded(p):
+                raise ValueError(
+                    f"{name} must be a plain tensor as its parameter of shape {tuple(p.shape)} is, "
+                    "got a DTensor; save a state of whole tensors, with get_optimizer_state_dict("
+                    "..., options=StateDictOptions(full_state_dict=True)), or shard the parameter"
+                )
 
 
 def restore(
@@ -59,7 +66,7 @@ def restore(
     """Put the saved tensors into ``state`` in full precision.
 
     ``torch.optim.Optimizer.load_state_dict`` casts them to the parameter's type, which would round
-    the float32 state of a bfloat16 parameter.
+    the float32 state of a bfloat16 parameter. A sharded parameter's may be saved whole.
     """
     for p, group, saved in _entries(state_dict, groups):
         home = p.device if group.get("capturable") else torch.device("cpu")
@@ -71,6 +78,7 @@ def restore(
                 kept = kept.to(
                     device=p.device, dtype=torch.promote_types(kept.dtype, state_dtype(p))
                 )
+                kept = placed_as(p, kept)
                 layout = torch.empty_like(p, dtype=kept.dtype, memory_format=torch.preserve_format)
                 kept = kept if kept.stride() == layout.stride() else layout.copy_(kept)
             elif name == "threshold":

@@ -57,6 +57,18 @@ def check_parameter(p: Any) -> None:
         )
 
 
+def placed_as(p: Any, tensor: Any) -> Any:
+    """A saved state with the placements of its parameter; all ranks must have it whole."""
+    if not is_sharded(p):
+        return tensor
+    if is_sharded(tensor):
+        return _like(tensor, p)
+    from torch.distributed.tensor import distribute_tensor
+
+    # every rank cuts its part out of its own copy
+    return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
+
+
 def localized(
     groups: list[Group], before: Reduction | None
 ) -> tuple[list[Group], Reduction | None]:

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
+
 import pytest
 
 from tests.distributed.ranks import on_ranks
 
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_trajectories_of_shards_are_those_of_whole_tensors(dtype: str) -> None:
-    on_ranks(4, "sharded_as_whole", dtype)
-
-
-@pytest.mark.parametrize(
-    "work", ["one_all_reduce_a_mesh", "extreme_values", "refusals", "wrapped", "tensor_parallel"]
+WORK = (
+    "sharded_as_whole float32",
+    "sharded_as_whole float64",
+    "one_all_reduce_a_mesh",
+    "extreme_values",
+    "refusals",
+    "wrapped",
+    "tensor_parallel",
 )
+
+# started once, for to start takes longer than most of the work
+_on_four_ranks = cache(lambda: on_ranks(4, *WORK))
+
+
+@pytest.mark.parametrize("work", WORK)
 def test_on_four_ranks(work: str) -> None:
-    on_ranks(4, work)
+    done, failures = _on_four_ranks()
+    assert work in done, failures
+
+
+def test_checkpoints_of_four_ranks_on_two_and_on_one(tmp_path: Path) -> None:
+    """Saved sharded, flattened and full; the trajectory goes on as if nothing had happened."""
+    assert on_ranks(4, f"save_checkpoints {tmp_path}")[1] == ""
+    for world in (2, 1):
+        assert on_ranks(world, f"load_checkpoints {tmp_path}")[1] == ""

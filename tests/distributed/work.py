@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -215,13 +224,141 @@ def net() -> Net:
     return Net()
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, part: slice) -> None:
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: range,
+    part: slice,
+    schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+) -> None:
     """Steps on a batch of 8, of which this rank sees ``part``."""
     for t in steps:
         x, y = normal((8, 10), "x", t, dtype=torch.float32), normal((8, 3), t, dtype=torch.float32)
         optimizer.zero_grad()
         ((model(x[part]) - y[part]) ** 2).mean().backward()
         optimizer.step()
+        if schedule is not None:
+            schedule.step()
+
+
+SETTINGS: dict[str, Any] = {"weight_decay": 1e-2, "decoupled_weight_decay": True}
+BEFORE, AFTER = range(3), range(3, 8)  # steps
+
+
+def two_groups(model: nn.Module) -> Apollo:
+    last = list(model.last.parameters())  # type: ignore[union-attr]
+    layers = list(model.layers.parameters())  # type: ignore[union-attr]
+    groups = [{"params": layers}, {"params": last, "lr": 0.02, "rebound": "belief"}]
+    return Apollo(groups, lr=0.05, warmup_steps=6, **SETTINGS)
+
+
+def sharded_net() -> tuple[nn.Module, Apollo, torch.optim.lr_scheduler.LRScheduler]:
+    model = net()
+    if dist.get_world_size() > 1:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return scheduled(model)
+
+
+def scheduled(
+    model: nn.Module,
+) -> tuple[nn.Module, Apollo, torch.optim.lr_scheduler.LRScheduler]:
+    optimizer = two_groups(model)
+    return model, optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+
+
+FORMS = {
+    "sharded": StateDictOptions(),
+    "flat": StateDictOptions(flatten_optimizer_state_dict=True),
+    "full": StateDictOptions(full_state_dict=True),
+}
+
+
+def save_checkpoints(folder: str) -> None:
+    """Train for a while and save in every form."""
+    model, optimizer, schedule = sharded_net()
+    train(model, optimizer, BEFORE, my_part(), schedule)
+    for form, options in FORMS.items():
+        state = {
+            "model": get_model_state_dict(model, options=options),
+            "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+            "schedule": schedule.state_dict(),
+        }
+        if form != "full":
+            dcp.save(state, checkpoint_id=Path(folder) / form)
+        elif dist.get_rank() == 0:
+            torch.save(state, Path(folder) / "full.pt")
+
+
+def load_checkpoints(folder: str) -> None:
+    """Go on from every form as one process does that never stopped."""
+    alone, optimizer, schedule = scheduled(net())
+    train(alone, optimizer, range(AFTER.stop), slice(None), schedule)
+    for form, options in FORMS.items():
+        model, resumed, schedule = sharded_net()
+        if form == "full":
+            state = torch.load(Path(folder) / "full.pt", weights_only=True)
+        else:
+            state = {
+                "model": get_model_state_dict(model, options=options),
+                "optimizer": get_optimizer_state_dict(model, resumed, options=options),
+                "schedule": schedule.state_dict(),
+            }
+            dcp.load(state, checkpoint_id=Path(folder) / form)
+        set_model_state_dict(model, state["model"], options=options)
+        set_optimizer_state_dict(model, resumed, state["optimizer"], options=options)
+        schedule.load_state_dict(state["schedule"])
+        check_resumed(alone, optimizer, model, resumed, schedule, form)
+
+    # whole tensors given to load_state_dict itself, which numbers the parameters
+    state = torch.load(Path(folder) / "full.pt", weights_only=True)
+    model, resumed, schedule = sharded_net()
+    set_model_state_dict(model, state["model"], options=FORMS["full"])
+    saved = state["optimizer"]
+    names = [name for group in saved["param_groups"] for name in group["params"]]
+    numbered = {
+        "state": {i: saved["state"][name] for i, name in enumerate(names)},
+        "param_groups": [
+            {**group, "params": [names.index(name) for name in group["params"]]}
+            for group in saved["param_groups"]
+        ],
+    }
+    resumed.load_state_dict(numbered)
+    schedule.load_state_dict(state["schedule"])
+    check_resumed(alone, optimizer, model, resumed, schedule, "load_state_dict")
+
+    if dist.get_world_size() > 1:
+        theirs, plain = resumed.state_dict(), two_groups(net())
+        before = plain.state_dict()
+        with pytest.raises(ValueError, match=r"exp_avg must be a plain tensor.*got a DTensor"):
+            plain.load_state_dict(theirs)
+        assert plain.state_dict() == before
+
+
+def check_resumed(
+    alone: nn.Module,
+    optimizer: Apollo,
+    model: nn.Module,
+    resumed: Apollo,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    where: str,
+) -> None:
+    train(model, resumed, AFTER, my_part(), schedule)
+    for p, q in zip(alone.parameters(), model.parameters(), strict=True):
+        found = distance(q, p.detach())
+        assert found <= tolerances.TRAINED_APART, (where, found)
+        one, other = optimizer.state[p], resumed.state[q]
+        assert one.keys() == other.keys()
+        for name in one:
+            assert other[name].dtype == one[name].dtype
+            # B takes differences of what is rounded
+            worst = tolerances.TRAINED_APART * (100 if name == "hessian_diag" else 1)
+            assert distance(other[name], one[name]) <= worst, (where, name)
+    for one, other in zip(optimizer.param_groups, resumed.param_groups, strict=True):
+        for name in one.keys() - {"params"}:
+            assert one[name] == other[name], (where, name)
 
 
 def my_part() -> slice:
