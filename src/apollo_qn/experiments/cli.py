@@ -6,18 +6,23 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from apollo_qn.experiments import ranks
 from apollo_qn.experiments.errors import ExperimentError
 from apollo_qn.experiments.interrupt import Interrupted
 from apollo_qn.experiments.recipe import Recipe, RunSpec
 from apollo_qn.experiments.schema import SweepKind
+
+if TYPE_CHECKING:
+    from apollo_qn.experiments.matrix import RunState
+    from apollo_qn.experiments.placement import Placement
 
 app = typer.Typer(
     help="Train with Apollo beside other optimizers, and report.",
@@ -45,6 +50,9 @@ DataFolder = Annotated[Path | None, typer.Option("--data", help="Local data, in 
 Jobs = Annotated[int | None, typer.Option(min=1, help="Runs at a time.  [default: as many as fit]")]
 Accelerator = Annotated[str, typer.Option(help="cpu or gpu.")]
 Devices = Annotated[int, typer.Option(min=1, help="Processes that share each run's batches.")]
+Strategy = Annotated[
+    str, typer.Option(help="Of several processes: ddp, or fsdp2 (transformers only).")
+]
 Threads = Annotated[
     int | None,
     typer.Option(min=1, help="CPU threads of each process.  [default: its part of the cores]"),
@@ -56,7 +64,8 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except ExperimentError as error:
-        typer.echo(f"apollo-qn: {error}", err=True)
+        if ranks.speaks_of(error):
+            typer.echo(f"apollo-qn: {error}", err=True)
         raise typer.Exit(2) from None
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
@@ -85,6 +94,7 @@ def compare(
     jobs: Jobs = None,
     accelerator: Accelerator = "cpu",
     devices: Devices = 1,
+    strategy: Strategy = "ddp",
     threads: Threads = None,
 ) -> None:
     """Train a task with several optimizers, schedules and seeds, and write a report.
@@ -93,7 +103,7 @@ def compare(
     Stop it with Ctrl-C; the same command goes on where it was.
     """
     with _one_line_errors():
-        where = _Where(accelerator, devices, jobs, threads)
+        where = _Where(accelerator, devices, jobs, threads, strategy)
         folder = out or Path("runs") / ("compare-quick" if quick else "compare")
         if task is None and data is not None:
             raise ExperimentError(f"--data is {str(data)!r}, which task's? name one before it")
@@ -122,6 +132,7 @@ def sweep(
     jobs: Jobs = None,
     accelerator: Accelerator = "cpu",
     devices: Devices = 1,
+    strategy: Strategy = "ddp",
     threads: Threads = None,
 ) -> None:
     """Train a task at several learning rates or weight decays, and write a report.
@@ -131,7 +142,7 @@ def sweep(
     Ctrl-C; the same command goes on where it was.
     """
     with _one_line_errors():
-        where = _Where(accelerator, devices, jobs, threads)
+        where = _Where(accelerator, devices, jobs, threads, strategy)
         name = f"sweep-{Path(task).stem}-{analysis}{'-quick' if quick else ''}"
         plan, names, chosen = _plan(task, quick, settings, optimizers, schedules, analysis)
         specs = plan.sweep(analysis, names, seeds, chosen)
@@ -154,6 +165,7 @@ def train(
     data: DataFolder = None,
     accelerator: Accelerator = "cpu",
     devices: Devices = 1,
+    strategy: Strategy = "ddp",
     threads: Threads = None,
 ) -> None:
     """Train one run.
@@ -162,12 +174,12 @@ def train(
     it; with other threads sums are rounded otherwise.
     """
     with _one_line_errors():
-        where = _Where(accelerator, devices, 1, threads)
+        where = _Where(accelerator, devices, 1, threads, strategy)
         plan, _, chosen = _plan(task, False, settings, optimizer, schedule)
         seed = plan.seeds[0] if seed is None else seed
         spec = plan.run(optimizer, seed, schedule or chosen[0])
         failed = _train([spec], out, data, where)
-        typer.echo(f"{_run_folder(out, spec)}")
+        _say(f"{_run_folder(out, spec)}")
     if failed:
         raise typer.Exit(1)
 
@@ -309,6 +321,7 @@ class _Where(NamedTuple):
     devices: int
     jobs: int | None
     threads: int | None
+    strategy: str
 
 
 def _run_folder(folder: Path, spec: RunSpec) -> Path:
@@ -345,7 +358,8 @@ def _chosen(option: str, value: str | None, there: Iterable[str]) -> list[str] |
 
 def _train_and_report(specs: list[RunSpec], folder: Path, data: Path | None, where: _Where) -> bool:
     failed = _train(specs, folder, data, where, in_one_report=True)
-    _report([folder], folder)
+    if ranks.speaks():
+        _report([folder], folder)
     return failed
 
 
@@ -356,17 +370,63 @@ def _train(
     where: _Where,
     in_one_report: bool = False,
 ) -> bool:
-    """Train what is not finished; True: a run has failed.
+    """Train what is not finished; True: a run has failed."""
+    from apollo_qn.experiments import matrix, together
+    from apollo_qn.experiments.placement import share
+    from apollo_qn.experiments.progress import display
+
+    if ranks.started():
+        jobs, placement = 1, ranks.placement(share(*where)[1])
+        ranks.join(placement.accelerator)
+    else:
+        jobs, placement = share(*where)
+    for spec in specs:
+        placement.check(spec)
+
+    def prepare() -> list[matrix.RunState]:
+        if not ranks.speaks():
+            return []
+        return _prepared(specs, folder, data, placement, where.threads is None, in_one_report)
+
+    runs = ranks.agreed(prepare)
+    console = Console(stderr=True)
+    try:
+        if ranks.started():
+            with display(console) if runs else nullcontext() as shown:
+                together.run_all([_run_folder(folder, spec) for spec in specs], runs, shown)
+        else:
+            with display(console) as shown:
+                matrix.run_all(runs, jobs, shown)
+    except Interrupted as interrupt:
+        again = shlex.join(["apollo-qn", *sys.argv[1:]])
+        _say(f"Stopped; nothing is lost. Go on with:  {again}", err=True)
+        raise typer.Exit(128 + interrupt.number) from None
+    failed = [run for run in runs if run.status == "failed"]
+    for run in failed:
+        typer.echo(
+            f"apollo-qn: {run.name} failed ({run.reason}); see {run.directory.log}; "
+            "the same command tries it again",
+            err=True,
+        )
+    return bool(failed)
+
+
+def _prepared(
+    specs: list[RunSpec],
+    folder: Path,
+    data: Path | None,
+    placement: Placement,
+    keep_threads: bool,
+    in_one_report: bool,
+) -> list[RunState]:
+    """The runs with their directories.
 
     Nothing is written before it is clear that all can be trained, and where they are meant for one
     report, that they can stand in one with what is there.
     """
     from apollo_qn.experiments import comparable, matrix, tasks
-    from apollo_qn.experiments.placement import share
-    from apollo_qn.experiments.progress import display
     from apollo_qn.experiments.runs import RunDirectory
 
-    jobs, placement = share(*where)
     made = {spec.task: tasks.make(spec, data) for spec in reversed(specs)}
     new = {}
     for spec in specs:
@@ -387,28 +447,18 @@ def _train(
         task = made[spec.task]
         directory = RunDirectory(_run_folder(folder, spec))
         directory.prepare(
-            spec, task.fingerprint, data, sys.argv, placement, task.remarks, where.threads is None
+            spec, task.fingerprint, data, sys.argv, placement, task.remarks, keep_threads
         )
         steps = spec.train.schedule.steps(task.steps_per_epoch)
         runs.append(
             matrix.RunState(directory, spec, steps, task.curve, task.unit, task.units_per_step)
         )
-    console = Console(stderr=True)
-    try:
-        with display(console) as shown:
-            matrix.run_all(runs, jobs, shown)
-    except Interrupted as interrupt:
-        again = shlex.join(["apollo-qn", *sys.argv[1:]])
-        typer.echo(f"Stopped; nothing is lost. Go on with:  {again}", err=True)
-        raise typer.Exit(128 + interrupt.number) from None
-    failed = [run for run in runs if run.status == "failed"]
-    for run in failed:
-        typer.echo(
-            f"apollo-qn: {run.name} failed ({run.reason}); see {run.directory.log}; "
-            "the same command tries it again",
-            err=True,
-        )
-    return bool(failed)
+    return runs
+
+
+def _say(text: str, err: bool = False) -> None:
+    if ranks.speaks():
+        typer.echo(text, err=err)
 
 
 def _report(runs: list[Path], folder: Path, target: float | None = None) -> None:

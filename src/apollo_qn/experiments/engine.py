@@ -14,13 +14,16 @@ import pickle
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import torch
 from torch import Tensor, nn
 
+from apollo_qn.experiments import ranks
 from apollo_qn.experiments.errors import ExperimentError
 from apollo_qn.experiments.files import write_atomically
+from apollo_qn.experiments.models.batch_norm import over_all_processes
 from apollo_qn.experiments.optimizers import build, rate_factor
 from apollo_qn.experiments.placement import Placement
 from apollo_qn.experiments.recipe import RunSpec
@@ -29,6 +32,7 @@ from apollo_qn.experiments.seeds import derived_seed
 from apollo_qn.experiments.stopwatch import Stopwatch
 from apollo_qn.experiments.tasks.base import Batch, Carried, Task
 from apollo_qn.experiments.tracking import events
+from apollo_qn.experiments.whole import gathered, is_sharded, load_optimizer, load_weights
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -61,7 +65,8 @@ def train(
     Raises:
         ExperimentError: the checkpoint cannot be read.
     """
-    verdict = directory.verdict()
+    # one process looks: on a shared file system the others may see it later
+    verdict = ranks.from_first(directory.verdict() if ranks.speaks() else None)
     if verdict is not None:
         return "diverged" if verdict["verdict"] == "diverged" else "finished"
     fabric = Placement().fabric(spec) if fabric is None else fabric
@@ -88,12 +93,16 @@ class _Run:
         self.network: nn.Module = task.model()  # as the task knows it
         if fabric.global_rank > 0:  # dropout draws other numbers in each process
             torch.manual_seed(derived_seed(spec.seed, fabric.global_rank))
+        if fabric.world_size > 1:
+            self.network = over_all_processes(self.network, fabric.device)
+        network: Any = torch.compile(self.network) if spec.train.compile else self.network
+        self.model = fabric.setup_module(network)
+        # sharded parameters are others than those before
         optimizer = build(spec.optimizer, self.network.parameters())
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, rate_factor(spec.train.schedule, spec.name, self.steps)
         )
-        network: Any = torch.compile(self.network) if spec.train.compile else self.network
-        self.model, self.optimizer = fabric.setup(network, optimizer)
+        self.optimizer: Any = fabric.setup_optimizers(optimizer)
         self.step = 0
         self.carried: Carried = ()
         # since the last evaluation, and since the last line: the sum stays where the loss is, so
@@ -285,30 +294,53 @@ class _Run:
         if self.best is not None and not metric.better(value, self.best):
             return
         self.best = value
+        weights = self._weights()
         if self.fabric.is_global_zero:
-            state = {"model": self.network.state_dict(), "epoch": self.epoch, metric.name: value}
+            state = {"model": weights, "epoch": self.epoch, metric.name: value}
             write_atomically(self.directory.best, _saved(state))
 
     def _keep_for_average(self) -> None:
         count = self.spec.train.average_last
-        if count == 1 or not self.fabric.is_global_zero:
+        if count == 1:
             return
-        state = {name: value.cpu() for name, value in self.network.state_dict().items()}
+        weights = self._weights()
+        if not self.fabric.is_global_zero:
+            return
+        state = {name: value.cpu() for name, value in weights.items()}
         write_atomically(self.directory.evaluated(self.step), _saved(state))
         for path in self.directory.all_evaluated(self.step)[:-count]:
             path.unlink()
 
     def _average(self) -> None:
         """Put the mean of the last evaluations' weights in place of the weights."""
+        mean = ranks.from_first(self._mean_weights() if self.fabric.is_global_zero else None)
+        assert mean is not None
+        load_weights(self.network, mean)
+        if self.fabric.is_global_zero:
+            write_atomically(self.directory.averaged, _saved({"model": mean}))
+
+    def _mean_weights(self) -> dict[str, Tensor]:
         paths = self.directory.all_evaluated(self.step)[-self.spec.train.average_last :]
         states = [torch.load(path, weights_only=True) for path in paths]
         mean = {}
         for name, last in states[-1].items():
             total = torch.stack([state[name].double() for state in states]).mean(0)
             mean[name] = total.to(last.dtype) if last.is_floating_point() else last
-        self.network.load_state_dict(mean)
-        if self.fabric.is_global_zero:
-            write_atomically(self.directory.averaged, _saved({"model": mean}))
+        return mean
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Whole tensors; all processes must ask."""
+        weights: dict[str, Tensor] = gathered(dict(self.network.state_dict()))
+        return weights
+
+    def _whole_network(self) -> nn.Module:
+        """One that each process can use by itself, as often as its part of the data needs."""
+        if not is_sharded(self.network):
+            return self.network
+        with torch.random.fork_rng():
+            network = self.task.model().to(self.fabric.device)
+        network.load_state_dict(self._weights())
+        return network.eval()
 
     def _evaluate(self, final: bool = False) -> dict[str, float]:
         """Metrics on the held-out data, of which each process takes a part."""
@@ -318,7 +350,7 @@ class _Run:
                 buffer.copy_(self.fabric.broadcast(buffer))
         self.model.eval()
         with torch.no_grad(), self.fabric.autocast():
-            tally = self.task.tally(self.network, rank, world, final)
+            tally = self.task.tally(self._whole_network(), rank, world, final)
         if world > 1:
             tally = self.fabric.all_reduce(tally, reduce_op="sum")  # type: ignore[assignment]
         return self.task.metrics(tally, final)
@@ -341,12 +373,13 @@ class _Run:
 
     def _save(self) -> None:
         processes = self._of_all_processes()
+        weights, optimizer = self._weights(), gathered(self.optimizer.state_dict())
         if self.metrics is not None and self.events is not None:
             self.metrics.flush()
             self.events.flush()
             state = {
-                "model": self.network.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "model": weights,
+                "optimizer": optimizer,
                 "schedule": self.schedule.state_dict(),
                 "processes": processes,
                 "step": self.step,
@@ -378,15 +411,32 @@ class _Run:
         torch.distributed.all_gather_object(gathered, mine)
         return gathered
 
+    def _read_checkpoint(self) -> dict[str, Any]:
+        path = self.directory.checkpoint
+        try:
+            state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+            mine: int | None = state["step"]
+        except FileNotFoundError:
+            state, mine = {}, None
+        except _UNREADABLE as error:
+            raise _unreadable(path, error) from None
+        firsts = ranks.from_first(mine)
+        if mine != firsts:
+            raise ExperimentError(
+                f"{path}: holds step {mine} here and {firsts} for rank 0; all processes must see "
+                "the same directory"
+            )
+        return state
+
     def _restore(self) -> int:
         """Load the checkpoint if there is one; how many bytes of the metrics are valid."""
         path = self.directory.checkpoint
-        if not path.exists():
+        if not ranks.from_first(path.exists()):
             return 0
         try:
-            state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-            self.network.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            state = ranks.agreed(self._read_checkpoint)
+            load_weights(self.network, state["model"])
+            load_optimizer(self.optimizer, state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
             mine = state["processes"][self.fabric.global_rank]
             torch.set_rng_state(mine["random"])
@@ -395,11 +445,7 @@ class _Run:
             elif self.fabric.device.type == "cuda":  # it began on a CPU
                 torch.cuda.manual_seed(derived_seed(self.spec.seed, state["step"]))
         except _UNREADABLE as error:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ExperimentError(
-                f"{path}: the checkpoint cannot be read ({first}); remove the run's directory "
-                "to train it anew"
-            ) from None
+            raise _unreadable(path, error) from None
         self.step = state["step"]
         self.period_loss.copy_(mine["period_loss"])
         self.carried = tuple(
@@ -413,6 +459,14 @@ class _Run:
         self.evaluated = state["evaluated"]
         self.seconds_before = state["seconds"]
         return int(state["metrics_bytes"])
+
+
+def _unreadable(path: Path, error: Exception) -> ExperimentError:
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ExperimentError(
+        f"{path}: the checkpoint cannot be read ({first}); remove the run's directory to train it "
+        "anew"
+    )
 
 
 def _saved(state: dict[str, Any]) -> bytes:

@@ -79,6 +79,23 @@ class RunState:
             if line["kind"] == "evaluation":
                 self.evaluated, self.score = line["step"], line.get(self.metric.name)
 
+    def settle(self, status: int | None = None) -> None:
+        """Find what became of it: its process has ended with this status, or was not started."""
+        self.pid = None
+        verdict = self.directory.verdict()
+        if verdict is not None:
+            self.status = "diverged" if verdict["verdict"] == "diverged" else "finished"
+            self.step = verdict["step"]
+        elif status == STOPPED:
+            self.status = "stopped"
+        elif status is not None:
+            self.status = "failed"
+            lines = self.directory.log.read_text(errors="replace").strip().splitlines()
+            how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+            # torchrun has words of its own after a worker's
+            told = [line.removeprefix(COMPLAINT) for line in lines if line.startswith(COMPLAINT)]
+            self.reason = f"{how}: {(told or lines)[-1]}" if lines and status > 0 else how
+
 
 class Display(Protocol):
     """Shows the runs while they go on."""
@@ -100,7 +117,7 @@ def run_all(runs: list[RunState], jobs: int, display: Display) -> None:
     """
     for run in runs:
         run.refresh()
-        _settle(run)
+        run.settle()
     workers: dict[int, subprocess.Popen[bytes]] = {}
     slots: dict[int, int] = {}
     with signals() as received:
@@ -117,7 +134,7 @@ def run_all(runs: list[RunState], jobs: int, display: Display) -> None:
                     runs[index].refresh()
                     if process.poll() is not None:
                         del workers[index]
-                        _settle(runs[index], process.returncode)
+                        runs[index].settle(process.returncode)
                 if received:
                     raise Interrupted(received[0])
         finally:
@@ -157,24 +174,6 @@ def _start(run: RunState, slot: int) -> subprocess.Popen[bytes]:
         )
 
 
-def _settle(run: RunState, status: int | None = None) -> None:
-    """What became of a run whose process has ended with this status, or has not been started."""
-    run.pid = None
-    verdict = run.directory.verdict()
-    if verdict is not None:
-        run.status = "diverged" if verdict["verdict"] == "diverged" else "finished"
-        run.step = verdict["step"]
-    elif status == STOPPED:
-        run.status = "stopped"
-    elif status is not None:
-        run.status = "failed"
-        lines = run.directory.log.read_text(errors="replace").strip().splitlines()
-        how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
-        # torchrun has words of its own after a worker's
-        told = [line.removeprefix(COMPLAINT) for line in lines if line.startswith(COMPLAINT)]
-        run.reason = f"{how}: {(told or lines)[-1]}" if lines and status > 0 else how
-
-
 def _stop(
     workers: dict[int, subprocess.Popen[bytes]], runs: list[RunState], received: list[int]
 ) -> None:
@@ -188,7 +187,7 @@ def _stop(
         process.kill()
         process.wait()
         runs[index].refresh()
-        _settle(runs[index], STOPPED)
+        runs[index].settle(STOPPED)
 
 
 def _tail(directory: RunDirectory) -> list[Record]:

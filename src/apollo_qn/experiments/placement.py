@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 Accelerator = Literal["cpu", "gpu"]
+Strategy = Literal["ddp", "fsdp2"]
 
 
 class Placement(Section):
@@ -27,6 +28,7 @@ class Placement(Section):
     devices: Count = 1  # processes on a machine: GPUs, or on a CPU whatever is asked for
     nodes: Count = 1
     threads: Count = 1  # of each process
+    strategy: Strategy = "ddp"  # of several processes: all weights in each, or a part (transformer)
 
     @property
     def processes(self) -> int:
@@ -37,7 +39,7 @@ class Placement(Section):
         """Lightning Fabric for this run, its processes joined.
 
         Raises:
-            ExperimentError: there is no such device.
+            ExperimentError: there is no such device, or the model cannot be sharded.
         """
         from lightning.fabric import Fabric  # takes seconds
 
@@ -45,7 +47,10 @@ class Placement(Section):
             raise ExperimentError(
                 f"{self.devices} GPUs are asked for, this machine has {torch.cuda.device_count()}"
             )
-        several: dict[str, Any] = {"strategy": "ddp"} if self.processes > 1 else {}
+        self.check(spec)
+        several: dict[str, Any] = {}
+        if self.processes > 1:
+            several["strategy"] = _sharded(self.processes) if self.strategy == "fsdp2" else "ddp"
         fabric = Fabric(
             accelerator=self.accelerator,
             devices=self.devices,
@@ -56,6 +61,33 @@ class Placement(Section):
         fabric.launch()
         return fabric
 
+    def check(self, spec: RunSpec) -> None:
+        """Raise ExperimentError where this run cannot be trained so."""
+        if self.strategy == "fsdp2" and spec.model.family != "transformer":
+            raise ExperimentError(
+                f"--strategy is 'fsdp2', the model of the task {spec.task} ({spec.model}) is "
+                "trained with 'ddp' only; transformers with both"
+            )
+
+
+def _sharded(processes: int) -> Any:
+    """FSDP2: every layer is a unit, all the rest (the embedding) another."""
+    from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    from apollo_qn.experiments.models.transformer import Transformer
+
+    def parallelize(network: Any, mesh: DeviceMesh) -> Any:
+        mesh = mesh["data_parallel"]
+        for module in network.modules():
+            if isinstance(module, Transformer):
+                for layer in (*module.encoder, *module.decoder):
+                    fully_shard(layer, mesh=mesh)
+        return fully_shard(network, mesh=mesh)
+
+    return ModelParallelStrategy(parallelize, data_parallel_size=processes, tensor_parallel_size=1)
+
 
 def leave() -> None:
     """Take leave of a run's other processes; without it the last of them may crash at its end."""
@@ -64,7 +96,11 @@ def leave() -> None:
 
 
 def share(
-    accelerator: str, devices: int, jobs: int | None, threads: int | None = None
+    accelerator: str,
+    devices: int,
+    jobs: int | None,
+    threads: int | None = None,
+    strategy: str = "ddp",
 ) -> tuple[int, Placement]:
     """Divide this machine: how many runs at a time, and where each is trained.
 
@@ -73,13 +109,17 @@ def share(
         devices: processes of a run.
         jobs: runs at a time; None: as many as the cores or GPUs are enough for.
         threads: of each process; None: its part of the cores.
+        strategy: of several processes, ``"ddp"`` or ``"fsdp2"``.
 
     Raises:
-        ExperimentError: another accelerator, or fewer GPUs than a run needs.
+        ExperimentError: another accelerator or strategy, or fewer GPUs than a run needs.
     """
-    if accelerator not in get_args(Accelerator):
-        allowed = ", ".join(get_args(Accelerator))
-        raise ExperimentError(f"--accelerator is {accelerator!r}, allowed are {allowed}")
+    for option, value, kind in (
+        ("--accelerator", accelerator, Accelerator),
+        ("--strategy", strategy, Strategy),
+    ):
+        if value not in get_args(kind):
+            raise ExperimentError(f"{option} is {value!r}, allowed are {', '.join(get_args(kind))}")
     if accelerator == "gpu":
         there = torch.cuda.device_count()
         if there < devices * (jobs or 1):
@@ -88,7 +128,12 @@ def share(
         there = cores() // (threads or 1)
     jobs = jobs or max(1, there // devices)
     threads = threads or max(1, cores() // (jobs * devices))
-    placement = {"accelerator": accelerator, "devices": devices, "threads": threads}
+    placement = {
+        "accelerator": accelerator,
+        "devices": devices,
+        "threads": threads,
+        "strategy": strategy,
+    }
     return jobs, Placement.model_validate(placement)
 
 

@@ -10,16 +10,18 @@ import fcntl
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
 
 import torch
 
-from apollo_qn.experiments import tasks
-from apollo_qn.experiments.engine import train
+from apollo_qn.experiments import ranks, tasks
+from apollo_qn.experiments.engine import Outcome, train
 from apollo_qn.experiments.errors import ExperimentError
-from apollo_qn.experiments.placement import leave
+from apollo_qn.experiments.placement import Placement, leave
+from apollo_qn.experiments.recipe import RunSpec
 from apollo_qn.experiments.runs import RunDirectory
 
 STOPPED = 75  # exit status: not finished, there is a checkpoint to go on from
@@ -39,23 +41,38 @@ def main() -> int:
     parent = int(os.environ.get(PARENT, os.getppid()))
     directory = RunDirectory(arguments.run)
     try:
-        first = os.environ.get("RANK", "0") == "0"  # torchrun's; the others hold no lock
-        with _exclusive(directory) if first else nullcontext():
-            spec, placement = directory.spec(), directory.placement()
-            # the order of sums depends on it: a resumed run keeps the number it began with
-            torch.set_num_threads(placement.threads)
-            fabric = placement.fabric(spec)
-            folder = directory.read()["data"]["folder"]
-            data = None if folder is None else Path(folder)
-            task = tasks.make(spec, data, fabric.device, placement.threads)
-            outcome = train(
-                directory, spec, task, lambda: bool(asked) or not _is_alive(parent), fabric
-            )
-            leave()
+        outcome = work(directory, lambda: bool(asked) or not _is_alive(parent))
+        leave()
     except ExperimentError as error:
-        print(f"{COMPLAINT}{error}", file=sys.stderr)
+        print(f"{COMPLAINT}{error}", file=sys.stderr, flush=True)
         return UNUSABLE
     return STOPPED if outcome == "stopped" else 0
+
+
+def work(directory: RunDirectory, stop: Callable[[], bool]) -> Outcome:
+    """Train a prepared run, in as many processes as have been started for it.
+
+    Raises:
+        ExperimentError: the run or its data cannot be used, or another process of it is lost.
+    """
+    with _exclusive(directory) if ranks.speaks() else nullcontext():
+        # one process reads: on a shared file system the others may see it later
+        reads = ranks.speaks() or not ranks.joined()
+        found = ranks.agreed(lambda: _wanted(directory) if reads else None)
+        found = ranks.from_first(found)
+        assert found is not None
+        spec, placement, data = found
+        # the order of sums depends on it: a resumed run keeps the number it began with
+        torch.set_num_threads(placement.threads)
+        with ranks.losing_none():
+            fabric = placement.fabric(spec)
+            task = ranks.agreed(lambda: tasks.make(spec, data, fabric.device, placement.threads))
+            return train(directory, spec, task, stop, fabric)
+
+
+def _wanted(directory: RunDirectory) -> tuple[RunSpec, Placement, Path | None]:
+    folder = directory.read()["data"]["folder"]
+    return directory.spec(), directory.placement(), None if folder is None else Path(folder)
 
 
 def _is_alive(process: int) -> bool:

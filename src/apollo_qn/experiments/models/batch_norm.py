@@ -1,0 +1,71 @@
+"""Batch normalisation whose batch is that of all processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def over_all_processes(network: nn.Module, device: torch.device) -> nn.Module:
+    """Let its batch normalisations take mean and variance over the batches of all processes.
+
+    So the same batch in many processes trains as it does in one. Parameters, buffers and their
+    names remain.
+    """
+    if device.type == "cuda":
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+        return converted
+    for module in network.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = _BatchNorm2d  # the same parameters and settings, another forward
+    return network
+
+
+class _BatchNorm2d(nn.BatchNorm2d):
+    """What ``nn.SyncBatchNorm`` is, which serves GPUs alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        dtype, x = x.dtype, x.float()
+        count = x.new_full((1,), x.numel() / x.shape[1])
+        sums = _sum(torch.cat([x.sum((0, 2, 3)), count]))
+        count = sums[-1]
+        mean = sums[:-1] / count
+        centred = x - mean[:, None, None]
+        variance = _sum(centred.square().sum((0, 2, 3))) / count
+        self._keep(mean.detach(), variance.detach(), count.detach())
+        scale = torch.rsqrt(variance + self.eps) * self.weight
+        y: Tensor = centred * scale[:, None, None] + self.bias[:, None, None]
+        return y.to(dtype)
+
+    def _keep(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        assert self.momentum is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+
+
+class _Sum(torch.autograd.Function):
+    """Over all processes; every one's loss depends on it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return _Sum.forward(ctx, gradients[0])
+
+
+def _sum(x: Tensor) -> Tensor:
+    total: Tensor = _Sum.apply(x)  # type: ignore[no-untyped-call]
+    return total
