@@ -17,6 +17,8 @@ WORK = (
     "refusals",
     "wrapped",
     "tensor_parallel",
+    "batch_norm",
+    "residual_network",
 )
 
 # started once, for to start takes longer than most of the work

@@ -24,6 +24,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from apollo_qn import Apollo
+from apollo_qn.experiments.models.batch_norm import over_all_processes
+from apollo_qn.experiments.models.resnet import ResNet
 from tests import tolerances
 from tests.helpers import gradient, normal
 
@@ -404,6 +406,54 @@ def wrapped() -> None:
         for p, q in zip(alone.parameters(), model.parameters(), strict=True):
             found = distance(q, p.detach())
             assert found <= tolerances.TRAINED_APART, (way, found)
+
+
+def batch_norm() -> None:
+    """Over all processes it is that of the whole batch: values, gradients, running statistics."""
+    size = 8 // dist.get_world_size()
+    whole_batch = normal((8, 3, 5, 4), "x").requires_grad_()
+    mine = slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
+    part = whole_batch[mine].detach().requires_grad_()
+    alone, spread = (nn.Sequential(nn.BatchNorm2d(3)).double() for _ in range(2))
+    spread = over_all_processes(spread, torch.device("cpu"))
+    weights = normal((8, 3, 5, 4), "weights")
+    for _ in range(2):
+        one, other = alone(whole_batch), spread(part)
+        assert distance(other, one[mine]) < 1e-14
+        (one * weights).sum().backward()
+        (other * weights[mine]).sum().backward()
+    assert whole_batch.grad is not None
+    assert part.grad is not None
+    assert distance(part.grad, whole_batch.grad[mine]) < 1e-13
+    for p, q in zip(alone.parameters(), spread.parameters(), strict=True):
+        dist.all_reduce(q.grad)
+        assert distance(q.grad, p.grad) < 1e-13
+    for name, value in alone.state_dict().items():
+        assert distance(spread.state_dict()[name].double(), value.double()) < 1e-14, name
+    narrow = spread.to(torch.bfloat16)(part.detach().bfloat16())
+    assert narrow.dtype == torch.bfloat16
+
+
+def residual_network() -> None:
+    """DDP with it trains a network with batch normalisation as one process does."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.manual_seed(1)
+    alone = ResNet(blocks=1, width=2, in_channels=1, classes=10).double()
+    spread: nn.Module = ResNet(blocks=1, width=2, in_channels=1, classes=10).double()
+    spread.load_state_dict(alone.state_dict())
+    spread = DistributedDataParallel(over_all_processes(spread, torch.device("cpu")))
+    size = 8 // dist.get_world_size()
+    mine = slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
+    for model, part in ((alone, slice(None)), (spread, mine)):
+        optimizer = Apollo(model.parameters(), lr=0.1, warmup_steps=0)
+        for t in range(5):
+            x, y = normal((8, 1, 12, 12), "x", t)[part], torch.arange(8)[part]
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    for p, q in zip(alone.state_dict().values(), spread.state_dict().values(), strict=True):
+        assert distance(q.double(), p.double()) < 1e-9  # 1e-16 grows a hundredfold a step
 
 
 def tensor_parallel() -> None:

@@ -23,6 +23,10 @@ from .conftest import TINY
 from .helpers import assert_identical, prepared, result
 from .test_texts import SETTINGS, texts  # noqa: F401  (a fixture)
 
+FIRST, ROUNDED = 4, 1e-5  # lines of the curve, relative difference
+# What rounding grows to in the rest. Images: one process, whose weights are changed by 1e-7 at the
+# start, is as far away (5e-4 to 1e-3) as two processes are; the kinks of so small a network do it.
+GROWN = {"images": 2e-3, "wordnet": 2e-4, "phrases": 2e-4, "phrases, sharded": 2e-4}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 # a process draws other numbers for dropout than the one process does
 SAME = ["model.dropout=0.0"]
@@ -60,6 +64,8 @@ def test_two_processes_train_every_model_as_one(
     tmp_path: Path,
 ) -> None:
     """DDP, batch normalisation over all processes, sharded weights: the same loss curve."""
+    text = TINY.replace("log_every = 5", "log_every = 1")
+    recipe_file.write_text(text)
     specs = {"images": recipe.load(str(recipe_file)).run("apollo", 3)}
     for task in ("wordnet", "phrases"):
         specs[task] = recipe.load(task, [*SETTINGS[task], *SAME]).run("apollo", 3)
@@ -82,9 +88,11 @@ def test_two_processes_train_every_model_as_one(
         wanted, found = curve(alone[name]), curve(several[name])
         assert [step for step, _ in found] == [step for step, _ in wanted]
         losses = torch.tensor([[loss for _, loss in one] for one in (found, wanted)])
-        torch.testing.assert_close(losses[0], losses[1], rtol=2e-4, atol=0, msg=f"{name}: {losses}")
+        difference = ((losses[0] - losses[1]) / losses[1]).abs()
+        assert difference[:FIRST].max() <= ROUNDED, (name, difference)
+        assert difference.max() <= GROWN[name], (name, difference)
         for key, value in numbers(alone[name]).items():
-            assert numbers(several[name])[key] == pytest.approx(value, rel=0.02), (name, key)
+            assert numbers(several[name])[key] == pytest.approx(value, rel=0.05), (name, key)
     # a checkpoint of sharded weights is one of whole weights
     states = [
         torch.load(one["phrases, sharded"].checkpoint, weights_only=True)

@@ -377,7 +377,8 @@ def _train(
 
     if ranks.started():
         jobs, placement = 1, ranks.placement(share(*where)[1])
-        ranks.join(placement.accelerator)
+        if advice := ranks.advice():
+            _say(f"apollo-qn: {advice}", err=True)
     else:
         jobs, placement = share(*where)
     for spec in specs:
@@ -388,13 +389,17 @@ def _train(
             return []
         return _prepared(specs, folder, data, placement, where.threads is None, in_one_report)
 
-    runs = ranks.agreed(prepare)
     console = Console(stderr=True)
+    runs: list[RunState] = []
     try:
         if ranks.started():
-            with display(console) if runs else nullcontext() as shown:
-                together.run_all([_run_folder(folder, spec) for spec in specs], runs, shown)
+            with ranks.losing_none():
+                ranks.join(placement.accelerator)
+                runs = ranks.agreed(prepare)
+                with display(console) if runs else nullcontext() as shown:
+                    together.run_all([_run_folder(folder, spec) for spec in specs], runs, shown)
         else:
+            runs = prepare()
             with display(console) as shown:
                 matrix.run_all(runs, jobs, shown)
     except Interrupted as interrupt:

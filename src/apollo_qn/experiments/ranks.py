@@ -55,12 +55,41 @@ def join(accelerator: str) -> None:
     """Meet the other processes."""
     import torch
     import torch.distributed as dist
+    from torch._C._distributed_c10d import PrefixStore, TCPStore
 
     if dist.is_initialized():
         return
     if accelerator == "gpu":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if accelerator == "gpu" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if accelerator == "gpu" else "gloo"
+    if os.environ["WORLD_SIZE"] != os.environ["LOCAL_WORLD_SIZE"] or not _store_survives():
+        dist.init_process_group(backend)
+        return
+    # torchrun's store still holds the addresses of the processes before a restart
+    # (pytorch/pytorch#135712); on several machines their agents count restarts differently
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    store = PrefixStore(attempt, TCPStore(*address, is_master=False))
+    world = int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=world)
+
+
+def _store_survives() -> bool:
+    """Whether torchrun keeps one store over all restarts."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def advice() -> str | None:
+    """What is to be told of the way in which torchrun was called."""
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    several = os.environ["WORLD_SIZE"] != os.environ["LOCAL_WORLD_SIZE"]
+    if restarts and several and _store_survives():
+        return (
+            "for --max-restarts on several machines set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where "
+            "torchrun is called; otherwise a restart may meet addresses of processes that are gone "
+            "(pytorch/pytorch#135712)"
+        )
+    return None
 
 
 def joined() -> bool:

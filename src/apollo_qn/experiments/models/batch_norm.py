@@ -30,7 +30,7 @@ class _BatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        dtype, x = x.dtype, x.float()
+        dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
         count = x.new_full((1,), x.numel() / x.shape[1])
         sums = _sum(torch.cat([x.sum((0, 2, 3)), count]))
         count = sums[-1]
@@ -48,8 +48,11 @@ class _BatchNorm2d(nn.BatchNorm2d):
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        for running, now in (
+            (self.running_mean, mean),
+            (self.running_var, variance * count / (count - 1)),
+        ):
+            running.lerp_(now.to(running), self.momentum)
 
 
 class _Sum(torch.autograd.Function):
