@@ -53,6 +53,10 @@ Devices = Annotated[int, typer.Option(min=1, help="Processes that share each run
 Strategy = Annotated[
     str, typer.Option(help="Of several processes: ddp, or fsdp2 (transformers only).")
 ]
+Cluster = Annotated[
+    str | None,
+    typer.Option(help="ray: each run is a task of the cluster of RAY_ADDRESS, or of a local one."),
+]
 Threads = Annotated[
     int | None,
     typer.Option(min=1, help="CPU threads of each process.  [default: its part of the cores]"),
@@ -96,6 +100,7 @@ def compare(
     devices: Devices = 1,
     strategy: Strategy = "ddp",
     threads: Threads = None,
+    cluster: Cluster = None,
 ) -> None:
     """Train a task with several optimizers, schedules and seeds, and write a report.
 
@@ -103,7 +108,7 @@ def compare(
     Stop it with Ctrl-C; the same command goes on where it was.
     """
     with _one_line_errors():
-        where = _Where(accelerator, devices, jobs, threads, strategy)
+        where = _Where(accelerator, devices, jobs, threads, strategy, cluster)
         folder = out or Path("runs") / ("compare-quick" if quick else "compare")
         if task is None and data is not None:
             raise ExperimentError(f"--data is {str(data)!r}, which task's? name one before it")
@@ -134,6 +139,7 @@ def sweep(
     devices: Devices = 1,
     strategy: Strategy = "ddp",
     threads: Threads = None,
+    cluster: Cluster = None,
 ) -> None:
     """Train a task at several learning rates or weight decays, and write a report.
 
@@ -142,7 +148,7 @@ def sweep(
     Ctrl-C; the same command goes on where it was.
     """
     with _one_line_errors():
-        where = _Where(accelerator, devices, jobs, threads, strategy)
+        where = _Where(accelerator, devices, jobs, threads, strategy, cluster)
         name = f"sweep-{Path(task).stem}-{analysis}{'-quick' if quick else ''}"
         plan, names, chosen = _plan(task, quick, settings, optimizers, schedules, analysis)
         specs = plan.sweep(analysis, names, seeds, chosen)
@@ -322,6 +328,7 @@ class _Where(NamedTuple):
     jobs: int | None
     threads: int | None
     strategy: str
+    cluster: str | None = None
 
 
 def _run_folder(folder: Path, spec: RunSpec) -> Path:
@@ -371,16 +378,22 @@ def _train(
     in_one_report: bool = False,
 ) -> bool:
     """Train what is not finished; True: a run has failed."""
-    from apollo_qn.experiments import matrix, together
+    from apollo_qn.experiments import cluster, matrix, together
     from apollo_qn.experiments.placement import share
     from apollo_qn.experiments.progress import display
 
+    if where.cluster not in (None, *cluster.ENGINES):
+        allowed = ", ".join(cluster.ENGINES)
+        raise ExperimentError(f"--cluster is {where.cluster!r}, allowed are {allowed}")
+    on_cluster = where.cluster is not None
     if ranks.started():
-        jobs, placement = 1, ranks.placement(share(*where)[1])
+        if where.cluster is not None:
+            raise ExperimentError(f"--cluster {where.cluster} starts runs itself, not by torchrun")
+        jobs, placement = 1, ranks.placement(share(*where[:-1], on_cluster)[1])
         if advice := ranks.advice():
             _say(f"apollo-qn: {advice}", err=True)
     else:
-        jobs, placement = share(*where)
+        jobs, placement = share(*where[:-1], on_cluster)
     for spec in specs:
         placement.check(spec)
 
@@ -401,7 +414,10 @@ def _train(
         else:
             runs = prepare()
             with display(console) as shown:
-                matrix.run_all(runs, jobs, shown)
+                if where.cluster is None:
+                    matrix.run_all(runs, jobs, shown)
+                else:
+                    cluster.run_all(runs, where.jobs, shown)
     except Interrupted as interrupt:
         again = shlex.join(["apollo-qn", *sys.argv[1:]])
         _say(f"Stopped; nothing is lost. Go on with:  {again}", err=True)

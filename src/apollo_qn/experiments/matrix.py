@@ -19,8 +19,8 @@ from apollo_qn.experiments.worker import COMPLAINT, PARENT, STOPPED
 
 Status = Literal["waiting", "running", "finished", "diverged", "failed", "stopped"]
 
-_POLL = 0.2  # seconds
-_GRACE = 30.0  # seconds that a worker has for its last checkpoint
+POLL = 0.2  # seconds
+GRACE = 30.0  # seconds that a worker has for its last checkpoint
 _TAIL = 16384  # bytes of the metrics that hold the newest lines
 
 
@@ -126,10 +126,10 @@ def run_all(runs: list[RunState], jobs: int, display: Display) -> None:
                 for index, run in enumerate(runs):
                     if run.status == "waiting" and len(workers) < jobs:
                         slots[index] = min(set(range(jobs)) - {slots[i] for i in workers})
-                        workers[index] = _start(run, slots[index])
+                        workers[index] = start(run.directory, _gpus(run, slots[index]))
                         run.status, run.pid = "running", workers[index].pid
                 display.update(runs, jobs)
-                time.sleep(_POLL)
+                time.sleep(POLL)
                 for index, process in list(workers.items()):
                     runs[index].refresh()
                     if process.poll() is not None:
@@ -151,21 +151,18 @@ def launcher(placement: Placement) -> list[str]:
     return [sys.executable, *torchrun, f"--nproc-per-node={placement.devices}", *worker]
 
 
-def _start(run: RunState, slot: int) -> subprocess.Popen[bytes]:
-    placement = run.directory.placement()
+def start(directory: RunDirectory, gpus: list[str] | None = None) -> subprocess.Popen[bytes]:
+    """Start a prepared run's processes; ``gpus``: which are theirs, None: all that are visible."""
     environment = dict(os.environ, PYTHONDONTWRITEBYTECODE="1")
     environment[PARENT] = str(os.getpid())
     # threads that spin while they wait would bring a machine with other work to a standstill
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if placement.accelerator == "gpu":  # each run has GPUs of its own
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible else [str(i) for i in range(64)]
-        own = names[slot * placement.devices : (slot + 1) * placement.devices]
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
-    with run.directory.log.open("ab") as log:
+    if gpus is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    with directory.log.open("ab") as log:
         # out of our process group: Ctrl-C reaches this process alone, which then asks the workers
         return subprocess.Popen(
-            [*launcher(placement), str(run.directory.path.resolve())],
+            [*launcher(directory.placement()), str(directory.path.resolve())],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -174,12 +171,22 @@ def _start(run: RunState, slot: int) -> subprocess.Popen[bytes]:
         )
 
 
+def _gpus(run: RunState, slot: int) -> list[str] | None:
+    """Those of a run that is one of several at a time."""
+    placement = run.directory.placement()
+    if placement.accelerator != "gpu":
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(64)]
+    return names[slot * placement.devices : (slot + 1) * placement.devices]
+
+
 def _stop(
     workers: dict[int, subprocess.Popen[bytes]], runs: list[RunState], received: list[int]
 ) -> None:
     for process in workers.values():
         process.terminate()
-    deadline = time.monotonic() + _GRACE
+    deadline = time.monotonic() + GRACE
     for index, process in workers.items():
         # a second Ctrl-C means: now
         while process.poll() is None and time.monotonic() < deadline and len(received) < 2:

@@ -101,6 +101,7 @@ def share(
     jobs: int | None,
     threads: int | None = None,
     strategy: str = "ddp",
+    cluster: bool = False,
 ) -> tuple[int, Placement]:
     """Divide this machine: how many runs at a time, and where each is trained.
 
@@ -110,16 +111,14 @@ def share(
         jobs: runs at a time; None: as many as the cores or GPUs are enough for.
         threads: of each process; None: its part of the cores.
         strategy: of several processes, ``"ddp"`` or ``"fsdp2"``.
+        cluster: the runs are trained on other machines, with a thread in each process by default.
 
     Raises:
         ExperimentError: another accelerator or strategy, or fewer GPUs than a run needs.
     """
-    for option, value, kind in (
-        ("--accelerator", accelerator, Accelerator),
-        ("--strategy", strategy, Strategy),
-    ):
-        if value not in get_args(kind):
-            raise ExperimentError(f"{option} is {value!r}, allowed are {', '.join(get_args(kind))}")
+    if cluster:  # the machines of the tasks are others
+        return jobs or 1, _checked(accelerator, devices, threads or 1, strategy)
+    _check_choices(accelerator, strategy)
     if accelerator == "gpu":
         there = torch.cuda.device_count()
         if there < devices * (jobs or 1):
@@ -128,13 +127,27 @@ def share(
         there = cores() // (threads or 1)
     jobs = jobs or max(1, there // devices)
     threads = threads or max(1, cores() // (jobs * devices))
+    return jobs, _checked(accelerator, devices, threads, strategy)
+
+
+def _checked(accelerator: str, devices: int, threads: int, strategy: str) -> Placement:
+    _check_choices(accelerator, strategy)
     placement = {
         "accelerator": accelerator,
         "devices": devices,
         "threads": threads,
         "strategy": strategy,
     }
-    return jobs, Placement.model_validate(placement)
+    return Placement.model_validate(placement)
+
+
+def _check_choices(accelerator: str, strategy: str) -> None:
+    for option, value, kind in (
+        ("--accelerator", accelerator, Accelerator),
+        ("--strategy", strategy, Strategy),
+    ):
+        if value not in get_args(kind):
+            raise ExperimentError(f"{option} is {value!r}, allowed are {', '.join(get_args(kind))}")
 
 
 def cores() -> int:

@@ -41,6 +41,7 @@ class RunDirectory:
         self.events = path / "tensorboard"
         self.result = path / "result.json"
         self.log = path / "worker.log"
+        self.lock = path / "lock"  # held while it is trained
 
     def evaluated(self, step: int) -> Path:
         """The weights of the evaluation after a step, kept where those of several are averaged."""

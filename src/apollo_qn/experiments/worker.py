@@ -55,7 +55,7 @@ def work(directory: RunDirectory, stop: Callable[[], bool]) -> Outcome:
     Raises:
         ExperimentError: the run or its data cannot be used, or another process of it is lost.
     """
-    with _exclusive(directory) if ranks.speaks() else nullcontext():
+    with exclusive(directory) if ranks.speaks() else nullcontext():
         # one process reads: on a shared file system the others may see it later
         reads = ranks.speaks() or not ranks.joined()
         found = ranks.agreed(lambda: _wanted(directory) if reads else None)
@@ -85,12 +85,12 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def _exclusive(directory: RunDirectory) -> TextIO:
+def exclusive(directory: RunDirectory) -> TextIO:
     """Hold the run's lock until the file is closed; raises ExperimentError if another has it.
 
     Of lockf, for processes that decode images must not inherit it and outlive this one.
     """
-    file = (directory.path / "lock").open("w")
+    file = directory.lock.open("w")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

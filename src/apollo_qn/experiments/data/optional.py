@@ -1,4 +1,4 @@
-"""Libraries that only some data need."""
+"""Libraries that only some data or ways to train need."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 from apollo_qn.experiments.errors import ExperimentError
 
 
-def library(name: str, purpose: str, alternative: str = "") -> Any:
-    """Import a library of the extra ``data``.
+def library(name: str, purpose: str, alternative: str = "", extra: str = "data") -> Any:
+    """Import a library of an extra.
 
     Args:
         name: of the module.
         purpose: what needs it; begins the error message.
         alternative: what to do without it; ends the message.
+        extra: of the package, that installs it.
 
     Raises:
         ExperimentError: it is not installed.
@@ -25,5 +26,5 @@ def library(name: str, purpose: str, alternative: str = "") -> Any:
         package = name.partition(".")[0]
         raise ExperimentError(
             f"{purpose} needs the package {package}, which is not installed; "
-            f"pip install 'apollo-qn[experiments,data]'{alternative}"
+            f"pip install 'apollo-qn[experiments,{extra}]'{alternative}"
         ) from None
