@@ -43,8 +43,14 @@ class _Part:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a ``DTensor``, whatever its placements."""
-    module = sys.modules.get("torch.distributed.tensor")  # if no one imported it there are none
-    return module is not None and isinstance(tensor, module.DTensor)
+    kind = _dtensor()
+    return kind is not None and isinstance(tensor, kind)
+
+
+def _dtensor() -> Any:
+    """The type; None: no one has imported it, so that there are none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return None if module is None else module.DTensor
 
 
 def check_parameter(p: Any) -> None:
@@ -81,7 +87,8 @@ def localized(
     Raises:
         RuntimeError: a sharded parameter that cannot be served.
     """
-    if not any(is_sharded(p) for group in groups for p in group.params):
+    kind = _dtensor()
+    if kind is None or not any(isinstance(p, kind) for group in groups for p in group.params):
         return groups, None
     parts: list[_Part] = []
     devices: set[torch.device] = set()
