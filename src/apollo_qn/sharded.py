@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from apollo_qn.backends import Group
-from apollo_qn.rule import Sums, accumulator
+from apollo_qn.rule import Sums
 
 Mesh: TypeAlias = Any  # torch.distributed.device_mesh.DeviceMesh, which this does not import
 
@@ -88,7 +88,8 @@ def localized(
         RuntimeError: a sharded parameter that cannot be served.
     """
     kind = _dtensor()
-    if kind is None or not any(isinstance(p, kind) for group in groups for p in group.params):
+    types = set() if kind is None else {type(p) for group in groups for p in group.params}
+    if not any(issubclass(one, kind) for one in types):
         return groups, None
     parts: list[_Part] = []
     devices: set[torch.device] = set()
@@ -190,7 +191,7 @@ class Reduction:
 
     def table(self) -> Tensor:
         """One for this step; the rows of parts that hold no element remain zeros."""
-        return torch.zeros(len(self.parts), 4, dtype=accumulator(self.device), device=self.device)
+        return torch.zeros(len(self.parts), 4, dtype=torch.float64, device=self.device)
 
     def put(self, table: Tensor, rows: list[int], sums: Sums) -> None:
         """Write the sums over parts into their rows."""
@@ -273,8 +274,12 @@ def _in_slot(values: Tensor, ranks: int, rank: int) -> Tensor:
 
 def _scaled(scale: Tensor, q4: Tensor, k: Tensor, most: int) -> Tensor:
     """The same sums with a scale 2^e near ||d||_4, |e| <= most, as columns."""
-    exponent = torch.frexp(scale * q4.sqrt().sqrt())[1].clamp(-most, most)
-    power = torch.ldexp(torch.ones_like(scale), exponent)
+    # not frexp, whose float64 form inductor (torch 2.13) does not compile
+    exponent = (
+        torch.log2(scale * q4.sqrt().sqrt()).floor().nan_to_num(0, neginf=0).clamp(-most, most)
+    )
+    # from its bits: exp2 and ldexp are not exact everywhere
+    power = ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
     share = scale / power
     return torch.stack([power, q4 * share**4, k * share], 1)
 

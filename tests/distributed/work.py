@@ -160,6 +160,23 @@ def one_all_reduce_a_mesh() -> None:
                 assert calls == ["c10d::allreduce_"] * len(meshes), calls
 
 
+def compiled() -> None:
+    """torch.compile takes the step of sharded parameters."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    found = []
+    for compiling in (False, True):
+        params = [nn.Parameter(placed(normal((6, 4), i), mesh, [Shard(0)])) for i in range(3)]
+        optimizer = Apollo(params, lr=0.1, warmup_steps=2)
+        step = torch.compile(optimizer.step) if compiling else optimizer.step
+        for t in range(3):
+            for i, p in enumerate(params):
+                p.grad = placed(gradient(torch.Size((6, 4)), torch.float64, i, t), mesh, [Shard(0)])
+            step()
+        found.append([whole(p) for p in params])
+    for one, other in zip(*found, strict=True):
+        assert distance(other, one) <= tolerances.COMPILED
+
+
 def extreme_values() -> None:
     """Sums over shards of very different sizes neither overflow nor vanish."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
