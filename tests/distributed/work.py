@@ -104,6 +104,8 @@ def sharded_as_whole(dtype_name: str) -> None:
     ]
     for mode, settings in MODES.items():
         for name, back_end in BACK_ENDS.items():
+            if name == "rule" and mode not in ("l2", "belief-decoupled"):
+                continue  # it is slow, and test_parts.py knows it
             alone = [
                 nn.Parameter(normal(shape, "theta", i, dtype=dtype))
                 for i, (shape, _, _) in enumerate(chosen)
@@ -167,7 +169,7 @@ def compiled() -> None:
     for compiling in (False, True):
         params = [nn.Parameter(placed(normal((6, 4), i), mesh, [Shard(0)])) for i in range(3)]
         optimizer = Apollo(params, lr=0.1, warmup_steps=2)
-        step = torch.compile(optimizer.step) if compiling else optimizer.step
+        step = torch.compile(optimizer.step, backend="aot_eager") if compiling else optimizer.step
         for t in range(3):
             for i, p in enumerate(params):
                 p.grad = placed(gradient(torch.Size((6, 4)), torch.float64, i, t), mesh, [Shard(0)])

@@ -24,6 +24,7 @@ from apollo_qn.experiments.runs import RunDirectory
 ENGINES = ("ray",)
 
 _RETRIES = 10  # of a run whose machine or Ray worker has died; its own errors are not tried again
+_CANCEL_EVERY = 5.0  # seconds
 _RELEASE = 120.0  # seconds that a lost task's lock may take to be released
 
 
@@ -54,7 +55,8 @@ def run_all(runs: list[RunState], jobs: int | None, display: Display) -> None:
                         before[i] = _begun(run)
                         tasks[i] = _submit(ray, run.directory)
                 display.update(runs, max(1, sum(run.status == "running" for run in runs)))
-                done, _ = ray.wait(list(tasks.values()), timeout=matrix.POLL)
+                waiting = list(tasks.values())
+                done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=matrix.POLL)
                 for i, reference in list(tasks.items()):
                     runs[i].refresh()
                     if reference in done:
@@ -139,13 +141,15 @@ def _settle(ray: Any, run: RunState, reference: Any) -> None:
 
 
 def _stop(ray: Any, tasks: dict[int, Any], runs: list[RunState], received: list[int]) -> None:
-    for reference in tasks.values():
-        ray.cancel(reference)
     deadline = time.monotonic() + matrix.GRACE
-    left = list(tasks.values())
+    left, again = list(tasks.values()), 0.0
     # a second Ctrl-C means: now
     while left and time.monotonic() < deadline and len(received) < 2:
-        _, left = ray.wait(left, timeout=matrix.POLL)
+        if time.monotonic() > again:  # one that is just starting does not notice it
+            again = time.monotonic() + _CANCEL_EVERY
+            for reference in left:
+                ray.cancel(reference)
+        _, left = ray.wait(left, num_returns=len(left), timeout=matrix.POLL)
     for i in tasks:
         runs[i].refresh()
         runs[i].settle(worker.STOPPED)
