@@ -95,13 +95,19 @@ def localized(
     devices: set[torch.device] = set()
     local = []
     for group in groups:
-        if group.differentiable and any(map(is_sharded, group.params)):
+        if group.differentiable and any(isinstance(p, kind) for p in group.params):
             raise RuntimeError(
                 "differentiable=True does not support sharded parameters (DTensor); use a whole one"
             )
         shared = []
+        known: dict[Hashable, _Part | None] = {}  # most tensors are spread alike
         for p, m in zip(group.params, group.exp_avgs, strict=True):
-            part = _part(p, m, group) if is_sharded(p) else None
+            part = None
+            if isinstance(p, kind):
+                key = (id(p.device_mesh), p.placements, m.dtype)
+                if key not in known:
+                    known[key] = _part(p, m, group)
+                part = known[key]
             shared.append(-1 if part is None else len(parts))
             if part is not None:
                 parts.append(part)
@@ -109,10 +115,10 @@ def localized(
         local.append(
             replace(
                 group,
-                params=[_local(p) for p in group.params],
-                grads=_local_like(group.grads, group.params),
-                exp_avgs=_local_like(group.exp_avgs, group.params),
-                hessian_diags=_local_like(group.hessian_diags, group.params),
+                params=_local(group.params, group.params, kind),
+                grads=_local(group.grads, group.params, kind),
+                exp_avgs=_local(group.exp_avgs, group.params, kind),
+                hessian_diags=_local(group.hessian_diags, group.params, kind),
                 shared=shared,
             )
         )
@@ -146,28 +152,31 @@ def _part(p: Any, m: Tensor, group: Group) -> _Part | None:
     return _Part(mesh, spread, m.dtype.to_real(), group.h.belief) if spread else None
 
 
-def _local_like(tensors: list[Tensor], params: list[Tensor]) -> list[Tensor]:
-    return [_local(_like(x, p)) for x, p in zip(tensors, params, strict=True)]
+def _local(tensors: list[Tensor], params: list[Tensor], kind: Any) -> list[Tensor]:
+    """The local parts of parameters, or of gradients or states placed as they are."""
+    return [
+        _part_of(_like(x, p)) if isinstance(p, kind) else x
+        for x, p in zip(tensors, params, strict=True)
+    ]
 
 
 def _like(tensor: Any, p: Any) -> Any:
-    """A gradient or state with the placements of its parameter."""
-    if not is_sharded(p):
-        return tensor
+    """A gradient or state with the placements of its parameter, which is a DTensor."""
+    if tensor is p:
+        return p
     if not is_sharded(tensor):
         raise RuntimeError(
             f"the gradient and state of a sharded parameter of shape {tuple(p.shape)} must be "
             f"sharded as it is, got a plain tensor of shape {tuple(tensor.shape)}"
         )
-    same = tensor.placements == p.placements and tensor.device_mesh == p.device_mesh
+    mesh = tensor.device_mesh
+    same = (mesh is p.device_mesh or mesh == p.device_mesh) and tensor.placements == p.placements
     return tensor if same else tensor.redistribute(p.device_mesh, p.placements)
 
 
-def _local(tensor: Any) -> Tensor:
-    if not is_sharded(tensor):
-        whole: Tensor = tensor
-        return whole
-    local = tensor.to_local()
+def _part_of(tensor: Any) -> Tensor:
+    # of a parameter to_local() makes a new object at each call
+    local = tensor.to_local() if torch.is_grad_enabled() else tensor._local_tensor
     # of a collective that is still under way
     ready: Tensor = local.wait() if hasattr(local, "wait") else local
     return ready
