@@ -662,7 +662,8 @@ EXPORT int64_t apollo_qn_numbers(int64_t count, const int32_t *group, const uint
     return runs;
 }
 
-/* One step; or, measuring, only the sums of parts. omp_* are OpenMP's functions that the process already has; NULL: threads of our own.
+/* One step; or, measuring, only the sums of parts. omp_* are OpenMP's functions that the process
+   already has; NULL: threads of our own.
    Returns 0; -1: no memory, nothing has been changed. */
 EXPORT int apollo_qn_step(const table *all, int measuring, int threads,
                           void (*omp_parallel)(void (*)(void *), void *, unsigned, unsigned),
@@ -674,7 +675,8 @@ EXPORT int apollo_qn_step(const table *all, int measuring, int threads,
         elements += n;
         largest = n > largest ? n : largest;
     }
-    job j = {.all = all, .measuring = measuring, .wanted = elements > 2 * PORTION && threads > 1 ? threads : 1};
+    job j = {.all = all, .measuring = measuring,
+             .wanted = elements > 2 * PORTION && threads > 1 ? threads : 1};
     if (largest > SMALL && !(j.chunks = malloc((largest / CHUNK + 1) * sizeof *j.chunks))) return -1;
     int failed = 0;
     if (j.wanted == 1) {
