@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,14 +22,14 @@ COMPARE = [sys.executable, "-m", "apollo_qn.experiments.cli", "compare"]
 MORE = ["--optimizers", "sgd,apollo", "--seeds", "1", "--threads", "1"]
 
 
-def start(recipe_file: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+def start(recipe_file: Path, out: Path, *options: str, address: str = "") -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*COMPARE, str(recipe_file), *MORE, *options, "--out", str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, "RAY_ADDRESS": "", "RAY_USAGE_STATS_ENABLED": "0"},
+        env={**os.environ, "RAY_ADDRESS": address, "RAY_USAGE_STATS_ENABLED": "0"},
     )
 
 
@@ -89,6 +90,16 @@ def test_interrupted_it_leaves_checkpoints_and_no_process(
     assert "Stopped; nothing is lost" in err
     left = ["pgrep", "-f", f"worker {found.path}"]
     assert subprocess.run(left, capture_output=True, check=False).returncode == 1
+
+
+def test_no_cluster_there(recipe_file: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        process = start(recipe_file, tmp_path / "ray", "--cluster", "ray", address=address)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert f"apollo-qn: --cluster ray: RAY_ADDRESS is '{address}', where no cluster answers" in err
 
 
 def test_unknown_engine(recipe_file: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ in common: there a run that Ray starts anew goes on, and there its progress is r
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import time
 from contextlib import suppress
@@ -24,6 +25,7 @@ from apollo_qn.experiments.runs import RunDirectory
 ENGINES = ("ray",)
 
 _RETRIES = 10  # of a run whose machine or Ray worker has died; its own errors are not tried again
+_CONNECT = 10.0  # seconds
 _CANCEL_EVERY = 5.0  # seconds
 _RELEASE = 120.0  # seconds that a lost task's lock may take to be released
 
@@ -112,15 +114,25 @@ def _wait_for_lock(directory: RunDirectory) -> None:
 
 def _join(ray: Any) -> None:
     quiet = {"logging_level": "error", "log_to_driver": False}
+    given = os.environ.get("RAY_ADDRESS")
+    host, _, port = (given or "").rpartition(":")
+    if host and "/" not in host and port.isdecimal():  # Ray tries for minutes
+        try:
+            socket.create_connection((host, int(port)), _CONNECT).close()
+        except OSError as error:
+            raise ExperimentError(
+                f"--cluster ray: RAY_ADDRESS is {given!r}, where no cluster answers ({error}); "
+                "start one there (ray start --head), or unset it for one on this machine"
+            ) from None
     try:
-        if os.environ.get("RAY_ADDRESS"):
+        if given:
             ray.init(**quiet)
         else:
             ray.init(num_cpus=cores(), include_dashboard=False, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        address = os.environ.get("RAY_ADDRESS", "of this machine")
-        raise ExperimentError(f"--cluster ray: no cluster at {address} ({first})") from None
+        where = f"at {given}" if given else "on this machine"
+        raise ExperimentError(f"--cluster ray: no cluster {where} ({first})") from None
 
 
 def _begun(run: RunState) -> float:

@@ -69,7 +69,7 @@ class LanguageTask:
         self._corpus, self._model, self._data, self._device = corpus, model, data, device
 
     def model(self) -> nn.Module:
-        """A new network, initialised as torch does."""
+        """A new network, initialised as the authors' release does."""
         settings = self._model.model_dump(exclude={"family"})
         return LanguageModel(len(self._corpus.vocabulary), **settings)
 
