@@ -415,18 +415,21 @@ class _Run:
         path = self.directory.checkpoint
         try:
             state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-            mine: int | None = state["step"]
+            _ = state["step"]  # one that is no checkpoint lacks it
         except FileNotFoundError:
-            state, mine = {}, None
+            raise ExperimentError(
+                f"{path}: rank 0 sees it; all processes must see the same directory"
+            ) from None
         except _UNREADABLE as error:
             raise _unreadable(path, error) from None
-        firsts = ranks.from_first(mine)
-        if mine != firsts:
-            raise ExperimentError(
-                f"{path}: holds step {mine} here and {firsts} for rank 0; all processes must see "
-                "the same directory"
-            )
         return state
+
+    def _check_step(self, state: dict[str, Any], firsts: int) -> None:
+        if state["step"] != firsts:
+            raise ExperimentError(
+                f"{self.directory.checkpoint}: holds step {state['step']} here and {firsts} for "
+                "rank 0; all processes must see the same directory"
+            )
 
     def _restore(self) -> int:
         """Load the checkpoint if there is one; how many bytes of the metrics are valid."""
@@ -435,6 +438,8 @@ class _Run:
             return 0
         try:
             state = ranks.agreed(self._read_checkpoint)
+            firsts = ranks.from_first(state["step"])
+            ranks.agreed(lambda: self._check_step(state, firsts))
             load_weights(self.network, state["model"])
             load_optimizer(self.optimizer, state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])

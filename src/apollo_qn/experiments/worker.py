@@ -55,7 +55,8 @@ def work(directory: RunDirectory, stop: Callable[[], bool]) -> Outcome:
     Raises:
         ExperimentError: the run or its data cannot be used, or another process of it is lost.
     """
-    with exclusive(directory) if ranks.speaks() else nullcontext():
+    lock = ranks.agreed(lambda: exclusive(directory) if ranks.speaks() else None)
+    with lock or nullcontext():
         # one process reads: on a shared file system the others may see it later
         reads = ranks.speaks() or not ranks.joined()
         found = ranks.agreed(lambda: _wanted(directory) if reads else None)
