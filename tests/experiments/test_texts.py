@@ -201,6 +201,13 @@ def test_bleu_is_sacrebleus_in_any_division(texts: Path) -> None:
         assert 0 < expected < 90
         assert measured(1) == pytest.approx(expected)
         assert measured(3) == pytest.approx(expected)
+        # no four words in a row are right: smoothed
+        made.wrong = [" ".join(text.split()[:2]) + " und so weiter" for text in made._references]
+        score = sacrebleu.corpus_bleu(made.wrong, [made._references])
+        assert score.counts[3] == 0
+        assert 0 < score.score < 20
+        assert measured(1) == pytest.approx(score.score)
+        assert measured(3) == pytest.approx(score.score)
     metric = sacrebleu.metrics.BLEU()
     metric.corpus_score(made.wrong, [made._references])
     assert str(metric.get_signature()) == SIGNATURE

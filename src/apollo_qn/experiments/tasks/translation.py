@@ -30,7 +30,8 @@ from apollo_qn.experiments.tasks.base import Batch, Carried, Metric, Resources
 VALIDATION = Metric("valid_perplexity", "validation perplexity", "", higher_is_better=False)
 TEST = Metric("test_bleu", "test BLEU", "", higher_is_better=True)
 # what a reader needs to compute the same number
-SIGNATURE = f"nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:{sacrebleu.__version__}"
+_SMOOTHING = "exp"
+SIGNATURE = f"nrefs:1|case:mixed|eff:no|tok:13a|smooth:{_SMOOTHING}|version:{sacrebleu.__version__}"
 _ORDERS = 4  # of n-grams
 _EVALUATION_TOKENS = 4096  # in a batch
 
@@ -193,7 +194,9 @@ class TranslationTask:
         if final:
             counts = [round(number) for number in numbers[2:]]
             right, all_of_them = counts[:_ORDERS], counts[_ORDERS : 2 * _ORDERS]
-            score = BLEU.compute_bleu(right, all_of_them, *counts[2 * _ORDERS :])
+            lengths = counts[2 * _ORDERS :]
+            # by itself it does not smooth, as sacrebleu does and the signature says
+            score = BLEU.compute_bleu(right, all_of_them, *lengths, smooth_method=_SMOOTHING)
             found[TEST.name] = score.score
         return found
 
