@@ -194,9 +194,11 @@ class TranslationTask:
         if final:
             counts = [round(number) for number in numbers[2:]]
             right, all_of_them = counts[:_ORDERS], counts[_ORDERS : 2 * _ORDERS]
-            lengths = counts[2 * _ORDERS :]
+            words, reference_words = counts[2 * _ORDERS :]
             # by itself it does not smooth, as sacrebleu does and the signature says
-            score = BLEU.compute_bleu(right, all_of_them, *lengths, smooth_method=_SMOOTHING)
+            score = BLEU.compute_bleu(
+                right, all_of_them, words, reference_words, smooth_method=_SMOOTHING
+            )
             found[TEST.name] = score.score
         return found
 
