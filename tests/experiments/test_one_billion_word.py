@@ -168,6 +168,7 @@ def test_only_what_changed_is_done_again(tmp_path: Path) -> None:
         (b"the dog\nthe d\xf6g\n", r"line 2: not UTF-8 \(byte 0xf6\)", 1),
         (b"the dog\nthe do", r"line 2: the file ends within it, truncated", 1),
         (b"the dog\nthe do", r"line 2: the file ends within it, truncated", 2),
+        (b"the dog\nthe \0g\n", r"line 2: a zero byte, damaged", 1),
         (b"", r"no words in it", 1),
         (b"\n\n", r"no words in it", 1),
     ],

@@ -61,11 +61,14 @@ def gzipped_lines(path: Path, remedy: str) -> list[list[str]]:
 
 
 def check_encoding(content: bytes, path: Path, line: int) -> None:
-    """Make sure that bytes are UTF-8; ``line`` is the number of their first line.
+    """Make sure that bytes are UTF-8 text; ``line`` is the number of their first line.
 
     Raises:
-        ExperimentError: they are not; names the line.
+        ExperimentError: they are not, or hold a zero byte as a broken copy does; names the line.
     """
+    if b"\0" in content:
+        line += content.count(b"\n", 0, content.index(b"\0"))
+        raise ExperimentError(f"{path}, line {line}: a zero byte, damaged; unpack it anew")
     try:
         content.decode()
     except UnicodeDecodeError as error:
