@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apollo_qn.backends import Batch, Group, cpu, foreach, reference
+from apollo_qn.backends import Batch, Group, cpu, foreach, reference, triton
 from apollo_qn.rule import Hyperparameters, Rebound, Scalar, Sums
 from apollo_qn.sharded import Reduction, localized
 
@@ -111,10 +111,32 @@ def warmup_share(warmup_init_lr: float | None, base_lr: Scalar) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class _Home:
+    """What the groups of one plan have in common."""
+
+    device: torch.device
+    capturable: bool
+
+    @property
+    def kind(self) -> type[cpu.Plan]:
+        """The plan of the back end that serves them."""
+        if not triton.serves(self.device):
+            return cpu.Plan
+        return triton.CapturablePlan if self.capturable else triton.Plan
+
+    @property
+    def why_not(self) -> str | None:
+        """Why no fused back end serves them."""
+        if triton.serves(self.device):
+            return triton.why_not()
+        return cpu.why_not() if self.device.type == "cpu" else f"none serves {self.device.type}"
+
+
+@dataclass(frozen=True, slots=True)
 class Kept:
     """What a step leaves for the next one, which it spares work."""
 
-    plan: cpu.Plan | None = None
+    plans: dict[_Home, cpu.Plan] = field(default_factory=dict)
     reduction: Reduction | None = None
 
 
@@ -128,27 +150,21 @@ def run(groups: list[Group], kept: Kept | None = None) -> Kept:
     kept = kept or Kept()
     groups = [_checked(group) for group in groups]
     groups, reduction = localized(groups, kept.reduction)
-    plan = kept.plan
-    fused = [group for group in groups if _may_be_fused(group)]
-    if fused:
-        plan = cpu.planned(fused, plan)
-        rest = [group.part(left) for group, left in zip(fused, plan.left, strict=True)]
-        groups = rest + [group for group in groups if not any(group is one for one in fused)]
+    groups, fused = _fused(groups, kept.plans)
     for group in groups:
         _check_tensors(group)
     calls = [call for group in groups if group.params for call in _alike(group)]
 
     table = None
-    hyperparameters = [group.h for group in fused]
     if reduction is not None:
         table = reduction.table()
-        if fused and plan is not None:
+        for plan, hyperparameters in fused.values():
             plan.measure(hyperparameters, table)
         for call in calls:
             if call.rows and call.back_end is not None:
                 reduction.put(table, call.rows, call.back_end.measure(call.batch, call.h))
         reduction.reduce_(table)
-    if fused and plan is not None:
+    for plan, hyperparameters in fused.values():
         plan.step(hyperparameters, table)
     for call in calls:
         sums = None
@@ -158,7 +174,38 @@ def run(groups: list[Group], kept: Kept | None = None) -> Kept:
     for group in groups:
         if group.params:
             torch._foreach_add_(group.state_steps, 1.0)
-    return Kept(plan, reduction)
+    return Kept({home: plan for home, (plan, _) in fused.items()}, reduction)
+
+
+def _fused(
+    groups: list[Group], plans: dict[_Home, cpu.Plan]
+) -> tuple[list[Group], dict[_Home, tuple[cpu.Plan, list[Hyperparameters]]]]:
+    """What is left for the other back ends, and the fused ones' plans with the groups' settings."""
+    rest = []
+    homes: dict[_Home, list[Group]] = {}
+    for group in groups:
+        for one in _by_device(group):
+            home = _may_be_fused(one)
+            if home is None:
+                rest.append(one)
+            else:
+                homes.setdefault(home, []).append(one)
+    found = {}
+    for home, members in homes.items():
+        plan = cpu.planned(members, plans.get(home), home.kind)
+        rest += [group.part(left) for group, left in zip(members, plan.left, strict=True)]
+        found[home] = plan, [group.h for group in members]
+    return rest, found
+
+
+def _by_device(group: Group) -> list[Group]:
+    """The group's parts on each of several devices, or the group."""
+    if len(group.params) < 2 or group.params[0].is_cpu or torch.compiler.is_compiling():
+        return [group]
+    devices: dict[torch.device, list[int]] = {}
+    for i, p in enumerate(group.params):
+        devices.setdefault(p.device, []).append(i)
+    return [group] if len(devices) == 1 else [group.part(which) for which in devices.values()]
 
 
 def _checked(group: Group) -> Group:
@@ -194,10 +241,10 @@ def _checked(group: Group) -> Group:
 def _check_tensors(group: Group) -> None:
     """Raise what the back ends that are left cannot take."""
     for p, g in zip(group.params, group.grads, strict=True):
-        if group.fused and not p.is_cpu:
+        if group.fused and (reason := _Home(p.device, group.capturable).why_not) is not None:
             raise RuntimeError(
                 f"fused=True: no fused back end serves the parameter of shape {tuple(p.shape)} on "
-                f"{p.device}; use fused=None for the fastest one that there is"
+                f"{p.device} ({reason}); use fused=None for the fastest one that there is"
             )
         if g.is_sparse:
             raise RuntimeError(
@@ -210,22 +257,28 @@ def _on_host(group: Group) -> bool:
     return not group.capturable and not torch.compiler.is_compiling()
 
 
-def _may_be_fused(group: Group) -> bool:
-    """Whether the fused back end is asked; it may leave tensors to the others."""
+def _may_be_fused(group: Group) -> _Home | None:
+    """Where a fused back end is asked; it may leave tensors to the others."""
     wanted = group.fused or (group.fused is None and group.foreach is None)
-    if not wanted or not group.params or not group.params[0].is_cpu or group.differentiable:
-        return False
+    if not wanted or not group.params or group.differentiable:
+        return None
     if torch.compiler.is_compiling():
-        return False  # a compiler fuses the plain rule by itself
+        return None  # a compiler fuses the plain rule by itself
+    device = group.params[0].device
+    if device.type != "cpu" and not triton.serves(device):
+        return None
+    on_device = triton.serves(device)
+    home = _Home(device, group.capturable and on_device)
     lr = group.h.lr
-    if isinstance(lr, Tensor) and not lr.is_cpu:
-        return False
+    if isinstance(lr, Tensor) and not lr.is_cpu and not home.capturable:
+        return None
     if torch.is_grad_enabled() and any(p.requires_grad for p in group.params):
-        return False  # the others raise what autograd has to say
-    reason = cpu.why_not()
+        return None  # the others raise what autograd has to say
+    reason = home.why_not
     if reason is not None:
         _say_once(f"Apollo: {reason}; its foreach back end serves, more slowly")
-    return reason is None
+        return None
+    return home
 
 
 @cache
@@ -316,6 +369,11 @@ def _record(rate: Scalar, rates: list[Tensor]) -> None:
         torch._foreach_add_(rates, rate)
 
 
+def _on_gpu() -> bool:
+    """Whether a GPU's fused back end may serve."""
+    return torch.cuda.is_available() and triton.why_not() is None
+
+
 def check_back_end_choice(foreach: bool | None, fused: bool | None, differentiable: bool) -> None:
     """Raise RuntimeError for choices that cannot be served."""
     if foreach and fused:
@@ -324,7 +382,7 @@ def check_back_end_choice(foreach: bool | None, fused: bool | None, differentiab
         raise RuntimeError(
             "fused=True does not support differentiable=True; use fused=None or fused=False"
         )
-    if fused and (reason := cpu.why_not()) is not None:
+    if fused and (reason := cpu.why_not()) is not None and not _on_gpu():
         raise RuntimeError(
             f"fused=True: {reason}; use fused=None for the fastest back end that there is"
         )

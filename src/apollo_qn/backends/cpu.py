@@ -7,10 +7,11 @@ with what is there, so that the overhead stays near a microsecond a tensor.
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import operator
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from apollo_qn.backends import Group, kernel, memory
 from apollo_qn.backends.kernel import address
-from apollo_qn.rule import Hyperparameters, StepScalars
+from apollo_qn.rule import Hyperparameters, Scalar, StepScalars
 
 _f32, _f64, _bf16 = torch.float32, torch.float64, torch.bfloat16
 # of parameter, gradient and state: the kernel's number for them
@@ -32,9 +33,11 @@ KINDS = {
     (_f64, _f64, _f64): 4,
 }
 _PARAMETER_SIZE = [p.itemsize for p, _, _ in KINDS]
+_GRADIENT_SIZE = [g.itemsize for _, g, _ in KINDS]
 _STATE_SIZE = [state.itemsize for _, _, state in KINDS]
 _PLAIN = (Tensor, torch.nn.Parameter)
 _KEPT = 8  # plans
+SCALARS = 14
 
 
 def why_not() -> str | None:
@@ -43,21 +46,22 @@ def why_not() -> str | None:
     return found if isinstance(found, str) else None
 
 
-def planned(groups: list[Group], plan: Plan | None) -> Plan:
+def planned(groups: list[Group], plan: Plan | None, make: type[Plan] | None = None) -> Plan:
     """What the kernel will do for these groups; nothing is changed.
 
     Args:
         groups: with float or CPU tensor learning rates.
         plan: what the last call returned.
+        make: the kind of plan; None: of this module.
 
     Raises:
         ValueError: a tensor lies in read-only memory.
     """
-    tensors = _Tensors.of(groups)
+    tensors = Tensors.of(groups)
     known = [] if plan is None else [plan, *plan.others]
     found = next((one for one in known if one.renew(tensors)), None)
     if found is None:
-        found = Plan(tensors, known)
+        found = (make or Plan)(tensors, known)
     for one in known:
         one.others = []
     # which parameters have gradients may go to and fro, as with two losses in turn
@@ -66,7 +70,7 @@ def planned(groups: list[Group], plan: Plan | None) -> Plan:
 
 
 @dataclass(slots=True)
-class _Tensors:
+class Tensors:
     """The tensors of all groups in one row, column by column.
 
     A column is None where no group needs it, and holds None for those that do not.
@@ -83,7 +87,9 @@ class _Tensors:
     sizes: list[int]  # of the groups
 
     @classmethod
-    def of(cls, groups: list[Group]) -> _Tensors:
+    def of(cls, groups: list[Group]) -> Tensors:
+        """Those of the groups, in their order."""
+
         def row(name: str) -> Any:
             columns = [getattr(group, name) for group in groups]
             if all(column is None for column in columns):
@@ -123,7 +129,7 @@ class _Tensors:
 class _Look:
     """What a step finds, to be compared with what the last one found."""
 
-    def __init__(self, tensors: _Tensors, room: int = 0) -> None:
+    def __init__(self, tensors: Tensors, room: int = 0) -> None:
         """Look at all tensors; ``room``, if it is enough, spares a second look.
 
         Raises:
@@ -134,7 +140,7 @@ class _Look:
         self._negated = [g.is_neg() for g in grads]
         self._sizes = tensors.sizes
         columns = [grads, *tensors.kept()]
-        describe = kernel.loaded().describe
+        describe = None if why_not() else kernel.loaded().describe
         find = self._ask_torch if describe is None else self._ask_dlpack
         objects, addresses = find(columns, len(grads), room)
         self._objects = objects[len(grads) :]
@@ -191,7 +197,7 @@ class Plan:
     the plans of other tensors that were needed lately.
     """
 
-    def __init__(self, tensors: _Tensors, known: Sequence[Plan] = ()) -> None:
+    def __init__(self, tensors: Tensors, known: Sequence[Plan] = ()) -> None:
         self.others: list[Plan] = []
         try:
             self._look: _Look | None = _Look(tensors)
@@ -200,10 +206,10 @@ class Plan:
         # alive, so that their ids remain theirs
         self._kept = [column and list(column) for column in tensors.kept()]
         self._shared = tensors.shared and list(tensors.shared)
-        kinds = [_kind(tensors, i) for i in range(len(tensors.params))]
+        kinds = [self._kind(tensors, i) for i in range(len(tensors.params))]
         self._take(tensors, [i for i, kind in enumerate(kinds) if kind is not None], kinds)
         new = self._written.difference(*(one._written for one in known))
-        _check_writable(new, tensors)
+        self._check_writable(new, tensors)
         overlapping = memory.overlapping(self._ranges())
         if overlapping:
             self._look = None
@@ -219,7 +225,13 @@ class Plan:
             self.left.append([i for i in range(size) if first + i not in taken])
             first += size
 
-    def _take(self, tensors: _Tensors, taken: list[int], kinds: list[int | None]) -> None:
+    def _kind(self, tensors: Tensors, i: int) -> int | None:
+        return kind_of(tensors, i, KINDS, _on_cpu)
+
+    def _check_writable(self, ranges: set[memory.Range], tensors: Tensors) -> None:
+        _check_writable(ranges, tensors)
+
+    def _take(self, tensors: Tensors, taken: list[int], kinds: list[int | None]) -> None:
         def addresses(column: list[Any] | None) -> array[int]:
             row = [None if column is None else column[i] for i in taken]
             return array("Q", [0 if x is None else x.data_ptr() for x in row])
@@ -227,7 +239,7 @@ class Plan:
         self._taken = taken
         self._all = len(taken) == len(kinds)
         self._n = array("q", [tensors.params[i].numel() for i in taken])
-        self._kind = array("i", [kinds[i] or 0 for i in taken])
+        self._kind_of = array("i", [kinds[i] or 0 for i in taken])
         groups = [group for group, size in enumerate(tensors.sizes) for _ in range(size)]
         self._group = array("i", [groups[i] for i in taken])
         self._g = addresses(tensors.grads)
@@ -244,7 +256,7 @@ class Plan:
     def _ranges(self) -> Iterator[memory.Range]:
         """What the kernel writes, by tensor."""
         for row, i in enumerate(self._taken):
-            kind, n = self._kind[row], self._n[row]
+            kind, n = self._kind_of[row], self._n[row]
             state = _STATE_SIZE[kind]
             sizes = (n * _PARAMETER_SIZE[kind], n * state, n * state, 4, 8, state)
             for column, size in zip(self._addresses, sizes, strict=True):
@@ -253,6 +265,8 @@ class Plan:
 
     def _overlapping_gradient(self, g: array[int]) -> set[int]:
         """The first tensor whose gradient lies in what the kernel writes, if there is one."""
+        if why_not():
+            return self._overlapping_gradient_slowly(g)
         found = kernel.loaded().overlap(
             ctypes.byref(self._table(g)),
             address(self._starts),
@@ -261,7 +275,15 @@ class Plan:
         )
         return set() if found < 0 else {self._taken[found]}
 
-    def renew(self, tensors: _Tensors) -> bool:
+    def _overlapping_gradient_slowly(self, g: array[int]) -> set[int]:
+        for row, i in enumerate(self._taken):
+            end = g[row] + self._n[row] * _GRADIENT_SIZE[self._kind_of[row]]
+            before = bisect.bisect_left(self._starts, end)
+            if before and self._ends[before - 1] > g[row]:
+                return {i}
+        return set()
+
+    def renew(self, tensors: Tensors) -> bool:
         """Take over the gradients of another step; False: more has changed, a new plan is due."""
         if self._look is None or not self._knows(tensors.params):
             return False
@@ -285,7 +307,7 @@ class Plan:
 
     def _table(self, g: array[int], scalars: int = 0, shared: int = 0) -> kernel.Table:
         p, *others = self._addresses
-        columns: tuple[array[Any], ...] = (p, g, *others, self._n, self._kind, self._which)
+        columns: tuple[array[Any], ...] = (p, g, *others, self._n, self._kind_of, self._which)
         return kernel.Table(len(self._taken), *map(address, columns), scalars, shared)
 
     def measure(self, hyperparameters: list[Hyperparameters], table: Tensor) -> None:
@@ -317,14 +339,14 @@ class Plan:
         written = (self._which, self._run_group, self._run_step, self._run_lr)
         columns: tuple[array[Any], ...] = (*read, *written)
         runs = kernel.loaded().numbers(len(self._taken), *map(address, columns))
-        scalars = array("d")
+        numbers = array("d")
         for i in range(runs):
-            h = _on_host(hyperparameters[self._run_group[i]])
-            scalars.extend(_scalars(h, self._run_step[i], self._run_lr[i]))
+            h = on_host(hyperparameters[self._run_group[i]])
+            numbers.extend(scalars(h, self._run_step[i], self._run_lr[i]))
         # autograd learns that they are no longer what they were
         if not measuring:
             torch.autograd.graph.increment_version(self._changing)
-        given = self._table(self._g, address(scalars), 0 if shared is None else address(shared))
+        given = self._table(self._g, address(numbers), 0 if shared is None else address(shared))
         how = (int(measuring), torch.get_num_threads(), *kernel.threads())
         if kernel.loaded().step(ctypes.byref(given), *how):
             raise MemoryError("no memory for the sums of the largest tensor")
@@ -338,8 +360,16 @@ class Plan:
         return array("Q", [0 if i is None or i < 0 else start + i * size for i in numbers])
 
 
-def _kind(tensors: _Tensors, i: int) -> int | None:
-    """The kernel's number for what tensor ``i`` consists of; None: the kernel cannot take it."""
+def kind_of(
+    tensors: Tensors,
+    i: int,
+    kinds: Mapping[tuple[torch.dtype, torch.dtype, torch.dtype], int],
+    fit: Callable[[list[Tensor], list[Tensor | None]], bool],
+) -> int | None:
+    """The kernel's number for what tensor ``i`` consists of; None: the kernel cannot take it.
+
+    ``fit`` says whether the tensors, and the numbers beside them, lie where they should.
+    """
     p, g, m, B = (
         column[i]
         for column in (tensors.params, tensors.grads, tensors.exp_avgs, tensors.hessian_diags)
@@ -348,13 +378,12 @@ def _kind(tensors: _Tensors, i: int) -> int | None:
     every = [*large, *(x for x in numbers if x is not None)]
     if any(type(x) not in _PLAIN for x in every):
         return None
-    if not all(x.is_cpu and x.layout is torch.strided for x in every):
+    if not fit(large, numbers) or any(x.layout is not torch.strided for x in every):
         return None
     if any(x.is_neg() or x.is_inference() for x in every):
         return None
-    for x, dtype in zip(numbers, (_f32, _f64, m.dtype), strict=True):
-        if x is not None and (x.dtype is not dtype or x.numel() != 1):
-            return None
+    if any(x is not None and x.numel() != 1 for x in numbers):
+        return None
     if p.numel() == 0 or m.dtype is not B.dtype or any(x.shape != p.shape for x in large):
         return None
     if not all(x.is_contiguous() for x in large) and not (
@@ -366,7 +395,15 @@ def _kind(tensors: _Tensors, i: int) -> int | None:
             return None
     except (RuntimeError, NotImplementedError):  # a wrapper without memory of its own
         return None
-    return KINDS.get((p.dtype, g.dtype, m.dtype))
+    return kinds.get((p.dtype, g.dtype, m.dtype))
+
+
+def _on_cpu(large: list[Tensor], numbers: list[Tensor | None]) -> bool:
+    types = (_f32, _f64, large[2].dtype)
+    return all(x.is_cpu for x in large) and all(
+        x is None or (x.is_cpu and x.dtype is dtype)
+        for x, dtype in zip(numbers, types, strict=True)
+    )
 
 
 def _dense(x: Tensor) -> bool:
@@ -374,7 +411,7 @@ def _dense(x: Tensor) -> bool:
     return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).is_contiguous()
 
 
-def _check_writable(ranges: set[memory.Range], tensors: _Tensors) -> None:
+def _check_writable(ranges: set[memory.Range], tensors: Tensors) -> None:
     found = memory.read_only(ranges) if ranges else None
     if found is not None:
         owner, region = found[0].owner, found[1]
@@ -384,12 +421,16 @@ def _check_writable(ranges: set[memory.Range], tensors: _Tensors) -> None:
         )
 
 
-def _on_host(h: Hyperparameters) -> Hyperparameters:
+def on_host(h: Hyperparameters) -> Hyperparameters:
+    """With the learning rate as a number."""
     return replace(h, lr=h.lr.item()) if isinstance(h.lr, Tensor) else h
 
 
-def _scalars(h: Hyperparameters, t: float, previous_lr: float) -> Iterator[Any]:
-    """The kernel's ``step_scalars``."""
+def scalars(h: Hyperparameters, t: Scalar, previous_lr: Scalar | None) -> Iterator[Any]:
+    """The numbers of a step, ``SCALARS`` of them: kernel.c's ``step_scalars``.
+
+    Tensors where ``t`` and ``previous_lr`` are.
+    """
     s = StepScalars.at(t, h, previous_lr, h.sigma)
     yield from (s.alpha, h.rate(t), s.offset, s.previous_threshold, s.previous_offset)
     yield from (s.kappa, s.omega, h.sigma, h.secant_eps, -1.0 if h.maximize else 1.0)

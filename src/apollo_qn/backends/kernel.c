@@ -662,6 +662,16 @@ EXPORT int64_t apollo_qn_numbers(int64_t count, const int32_t *group, const uint
     return runs;
 }
 
+/* After a step that was done elsewhere: counts it, and writes down its rates. */
+EXPORT void apollo_qn_record(int64_t count, const uint64_t *step, const uint64_t *previous_lr,
+                             const int32_t *which, const step_scalars *scalars)
+{
+    for (int64_t i = 0; i < count; i++) {
+        *(float *)(uintptr_t)step[i] += 1;
+        if (previous_lr[i]) *(double *)(uintptr_t)previous_lr[i] = scalars[which[i]].rate;
+    }
+}
+
 /* One step; or, measuring, only the sums of parts. omp_* are OpenMP's functions that the process
    already has; NULL: threads of our own.
    Returns 0; -1: no memory, nothing has been changed. */

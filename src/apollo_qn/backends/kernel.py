@@ -37,6 +37,7 @@ class Kernel:
 
     step: Any
     numbers: Any
+    record: Any
     overlap: Any
     look: Any
     describe: int | None
@@ -57,13 +58,15 @@ def load() -> Kernel | str:
     except OSError as error:
         return f"the fused kernel cannot be loaded ({error})"
     step, numbers = library.apollo_qn_step, library.apollo_qn_numbers
+    record = library.apollo_qn_record
+    record.argtypes, record.restype = [_NUMBER, *[_POINTER] * 4], None
     overlap, look = library.apollo_qn_overlap, holding_gil.apollo_qn_look
     step.argtypes, step.restype = [_POINTER, *[ctypes.c_int] * 2, *[_POINTER] * 3], ctypes.c_int
     numbers.argtypes, numbers.restype = [_NUMBER, *[_POINTER] * 7], _NUMBER
     overlap.argtypes, overlap.restype = [*[_POINTER] * 3, _NUMBER], _NUMBER
     look.argtypes = [_POINTER, _NUMBER, _POINTER, _NUMBER, *[_POINTER] * 4, _NUMBER]
     look.restype = _NUMBER
-    return Kernel(step, numbers, overlap, look, _describe(), _openmp())
+    return Kernel(step, numbers, record, overlap, look, _describe(), _openmp())
 
 
 def loaded() -> Kernel:

@@ -1,0 +1,278 @@
+"""Algorithm 1 in Triton, for all tensors in a few launches; knows addresses only.
+
+One program works on one run of elements of one tensor; what it does there is its role. The sums
+over a run are taken in blocks of a fixed size in the state's type and added in float64 in a fixed
+order, and the sums of a tensor's runs likewise: no atomics, the same bits at every call, whatever
+else is in the launch. The letters are those of ``rule.py``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Elements that a program holds in registers at once, 8 a thread.
+BLOCK = 1024
+WARPS = 4
+# Runs of a tensor at most: so many sums a program that updates a part of it reads.
+RUNS = 512
+# Columns of the tables, which triton.py fills.
+TENSOR = 8  # p, m, B, threshold, first row of its sums, how many, row in `whole` (-1: none), unused
+WORK = 5  # tensor, role, first element, how many, row of its sums
+SUMS = 4  # scale (a power of 2), q4, k, largest: rule.Sums
+SCALARS = 14  # rule.StepScalars and more, in the order of scalars.row
+
+# Roles.
+ALL = 0  # of a tensor that is one run: sums and update
+MEASURE = 1  # the run's sums are written into their row
+APPLY = 2  # the update, with the sums of the tensor
+KEEP = 3  # belief: the threshold of a tensor whose runs have all been updated
+TELL = 4  # the sums of a tensor, which is a part of another, are written into `whole`
+
+_ALL, _MEASURE, _APPLY, _KEEP = (tl.constexpr(role) for role in (ALL, MEASURE, APPLY, KEEP))
+_TELL = tl.constexpr(TELL)
+_TENSOR, _WORK, _SUMS, _SCALARS = (tl.constexpr(n) for n in (TENSOR, WORK, SUMS, SCALARS))
+
+
+@triton.jit
+def _quotient(x, y):
+    if x.dtype == tl.float32:
+        return tl.div_rn(x, y)
+    else:
+        return x / y
+
+
+@triton.jit
+def _exponent(x):
+    """e with 2^e <= x < 2^(e + 1) of x >= 0, within what the type can turn around."""
+    if x.dtype == tl.float32:
+        e = (x.to(tl.int32, bitcast=True) >> 23) - 127
+        return tl.minimum(tl.maximum(e, -120), 120)
+    else:
+        e = (x.to(tl.int64, bitcast=True) >> 52).to(tl.int32) - 1023
+        return tl.minimum(tl.maximum(e, -1000), 1000)
+
+
+@triton.jit
+def _power(e):
+    """2^e in float64, |e| <= 1022."""
+    return ((e.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _share(e):
+    """2^e for e <= 0; what is smaller than 2^-250 does not count."""
+    return _power(tl.maximum(e, -250))
+
+
+@triton.jit
+def _pointer(address, start, T: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = address.to(tl.pointer_type(T)) + start
+    if ALIGNED:  # 4 elements a thread, of every type: no layout has to be converted
+        pointer = tl.multiple_of(pointer, 4 * T.primitive_bitwidth // 8)
+    return pointer
+
+
+@triton.jit
+def _fetch(pointer, i, mask, MASKED: tl.constexpr, S: tl.constexpr):
+    if MASKED:
+        return tl.load(pointer + i, mask=mask, other=0.0).to(S)
+    else:
+        return tl.load(pointer + i).to(S)
+
+
+@triton.jit
+def _store(pointer, i, mask, x, MASKED: tl.constexpr):
+    x = x.to(pointer.dtype.element_ty)
+    if MASKED:
+        tl.store(pointer + i, x, mask=mask)
+    else:
+        tl.store(pointer + i, x)
+
+
+@triton.jit
+def _secant_pair(theta, g, m, B, s):
+    """d, the displacement of the step before, and g - m."""
+    sign, l2, kappa, omega, threshold, offset = s
+    size = tl.abs(B)
+    d = _quotient(m, tl.where(threshold > size, threshold, size) + offset)
+    return kappa * d + omega * theta, sign * g - m + l2 * theta
+
+
+@triton.jit
+def _measured(
+    total, p, g, m, B, i, end, needed, s, alpha,
+    S: tl.constexpr, BELIEF: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The sums so far with those over one block: e, and q4 and k of u = d / 2^e; max |g - m|."""
+    e, q4, k, most = total
+    mask = i < end
+    b, mi = _fetch(B, i, mask, MASKED, S), _fetch(m, i, mask, MASKED, S)
+    if MASKED:
+        needed = mask & needed
+    theta = _fetch(p, i, needed, True, S)
+    d, delta = _secant_pair(theta, _fetch(g, i, mask, MASKED, S), mi, b, s)
+    e_block = _exponent(tl.max(tl.abs(d), 0))
+    e_new = tl.maximum(e, e_block)
+    u = d * _power(-e_block).to(S)
+    u2 = u * u
+    before, share = _share(e - e_new), _share(e_block - e_new)
+    before2, share2 = before * before, share * share
+    q4 = q4 * (before2 * before2) + tl.sum(u2 * u2, 0).to(tl.float64) * (share2 * share2)
+    k = k * before + tl.sum(u * (alpha * delta + b * d), 0).to(tl.float64) * share
+    if BELIEF:
+        most = tl.maximum(most, tl.max(tl.abs(delta), 0).to(tl.float64))
+    return e_new, q4, k, most
+
+
+@triton.jit
+def _update(
+    p, g, m, B, i, end, s, alpha, rate, decoupled, c, inverse, threshold, offset,
+    S: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """m', B' and theta' of one block, with B' = B - c u^2 and u = d inverse."""
+    mask = i < end
+    b, mi = _fetch(B, i, mask, MASKED, S), _fetch(m, i, mask, MASKED, S)
+    theta = _fetch(p, i, mask, MASKED, S)
+    d, delta = _secant_pair(theta, _fetch(g, i, mask, MASKED, S), mi, b, s)
+    u = d * inverse
+    mi = mi + alpha * delta
+    b = b - c * (u * u)
+    size = tl.abs(b)
+    d = _quotient(mi, tl.where(threshold > size, threshold, size) + offset) + decoupled * theta
+    _store(m, i, mask, mi, MASKED)
+    _store(B, i, mask, b, MASKED)
+    _store(p, i, mask, theta - rate * d, MASKED)
+
+
+@triton.jit
+def _gathered(row, count, RUNS: tl.constexpr):
+    """The sums of a tensor from those of its runs."""
+    i = tl.arange(0, RUNS)
+    there = i < count
+    at = row + i * _SUMS
+    scales = tl.load(at, mask=there, other=0.0)
+    scale = tl.max(scales, 0)
+    share = scales * (1.0 / scale)  # exact: powers of 2
+    share2 = share * share
+    q4 = tl.sum(tl.load(at + 1, mask=there, other=0.0) * (share2 * share2), 0)
+    k = tl.sum(tl.load(at + 2, mask=there, other=0.0) * share, 0)
+    return scale, q4, k, tl.max(tl.load(at + 3, mask=there, other=0.0), 0)
+
+
+@triton.jit
+def _concluded(scale, q4, k, eps, S: tl.constexpr):
+    """c and e with B' = B - c u^2 and u = d / 2^e: rule.secant_coefficient and rule.finite."""
+    norm = scale * tl.sqrt(tl.sqrt(q4))
+    e = _exponent(norm)
+    if S == tl.float32:
+        e = tl.minimum(tl.maximum(e, -120), 120)
+        most = 4.253529586511731e37  # 2^125
+    else:
+        most = 1.1235582092889474e307  # 2^1020
+    n = norm + eps
+    nothing = n == 0
+    n = tl.where(nothing, 1.0, n)
+    share = _power(e) / n
+    c = share * share * share * (k * (scale / _power(e)) / n)  # k is that of d / scale
+    c = tl.where(c > most, most, tl.where(c < -most, -most, c))  # NaN stays NaN
+    return tl.where(nothing, 0.0, c), e
+
+
+@triton.jit(do_not_specialize=["first"])
+def step(
+    tensors, work, first, gradients, scalars, rows, whole,
+    P: tl.constexpr, G: tl.constexpr, S: tl.constexpr,
+    BELIEF: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, RUNS: tl.constexpr,
+):  # fmt: skip
+    """One launch: a program for each row of ``work`` from ``first`` on.
+
+    ``gradients`` holds for each tensor the address of its gradient and its row of ``scalars``,
+    ``rows`` the sums of runs, ``whole`` those of tensors of which only parts are here.
+    """
+    mine = work + (first + tl.program_id(0)).to(tl.int64) * _WORK
+    tensor, role, start = tl.load(mine), tl.load(mine + 1), tl.load(mine + 2)
+    count = tl.load(mine + 3).to(tl.int32)
+    its = tensors + tensor * _TENSOR
+    address = gradients + tensor * 2
+    p = _pointer(tl.load(its), start, P, ALIGNED)
+    m = _pointer(tl.load(its + 1), start, S, ALIGNED)
+    B = _pointer(tl.load(its + 2), start, S, ALIGNED)
+    g = _pointer(tl.load(address), start, G, ALIGNED)
+    threshold_of = tl.load(its + 3).to(tl.pointer_type(S))
+    whole_row = tl.load(its + 6)
+
+    number = scalars + tl.load(address + 1) * _SCALARS
+    alpha, rate = tl.load(number).to(S), tl.load(number + 1).to(S)
+    offset = tl.load(number + 2).to(S)
+    previous = tl.load(number + 3).to(S)
+    threshold = tl.load(number + 7)
+    belief = tl.load(number + 13) != 0
+    if BELIEF:
+        if belief:
+            previous = tl.load(threshold_of)
+    s = (
+        tl.load(number + 9).to(S),
+        tl.load(number + 10).to(S),
+        tl.load(number + 5).to(S),
+        tl.load(number + 6).to(S),
+        previous,
+        tl.load(number + 4).to(S),
+    )
+    full = count // BLOCK * BLOCK
+    lane = tl.arange(0, BLOCK)
+    # the parameter has a part in the sums where it decays
+    needed = lane * 0 + tl.load(number + 12).to(tl.int32) != 0
+
+    e = tl.full((), -1000, tl.int32)
+    q4 = tl.full((), 0.0, tl.float64)
+    k = tl.full((), 0.0, tl.float64)
+    most = tl.full((), 0.0, tl.float64)
+    scale = tl.full((), 1.0, tl.float64)
+    if (role == _ALL) | (role == _MEASURE):
+        for at in range(0, full, BLOCK):
+            e, q4, k, most = _measured(
+                (e, q4, k, most), p, g, m, B, at + lane, count, needed, s, alpha,
+                S, BELIEF, False,
+            )  # fmt: skip
+        if full < count:
+            e, q4, k, most = _measured(
+                (e, q4, k, most), p, g, m, B, full + lane, count, needed, s, alpha,
+                S, BELIEF, True,
+            )  # fmt: skip
+        scale = _power(e)
+    elif (whole_row >= 0) & (role != _TELL):
+        scale, q4, k, most = _gathered(whole + whole_row * _SUMS, 1, 2)
+    else:
+        scale, q4, k, most = _gathered(
+            rows + tl.load(its + 4) * _SUMS, tl.load(its + 5).to(tl.int32), RUNS
+        )
+    if BELIEF:
+        if belief:
+            threshold = tl.where(k != k, k, most)  # a maximum may have passed over a NaN
+
+    if (role == _MEASURE) | (role == _TELL):
+        row = rows + tl.load(mine + 4) * _SUMS
+        if role == _TELL:
+            row = whole + whole_row * _SUMS
+        tl.store(row, scale)
+        tl.store(row + 1, q4)
+        tl.store(row + 2, k)
+        tl.store(row + 3, most)
+    elif role != _KEEP:
+        c, e = _concluded(scale, q4, k, tl.load(number + 8), S)
+        c, inverse = c.to(S), _power(-e).to(S)
+        decoupled = tl.load(number + 11).to(S)
+        for at in range(0, full, BLOCK):
+            _update(
+                p, g, m, B, at + lane, count, s, alpha, rate, decoupled,
+                c, inverse, threshold.to(S), offset, S, False,
+            )  # fmt: skip
+        if full < count:
+            _update(
+                p, g, m, B, full + lane, count, s, alpha, rate, decoupled,
+                c, inverse, threshold.to(S), offset, S, True,
+            )  # fmt: skip
+    if BELIEF:
+        if belief & ((role == _ALL) | (role == _KEEP)):
+            tl.store(threshold_of, threshold.to(S))

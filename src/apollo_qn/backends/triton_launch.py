@@ -1,0 +1,257 @@
+"""Which program of the Triton kernel works on what, and when.
+
+A tensor's sums must be complete before its first element changes, so that g, m and B are read
+twice: 10 words a parameter. To find them in the L2 cache the second time (7 words from memory) the
+tensors are cut into windows that fit there, and each launch updates one window and takes the sums
+of the next. A tensor that is larger than a window is updated in reverse, from what was read last.
+
+What stays from step to step lies in tables on the device. A step uploads the addresses of the
+gradients and its numbers, in one copy, where they have changed, and waits for nothing.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from apollo_qn.backends import triton_kernel as kernel
+
+Types: TypeAlias = tuple[torch.dtype, ...]  # of parameter, gradient and state
+Span: TypeAlias = tuple[int, int]  # first program of a launch, and how many
+
+# Elements in a run at least: a program's share; a tensor up to that size is one program's.
+RUN = 4096
+# Share of the L2 cache that a window's gradients and states may take; its parameters and what the
+# next window reads meanwhile need the rest.
+WINDOW = 0.6
+_L2 = 40 << 20  # bytes, where the device does not tell
+_ALIGNMENT = 16  # bytes
+
+_TYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+# Of CUDA graphs, which outlive the optimizer that they have captured: what a replay reads.
+_captured: list[Any] = []
+
+
+@dataclass
+class _Set:
+    """Tensors of the same types."""
+
+    types: Types
+    members: list[int]
+    aligned: bool  # parameters and state
+    measuring: list[Span] = field(default_factory=list)  # parts of tensors: their sums only
+    steps: list[Span] = field(default_factory=list)
+    keep: list[Span] = field(default_factory=list)  # at last, with belief
+
+
+class _Work:
+    """Collects the rows of all programs."""
+
+    def __init__(self, n: Sequence[int]) -> None:
+        self.pieces: list[Tensor] = []
+        self.count = 0
+        block, most = kernel.BLOCK, kernel.RUNS
+        self.length = [max(RUN, -(-size // (most * block)) * block) for size in n]
+        self.runs = [-(-size // length) for size, length in zip(n, self.length, strict=True)]
+        self.row = [0]  # of the sums of each tensor's first run
+        for runs in self.runs:
+            self.row.append(self.row[-1] + runs)
+        self.n = n
+
+    def launch(self, *works: tuple[int, Iterable[int]]) -> list[Span]:
+        """A launch of all runs of these tensors, each with its role; none: no launch."""
+        first = self.count
+        for role, tensors in works:
+            for i in tensors:
+                self._add(role, i)
+        return [(first, self.count - first)] if self.count > first else []
+
+    def _add(self, role: int, i: int) -> None:
+        runs = self.runs[i] if role in (kernel.MEASURE, kernel.APPLY) else 1
+        length = self.length[i] if runs > 1 else self.n[i]
+        number = torch.arange(runs)
+        start = number * length
+        rows = torch.empty(runs, kernel.WORK, dtype=torch.int64)
+        rows[:, 0], rows[:, 1], rows[:, 2] = i, role, start
+        rows[:, 3] = (self.n[i] - start).clamp(max=length)
+        rows[:, 4] = self.row[i] + number
+        # what was read last is in the cache
+        self.pieces.append(rows.flip(0) if role == kernel.APPLY else rows)
+        self.count += runs
+
+
+class Tables:
+    """What the kernel works on, and in which launches.
+
+    Args:
+        device: of all tensors.
+        addresses: columns p, m, B and threshold (0: none), with a number for each tensor.
+        n: elements of each, at least 1.
+        types: of each.
+        shared: of each its row among the sums of tensors of which only parts are here; -1: it is
+            whole.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        addresses: Sequence[array[int]],
+        n: Sequence[int],
+        types: Sequence[Types],
+        shared: Sequence[int],
+    ) -> None:
+        self._device = device
+        self._sets = [
+            _Set(
+                kind,
+                members := [i for i, its in enumerate(types) if its == kind],
+                all(column[i] % _ALIGNMENT == 0 for column in addresses[:3] for i in members),
+            )
+            for kind in dict.fromkeys(types)
+        ]
+        self.has_parts = any(row >= 0 for row in shared)
+        work = _Work(n)
+        for one in self._sets:
+            _schedule(one, work, shared, _budget(device))
+        table = torch.zeros(len(n), kernel.TENSOR, dtype=torch.int64)
+        for column, of_each in enumerate([*addresses, work.row[:-1], work.runs, shared]):
+            table[:, column] = torch.tensor(list(of_each), dtype=torch.int64)
+        self._tensors = table.to(device)
+        self._work = torch.cat(work.pieces).to(device)
+        self._rows = torch.empty(work.row[-1], kernel.SUMS, dtype=torch.float64, device=device)
+        self._upload = _Upload(device)
+        self._gradients: array[int] | None = None
+        self._aligned: list[bool] = []
+
+    def launch(
+        self,
+        gradients: array[int],
+        which: Iterable[int],
+        scalars: array[float] | Tensor,
+        whole: Tensor | None,
+        belief: bool,
+        measuring: bool,
+    ) -> None:
+        """Launch a step, or the measuring of parts.
+
+        Args:
+            gradients: the address of each.
+            which: the row of each tensor in ``scalars``.
+            scalars: rows of numbers, on the host or on the device.
+            whole: the sums of tensors of which only parts are here, written when ``measuring``.
+            belief: whether any tensor's threshold is that of belief.
+            measuring: only take the sums of parts.
+        """
+        words = array("Q", bytes(16 * len(gradients)))
+        words[::2], words[1::2] = gradients, array("Q", which)
+        if isinstance(scalars, array):
+            words.frombytes(scalars.tobytes())
+        if gradients != self._gradients:
+            self._gradients = gradients
+            self._aligned = [
+                one.aligned and not any(gradients[i] % _ALIGNMENT for i in one.members)
+                for one in self._sets
+            ]
+        with _on(self._device):
+            uploaded = self._upload(words, self._tensors, self._work, self._rows)
+            numbers = scalars
+            if not isinstance(numbers, Tensor):
+                numbers = uploaded[2 * len(gradients) :].view(torch.float64)
+            given = (uploaded, numbers, self._rows, self._rows if whole is None else whole)
+            for one, aligned in zip(self._sets, self._aligned, strict=True):
+                spans = one.measuring if measuring else one.steps + (one.keep if belief else [])
+                P, G, S = (_TYPES[dtype] for dtype in one.types)
+                for first, count in spans:
+                    kernel.step[(count,)](
+                        *(self._tensors, self._work, first, *given),
+                        *(P, G, S, belief, aligned, kernel.BLOCK, kernel.RUNS),
+                        num_warps=kernel.WARPS,
+                    )
+
+
+def _schedule(one: _Set, work: _Work, shared: Sequence[int], budget: int) -> None:
+    parts = [i for i in one.members if shared[i] >= 0]
+    whole = [i for i in one.members if shared[i] < 0]
+    small = [i for i in whole if work.runs[i] == 1]
+    large = [i for i in whole if work.runs[i] > 1]
+    one.measuring = work.launch((kernel.MEASURE, parts)) + work.launch((kernel.TELL, parts))
+    _, g, state = (dtype.itemsize for dtype in one.types)
+    windows: list[list[int]] = []
+    room = 0
+    for i in large:
+        size = work.n[i] * (g + 2 * state)
+        if size > room or not windows:
+            windows.append([])
+            room = budget
+        windows[-1].append(i)
+        room -= size
+    before: list[int] = []
+    for window in [*windows, []]:
+        first = not one.steps
+        one.steps += work.launch(
+            (kernel.APPLY, reversed(before)),
+            (kernel.MEASURE, window),
+            # in the first launch, beside sums that are short
+            (kernel.APPLY, parts if first else []),
+            (kernel.ALL, small if first else []),
+        )
+        before = window
+    one.keep = work.launch((kernel.KEEP, [*parts, *large]))
+
+
+def _budget(device: torch.device) -> int:
+    """Bytes of gradients and states in a window."""
+    cache = 0
+    if device.type == "cuda":
+        cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+    return int(WINDOW * (cache or _L2))
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+class _Upload:
+    """Words on the device, which are copied there when they change."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._words: array[int] | None = None
+        self._tensor = torch.empty(0, dtype=torch.int64, device=device)
+        # pinned, for a copy that is captured, when none can be allocated; a replay reads it again
+        self._spare: Tensor | None = None
+
+    def __call__(self, words: array[int], *tables: Tensor) -> Tensor:
+        given = torch.frombuffer(words, dtype=torch.int64)
+        if self._device.type != "cuda":
+            return given.clone()
+        if torch.cuda.is_current_stream_capturing():
+            spare, self._spare = self._spare, None
+            if spare is None or spare.numel() < len(words):
+                spare = torch.empty(len(words), dtype=torch.int64, pin_memory=True)
+            pinned = spare[: len(words)].copy_(given)
+            _captured.append((pinned, tables))
+            return torch.empty_like(given, device=self._device).copy_(pinned, non_blocking=True)
+        if self._spare is None or self._spare.numel() < len(words):
+            self._spare = torch.empty(len(words), dtype=torch.int64, pin_memory=True)
+        if words != self._words:
+            # new at each copy: the allocator gives it away again when the device has read it
+            pinned = torch.empty(len(words), dtype=torch.int64, pin_memory=True).copy_(given)
+            if self._tensor.numel() != len(words):
+                self._tensor = torch.empty_like(given, device=self._device)
+            self._tensor.copy_(pinned, non_blocking=True)
+            self._words = words
+        return self._tensor
