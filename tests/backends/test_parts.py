@@ -66,13 +66,13 @@ class Parts:
             if self.previous_lrs is not None:
                 self.previous_lrs[i].fill_(self.h.rate(t))
 
-    def step_fused(self, gradients: list[Tensor]) -> None:
+    def step_fused(self, gradients: list[Tensor], kind: type[cpu.Plan]) -> None:
         count = len(gradients)
         columns = (self.theta, gradients, self.m, self.B, self.steps)
         group = Group(
             self.h, *columns, self.previous_lrs, self.thresholds, shared=list(range(count))
         )
-        plan = cpu.planned([group], None)
+        plan = cpu.planned([group], None, kind)
         assert plan.left == [[]]
         table = torch.zeros(count, 4, dtype=torch.float64)
         plan.measure([self.h], table)
@@ -87,22 +87,29 @@ class Parts:
 @pytest.mark.parametrize("mode", MODES, ids=["plain", "decoupled", "belief"])
 @pytest.mark.parametrize(
     "back_end",
-    [reference, foreach, pytest.param(None, marks=NEEDS_KERNEL)],
+    [reference, foreach, pytest.param(cpu.Plan, marks=NEEDS_KERNEL)],
     ids=["rule", "foreach", "fused"],
 )
 def test_parts_are_the_whole(
-    back_end: ModuleType | None, mode: dict[str, Any], size: int, set_block: SetBlock
+    back_end: ModuleType | type[cpu.Plan], mode: dict[str, Any], size: int, set_block: SetBlock
 ) -> None:
     set_block(1 << 14)
+    check_parts(back_end, mode, size, steps=6)
+
+
+def check_parts(
+    back_end: ModuleType | type[cpu.Plan], mode: dict[str, Any], size: int, steps: int
+) -> None:
+    """A trajectory in parts against that of the whole; a fused back end is given by its plan."""
     settings = Settings(lr=0.1, warmup_steps=3, **mode)
     theta = normal((size,), "theta")
     wanted, parts = ReferenceApollo(as_numpy(theta), settings), Parts(theta, settings)
-    for t in range(6):
+    for t in range(steps):
         g = normal((size,), "g", t) * 10.0 ** (torch.arange(size) % 5)
         wanted.step(as_numpy(g))
         gradients = [g[one].clone() for one in parts.slices]
-        if back_end is None:
-            parts.step_fused(gradients)
+        if isinstance(back_end, type):
+            parts.step_fused(gradients, back_end)
         else:
             parts.step_one_by_one(back_end, gradients)
         for mine, theirs, tolerance in (

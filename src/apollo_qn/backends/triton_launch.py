@@ -80,17 +80,16 @@ class _Work:
         return [(first, self.count - first)] if self.count > first else []
 
     def _add(self, role: int, i: int) -> None:
-        runs = self.runs[i] if role in (kernel.MEASURE, kernel.APPLY) else 1
-        length = self.length[i] if runs > 1 else self.n[i]
-        number = torch.arange(runs)
-        start = number * length
-        rows = torch.empty(runs, kernel.WORK, dtype=torch.int64)
-        rows[:, 0], rows[:, 1], rows[:, 2] = i, role, start
-        rows[:, 3] = (self.n[i] - start).clamp(max=length)
-        rows[:, 4] = self.row[i] + number
+        on_elements = role not in (kernel.KEEP, kernel.TELL)
+        number = torch.arange(self.runs[i] if on_elements else 1)
+        start = number * self.length[i]
+        rows = torch.zeros(len(number), kernel.WORK, dtype=torch.int64)
+        rows[:, 0], rows[:, 1], rows[:, 4] = i, role, self.row[i] + number
+        if on_elements:
+            rows[:, 2], rows[:, 3] = start, (self.n[i] - start).clamp(max=self.length[i])
         # what was read last is in the cache
         self.pieces.append(rows.flip(0) if role == kernel.APPLY else rows)
-        self.count += runs
+        self.count += len(rows)
 
 
 class Tables:

@@ -1,0 +1,51 @@
+"""Triton's interpreter on CPU tensors, with small blocks and without needless work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+
+AVAILABLE = find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
+REASON = "Triton's interpreter is for machines without a GPU, and needs Triton"
+
+# a block, the least run, the most runs of a tensor: borders come early
+BLOCK, RUN, RUNS = 64, 128, 4
+
+
+def interpret(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let the Triton back end serve the CPU; returns what sets other sizes."""
+    from triton.runtime import interpreter
+
+    from apollo_qn.backends import triton, triton_kernel, triton_launch
+
+    monkeypatch.setattr(triton, "DEVICES", {"cuda", "cpu"})
+
+    # each call of a helper replaces the whole language by the interpreter's: once a launch will do
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[str] = set()
+
+    def patch_once(function: Any) -> Any:
+        if function.__module__ in patched:
+            return None
+        patched.add(function.__module__)
+        return patch(function)
+
+    def launch_anew(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patched.clear()
+        return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+
+    def sizes(block: int = BLOCK, run: int = RUN, runs: int = RUNS, cache: int = 1 << 20) -> None:
+        monkeypatch.setattr(triton_kernel, "BLOCK", block)
+        monkeypatch.setattr(triton_kernel, "RUNS", runs)
+        monkeypatch.setattr(triton_launch, "RUN", run)
+        monkeypatch.setattr(triton_launch, "_L2", cache)
+
+    sizes()
+    return sizes
