@@ -193,8 +193,9 @@ class CapturablePlan(Plan):
             t = torch.stack([self._steps[i] for i in mine])
             before = torch.stack(rates) if h.decoupled else None
             row = cpu.scalars(h, t, before)
-            columns = [torch.as_tensor(x, dtype=_f64, device=t.device).expand_as(t) for x in row]
-            found.append(torch.stack(columns, 1))
+            # by multiplication, which copies nothing from the host: a graph may be captured
+            ones = torch.ones_like(t, dtype=_f64)
+            found.append(torch.stack([ones * x for x in row], 1))
         return range(len(self._taken)), torch.cat(found)
 
     def _record(self, numbers: Any) -> None:
