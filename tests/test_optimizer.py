@@ -61,6 +61,9 @@ DEFAULTS: dict[str, Any] = {
     "maximize": False,
     "capturable": False,
     "differentiable": False,
+    "rounding": None,
+    "state_dtype": None,
+    "seed": 0,
 }
 POSITIONAL = ["params", "lr", "beta", "eps", "sigma", "weight_decay"]
 
@@ -103,6 +106,12 @@ BAD: list[tuple[str, Any, str]] = [
     *[("warmup_steps", x, "a whole number >= 0") for x in (-1, 1.5, nan, None, "5")],
     *[("warmup_init_lr", x, "None or a finite number >= 0") for x in (-1.0, nan, inf, "a")],
     *[("rebound", x, "'constant' or 'belief'") for x in ("Constant", None, 1)],
+    *[("rounding", x, "None, 'nearest', 'stochastic' or 'kahan'") for x in ("Kahan", 1, True)],
+    *[
+        ("state_dtype", x, r"None \(float32 at least\) or torch.bfloat16")
+        for x in (torch.float16, torch.float32, "bfloat16")
+    ],
+    *[("seed", x, r"a whole number in \[0, 2\*\*64\)") for x in (-1, 1 << 64, 1.0, None, True)],
 ]
 BAD_IDS = [f"{name}={value!r}" for name, value, _ in BAD]
 
