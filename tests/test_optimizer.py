@@ -367,6 +367,52 @@ def test_a_mode_chosen_in_mid_run() -> None:
         assert {"previous_lr", "threshold"} <= set(optimizer.state[p])
 
 
+@BACK_ENDS
+def test_another_way_of_storing_in_mid_run(back_end: dict[str, Any]) -> None:
+    """A compensation begins at 0, whatever there was before; the state changes its type."""
+    params = parameters([(3, 5), (300,)], torch.bfloat16)
+    optimizer = Apollo(params, warmup_steps=0, lr=0.1, rounding="kahan", **back_end)
+    group = optimizer.param_groups[0]
+    run_steps(optimizer, range(2))
+    first = [optimizer.state[p]["compensation"] for p in params]
+    assert all(low.any() and low.dtype is p.dtype for low, p in zip(first, params, strict=True))
+    group.update(rounding="nearest", state_dtype=torch.bfloat16)
+    run_steps(optimizer, range(2, 4))
+    for p in params:
+        assert set(optimizer.state[p]) == {"step", "exp_avg", "hessian_diag"}
+        assert optimizer.state[p]["hessian_diag"].dtype is torch.bfloat16
+    values = [p.detach().float() for p in params]
+    group.update(rounding="kahan", lr=0.0, state_dtype=None)
+    run_steps(optimizer, range(4, 5))
+    for p, value in zip(params, values, strict=True):
+        assert same(p.detach().float(), value)
+        assert optimizer.state[p]["compensation"].eq(0).all()
+        assert optimizer.state[p]["hessian_diag"].dtype is torch.float32
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
+def test_autograd_through_a_rounded_step(rounding: Any) -> None:
+    """Straight through the rounding: the derivative is that of the step in float32."""
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        start = torch.linspace(-1, 1, 8).bfloat16().to(dtype).requires_grad_()
+        p = start * 1
+        optimizer = Apollo([p], lr=0.25, warmup_steps=0, differentiable=True, rounding=rounding)
+        p.grad = p * 0.5
+        optimizer.step()
+        low = optimizer.state[p].get("compensation", torch.zeros_like(p))
+        (p.float() + low.float()).sum().backward()
+        assert start.grad is not None
+        results.append(start.grad.float())
+    torch.testing.assert_close(*results, rtol=2.0**-7, atol=0)
+
+
+def test_a_complex_state_cannot_be_bfloat16() -> None:
+    p = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="state_dtype must be None for complex parameters"):
+        Apollo([p], state_dtype=torch.bfloat16)
+
+
 # state
 
 
