@@ -43,6 +43,7 @@ class ReferenceApollo:
         self.B = np.zeros_like(self.theta)
         self.d = np.zeros_like(self.theta)
         self.t = 0
+        self.threshold = self.offset = self.used = 0.0  # of the last step
 
     def step(self, gradient: Array) -> None:
         if self.theta.size == 0:
@@ -69,16 +70,31 @@ class ReferenceApollo:
             B = self.B - numerator / (norm + eps) ** 4 * self.d**2
 
         # eq. (11), or the later release's threshold
+        self.threshold, self.offset, self.used = s.sigma, 0.0, self.rate()
         if s.rebound == "belief":
-            D = np.maximum(np.abs(B), np.max(np.abs(g - self.m))) + s.eps * corrected / (1 - beta)
-        else:
-            D = np.maximum(np.abs(B), s.sigma)
-        d = m / D
+            self.threshold = float(np.max(np.abs(g - self.m)))
+            self.offset = s.eps * corrected / (1 - beta)
+        d = m / (np.maximum(np.abs(B), self.threshold) + self.offset)
         if s.weight_decay and s.decoupled_weight_decay:
             d = d + s.weight_decay * self.theta
 
-        self.theta = self.theta - self.rate() * d
+        self.theta = self.theta - self.used * d
         self.m, self.B, self.d, self.t = m, B, d, t + 1
+
+    def go_on_from(self, theta: Array, m: Array, B: Array) -> None:
+        """Take over what fewer bits have left of the last step's numbers.
+
+        Its displacement is then what can be concluded from them: m / D, with decoupled decay and
+        wd theta_before, where theta = theta_before - lr (m / D + wd theta_before).
+        """
+        s = self.settings
+        self.theta, self.m, self.B = theta, m, B
+        if theta.size == 0:
+            return
+        self.d = m / (np.maximum(np.abs(B), self.threshold) + self.offset)
+        if s.weight_decay and s.decoupled_weight_decay:
+            before = (theta + self.used * self.d) / (1 - self.used * s.weight_decay)
+            self.d = self.d + s.weight_decay * before
 
     def rate(self) -> float:
         """eta of step t: DESIGN's ``lr (w + (1 - w) t / warmup_steps)``."""

@@ -330,3 +330,96 @@ def test_released_state_of_a_wrong_shape_or_size(rebound: str) -> None:
         with pytest.raises(ValueError):  # noqa: PT011  # which of two messages is not the point
             optimizer.load_state_dict(released_state_dict(released, torch.float64))
         assert same(before, snapshot(optimizer))
+
+
+# what is stored in 16 bits
+
+STORING: list[dict[str, Any]] = [
+    {"rounding": "stochastic", "seed": 3},
+    {"rounding": "kahan"},
+    {"rounding": "kahan", "state_dtype": torch.bfloat16},
+    {"rounding": "stochastic", "state_dtype": torch.bfloat16, "seed": 1 << 33},
+]
+
+
+@BACK_ENDS
+@pytest.mark.parametrize("storing", STORING, ids=str)
+def test_a_resumed_run_rounds_as_it_would_have(
+    storing: dict[str, Any], back_end: dict[str, Any]
+) -> None:
+    params = parameters(SHAPES, torch.bfloat16)
+    optimizer = ApolloW(params, lr=0.01, weight_decay=0.1, **storing, **back_end)
+    run_steps(optimizer, range(3))
+    saved = through_a_file(optimizer.state_dict())
+    others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    run_steps(optimizer, range(3, 6))
+    fresh = ApolloW(others, rounding="nearest")
+    fresh.load_state_dict(saved)
+    run_steps(fresh, range(3, 6))
+    assert same(snapshot(optimizer), snapshot(fresh))
+
+
+def dtypes(optimizer: Apollo) -> set[torch.dtype]:
+    states = optimizer.state.values()
+    return {state[name].dtype for state in states for name in ("exp_avg", "hessian_diag")}
+
+
+def test_states_of_other_types() -> None:
+    """The settings are those that were saved; where they were saved without, the optimizer's."""
+    narrow = {"state_dtype": torch.bfloat16}
+    wide, small = Apollo(parameters(SHAPES)), Apollo(parameters(SHAPES), **narrow)
+    for optimizer in (wide, small):
+        run_steps(optimizer, range(2))
+    assert (dtypes(wide), dtypes(small)) == ({torch.float32}, {torch.bfloat16})
+    for saved in (wide, small):
+        for target in (Apollo(parameters(SHAPES)), Apollo(parameters(SHAPES), **narrow)):
+            target.load_state_dict(through_a_file(saved.state_dict()))
+            assert same(snapshot(target)[2::2], snapshot(saved)[2::2])
+            run_steps(target, range(2, 3))
+            assert dtypes(target) == dtypes(saved)
+
+    older = through_a_file(wide.state_dict())  # of a version without these settings
+    for group in older["param_groups"]:
+        for name in ("rounding", "state_dtype", "seed"):
+            del group[name]
+    target = Apollo(parameters(SHAPES), **narrow)
+    target.load_state_dict(older)
+    assert dtypes(target) == {torch.bfloat16}
+    for p, q in zip(*(o.param_groups[0]["params"] for o in (target, wide)), strict=True):
+        wanted = wide.state[q]["hessian_diag"].bfloat16()
+        assert same(target.state[p]["hessian_diag"], wanted)
+
+
+def test_the_released_state_in_16_bits() -> None:
+    released = ReleasedApollo([np.ones((3, 5)), np.ones(7)], lr=0.01, warmup=0)
+    for t in range(3):
+        released.step([np.full((3, 5), 1.0 + t), np.full(7, 2.0 - t)])
+    state = {
+        i: {k: v if k == "step" else torch.tensor(v) for k, v in one.items()}
+        for i, one in enumerate(released.state)
+    }
+    saved = {"state": state, "param_groups": [{**released.group, "params": [0, 1]}]}
+    params = [torch.nn.Parameter(torch.tensor(x).bfloat16()) for x in released.thetas]
+    optimizer = Apollo(params, rounding="kahan", state_dtype=torch.bfloat16)
+    optimizer.load_state_dict(saved)
+    assert dtypes(optimizer) == {torch.bfloat16}
+    for p, one in zip(params, released.state, strict=True):
+        wanted = torch.tensor(one["approx_hessian"]).bfloat16()
+        assert same(optimizer.state[p]["hessian_diag"], wanted)
+    run_steps(optimizer, range(3, 5))
+    assert all("compensation" in optimizer.state[p] for p in params)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 5)])
+def test_a_compensation_must_fit(shape: tuple[int, ...]) -> None:
+    optimizer = Apollo(parameters([(3, 5)], torch.bfloat16), rounding="kahan")
+    run_steps(optimizer, range(2))
+    saved = through_a_file(optimizer.state_dict())
+    saved["state"][0]["compensation"] = torch.zeros(shape, dtype=torch.bfloat16)
+    if shape == (3, 5):
+        optimizer.load_state_dict(saved)
+        return
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"compensation must have its parameter's shape \(3, 5\)"):
+        optimizer.load_state_dict(saved)
+    assert same(before, snapshot(optimizer))

@@ -31,7 +31,7 @@ def test_signature() -> None:
     assert names[:5] == ["params", "grads", "exp_avgs", "hessian_diags", "state_steps"]
     functional = inspect.signature(apollo).parameters
     for name, parameter in inspect.signature(Apollo).parameters.items():
-        if name != "params":
+        if name not in ("params", "state_dtype"):  # the state is the caller's
             assert functional[name].default == parameter.default, name
 
 
@@ -93,6 +93,54 @@ def test_lists_that_the_mode_needs() -> None:
         apollo(*lists(), rebound="belief")
     with pytest.raises(ValueError, match="thresholds must have one tensor"):
         apollo(*lists(), rebound="belief", thresholds=[])
+
+
+def test_compensations() -> None:
+    """For each 16-bit parameter one; what is given for the others is not touched."""
+    narrow, wide = torch.ones(3, dtype=torch.bfloat16), torch.ones(3)
+    low, other = torch.zeros_like(narrow), torch.ones(5)
+
+    def step(compensations: Any, **settings: Any) -> None:
+        zeros = [[torch.zeros(3), torch.zeros(3)] for _ in range(2)]
+        apollo(
+            [narrow, wide],
+            [torch.ones_like(narrow), torch.ones(3)],
+            *zeros,
+            [torch.zeros(()), torch.zeros(())],
+            lr=2.0**-12,
+            warmup_steps=0,
+            compensations=compensations,
+            **{"rounding": "kahan", **settings},
+        )
+
+    for bad in (None, [low], [None, None], [torch.zeros(4, dtype=torch.bfloat16), None], [other]):
+        with pytest.raises(ValueError, match="compensations must"):
+            step(bad)
+    step([low, other])
+    assert narrow.eq(1).all()
+    assert low.eq(-(2.0**-12)).all()
+    assert wide.eq(1 - 2.0**-12).all()
+    assert other.eq(1).all()
+    step(None, rounding="nearest")
+    with pytest.raises(ValueError, match="rounding must be None, 'nearest'"):
+        step(None, rounding="up")
+    with pytest.raises(ValueError, match=r"seed must be a whole number in \[0, 2\*\*64\), got -1"):
+        step(None, seed=-1)
+
+
+def test_positions_tell_the_bits_apart() -> None:
+    def trained(positions: list[int] | None) -> list[Tensor]:
+        params = [torch.ones(200, dtype=torch.bfloat16) for _ in range(2)]
+        others = [[torch.zeros(200), torch.zeros(200)] for _ in range(2)]
+        grads = [torch.ones_like(p) for p in params]
+        steps = [torch.zeros(()), torch.zeros(())]
+        settings: dict[str, Any] = {"lr": 2.0**-9, "warmup_steps": 0, "positions": positions}
+        apollo(params, grads, *others, steps, rounding="stochastic", **settings)
+        return params
+
+    a, b = trained(None)
+    assert not torch.equal(a, b)
+    assert same(trained([1, 0]), [b, a])
 
 
 def test_choices_that_cannot_be() -> None:

@@ -61,6 +61,9 @@ DEFAULTS: dict[str, Any] = {
     "maximize": False,
     "capturable": False,
     "differentiable": False,
+    "rounding": None,
+    "state_dtype": None,
+    "seed": 0,
 }
 POSITIONAL = ["params", "lr", "beta", "eps", "sigma", "weight_decay"]
 
@@ -103,6 +106,12 @@ BAD: list[tuple[str, Any, str]] = [
     *[("warmup_steps", x, "a whole number >= 0") for x in (-1, 1.5, nan, None, "5")],
     *[("warmup_init_lr", x, "None or a finite number >= 0") for x in (-1.0, nan, inf, "a")],
     *[("rebound", x, "'constant' or 'belief'") for x in ("Constant", None, 1)],
+    *[("rounding", x, "None, 'nearest', 'stochastic' or 'kahan'") for x in ("Kahan", 1, True)],
+    *[
+        ("state_dtype", x, r"None \(float32 at least\) or torch.bfloat16")
+        for x in (torch.float16, torch.float32, "bfloat16")
+    ],
+    *[("seed", x, r"a whole number in \[0, 2\*\*64\)") for x in (-1, 1 << 64, 1.0, None, True)],
 ]
 BAD_IDS = [f"{name}={value!r}" for name, value, _ in BAD]
 
@@ -356,6 +365,52 @@ def test_a_mode_chosen_in_mid_run() -> None:
     for p in params:
         assert p.isfinite().all()
         assert {"previous_lr", "threshold"} <= set(optimizer.state[p])
+
+
+@BACK_ENDS
+def test_another_way_of_storing_in_mid_run(back_end: dict[str, Any]) -> None:
+    """A compensation begins at 0, whatever there was before; the state changes its type."""
+    params = parameters([(3, 5), (300,)], torch.bfloat16)
+    optimizer = Apollo(params, warmup_steps=0, lr=0.1, rounding="kahan", **back_end)
+    group = optimizer.param_groups[0]
+    run_steps(optimizer, range(2))
+    first = [optimizer.state[p]["compensation"] for p in params]
+    assert all(low.any() and low.dtype is p.dtype for low, p in zip(first, params, strict=True))
+    group.update(rounding="nearest", state_dtype=torch.bfloat16)
+    run_steps(optimizer, range(2, 4))
+    for p in params:
+        assert set(optimizer.state[p]) == {"step", "exp_avg", "hessian_diag"}
+        assert optimizer.state[p]["hessian_diag"].dtype is torch.bfloat16
+    values = [p.detach().float() for p in params]
+    group.update(rounding="kahan", lr=0.0, state_dtype=None)
+    run_steps(optimizer, range(4, 5))
+    for p, value in zip(params, values, strict=True):
+        assert same(p.detach().float(), value)
+        assert optimizer.state[p]["compensation"].eq(0).all()
+        assert optimizer.state[p]["hessian_diag"].dtype is torch.float32
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
+def test_autograd_through_a_rounded_step(rounding: Any) -> None:
+    """Straight through the rounding: the derivative is that of the step in float32."""
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        start = torch.linspace(-1, 1, 8).bfloat16().to(dtype).requires_grad_()
+        p = start * 1
+        optimizer = Apollo([p], lr=0.25, warmup_steps=0, differentiable=True, rounding=rounding)
+        p.grad = p * 0.5
+        optimizer.step()
+        low = optimizer.state[p].get("compensation", torch.zeros_like(p))
+        (p.float() + low.float()).sum().backward()
+        assert start.grad is not None
+        results.append(start.grad.float())
+    torch.testing.assert_close(*results, rtol=2.0**-7, atol=0)
+
+
+def test_a_complex_state_cannot_be_bfloat16() -> None:
+    p = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="state_dtype must be None for complex parameters"):
+        Apollo([p], state_dtype=torch.bfloat16)
 
 
 # state

@@ -18,8 +18,13 @@ _RELEASED_SIGMA = 0.01  # fixed in the authors' release
 
 
 def state_dtype(p: Tensor) -> torch.dtype:
-    """Type of m and B: that of the parameter, float32 at least."""
+    """Type of m and B where nothing else is asked for: the parameter's, float32 at least."""
     return torch.promote_types(p.dtype, torch.float32)
+
+
+def stored_dtype(found: torch.dtype, p: Tensor, asked: torch.dtype | None) -> torch.dtype:
+    """Type that m or B shall have, where it has one already: none is lost that was not asked."""
+    return torch.promote_types(found, state_dtype(p)) if asked is None else asked
 
 
 def _entries(
@@ -46,7 +51,9 @@ def check(state_dict: StateDict, groups: list[dict[str, Any]]) -> None:
         for name in (*TENSORS, "step"):
             if name not in state:
                 raise ValueError(f"a parameter's state lacks {name!r}; it has {sorted(state)}")
-        for name in TENSORS:
+        for name in (*TENSORS, "compensation"):
+            if name not in state:
+                continue
             if state[name].shape != p.shape:
                 raise ValueError(
                     f"{name} must have its parameter's shape {tuple(p.shape)}, "
@@ -74,10 +81,11 @@ def restore(
             if not isinstance(value, Tensor):
                 continue
             kept = value.detach().clone(memory_format=torch.preserve_format)
-            if name in TENSORS:
-                kept = kept.to(
-                    device=p.device, dtype=torch.promote_types(kept.dtype, state_dtype(p))
-                )
+            if name in (*TENSORS, "compensation"):
+                dtype = p.dtype
+                if name in TENSORS:
+                    dtype = stored_dtype(kept.dtype, p, group.get("state_dtype"))
+                kept = kept.to(device=p.device, dtype=dtype)
                 kept = placed_as(p, kept)
                 layout = torch.empty_like(p, dtype=kept.dtype, memory_format=torch.preserve_format)
                 kept = kept if kept.stride() == layout.stride() else layout.copy_(kept)

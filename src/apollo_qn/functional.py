@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apollo_qn import rounding as storing
 from apollo_qn.backends import Batch, Group, cpu, foreach, reference, triton
+from apollo_qn.rounding import Rounding
 from apollo_qn.rule import Hyperparameters, Rebound, Scalar, Sums
 from apollo_qn.sharded import Reduction, localized
 
@@ -43,6 +45,10 @@ def apollo(
     maximize: bool = False,
     capturable: bool = False,
     differentiable: bool = False,
+    rounding: Rounding | None = None,
+    seed: int = 0,
+    compensations: list[Tensor | None] | None = None,
+    positions: list[int] | None = None,
 ) -> None:
     """One step of Apollo (Algorithm 1 of the paper), in place.
 
@@ -51,8 +57,8 @@ def apollo(
 
     Args:
         params, grads: tensors of any shapes.
-        exp_avgs, hessian_diags: m and B, of the parameters' shapes, float32 or float64 (complex for
-            complex parameters).
+        exp_avgs, hessian_diags: m and B, of the parameters' shapes, bfloat16, float32 or float64
+            (complex for complex parameters).
         state_steps: a 0-dim floating tensor for each parameter, the number of steps done; one is
             added. Only with ``capturable`` may they lie on another device than the CPU.
         warmup_base_lr: what ``warmup_init_lr`` is a share of; None: ``lr``.
@@ -60,12 +66,18 @@ def apollo(
             rate of the step before, read and then overwritten.
         thresholds: a 0-dim tensor for each parameter on its device, needed with
             ``rebound="belief"``: the threshold of the step before, read and then overwritten.
+        compensations: needed with ``rounding="kahan"``: for each bfloat16 or float16 parameter a
+            tensor of its shape and type, zeros at first; anything, or None, for the others.
+        positions: a whole number for each parameter, which tells its random bits from those of the
+            others; None: 0, 1, ...
 
     Raises:
-        ValueError: the lists differ in length, or one that the mode needs is missing.
+        ValueError: the lists differ in length, or one that the mode needs is missing; a bad
+            ``rounding`` or ``seed``.
         RuntimeError: a sparse gradient; ``fused=True`` where there is no fused back end; or a
             combination of ``foreach``, ``fused`` and ``differentiable`` that cannot be.
     """
+    check_rounding(rounding, seed)
     base = lr if warmup_base_lr is None else warmup_base_lr
     h = Hyperparameters(
         lr=lr,
@@ -78,7 +90,9 @@ def apollo(
         warmup_steps=warmup_steps,
         warmup_start=warmup_share(warmup_init_lr, base) if warmup_steps else 1.0,
         maximize=maximize,
+        rounding=rounding or storing.DEFAULT,
     )
+    streams = [storing.stream(int(seed), i) for i in positions or range(len(params))]
     run(
         [
             Group(
@@ -90,6 +104,8 @@ def apollo(
                 _listed(state_steps),
                 _listed(previous_lrs),
                 _listed(thresholds),
+                _listed(compensations),
+                streams,
                 foreach=foreach,
                 fused=fused,
                 capturable=capturable,
@@ -214,6 +230,7 @@ def _checked(group: Group) -> Group:
     needed = ["grads", "exp_avgs", "hessian_diags", "state_steps"]
     needed += ["previous_lrs"] if group.h.decoupled_weight_decay else []
     needed += ["thresholds"] if group.h.belief else []
+    needed += ["streams"] if group.streams is not None else []
     for name in needed:
         tensors = getattr(group, name)
         if tensors is None:
@@ -228,6 +245,7 @@ def _checked(group: Group) -> Group:
         group,
         previous_lrs=group.previous_lrs if group.h.decoupled_weight_decay else None,
         thresholds=group.thresholds if group.h.belief else None,
+        compensations=_compensations(group) if group.h.rounding == "kahan" else None,
     )
     # numbers are read on the host only where they lie there and no compiler is tracing
     if _on_host(group) and isinstance(group.h.lr, Tensor):
@@ -236,6 +254,29 @@ def _checked(group: Group) -> Group:
         if not group.differentiable:
             return replace(group, h=replace(group.h, lr=group.h.lr.item()))
     return group
+
+
+def _compensations(group: Group) -> list[Tensor | None] | None:
+    """Those of 16-bit parameters; None: there are none."""
+    narrow = [p.dtype in storing.DROPPED for p in group.params]
+    if not any(narrow):
+        return None
+    given = group.compensations
+    if given is None or len(given) != len(group.params):
+        raise ValueError(
+            "compensations must be a list with a tensor for each 16-bit parameter with "
+            f"rounding='kahan', got {None if given is None else f'{len(given)} of them'} for "
+            f"{len(group.params)} in params"
+        )
+    found = [low if on else None for low, on in zip(given, narrow, strict=True)]
+    for p, low, on in zip(group.params, found, narrow, strict=True):
+        if on and (low is None or low.shape != p.shape or low.dtype is not p.dtype):
+            what = None if low is None else f"shape {tuple(low.shape)} and {low.dtype}"
+            raise ValueError(
+                f"compensations must have its parameter's shape {tuple(p.shape)} and type "
+                f"{p.dtype}, got {what}"
+            )
+    return found
 
 
 def _check_tensors(group: Group) -> None:
@@ -342,12 +383,20 @@ def _alike(group: Group) -> Iterator[_Call]:
             t if on_host else part.state_steps,
             previous_lr if rates_on_host or previous_lrs is None else part.previous_lrs,
             part.thresholds,
+            [low for low in part.compensations or [] if low is not None] or None,
+            part.streams if _draws(part) else None,
         )
         rows = part.shared if shared and part.shared is not None else []
         rate: Scalar = 0.0
         if part.previous_lrs is not None:
             rate = h.rate(t if on_host else torch.stack(part.state_steps))
         yield _Call(back_end, batch, h, rows, rate, part.previous_lrs)
+
+
+def _draws(group: Group) -> bool:
+    """Whether random bits are needed for tensors that are alike."""
+    state = group.exp_avgs[0].dtype in storing.DROPPED
+    return state or storing.is_drawn(group.params[0].dtype, group.h.rounding)
 
 
 def _real(tensors: list[Tensor]) -> list[Tensor]:
@@ -390,3 +439,14 @@ def check_back_end_choice(foreach: bool | None, fused: bool | None, differentiab
         raise RuntimeError(
             "foreach=True does not support differentiable=True; use foreach=None or foreach=False"
         )
+
+
+def check_rounding(rounding: Rounding | None, seed: int) -> None:
+    """Raise ValueError for a way of rounding that there is not, or a seed out of its range."""
+    if rounding not in (None, *storing.ROUNDINGS):
+        raise ValueError(
+            f"rounding must be None, 'nearest', 'stochastic' or 'kahan', got {rounding!r}"
+        )
+    whole = isinstance(seed, int) and not isinstance(seed, bool)
+    if not whole or not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed must be a whole number in [0, 2**64), got {seed!r}")

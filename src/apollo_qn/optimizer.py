@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, overload
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from apollo_qn import checkpoint, sharded
+from apollo_qn import checkpoint, rounding, sharded
 from apollo_qn.backends import Group
-from apollo_qn.functional import Kept, check_back_end_choice, run, warmup_share
+from apollo_qn.functional import Kept, check_back_end_choice, check_rounding, run, warmup_share
+from apollo_qn.rounding import Rounding
 from apollo_qn.rule import Hyperparameters, Rebound, Scalar
 
 
@@ -32,8 +33,9 @@ class Apollo(Optimizer):
         theta' = theta - lr m' / max(|B'|, sigma)                             eq. (11)
 
     The sums run over the whole tensor. d is rebuilt from m and B, so that the state is two tensors
-    of the parameter's shape, ``exp_avg`` (m) and ``hessian_diag`` (B), float32 at least, and
-    0-dim tensors: ``step``, with decoupled decay ``previous_lr``, with belief ``threshold``.
+    of the parameter's shape, ``exp_avg`` (m) and ``hessian_diag`` (B), float32 at least unless
+    ``state_dtype`` says otherwise, and 0-dim tensors: ``step``, with decoupled decay
+    ``previous_lr``, with belief ``threshold``. ``rounding="kahan"`` adds ``compensation``.
 
     Of a sharded parameter (DTensor: ``fully_shard``, tensor parallelism) the state is sharded alike
     and the sums are still those of the whole tensor, at the price of one small all-reduce a step
@@ -65,6 +67,17 @@ class Apollo(Optimizer):
         capturable: keep ``step`` on the parameters' device, so that a step can be captured in a
             CUDA graph.
         differentiable: let autograd run through the step.
+        rounding: how a bfloat16 or float16 parameter takes its update, which is computed in
+            float32; others ignore it. ``"nearest"`` loses updates of less than half a unit in the
+            last place. ``"stochastic"`` rounds up or down by chance, so that they count in the
+            mean. ``"kahan"`` keeps what is cut off in a third state tensor of the parameter's type
+            (a sum of a high and a low number: theta is parameter + ``compensation``). None:
+            ``"stochastic"``.
+        state_dtype: type of m and B: None, float32 at least, or ``torch.bfloat16``, of which B is
+            rounded stochastically; not for complex parameters.
+        seed: of the random bits, a whole number in [0, 2**64). They are a function of seed,
+            position of the parameter in the optimizer, step and element, the same on every back
+            end; a run that is resumed draws what it would have drawn.
 
     Raises:
         ValueError: a hyperparameter out of its range, named with its value; a parameter that FSDP1
@@ -77,6 +90,8 @@ class Apollo(Optimizer):
     """
 
     _kept: Kept | None = None  # from step to step
+    _modes: list[tuple[Any, ...]] | None = None  # how each group stored its numbers, last step
+    _streams: Sequence[list[int]] = ()  # words for the parameters of each group
 
     def __init__(
         self,
@@ -96,6 +111,9 @@ class Apollo(Optimizer):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
+        rounding: Rounding | None = None,
+        state_dtype: torch.dtype | None = None,
+        seed: int = 0,
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -112,6 +130,9 @@ class Apollo(Optimizer):
             "maximize": maximize,
             "capturable": capturable,
             "differentiable": differentiable,
+            "rounding": rounding,
+            "state_dtype": state_dtype,
+            "seed": seed,
         }
         _check_hyperparameters(defaults)
         super().__init__(params, defaults)
@@ -128,7 +149,13 @@ class Apollo(Optimizer):
             if not isinstance(params, Tensor | set):
                 param_group["params"] = params = list(params)
             for p in [params] if isinstance(params, Tensor) else params:
-                sharded.check_parameter(p[1] if isinstance(p, tuple) else p)
+                tensor = p[1] if isinstance(p, tuple) else p
+                sharded.check_parameter(tensor)
+                if settings["state_dtype"] is not None and getattr(tensor, "is_complex", bool)():
+                    raise ValueError(
+                        "state_dtype must be None for complex parameters, got "
+                        f"{settings['state_dtype']}"
+                    )
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -148,7 +175,7 @@ class Apollo(Optimizer):
                 nothing is changed.
         """
         loaded: StateDict = {}
-        self._kept = None  # it would keep the state before alive
+        self._kept = self._modes = None  # it would keep the state before alive
 
         def before(optimizer: Optimizer, given: StateDict) -> StateDict:
             loaded.update(checkpoint.translated(given, self.param_groups))
@@ -192,22 +219,57 @@ class Apollo(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            groups = [self._group(group) for group in self.param_groups]
+            self._settle()
+            groups = [
+                self._group(group, streams)
+                for group, streams in zip(self.param_groups, self._streams, strict=True)
+            ]
             self._kept = run(groups, self._kept)
         return loss
 
-    def _group(self, group: dict[str, Any]) -> Group:
+    def _settle(self) -> None:
+        """Make the state what the groups say of storing it, where that has changed."""
+        names = ("rounding", "state_dtype", "seed")
+        modes = [(*(group[k] for k in names), len(group["params"])) for group in self.param_groups]
+        if modes == self._modes:
+            return
+        first = 0
+        streams: list[list[int]] = []
+        for group in self.param_groups:
+            count = len(group["params"])
+            seed = int(group["seed"])
+            streams.append([rounding.stream(seed, first + i) for i in range(count)])
+            first += count
+            for p in group["params"]:
+                state = self.state.get(p)
+                if not state:
+                    continue
+                if _rounding(group) != "kahan":
+                    state.pop("compensation", None)  # it would be stale when kahan comes again
+                for name in checkpoint.TENSORS:
+                    dtype = checkpoint.stored_dtype(state[name].dtype, p, group["state_dtype"])
+                    state[name] = state[name].to(dtype)
+        self._modes, self._streams = modes, streams
+
+    def _group(self, group: dict[str, Any], streams: list[int]) -> Group:
         h = _hyperparameters(group)
         params: list[Tensor] = group["params"]
         grads = [g for p in params if (g := p.grad) is not None]
         if len(grads) < len(params):
-            params = [p for p in params if p.grad is not None]
+            there = [i for i, p in enumerate(params) if p.grad is not None]
+            params, streams = [params[i] for i in there], [streams[i] for i in there]
         states = [self.state[p] for p in params]
         modes = (("previous_lr", h.decoupled_weight_decay), ("threshold", h.belief))
         needed = ["step", *(name for name, on in modes if on)]
         for name in needed:
             for i in [i for i, state in enumerate(states) if name not in state]:
                 self._complete(states[i], params[i], group, h)
+        compensations = None
+        if h.rounding == "kahan":
+            for state, p in zip(states, params, strict=True):
+                if "compensation" not in state and p.dtype in rounding.DROPPED:
+                    state["compensation"] = torch.zeros_like(p)
+            compensations = [state.get("compensation") for state in states]
         return Group(
             h,
             params,
@@ -217,6 +279,8 @@ class Apollo(Optimizer):
             [s["step"] for s in states],
             [s["previous_lr"] for s in states] if h.decoupled_weight_decay else None,
             [s["threshold"] for s in states] if h.belief else None,
+            compensations,
+            streams,
             foreach=group["foreach"],
             fused=group["fused"],
             capturable=group["capturable"],
@@ -231,7 +295,9 @@ class Apollo(Optimizer):
             state["step"] = _scalar(p, group["capturable"])
             for name in checkpoint.TENSORS:
                 state[name] = torch.zeros_like(
-                    p, dtype=checkpoint.state_dtype(p), memory_format=torch.preserve_format
+                    p,
+                    dtype=group["state_dtype"] or checkpoint.state_dtype(p),
+                    memory_format=torch.preserve_format,
                 )
         if h.decoupled_weight_decay and "previous_lr" not in state:
             # the mode was chosen in mid-run: the rate of the step before is that of now
@@ -289,7 +355,13 @@ def _hyperparameters(group: dict[str, Any]) -> Hyperparameters:
         if group["warmup_steps"]
         else 1.0,
         maximize=group["maximize"],
+        rounding=_rounding(group),
     )
+
+
+def _rounding(group: dict[str, Any]) -> Rounding:
+    chosen: Rounding | None = group["rounding"]
+    return chosen or rounding.DEFAULT
 
 
 def _check_hyperparameters(given: dict[str, Any]) -> None:
@@ -321,4 +393,10 @@ def _check_hyperparameters(given: dict[str, Any]) -> None:
         raise ValueError(f"rebound must be 'constant' or 'belief', got {given['rebound']!r}")
     if given["rebound"] == "belief" and given["eps"] == 0:
         raise ValueError("eps must be > 0 with rebound='belief', got 0")
+    check_rounding(given["rounding"], given["seed"])
+    if given["state_dtype"] not in (None, torch.bfloat16):
+        raise ValueError(
+            "state_dtype must be None (float32 at least) or torch.bfloat16, got "
+            f"{given['state_dtype']!r}"
+        )
     check_back_end_choice(given["foreach"], given["fused"], given["differentiable"])

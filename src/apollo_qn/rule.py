@@ -14,6 +14,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from apollo_qn.rounding import Rounding
+
 Scalar: TypeAlias = "float | Tensor"  # a Python number, or a tensor: no host synchronisation
 Rebound = Literal["constant", "belief"]
 
@@ -24,7 +26,8 @@ _UNDETERMINED = 1e-6  # |1 - lr * weight_decay| below which theta_before cannot 
 class Hyperparameters:
     """What a parameter group says of one step; the names are those of :class:`apollo_qn.Apollo`.
 
-    ``warmup_start`` is ``warmup_init_lr`` as a share of the initial learning rate.
+    ``warmup_start`` is ``warmup_init_lr`` as a share of the initial learning rate; ``rounding``
+    says how theta' is stored where the parameter has 16 bits.
     """
 
     lr: Scalar
@@ -37,6 +40,7 @@ class Hyperparameters:
     warmup_steps: int
     warmup_start: float
     maximize: bool
+    rounding: Rounding = "nearest"
 
     @property
     def belief(self) -> bool:
@@ -145,6 +149,11 @@ def rectify(B: Tensor, threshold: Scalar, offset: Scalar) -> Tensor:
     return D if isinstance(offset, float) and offset == 0 else D + offset
 
 
+def arithmetic(theta: torch.dtype, state: torch.dtype) -> torch.dtype:
+    """Type of the arithmetic: that of the state, but float32 at least."""
+    return torch.promote_types(theta, torch.float32) if state.itemsize < 4 else state
+
+
 def accumulator(device: torch.device) -> torch.dtype:
     """Type of the sums over a tensor: float64 where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -206,7 +215,8 @@ def measure(
     theta: Tensor, g: Tensor, m: Tensor, B: Tensor, h: Hyperparameters, s: StepScalars
 ) -> Sums:
     """The sums of :func:`update` over a tensor, or over the part of it that is given."""
-    d, delta = _secant_pair(theta.to(m.dtype), g.to(m.dtype), m, B, h, s)
+    theta, g, m, B = _wide(theta, g, m, B)
+    d, delta = _secant_pair(theta, g, m, B, h, s)
     return _sums(d, s.alpha * delta, delta, B, h)
 
 
@@ -223,14 +233,15 @@ def update(
 
     Args:
         theta, g: parameter and gradient, any shape and floating type.
-        m, B: state, of the same shape; its type is that of the arithmetic and of the results.
+        m, B: state, of the same shape and any floating type. All results are of the type of the
+            arithmetic, in which this is done: that of the state, but float32 at least.
         h, s: hyperparameters and the scalars of this step.
         sums: those of the whole tensor where only a part of it is given; None: it is whole.
 
     Returns:
         theta', m', B' and the threshold that this step's direction used.
     """
-    theta, g = theta.to(m.dtype), g.to(m.dtype)
+    theta, g, m, B = _wide(theta, g, m, B)
     # the displacement of the step before, rebuilt; 0 at t = 0 because m = 0
     d, delta = _secant_pair(theta, g, m, B, h, s)
     y = s.alpha * delta  # m' - m
@@ -248,6 +259,11 @@ def update(
     if h.decoupled:
         d = d + h.weight_decay * theta
     return theta - s.rate * d, m, B, threshold
+
+
+def _wide(theta: Tensor, g: Tensor, m: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = arithmetic(theta.dtype, m.dtype)
+    return theta.to(dtype), g.to(dtype), m.to(dtype), B.to(dtype)
 
 
 def _secant_pair(

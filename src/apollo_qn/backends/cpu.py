@@ -21,7 +21,7 @@ from torch import Tensor
 
 from apollo_qn.backends import Group, kernel, memory
 from apollo_qn.backends.kernel import address
-from apollo_qn.rule import Hyperparameters, Scalar, StepScalars
+from apollo_qn.rule import Hyperparameters, Scalar, StepScalars, arithmetic
 
 _f32, _f64, _bf16 = torch.float32, torch.float64, torch.bfloat16
 # of parameter, gradient and state: the kernel's number for them
@@ -31,13 +31,14 @@ KINDS = {
     (_bf16, _bf16, _f32): 2,
     (_bf16, _f32, _f32): 3,
     (_f64, _f64, _f64): 4,
+    (_f32, _f32, _bf16): 5,
+    (_bf16, _bf16, _bf16): 6,
 }
-_PARAMETER_SIZE = [p.itemsize for p, _, _ in KINDS]
-_GRADIENT_SIZE = [g.itemsize for _, g, _ in KINDS]
-_STATE_SIZE = [state.itemsize for _, _, state in KINDS]
+# bytes of parameter, gradient, state and arithmetic
+_SIZES = [(p.itemsize, g.itemsize, m.itemsize, arithmetic(p, m).itemsize) for p, g, m in KINDS]
 _PLAIN = (Tensor, torch.nn.Parameter)
 _KEPT = 8  # plans
-SCALARS = 14
+SCALARS = 16
 
 
 def why_not() -> str | None:
@@ -83,6 +84,8 @@ class Tensors:
     steps: list[Tensor]
     previous_lrs: list[Tensor | None] | None
     thresholds: list[Tensor | None] | None
+    compensations: list[Tensor | None] | None
+    streams: list[int | None] | None
     shared: list[int | None] | None
     sizes: list[int]  # of the groups
 
@@ -111,6 +114,8 @@ class Tensors:
             row("state_steps"),
             row("previous_lrs"),
             row("thresholds"),
+            row("compensations"),
+            row("streams"),
             row("shared"),
             [len(group.params) for group in groups],
         )
@@ -118,7 +123,8 @@ class Tensors:
     def kept(self) -> tuple[list[Any] | None, ...]:
         """What are the same objects from step to step, in the order of the kernel's table."""
         state = (self.exp_avgs, self.hessian_diags)
-        return (self.params, *state, self.steps, self.previous_lrs, self.thresholds)
+        scalars = (self.steps, self.previous_lrs, self.thresholds)
+        return (self.params, *state, *scalars, self.compensations)
 
     def numbers_of(self, i: int) -> list[Tensor | None]:
         """Step, rate before and threshold of tensor ``i``."""
@@ -206,6 +212,7 @@ class Plan:
         # alive, so that their ids remain theirs
         self._kept = [column and list(column) for column in tensors.kept()]
         self._shared = tensors.shared and list(tensors.shared)
+        self._streams = tensors.streams and list(tensors.streams)
         kinds = [self._kind(tensors, i) for i in range(len(tensors.params))]
         self._take(tensors, [i for i, kind in enumerate(kinds) if kind is not None], kinds)
         new = self._written.difference(*(one._written for one in known))
@@ -244,8 +251,11 @@ class Plan:
         self._group = array("i", [groups[i] for i in taken])
         self._g = addresses(tensors.grads)
         self._addresses = [addresses(column) for column in self._kept]
-        state = (tensors.params, tensors.exp_avgs, tensors.hessian_diags)
-        self._changing = [column[i] for column in state for i in taken]
+        streams = tensors.streams or [0] * len(kinds)
+        self._stream = array("I", [streams[i] or 0 for i in taken])
+        large = (tensors.params, tensors.exp_avgs, tensors.hessian_diags, tensors.compensations)
+        changing = [column[i] for column in large if column is not None for i in taken]
+        self._changing = [x for x in changing if x is not None]
         # what Kernel.numbers writes
         self._which, self._run_group = (array("i", [0]) * len(taken) for _ in range(2))
         self._run_step, self._run_lr = (array("d", [0]) * len(taken) for _ in range(2))
@@ -257,8 +267,8 @@ class Plan:
         """What the kernel writes, by tensor."""
         for row, i in enumerate(self._taken):
             kind, n = self._kind_of[row], self._n[row]
-            state = _STATE_SIZE[kind]
-            sizes = (n * _PARAMETER_SIZE[kind], n * state, n * state, 4, 8, state)
+            p, _, state, wide = _SIZES[kind]
+            sizes = (n * p, n * state, n * state, 4, 8, wide, n * p)
             for column, size in zip(self._addresses, sizes, strict=True):
                 if column[row]:
                     yield memory.Range(column[row], column[row] + size, i)
@@ -277,7 +287,7 @@ class Plan:
 
     def _overlapping_gradient_slowly(self, g: array[int]) -> set[int]:
         for row, i in enumerate(self._taken):
-            end = g[row] + self._n[row] * _GRADIENT_SIZE[self._kind_of[row]]
+            end = g[row] + self._n[row] * _SIZES[self._kind_of[row]][1]
             before = bisect.bisect_left(self._starts, end)
             if before and self._ends[before - 1] > g[row]:
                 return {i}
@@ -287,7 +297,7 @@ class Plan:
         """Take over the gradients of another step; False: more has changed, a new plan is due."""
         if self._look is None or not self._knows(tensors.params):
             return False
-        if self._shared != tensors.shared:
+        if self._shared != tensors.shared or self._streams != tensors.streams:
             return False
         try:
             look = _Look(tensors, self._look.room)
@@ -307,7 +317,8 @@ class Plan:
 
     def _table(self, g: array[int], scalars: int = 0, shared: int = 0) -> kernel.Table:
         p, *others = self._addresses
-        columns: tuple[array[Any], ...] = (p, g, *others, self._n, self._kind_of, self._which)
+        numbers = (self._n, self._kind_of, self._which, self._stream)
+        columns: tuple[array[Any], ...] = (p, g, *others, *numbers)
         return kernel.Table(len(self._taken), *map(address, columns), scalars, shared)
 
     def measure(self, hyperparameters: list[Hyperparameters], table: Tensor) -> None:
@@ -334,7 +345,7 @@ class Plan:
         shared = self._rows(table)
         if measuring and shared is None:
             return
-        _, _, _, step, previous_lr, _ = self._addresses
+        _, _, _, step, previous_lr, *_ = self._addresses
         read = (self._group, step, previous_lr)
         written = (self._which, self._run_group, self._run_step, self._run_lr)
         columns: tuple[array[Any], ...] = (*read, *written)
@@ -374,7 +385,9 @@ def kind_of(
         column[i]
         for column in (tensors.params, tensors.grads, tensors.exp_avgs, tensors.hessian_diags)
     )
+    low = None if tensors.compensations is None else tensors.compensations[i]
     large, numbers = [p, g, m, B], tensors.numbers_of(i)
+    large += [] if low is None else [low]
     every = [*large, *(x for x in numbers if x is not None)]
     if any(type(x) not in _PLAIN for x in every):
         return None
@@ -399,7 +412,7 @@ def kind_of(
 
 
 def _on_cpu(large: list[Tensor], numbers: list[Tensor | None]) -> bool:
-    types = (_f32, _f64, large[2].dtype)
+    types = (_f32, _f64, arithmetic(large[0].dtype, large[2].dtype))
     return all(x.is_cpu for x in large) and all(
         x is None or (x.is_cpu and x.dtype is dtype)
         for x, dtype in zip(numbers, types, strict=True)
@@ -436,3 +449,4 @@ def scalars(h: Hyperparameters, t: Scalar, previous_lr: Scalar | None) -> Iterat
     yield from (s.kappa, s.omega, h.sigma, h.secant_eps, -1.0 if h.maximize else 1.0)
     yield from (h.weight_decay if on else 0.0 for on in (h.l2, h.decoupled))
     yield from (float(h.weight_decay != 0), float(h.belief))
+    yield from (float(h.rounding == "stochastic"), t)

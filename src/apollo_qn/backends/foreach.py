@@ -11,12 +11,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from apollo_qn import rounding
 from apollo_qn.backends import Batch
 from apollo_qn.rule import Hyperparameters, Scalar, StepScalars, Sums, accumulator, finite
 from apollo_qn.rule import secant_coefficient as coefficient
@@ -30,7 +32,7 @@ KEPT_LAYOUTS = 4096
 
 def step(batch: Batch, h: Hyperparameters, sums: Sums | None = None) -> None:
     """Apply Algorithm 1 to all tensors of ``batch``; ``sums`` as of :func:`measure`."""
-    dtype = batch.exp_avgs[0].dtype
+    dtype = batch.dtype
     for bucket, part, flat, limit in _parts(batch):
         given = None
         if sums is not None:
@@ -51,7 +53,7 @@ def measure(batch: Batch, h: Hyperparameters) -> Sums:
         if flat is None:
             found.append(_measure(_gathered(part, h)[0], h, s)[0])
         else:
-            found.append(_measured_in_blocks([work for _, work in _works(flat, h, limit)], h, s))
+            found.append(_measured_in_blocks(part, flat, h, s, limit))
     return Sums.joined(found, torch.cat)
 
 
@@ -78,12 +80,16 @@ def _buckets(batch: Batch, limit: int) -> Iterator[slice]:
 
 
 def _flat(batch: Batch) -> list[Tensor] | None:
-    """Parameter, gradient, m and B of a single tensor as vectors, where all lie alike in memory."""
+    """Parameter, gradient, m, B (and compensation) of a single tensor as vectors.
+
+    None: they do not lie alike in memory.
+    """
     p = batch.params[0]
     order = sorted(
         range(p.dim()), key=p.stride, reverse=True
     )  # of channels-last: its channels last
-    tensors = (p, batch.grads[0], batch.exp_avgs[0], batch.hessian_diags[0])
+    tensors = [p, batch.grads[0], batch.exp_avgs[0], batch.hessian_diags[0]]
+    tensors += [] if batch.compensations is None else [batch.compensations[0]]
     in_order = [tensor.permute(order) for tensor in tensors]
     if not all(tensor.is_contiguous() for tensor in in_order):
         return None
@@ -109,6 +115,9 @@ class _Layout:
         )
         self.dtype = dtype
         self.wide = accumulator(device)
+        firsts = self.rows_of_tensor.cumsum(0) - self.rows_of_tensor
+        # of each row's first element, in its tensor
+        self.places = (torch.arange(self.rows, device=device) - firsts[self.tensor_of_row]) * ROW
 
     def views(self, matrix: Tensor) -> list[Tensor]:
         """Each tensor's place in ``matrix``, in its shape."""
@@ -130,8 +139,20 @@ class _Layout:
     def spread(self, scalar: Scalar) -> Scalar:
         """A number for each tensor as a column for the rows; a number for all as it is."""
         if isinstance(scalar, Tensor) and scalar.dim() == 1:
-            return scalar.to(self.dtype)[self.tensor_of_row].unsqueeze(1)
+            return self.column(scalar.to(self.dtype))
         return scalar
+
+    def column(self, of_tensors: Tensor) -> Tensor:
+        """What is given for each tensor, for the rows."""
+        return of_tensors[self.tensor_of_row].unsqueeze(1)
+
+    def words(self, params: list[Tensor], first: Tensor, second: Tensor) -> Tensor:
+        """A random word for each element, from the tensors' keys."""
+        places = self.places.unsqueeze(1) + torch.arange(ROW, device=self.places.device)
+        if not all(p.is_contiguous() for p in params):
+            for p, view in zip(params, self.views(places), strict=True):
+                view.copy_(rounding.places(p))
+        return rounding.words(places, self.column(first), self.column(second))
 
 
 class _Block:
@@ -201,20 +222,30 @@ class _Work:
     g: Tensor
     m: Tensor
     B: Tensor
-    theta: Tensor | None  # where there is weight decay
+    theta: Tensor | None  # where it is needed
+
+
+def _rounds(batch: Batch, h: Hyperparameters) -> bool:
+    """Whether theta' is stored in another way than to the nearest."""
+    return batch.compensations is not None or rounding.is_drawn(batch.params[0].dtype, h.rounding)
 
 
 def _gathered(batch: Batch, h: Hyperparameters) -> tuple[_Work, list[list[Tensor]]]:
-    """Small tensors in matrices, and the places of g, m and B there."""
+    """Small tensors in matrices, and the places of g, m, B and theta there."""
     read = [batch.grads, batch.exp_avgs, batch.hessian_diags]
-    if h.weight_decay != 0:
+    with_theta = h.weight_decay != 0 or _rounds(batch, h)
+    if with_theta:
         read.append(batch.params)
-    dtype = batch.exp_avgs[0].dtype
-    layout, matrices, views = _workspace.get(batch.params, dtype, len(read))
+    if batch.compensations is not None:
+        read.append(batch.compensations)
+    layout, matrices, views = _workspace.get(batch.params, batch.dtype, len(read))
     for places, tensors in zip(views, read, strict=True):
         torch._foreach_copy_(places, tensors)
     g, m, B = matrices[0], matrices[1], matrices[2]
-    return _Work(layout, g, m, B, matrices[3] if h.weight_decay != 0 else None), views
+    theta = matrices[3] if with_theta else None
+    if batch.compensations is not None:
+        matrices[3].add_(matrices[4])
+    return _Work(layout, g, m, B, theta), views
 
 
 def _step_gathered(batch: Batch, h: Hyperparameters, given: Sums | None) -> None:
@@ -226,31 +257,99 @@ def _step_gathered(batch: Batch, h: Hyperparameters, given: Sums | None) -> None
         sums, u2, y = given, *_terms(work, h, s, given)
     _apply(work, h, s, sums, u2, y, out=work.g)
 
-    torch._foreach_sub_(batch.params, views[0])
+    random = None
+    if batch.streams is not None:
+        assert isinstance(work.layout, _Layout)
+        random = work.layout.words(batch.params, *_keys(batch))
+    if _rounds(batch, h):
+        assert work.theta is not None
+        theta, low = _stored(work.theta.sub_(work.g), batch, random)
+        work.theta.copy_(theta)
+        torch._foreach_copy_(batch.params, views[3])
+        if low is not None and batch.compensations is not None:
+            work.g.copy_(low)
+            torch._foreach_copy_(batch.compensations, views[0])
+    else:
+        torch._foreach_sub_(batch.params, views[0])
+    if random is not None and batch.hessian_diags[0].dtype in rounding.DROPPED:
+        work.B.copy_(_drawn(work.B, batch, random))
     torch._foreach_copy_(batch.exp_avgs, views[1])
     torch._foreach_copy_(batch.hessian_diags, views[2])
     _keep_thresholds(batch, sums)
 
 
-def _works(flat: list[Tensor], h: Hyperparameters, block: int) -> list[tuple[Tensor, _Work]]:
-    """The blocks of a large tensor's vectors, each with its piece of the parameter."""
-    layout = _Block(flat[0].device)
-    return [
-        (p, _Work(layout, g, m, B, p if h.weight_decay != 0 else None))
-        for p, g, m, B in zip(*(torch.split(vector, block) for vector in flat), strict=True)
-    ]
+def _stored(theta: Tensor, batch: Batch, random: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """theta' as it is stored, and the compensation where there is one."""
+    dtype = batch.params[0].dtype
+    if batch.compensations is not None:
+        return rounding.split(theta, dtype)
+    assert random is not None
+    return rounding.stochastic(theta, dtype, random), None
+
+
+def _drawn(B: Tensor, batch: Batch, random: Tensor) -> Tensor:
+    return rounding.stochastic(B, batch.hessian_diags[0].dtype, rounding.low_half(random))
+
+
+def _keys(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The keys of each tensor in this step."""
+    assert batch.streams is not None
+    device = batch.params[0].device
+    t = batch.t
+    step = torch.stack(t).to(device).long() if isinstance(t, list) else int(t)
+    return rounding.keys(_on_device(tuple(batch.streams), device), step)
+
+
+@lru_cache(maxsize=KEPT_LAYOUTS)
+def _on_device(streams: tuple[int, ...], device: torch.device) -> Tensor:
+    # kept, so that a step that is captured in a graph copies nothing from the host
+    return torch.tensor(streams, device=device)
+
+
+def _pieces(flat: list[Tensor], block: int) -> Iterator[list[Tensor]]:
+    """The blocks of a large tensor's vectors."""
+    for pieces in zip(*(torch.split(vector, block) for vector in flat), strict=True):
+        yield list(pieces)
+
+
+def _work(pieces: list[Tensor], batch: Batch, h: Hyperparameters) -> _Work:
+    """One block; what is of another type than the arithmetic is copied."""
+    p, g, m, B, *low = pieces
+    theta: Tensor | None = None
+    if low:
+        theta = rounding.joined(p, low[0], batch.dtype)
+    elif h.weight_decay != 0:
+        theta = p
+    return _Work(_Block(p.device), g, m.to(batch.dtype), B.to(batch.dtype), theta)
 
 
 def _step_in_blocks(
     batch: Batch, flat: list[Tensor], h: Hyperparameters, block: int, given: Sums | None
 ) -> None:
     s = _scalars(batch, h)
-    works = _works(flat, h, block)
     # a block's u^2 and y are taken anew rather than kept: memory stays that of a block
-    sums = _measured_in_blocks([work for _, work in works], h, s) if given is None else given
-    for p, work in works:
+    sums = _measured_in_blocks(batch, flat, h, s, block) if given is None else given
+    keys = None if batch.streams is None else _keys(batch)
+    for i, pieces in enumerate(_pieces(flat, block)):
+        work = _work(pieces, batch, h)
+        p, _, m, B, *low = pieces
         u2, y = _terms(work, h, s, sums)
-        p.sub_(_apply(work, h, s, sums, u2, y, out=u2))
+        change = _apply(work, h, s, sums, u2, y, out=u2)
+        random = None
+        if keys is not None:
+            places = torch.arange(i * block, i * block + p.numel(), device=p.device)
+            random = rounding.words(places, *keys)
+        if _rounds(batch, h):
+            theta = p.to(batch.dtype) if work.theta is None else work.theta
+            new, rest = _stored(theta - change, batch, random)
+            p.copy_(new)
+            if rest is not None:
+                low[0].copy_(rest)
+        else:
+            p.sub_(change)
+        if m is not work.m:
+            m.copy_(work.m)
+            B.copy_(work.B if random is None else _drawn(work.B, batch, random))
     _keep_thresholds(batch, sums)
 
 
@@ -279,8 +378,10 @@ def _keep_thresholds(batch: Batch, sums: Sums) -> None:
         torch._foreach_copy_(batch.thresholds, list(sums.largest.unbind()))
 
 
-def _measured_in_blocks(works: list[_Work], h: Hyperparameters, s: StepScalars) -> Sums:
-    parts = [_measure(work, h, s)[0] for work in works]
+def _measured_in_blocks(
+    batch: Batch, flat: list[Tensor], h: Hyperparameters, s: StepScalars, block: int
+) -> Sums:
+    parts = [_measure(_work(pieces, batch, h), h, s)[0] for pieces in _pieces(flat, block)]
     return parts[0] if len(parts) == 1 else Sums.joined(parts, torch.stack).merged()
 
 

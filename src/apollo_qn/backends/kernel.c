@@ -42,20 +42,23 @@ enum {
     STRIDE = 256,          /* elements between fetches */
     LEAD = 512,            /* elements that fetches in a large tensor run ahead */
     LINE = 64,             /* bytes */
+    STREAMS = 5,           /* g, m, B, p and the compensation of p */
 };
 
 /* The numbers of a step, the same for many tensors; cpu.py fills this from rule.StepScalars. */
 typedef struct {
     double alpha, rate, offset, previous_threshold, previous_offset, kappa, omega;
-    double threshold, eps, sign, l2, decoupled, decay, belief;
+    double threshold, eps, sign, l2, decoupled, decay, belief, stochastic, t;
 } step_scalars;
 
 /* Columns with an entry for each tensor; addresses as numbers. */
 typedef struct {
     int64_t count;
-    const uint64_t *p, *g, *m, *B, *step, *previous_lr, *threshold; /* the last two: 0 for none */
+    const uint64_t *p, *g, *m, *B, *step, *previous_lr, *threshold, *low; /* the last three: 0 for
+                                                                   none; low: compensation of p */
     const int64_t *n;
     const int32_t *kind, *which; /* which: of the scalars */
+    const uint32_t *stream;      /* of rounding.py */
     const step_scalars *scalars;
     const uint64_t *shared; /* part_sums of each tensor that is a part of another, 0 for the others;
                                NULL: all are whole */
@@ -67,7 +70,7 @@ typedef struct {
 } part_sums;
 
 typedef struct {
-    char *p, *m, *B;
+    char *p, *m, *B, *low; /* low: NULL for none */
     const char *g;
     size_t n;
     int kind;
@@ -79,18 +82,23 @@ typedef struct {
     int e;
 } sums;
 
-/* What the sums of a whole tensor come to: B' = B - c u^2 and the threshold of D. */
+/* What the sums of a whole tensor come to: B' = B - c u^2 and the threshold of D; and the keys of
+   its random bits. */
 typedef struct {
     double c, threshold, d;
     int e;
+    uint32_t key, second_key;
 } result;
+
+/* How theta' is stored, in 16 bits. */
+enum { NEAREST, STOCHASTIC, KAHAN };
 
 /* Fetches what a thread works on next, in step with what it works on now. */
 typedef struct {
     const table *all;
     int64_t next, end;     /* tensors still to fetch */
-    const char *at[4];     /* of the one being fetched */
-    size_t left[4];        /* bytes */
+    const char *at[STREAMS]; /* of the one being fetched */
+    size_t left[STREAMS];    /* bytes */
     double pace, due;      /* lines for each element worked on */
 } forerunner;
 
@@ -162,13 +170,31 @@ static inline uint16_t to_bf16(float x) /* to the nearest, ties to even */
     return (uint16_t)(x != x ? 0x7fc0u : rounded);
 }
 
+/* rounding.py: a hash, and the two numbers around x */
+INLINE uint32_t mix(uint32_t x)
+{
+    x = (x ^ x >> 16) * 0x21f0aaadu;
+    x = (x ^ x >> 15) * 0xd35a2d97u;
+    return x ^ x >> 15;
+}
+
+INLINE uint16_t draw_bf16(float x, uint32_t random) /* random < 2^16 */
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const int beyond = (bits & 0x7fffffffu) >= 0x7f7f0000u; /* the largest finite number, or more */
+    return beyond ? to_bf16(x) : (uint16_t)((bits + random) >> 16);
+}
+
 /* of parameter, gradient and state; the numbers are those of cpu.py */
 #define KINDS(X)                                                                                   \
     X(0, f32, float, float, float)                                                                 \
     X(1, f32_bf16, float, uint16_t, float)                                                         \
     X(2, bf16, uint16_t, uint16_t, float)                                                          \
     X(3, bf16_f32, uint16_t, float, float)                                                         \
-    X(4, f64, double, double, double)
+    X(4, f64, double, double, double)                                                              \
+    X(5, f32_s16, float, float, uint16_t)                                                          \
+    X(6, bf16_s16, uint16_t, uint16_t, uint16_t)
 enum { F64 = 4 };
 
 static const struct {
@@ -184,6 +210,7 @@ static tensor tensor_at(const table *all, int64_t i)
     return (tensor){.p = (char *)(uintptr_t)all->p[i],
                     .m = (char *)(uintptr_t)all->m[i],
                     .B = (char *)(uintptr_t)all->B[i],
+                    .low = (char *)(uintptr_t)all->low[i],
                     .g = (const char *)(uintptr_t)all->g[i],
                     .n = (size_t)all->n[i],
                     .kind = all->kind[i]};
@@ -200,6 +227,8 @@ static void aim(forerunner *ahead, const tensor *t, size_t at, size_t n)
     ahead->left[0] = n * g;
     ahead->left[1] = ahead->left[2] = n * state;
     ahead->left[3] = n * p;
+    ahead->at[4] = t->low + (t->low ? at * p : 0);
+    ahead->left[4] = t->low ? n * p : 0;
 }
 
 INLINE void fetch(forerunner *ahead, size_t n)
@@ -210,7 +239,7 @@ INLINE void fetch(forerunner *ahead, size_t n)
     const double rest = due - (double)lines;
     while (lines > 0) {
         size_t left = 0;
-        for (int k = 0; k < 4; k++) {
+        for (int k = 0; k < STREAMS; k++) {
             const char *at = ahead->at[k];
             const size_t bytes = ahead->left[k] < FEW ? ahead->left[k] : FEW;
             for (size_t i = 0; i < bytes; i += LINE) __builtin_prefetch(at + i);
@@ -234,9 +263,14 @@ INLINE void fetch(forerunner *ahead, size_t n)
 #define ABS fabsf
 #define E_MOST 120
 #define TINY 0x1p-104 /* of which the smallest normal number is no more than a rounding */
+#define M float
+#define LOAD_M SAME
+#define STORE_M SAME
+#define DRAW_M(x, random) (x)
 #define P float
 #define LOAD_P SAME
 #define STORE_P SAME
+#define DRAW_P(x, random) (x)
 #define G float
 #define LOAD_G SAME
 #define NAME(x) x##_f32
@@ -249,12 +283,44 @@ INLINE void fetch(forerunner *ahead, size_t n)
 #define NAME(x) x##_f32_bf16
 #include "kernel.h"
 #undef NAME
+#undef M
+#undef LOAD_M
+#undef STORE_M
+#undef DRAW_M
+#define M uint16_t
+#define LOAD_M from_bf16
+#define STORE_M to_bf16
+#define DRAW_M draw_bf16
+#undef G
+#undef LOAD_G
+#define G float
+#define LOAD_G SAME
+#define NAME(x) x##_f32_s16
+#include "kernel.h"
+#undef NAME
 #undef P
 #undef LOAD_P
 #undef STORE_P
+#undef DRAW_P
 #define P uint16_t
 #define LOAD_P from_bf16
 #define STORE_P to_bf16
+#define DRAW_P draw_bf16
+#undef G
+#undef LOAD_G
+#define G uint16_t
+#define LOAD_G from_bf16
+#define NAME(x) x##_bf16_s16
+#include "kernel.h"
+#undef NAME
+#undef M
+#undef LOAD_M
+#undef STORE_M
+#undef DRAW_M
+#define M float
+#define LOAD_M SAME
+#define STORE_M SAME
+#define DRAW_M(x, random) (x)
 #define NAME(x) x##_bf16
 #include "kernel.h"
 #undef NAME
@@ -266,48 +332,63 @@ INLINE void fetch(forerunner *ahead, size_t n)
 #include "kernel.h"
 #undef NAME
 #undef S
+#undef M
 #undef ABS
 #undef E_MOST
 #undef TINY
 #undef P
 #undef LOAD_P
 #undef STORE_P
+#undef DRAW_P
 #undef G
 #define S double
 #define ABS fabs
 #define E_MOST 1000
 #define TINY 0x1p-970
+#define M double
 #define P double
 #define LOAD_P SAME
 #define STORE_P SAME
+#define DRAW_P(x, random) (x)
 #define G double
 #define NAME(x) x##_f64
 #include "kernel.h"
 
 /* The modes are constants here, so that the compiler makes a loop for each. */
-#define X(id, name, P_, G_, S_)                                                                    \
+#define X(id, name, P_, G_, M_)                                                                    \
     CLONES static void measure_all_##name(const tensor *t, size_t at, size_t n,                    \
                                           const step_scalars *s, sums *out, forerunner *ahead)     \
     {                                                                                              \
-        const P_ *p = (const P_ *)t->p + at;                                                       \
+        const P_ *p = (const P_ *)t->p + at, *low = (const P_ *)t->low + (t->low ? at : 0);        \
         const G_ *g = (const G_ *)t->g + at;                                                       \
-        const S_ *m = (const S_ *)t->m + at, *B = (const S_ *)t->B + at;                           \
-        if (s->belief != 0) {                                                                      \
-            if (s->decay != 0) measure_##name(p, g, m, B, n, s, 1, 1, out, ahead);                 \
-            else measure_##name(p, g, m, B, n, s, 0, 1, out, ahead);                               \
+        const M_ *m = (const M_ *)t->m + at, *B = (const M_ *)t->B + at;                           \
+        if (sizeof(P_) == 2 && t->low && s->decay != 0) {                                          \
+            if (s->belief != 0) measure_##name(p, low, g, m, B, n, s, 1, 1, KAHAN, out, ahead);    \
+            else measure_##name(p, low, g, m, B, n, s, 1, 0, KAHAN, out, ahead);                   \
+        } else if (s->belief != 0) {                                                               \
+            if (s->decay != 0) measure_##name(p, low, g, m, B, n, s, 1, 1, NEAREST, out, ahead);   \
+            else measure_##name(p, low, g, m, B, n, s, 0, 1, NEAREST, out, ahead);                 \
         } else {                                                                                   \
-            if (s->decay != 0) measure_##name(p, g, m, B, n, s, 1, 0, out, ahead);                 \
-            else measure_##name(p, g, m, B, n, s, 0, 0, out, ahead);                               \
+            if (s->decay != 0) measure_##name(p, low, g, m, B, n, s, 1, 0, NEAREST, out, ahead);   \
+            else measure_##name(p, low, g, m, B, n, s, 0, 0, NEAREST, out, ahead);                 \
         }                                                                                          \
     }                                                                                              \
     CLONES static void apply_all_##name(const tensor *t, size_t at, size_t n,                      \
                                         const step_scalars *s, const result *r, forerunner *ahead) \
     {                                                                                              \
-        P_ *p = (P_ *)t->p + at;                                                                   \
+        P_ *p = (P_ *)t->p + at, *low = (P_ *)t->low + (t->low ? at : 0);                          \
         const G_ *g = (const G_ *)t->g + at;                                                       \
-        S_ *m = (S_ *)t->m + at, *B = (S_ *)t->B + at;                                             \
-        if (s->decay != 0) apply_##name(p, g, m, B, n, s, r, 1, ahead);                            \
-        else apply_##name(p, g, m, B, n, s, r, 0, ahead);                                          \
+        M_ *m = (M_ *)t->m + at, *B = (M_ *)t->B + at;                                             \
+        if (sizeof(P_) == 2 && t->low) {                                                           \
+            if (s->decay != 0) apply_##name(p, low, g, m, B, at, n, s, r, 1, KAHAN, ahead);        \
+            else apply_##name(p, low, g, m, B, at, n, s, r, 0, KAHAN, ahead);                      \
+        } else if (sizeof(P_) == 2 && s->stochastic != 0) {                                        \
+            if (s->decay != 0) apply_##name(p, low, g, m, B, at, n, s, r, 1, STOCHASTIC, ahead);   \
+            else apply_##name(p, low, g, m, B, at, n, s, r, 0, STOCHASTIC, ahead);                 \
+        } else {                                                                                   \
+            if (s->decay != 0) apply_##name(p, low, g, m, B, at, n, s, r, 1, NEAREST, ahead);      \
+            else apply_##name(p, low, g, m, B, at, n, s, r, 0, NEAREST, ahead);                    \
+        }                                                                                          \
     }
 KINDS(X)
 #undef X
@@ -347,7 +428,7 @@ static step_scalars scalars_of(const table *all, int64_t i)
 }
 
 /* rule.secant_coefficient and rule.finite */
-static result conclude(const sums *total, const step_scalars *s, int kind)
+static result conclude(const sums *total, const step_scalars *s, int kind, uint32_t stream)
 {
     result r = {.e = total->e, .d = total->d, .threshold = s->threshold};
     const double scale = power_of_2(total->e), n = scale * sqrt(sqrt(total->q4)) + s->eps;
@@ -356,6 +437,8 @@ static result conclude(const sums *total, const step_scalars *s, int kind)
         const double most = kind == F64 ? 0x1p1020 : 0x1p125;
         r.c = c > most ? most : c < -most ? -most : c;
     }
+    r.key = mix((uint32_t)s->t ^ stream);
+    r.second_key = mix(r.key ^ stream ^ 0x9e3779b9u);
     if (s->belief != 0) /* a maximum may have passed over a NaN, k has not */
         r.threshold = total->k != total->k ? total->k : total->most;
     return r;
@@ -418,7 +501,7 @@ static void step_small(const job *j, int64_t i, forerunner *ahead)
         tell(&total, shared);
         return;
     }
-    const result r = conclude(&total, &s, t.kind);
+    const result r = conclude(&total, &s, t.kind, all->stream[i]);
     apply(&t, 0, t.n, &s, &r, ahead);
     record(all, i, &s, &r);
 }
@@ -441,7 +524,8 @@ static portion take(job *j)
             if (n > SMALL) continue;
             const int kind = all->kind[end];
             taken.elements += (double)n;
-            taken.lines += (double)(n * (SIZES[kind].p + SIZES[kind].g + 2 * SIZES[kind].state)) / LINE;
+            const size_t p = SIZES[kind].p * (all->low[end] ? 2 : 1);
+            taken.lines += (double)(n * (p + SIZES[kind].g + 2 * SIZES[kind].state)) / LINE;
         }
         taken.end = end;
     } while (!atomic_compare_exchange_weak(&j->next, &first, end));
@@ -482,8 +566,9 @@ static void keep_ahead(forerunner *ahead, const tensor *t, size_t chunk, int wit
     ahead->pace = ahead->due = 0;
     if (at >= end) return;
     aim(ahead, t, at, end - at);
-    if (!with_p) ahead->left[3] = 0;
-    const size_t bytes = ahead->left[0] + ahead->left[1] + ahead->left[2] + ahead->left[3];
+    if (!with_p) ahead->left[3] = ahead->left[4] = 0;
+    size_t bytes = 0;
+    for (int k = 0; k < STREAMS; k++) bytes += ahead->left[k];
     ahead->pace = (double)bytes / (double)((end - at) * LINE);
 }
 
@@ -513,7 +598,7 @@ static void step_large(job *j, int64_t i, int member, int members)
         if (member == 0) tell(&total, shared);
         return;
     }
-    const result r = conclude(&total, &s, t.kind);
+    const result r = conclude(&total, &s, t.kind, j->all->stream[i]);
     for (size_t k = first; k < last; k++) {
         keep_ahead(&ahead, &t, k, 1);
         apply(&t, k * CHUNK, length(k * CHUNK, t.n, CHUNK), &s, &r, &ahead);

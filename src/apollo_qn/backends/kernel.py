@@ -23,7 +23,8 @@ class Table(ctypes.Structure):
     _fields_ = [
         ("count", _NUMBER),
         *((name, _POINTER) for name in ("p", "g", "m", "B", "step", "previous_lr", "threshold")),
-        *((name, _POINTER) for name in ("n", "kind", "which", "scalars", "shared")),
+        *((name, _POINTER) for name in ("low", "n", "kind", "which", "stream")),
+        *((name, _POINTER) for name in ("scalars", "shared")),
     ]
 
 

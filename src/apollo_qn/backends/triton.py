@@ -18,7 +18,7 @@ from torch import Tensor
 
 from apollo_qn.backends import cpu, kernel, memory
 from apollo_qn.backends.kernel import address
-from apollo_qn.rule import Hyperparameters
+from apollo_qn.rule import Hyperparameters, arithmetic
 
 # the row of each tensor in a matrix of numbers, and that matrix
 Numbers: TypeAlias = "tuple[Iterable[int], array[float] | Tensor]"
@@ -34,6 +34,9 @@ KINDS = {
     (_bf16, _f32, _f32): 3,
     (_f16, _f32, _f32): 3,
     (_f64, _f64, _f64): 4,
+    (_f32, _f32, _bf16): 5,
+    (_bf16, _bf16, _bf16): 6,
+    (_f16, _f16, _bf16): 6,
 }
 _RATE = 1  # its column among the numbers
 # Types of device that are served; under Triton's interpreter "cpu" may be another.
@@ -94,7 +97,7 @@ class Plan(cpu.Plan):
             and all(x.device == device for x in large)
             and self._numbers_fit(step, previous_lr, device)
             and (threshold is None or threshold.device == device)
-            and (threshold is None or threshold.dtype is large[2].dtype)
+            and (threshold is None or threshold.dtype is arithmetic(large[0].dtype, large[2].dtype))
         )
 
     def _numbers_fit(
@@ -116,14 +119,15 @@ class Plan(cpu.Plan):
             return
         from apollo_qn.backends.triton_launch import Tables
 
-        p, m, B, _, _, threshold = self._addresses
+        p, m, B, _, _, threshold, low = self._addresses
         columns = (tensors.params, tensors.grads, tensors.exp_avgs)
         self._tables = Tables(
             tensors.params[taken[0]].device,
-            [p, m, B, threshold],
+            [p, m, B, threshold, low],
             list(self._n),
             [tuple(column[i].dtype for column in columns) for i in taken],
             [-1 if row is None else row for row in self._shared_of(taken)],
+            self._stream,
         )
 
     def _shared_of(self, taken: list[int]) -> list[int | None]:
@@ -148,7 +152,7 @@ class Plan(cpu.Plan):
     def _record(self, numbers: Any) -> None:
         """Steps and rates, which lie on the host."""
         which, scalars = numbers
-        _, _, _, step, previous_lr, _ = self._addresses
+        _, _, _, step, previous_lr, *_ = self._addresses
         if cpu.why_not() is None:
             columns = (step, previous_lr, which, scalars)
             kernel.loaded().record(len(self._taken), *map(address, columns))
@@ -159,7 +163,7 @@ class Plan(cpu.Plan):
                 rate.fill_(scalars[cpu.SCALARS * which[i] + _RATE])
 
     def _runs(self) -> int:
-        _, _, _, step, previous_lr, _ = self._addresses
+        _, _, _, step, previous_lr, *_ = self._addresses
         written = (self._which, self._run_group, self._run_step, self._run_lr)
         if cpu.why_not() is None:
             columns: tuple[array[Any], ...] = (self._group, step, previous_lr, *written)

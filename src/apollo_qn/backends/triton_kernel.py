@@ -17,10 +17,11 @@ WARPS = 4
 # Runs of a tensor at most: so many sums a program that updates a part of it reads.
 RUNS = 512
 # Columns of the tables, which triton.py fills.
-TENSOR = 8  # p, m, B, threshold, first row of its sums, how many, row in `whole` (-1: none), unused
+TENSOR = 9  # p, m, B, threshold, compensation, first row of its sums, how many, row in `whole`
+# (-1: it is whole), stream of random bits
 WORK = 5  # tensor, role, first element, how many, row of its sums
 SUMS = 4  # scale (a power of 2), q4, k, largest: rule.Sums
-SCALARS = 14  # rule.StepScalars and more, in the order of scalars.row
+SCALARS = 16  # as cpu.scalars has them
 
 # Roles.
 ALL = 0  # of a tensor that is one run: sums and update
@@ -91,6 +92,34 @@ def _store(pointer, i, mask, x, MASKED: tl.constexpr):
 
 
 @triton.jit
+def _mix(x):
+    """rounding.mix."""
+    x = (x ^ (x >> 16)) * 0x21F0AAAD
+    x = (x ^ (x >> 15)) * 0xD35A2D97
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def _drawn(x, random, T: tl.constexpr):
+    """rounding.stochastic of float32 numbers; ``random`` is uint32."""
+    if T == tl.float16:
+        dropped: tl.constexpr = 13
+        smallest = 0.00006103515625  # 2^-14
+        largest = 65504.0
+    else:
+        dropped: tl.constexpr = 16
+        smallest = 0.0
+        largest = 3.3895313892515355e38
+    bits = x.to(tl.uint32, bitcast=True)
+    size = tl.abs(x)
+    shift = tl.where(size < smallest, smallest, 0.0)
+    pattern = (size + shift).to(tl.uint32, bitcast=True) + (random >> (32 - dropped))
+    rounded = ((pattern >> dropped) << dropped).to(tl.float32, bitcast=True) - shift
+    signed = rounded.to(tl.uint32, bitcast=True) | (bits & 0x80000000)
+    return tl.where(size < largest, signed.to(tl.float32, bitcast=True), x).to(T)
+
+
+@triton.jit
 def _secant_pair(theta, g, m, B, s):
     """d, the displacement of the step before, and g - m."""
     sign, l2, kappa, omega, threshold, offset = s
@@ -101,8 +130,8 @@ def _secant_pair(theta, g, m, B, s):
 
 @triton.jit
 def _measured(
-    total, p, g, m, B, i, end, needed, s, alpha,
-    S: tl.constexpr, BELIEF: tl.constexpr, MASKED: tl.constexpr,
+    total, p, low, g, m, B, i, end, needed, s, alpha,
+    S: tl.constexpr, BELIEF: tl.constexpr, KAHAN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The sums so far with those over one block: e, and q4 and k of u = d / 2^e; max |g - m|."""
     e, q4, k, most = total
@@ -111,6 +140,8 @@ def _measured(
     if MASKED:
         needed = mask & needed
     theta = _fetch(p, i, needed, True, S)
+    if KAHAN:
+        theta += _fetch(low, i, needed, True, S)
     d, delta = _secant_pair(theta, _fetch(g, i, mask, MASKED, S), mi, b, s)
     e_block = _exponent(tl.max(tl.abs(d), 0))
     e_new = tl.maximum(e, e_block)
@@ -127,22 +158,41 @@ def _measured(
 
 @triton.jit
 def _update(
-    p, g, m, B, i, end, s, alpha, rate, decoupled, c, inverse, threshold, offset,
-    S: tl.constexpr, MASKED: tl.constexpr,
+    p, low, g, m, B, i, start, end, s, alpha, rate, decoupled, c, inverse, threshold, offset,
+    draws, key, second,
+    S: tl.constexpr, KAHAN: tl.constexpr, DRAWS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """m', B' and theta' of one block, with B' = B - c u^2 and u = d inverse."""
     mask = i < end
     b, mi = _fetch(B, i, mask, MASKED, S), _fetch(m, i, mask, MASKED, S)
     theta = _fetch(p, i, mask, MASKED, S)
+    if KAHAN:
+        theta += _fetch(low, i, mask, MASKED, S)
     d, delta = _secant_pair(theta, _fetch(g, i, mask, MASKED, S), mi, b, s)
     u = d * inverse
     mi = mi + alpha * delta
     b = b - c * (u * u)
     size = tl.abs(b)
     d = _quotient(mi, tl.where(threshold > size, threshold, size) + offset) + decoupled * theta
+    theta = theta - rate * d
+
+    P: tl.constexpr = p.dtype.element_ty
+    M: tl.constexpr = m.dtype.element_ty
+    stored = theta.to(P)
+    if KAHAN:
+        high = stored.to(S)  # of infinities nothing is left over
+        _store(low, i, mask, tl.where(high - high == 0, theta - high, 0.0), MASKED)
+    if DRAWS:
+        place = start + i
+        word = _mix(_mix(place.to(tl.uint32) ^ key) ^ second ^ (place >> 32).to(tl.uint32))
+        if P.primitive_bitwidth == 16:
+            if draws != 0:
+                stored = _drawn(theta, word, P)
+        if M.primitive_bitwidth == 16:
+            b = _drawn(b, word << 16, M)
     _store(m, i, mask, mi, MASKED)
     _store(B, i, mask, b, MASKED)
-    _store(p, i, mask, theta - rate * d, MASKED)
+    _store(p, i, mask, stored, MASKED)
 
 
 @triton.jit
@@ -182,13 +232,15 @@ def _concluded(scale, q4, k, eps, S: tl.constexpr):
 @triton.jit(do_not_specialize=["first"])
 def step(
     tensors, work, first, gradients, scalars, rows, whole,
-    P: tl.constexpr, G: tl.constexpr, S: tl.constexpr,
-    BELIEF: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, RUNS: tl.constexpr,
+    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, S: tl.constexpr,
+    BELIEF: tl.constexpr, KAHAN: tl.constexpr, DRAWS: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
     """One launch: a program for each row of ``work`` from ``first`` on.
 
     ``gradients`` holds for each tensor the address of its gradient and its row of ``scalars``,
-    ``rows`` the sums of runs, ``whole`` those of tensors of which only parts are here.
+    ``rows`` the sums of runs, ``whole`` those of tensors of which only parts are here. P, G and M
+    are the types of parameter, gradient and state, S that of the arithmetic.
     """
     mine = work + (first + tl.program_id(0)).to(tl.int64) * _WORK
     tensor, role, start = tl.load(mine), tl.load(mine + 1), tl.load(mine + 2)
@@ -196,11 +248,12 @@ def step(
     its = tensors + tensor * _TENSOR
     address = gradients + tensor * 2
     p = _pointer(tl.load(its), start, P, ALIGNED)
-    m = _pointer(tl.load(its + 1), start, S, ALIGNED)
-    B = _pointer(tl.load(its + 2), start, S, ALIGNED)
+    m = _pointer(tl.load(its + 1), start, M, ALIGNED)
+    B = _pointer(tl.load(its + 2), start, M, ALIGNED)
+    low = _pointer(tl.load(its + 4), start, P, ALIGNED)
     g = _pointer(tl.load(address), start, G, ALIGNED)
     threshold_of = tl.load(its + 3).to(tl.pointer_type(S))
-    whole_row = tl.load(its + 6)
+    whole_row = tl.load(its + 7)
 
     number = scalars + tl.load(address + 1) * _SCALARS
     alpha, rate = tl.load(number).to(S), tl.load(number + 1).to(S)
@@ -232,20 +285,20 @@ def step(
     if (role == _ALL) | (role == _MEASURE):
         for at in range(0, full, BLOCK):
             e, q4, k, most = _measured(
-                (e, q4, k, most), p, g, m, B, at + lane, count, needed, s, alpha,
-                S, BELIEF, False,
+                (e, q4, k, most), p, low, g, m, B, at + lane, count, needed, s, alpha,
+                S, BELIEF, KAHAN, False,
             )  # fmt: skip
         if full < count:
             e, q4, k, most = _measured(
-                (e, q4, k, most), p, g, m, B, full + lane, count, needed, s, alpha,
-                S, BELIEF, True,
+                (e, q4, k, most), p, low, g, m, B, full + lane, count, needed, s, alpha,
+                S, BELIEF, KAHAN, True,
             )  # fmt: skip
         scale = _power(e)
     elif (whole_row >= 0) & (role != _TELL):
         scale, q4, k, most = _gathered(whole + whole_row * _SUMS, 1, 2)
     else:
         scale, q4, k, most = _gathered(
-            rows + tl.load(its + 4) * _SUMS, tl.load(its + 5).to(tl.int32), RUNS
+            rows + tl.load(its + 5) * _SUMS, tl.load(its + 6).to(tl.int32), RUNS
         )
     if BELIEF:
         if belief:
@@ -263,15 +316,19 @@ def step(
         c, e = _concluded(scale, q4, k, tl.load(number + 8), S)
         c, inverse = c.to(S), _power(-e).to(S)
         decoupled = tl.load(number + 11).to(S)
+        draws = tl.load(number + 14)
+        stream = tl.load(its + 8).to(tl.uint32)
+        key = _mix(tl.load(number + 15).to(tl.int64).to(tl.uint32) ^ stream)
+        second = _mix(key ^ stream ^ 0x9E3779B9)
         for at in range(0, full, BLOCK):
             _update(
-                p, g, m, B, at + lane, count, s, alpha, rate, decoupled,
-                c, inverse, threshold.to(S), offset, S, False,
+                p, low, g, m, B, at + lane, start, count, s, alpha, rate, decoupled,
+                c, inverse, threshold.to(S), offset, draws, key, second, S, KAHAN, DRAWS, False,
             )  # fmt: skip
         if full < count:
             _update(
-                p, g, m, B, full + lane, count, s, alpha, rate, decoupled,
-                c, inverse, threshold.to(S), offset, S, True,
+                p, low, g, m, B, full + lane, start, count, s, alpha, rate, decoupled,
+                c, inverse, threshold.to(S), offset, draws, key, second, S, KAHAN, DRAWS, True,
             )  # fmt: skip
     if BELIEF:
         if belief & ((role == _ALL) | (role == _KEEP)):

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from apollo_qn.backends import triton_kernel as kernel
+from apollo_qn.rule import arithmetic
 
 Types: TypeAlias = tuple[torch.dtype, ...]  # of parameter, gradient and state
 Span: TypeAlias = tuple[int, int]  # first program of a launch, and how many
@@ -47,11 +48,25 @@ _captured: list[Any] = []
 
 @dataclass
 class _Set:
-    """Tensors of the same types."""
+    """Tensors of the same types that are stored alike."""
 
     types: Types
+    kahan: bool
     members: list[int]
     aligned: bool  # parameters and state
+
+    @property
+    def draws(self) -> bool:
+        """Whether random bits may be needed."""
+        p, _, state = self.types
+        return state.itemsize == 2 or (p.itemsize == 2 and not self.kahan)
+
+    @property
+    def constants(self) -> tuple[Any, ...]:
+        """Of the kernel: types of parameter, gradient, state and arithmetic."""
+        p, _, state = self.types
+        return tuple(_TYPES[dtype] for dtype in (*self.types, arithmetic(p, state)))
+
     measuring: list[Span] = field(default_factory=list)  # parts of tensors: their sums only
     steps: list[Span] = field(default_factory=list)
     keep: list[Span] = field(default_factory=list)  # at last, with belief
@@ -97,11 +112,13 @@ class Tables:
 
     Args:
         device: of all tensors.
-        addresses: columns p, m, B and threshold (0: none), with a number for each tensor.
+        addresses: columns p, m, B, threshold and compensation (the two last 0: none), with a number
+            for each tensor.
         n: elements of each, at least 1.
         types: of each.
         shared: of each its row among the sums of tensors of which only parts are here; -1: it is
             whole.
+        streams: of each the word that stands for it in :mod:`apollo_qn.rounding`.
     """
 
     def __init__(
@@ -111,22 +128,25 @@ class Tables:
         n: Sequence[int],
         types: Sequence[Types],
         shared: Sequence[int],
+        streams: Sequence[int],
     ) -> None:
         self._device = device
+        kinds = [(its, low != 0) for its, low in zip(types, addresses[4], strict=True)]
         self._sets = [
             _Set(
-                kind,
-                members := [i for i, its in enumerate(types) if its == kind],
-                all(column[i] % _ALIGNMENT == 0 for column in addresses[:3] for i in members),
+                *kind,
+                members := [i for i, its in enumerate(kinds) if its == kind],
+                all(column[i] % _ALIGNMENT == 0 for column in addresses for i in members),
             )
-            for kind in dict.fromkeys(types)
+            for kind in dict.fromkeys(kinds)
         ]
         self.has_parts = any(row >= 0 for row in shared)
         work = _Work(n)
         for one in self._sets:
             _schedule(one, work, shared, _budget(device))
         table = torch.zeros(len(n), kernel.TENSOR, dtype=torch.int64)
-        for column, of_each in enumerate([*addresses, work.row[:-1], work.runs, shared]):
+        columns = [*addresses, work.row[:-1], work.runs, shared, streams]
+        for column, of_each in enumerate(columns):
             table[:, column] = torch.tensor(list(of_each), dtype=torch.int64)
         self._tensors = table.to(device)
         self._work = torch.cat(work.pieces).to(device)
@@ -172,11 +192,11 @@ class Tables:
             given = (uploaded, numbers, self._rows, self._rows if whole is None else whole)
             for one, aligned in zip(self._sets, self._aligned, strict=True):
                 spans = one.measuring if measuring else one.steps + (one.keep if belief else [])
-                P, G, S = (_TYPES[dtype] for dtype in one.types)
                 for first, count in spans:
                     kernel.step[(count,)](
                         *(self._tensors, self._work, first, *given),
-                        *(P, G, S, belief, aligned, kernel.BLOCK, kernel.RUNS),
+                        *(*one.constants, belief, one.kahan, one.draws),
+                        *(aligned, kernel.BLOCK, kernel.RUNS),
                         num_warps=kernel.WARPS,
                     )
 
