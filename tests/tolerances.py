@@ -37,9 +37,10 @@ STATE_OF_16_BIT = {False: (2e-6, 3e-5), True: (5e-6, 3e-4)}  # by capturable: m,
 # the update of B multiplies that by 4. In units of torch.finfo(dtype).eps.
 REBUILT_FROM_16_BIT = 0.5
 
-# Parameter and compensation together, after one step from the same two. The low number is half a
-# unit in the last place of the high one at most (eps / 2 of its power of 2) and loses half a unit of its
-# own: eps^2 / 8; of float16 at least half its smallest number, 2^-25. And float32's roundings.
+# Parameter and compensation together, after one step from the same two. The low number is half
+# a unit in the last place of the high one at most, eps / 2 of its power of 2, and loses half a
+# unit of its own: eps^2 / 8; of float16 at least half its smallest number, 2^-25. And float32's
+# roundings.
 COMPENSATED = {torch.bfloat16: 2**-17 + 5e-7, torch.float16: 2**-23 + 2**-25 + 5e-7}
 
 # A bfloat16 state after one step from the same bits: m to the nearest, B to one of both neighbours,

@@ -34,7 +34,7 @@ def _entries(
     for saved, group in zip(state_dict["param_groups"], groups, strict=True):
         for key, p in zip(saved["params"], group["params"], strict=True):
             if key in state_dict["state"]:
-                yield p, saved, state_dict["state"][key]
+                yield p, group, state_dict["state"][key]
 
 
 def check(state_dict: StateDict, groups: list[dict[str, Any]]) -> None:
@@ -76,7 +76,7 @@ def restore(
     the float32 state of a bfloat16 parameter. A sharded parameter's may be saved whole.
     """
     for p, group, saved in _entries(state_dict, groups):
-        home = p.device if group.get("capturable") else torch.device("cpu")
+        home = p.device if group["capturable"] else torch.device("cpu")
         for name, value in saved.items():
             if not isinstance(value, Tensor):
                 continue
@@ -84,7 +84,7 @@ def restore(
             if name in (*TENSORS, "compensation"):
                 dtype = p.dtype
                 if name in TENSORS:
-                    dtype = stored_dtype(kept.dtype, p, group.get("state_dtype"))
+                    dtype = stored_dtype(kept.dtype, p, group["state_dtype"])
                 kept = kept.to(device=p.device, dtype=dtype)
                 kept = placed_as(p, kept)
                 layout = torch.empty_like(p, dtype=kept.dtype, memory_format=torch.preserve_format)

@@ -107,27 +107,33 @@ def test_sixteen_million_elements(
         assert distance <= tolerances.SIXTEEN_MILLION, (name, float(distance))
 
 
-KINDS = [
-    (torch.float32, torch.float32),
-    (torch.float32, torch.bfloat16),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.bfloat16, torch.float32),
-    (torch.float64, torch.float64),
+# of parameter, gradient and state, and how the parameter is rounded
+Kind = tuple[torch.dtype, torch.dtype, torch.dtype, Any]
+KINDS: list[Kind] = [
+    (torch.float32, torch.float32, torch.float32, None),
+    (torch.float32, torch.bfloat16, torch.float32, None),
+    (torch.bfloat16, torch.bfloat16, torch.float32, "nearest"),
+    (torch.bfloat16, torch.float32, torch.float32, "stochastic"),
+    (torch.float64, torch.float64, torch.float64, None),
+    (torch.float32, torch.float32, torch.bfloat16, None),
+    (torch.bfloat16, torch.bfloat16, torch.bfloat16, "stochastic"),
+    (torch.bfloat16, torch.bfloat16, torch.float32, "kahan"),
 ]
 
 
-def trained(mode: dict[str, Any], kind: tuple[torch.dtype, torch.dtype], steps: int = 3) -> Train:
+def trained(mode: dict[str, Any], kind: Kind, steps: int = 3) -> Train:
     """A functional run over small and large tensors of one kind."""
-    dtype, grad_dtype = kind
+    dtype, grad_dtype, state, rounding = kind
 
     def train() -> list[Any]:
         sizes = [5 * CHUNK + 7, 3, 300, PORTION + 1, SMALL + 1, *[40] * 30, 2 * SMALL, SMALL]
         params = [normal((n,), "theta", i, dtype=dtype) for i, n in enumerate(sizes)]
-        state = torch.promote_types(dtype, torch.float32)
         m, B = ([torch.zeros(n, dtype=state) for n in sizes] for _ in range(2))
+        lows = [torch.zeros_like(p) for p in params]
         done = [torch.zeros(()) for _ in sizes]
         rates = [torch.zeros((), dtype=torch.float64) for _ in sizes]
-        thresholds = [torch.ones((), dtype=state) for _ in sizes]
+        wide = torch.promote_types(dtype, torch.float32)
+        thresholds = [torch.ones((), dtype=wide) for _ in sizes]
         for t in range(steps):
             grads = [normal((n,), "g", i, t, dtype=grad_dtype) for i, n in enumerate(sizes)]
             apollo(
@@ -138,11 +144,13 @@ def trained(mode: dict[str, Any], kind: tuple[torch.dtype, torch.dtype], steps: 
                 done,
                 previous_lrs=rates,
                 thresholds=thresholds,
+                compensations=lows,
+                rounding=rounding,
                 lr=0.3,
                 fused=True,
                 **mode,
             )
-        return [params, m, B, done, rates, thresholds]
+        return [params, m, B, done, rates, thresholds, lows]
 
     return train
 
@@ -151,7 +159,7 @@ def trained(mode: dict[str, Any], kind: tuple[torch.dtype, torch.dtype], steps: 
 @pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
 def test_the_number_of_threads_does_not_matter(
     mode: dict[str, Any],
-    kind: tuple[torch.dtype, torch.dtype],
+    kind: Kind,
     threads: Callable[[int], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -168,12 +176,11 @@ def test_the_number_of_threads_does_not_matter(
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
 def test_large_tensors_follow_the_rule(
-    mode: dict[str, Any], kind: tuple[torch.dtype, torch.dtype], threads: Callable[[int], None]
+    mode: dict[str, Any], kind: Kind, threads: Callable[[int], None]
 ) -> None:
     """Each step from the same state, so that a rounded parameter does not add up."""
     threads(2)
-    dtype, grad_dtype = kind
-    state = torch.promote_types(dtype, torch.float32)
+    dtype, grad_dtype, state, rounding = kind
     n = 3 * CHUNK + 5
     theta, m = normal((n,), "theta", dtype=dtype), normal((n,), "m", dtype=state) * 0.1
     B = normal((n,), "B", dtype=state)
@@ -181,6 +188,7 @@ def test_large_tensors_follow_the_rule(
     results = []
     for back_end, wide in (({"fused": True}, None), ({"foreach": False}, torch.float64)):
         p, g_, m_, B_ = (x.to(wide or x.dtype).clone() for x in (theta, g, m, B))
+        low = torch.zeros_like(p)
         apollo(
             [p],
             [g_],
@@ -188,15 +196,22 @@ def test_large_tensors_follow_the_rule(
             [B_],
             [torch.tensor(7.0)],
             previous_lrs=[torch.tensor(0.2, dtype=torch.float64)],
-            thresholds=[torch.tensor(0.4, dtype=m_.dtype)],
+            thresholds=[torch.tensor(0.4, dtype=torch.promote_types(p.dtype, torch.float32))],
+            compensations=[low],
+            rounding=rounding,
             lr=0.3,
             **mode,
             **back_end,
         )
-        results.append((p, m_, B_))
-    limits: list[float] = [tolerances.LARGE[state]] * 3
+        results.append((p.double() + low.double(), m_, B_))
+    wide = torch.promote_types(dtype, torch.float32)
+    limits: list[float] = [tolerances.LARGE[wide]] * 3
     if dtype is torch.bfloat16:
         limits[0] = tolerances.ROUNDED_PARAMETER * torch.finfo(dtype).eps
+    if rounding == "kahan":
+        limits[0] = tolerances.COMPENSATED[dtype]
+    if state is torch.bfloat16:
+        limits[1:] = [x * torch.finfo(state).eps for x in tolerances.STORED_STATE.values()]
     for got, wanted, limit in zip(*results, limits, strict=True):
         distance = (got.double() - wanted).abs().max() / wanted.abs().max()
         assert distance <= limit
