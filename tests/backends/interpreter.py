@@ -7,7 +7,9 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 AVAILABLE = find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
 REASON = "Triton's interpreter is for machines without a GPU, and needs Triton"
@@ -18,6 +20,7 @@ BLOCK, RUN, RUNS = 64, 128, 4
 
 def interpret(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Let the Triton back end serve the CPU; returns what sets other sizes."""
+    import triton.language as tl
     from triton.runtime import interpreter
 
     from apollo_qn.backends import triton, triton_kernel, triton_launch
@@ -38,6 +41,17 @@ def interpret(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         patched.clear()
         return launch(self, *args, **kwargs)
 
+    # it cuts off what a GPU rounds to the nearest (triton 3.7)
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def rounding_cast(self: Any, source: Any, target: Any) -> Any:
+        if source.dtype.scalar != tl.float32 or target.scalar != tl.bfloat16:
+            return cast(self, source, target)
+        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.bfloat16)
+        bits = rounded.view(torch.uint16).numpy().reshape(source.data.shape)
+        return interpreter.TensorHandle(bits, tl.bfloat16)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", rounding_cast)
     monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
 

@@ -18,6 +18,7 @@ from apollo_qn.backends import foreach as foreach_module
 from tests import tolerances
 from tests.helpers import (
     BACK_ENDS,
+    SHAPES,
     Comparison,
     as_numpy,
     follow,
@@ -119,10 +120,22 @@ def test_sixteen_bits_follow_the_reference(
     back_end: dict[str, Any],
     set_block: SetBlock,
 ) -> None:
-    """Each step from the numbers that the step before has stored."""
     set_block(600)
+    check_sixteen_bits(mode, capturable, (dtype, rounding, state_dtype), back_end)
+
+
+def check_sixteen_bits(
+    mode: dict[str, Any],
+    capturable: bool,
+    storing: tuple[torch.dtype, Any, torch.dtype | None],
+    back_end: dict[str, Any],
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    steps: int = 5,
+) -> None:
+    """Each step from the numbers that the step before has stored."""
+    dtype, rounding, state_dtype = storing
     settings = Settings(lr=0.3, sigma=0.5, warmup_steps=2, **mode)
-    params = parameters(dtype=dtype)
+    params = parameters(shapes, dtype)
     wanted = references(params, settings)
     optimizer = make(
         params,
@@ -133,7 +146,7 @@ def test_sixteen_bits_follow_the_reference(
         **back_end,
     )
     compare = Comparison()
-    for t in range(5):
+    for t in range(steps):
         give_gradients(params, t)
         optimizer.step()
         step_references(params, wanted)
@@ -176,30 +189,40 @@ def test_what_is_stored_has_the_same_bits_everywhere(
         set_block(block)
         results = []
         for back_end in ends:
-            params = parameters(dtype=dtype)
-            optimizer = Apollo(
-                params,
-                lr=0.3,
-                beta=0.5,
-                warmup_steps=0,
-                rounding=rounding,
-                state_dtype=state_dtype,
-                seed=1 << 40,
-                **back_end,
-            )
-            run_steps(optimizer, range(1))  # d = 0, so that B' = B
-            for i, p in enumerate(params):
-                state = optimizer.state[p]
-                state["exp_avg"].zero_()
-                state["hessian_diag"].copy_(normal(p.shape, "B", i))
-            for _ in range(2):
-                # alpha is not exact in float32: the gradient is m, which stays
-                for p in params:
-                    p.grad = optimizer.state[p]["exp_avg"].to(p.dtype)
-                optimizer.step()
-            results.append([x for p in params for x in (p.detach(), *tensors_of(optimizer, p))])
+            results.append(stored_bits((dtype, rounding, state_dtype), back_end))
         for other in results[1:]:
             assert same(results[0], other)
+
+
+def stored_bits(
+    storing: tuple[torch.dtype, Any, torch.dtype | None],
+    back_end: dict[str, Any],
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+) -> list[Tensor]:
+    """What two steps store of numbers that are computed without a rounding."""
+    dtype, rounding, state_dtype = storing
+    params = parameters(shapes, dtype)
+    optimizer = Apollo(
+        params,
+        lr=0.3,
+        beta=0.5,
+        warmup_steps=0,
+        rounding=rounding,
+        state_dtype=state_dtype,
+        seed=1 << 40,
+        **back_end,
+    )
+    run_steps(optimizer, range(1))  # d = 0, so that B' = B
+    for i, p in enumerate(params):
+        state = optimizer.state[p]
+        state["exp_avg"].zero_()
+        state["hessian_diag"].copy_(normal(p.shape, "B", i))
+    for _ in range(2):
+        # alpha is not exact in float32: the gradient is m, which stays
+        for p in params:
+            p.grad = optimizer.state[p]["exp_avg"].to(p.dtype)
+        optimizer.step()
+    return [x for p in params for x in (p.detach(), *tensors_of(optimizer, p))]
 
 
 def tensors_of(optimizer: Apollo, p: Tensor) -> list[Tensor]:

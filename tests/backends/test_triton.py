@@ -14,12 +14,18 @@ import torch
 from torch import Tensor
 
 import apollo_qn
-from apollo_qn import Apollo
+from apollo_qn import Apollo, rounding
 from apollo_qn.backends import cpu, triton
 from tests import tolerances
 from tests.backends import interpreter
 from tests.backends.interpreter import BLOCK, RUN, RUNS
-from tests.backends.test_backends import MODE_IDS, MODES
+from tests.backends.test_backends import (
+    MODE_IDS,
+    MODES,
+    STORING,
+    check_sixteen_bits,
+    stored_bits,
+)
 from tests.backends.test_parts import MODES as MODES_OF_PARTS
 from tests.backends.test_parts import check_parts
 from tests.helpers import (
@@ -134,6 +140,38 @@ def test_types(
             reference.theta = as_numpy(theta[i])
             compare.check((i, "m"), m[i], reference.m, limit_m)
             compare.check((i, "B"), B[i], reference.B, limit_B)
+
+
+@pytest.mark.parametrize("storing", STORING)
+@pytest.mark.parametrize("mode", [MODES[2], MODES[-1]], ids=["L2", "belief-decoupled"])
+def test_sixteen_bits_follow_the_reference(
+    mode: dict[str, Any], storing: Any, interpreted: SetSizes
+) -> None:
+    check_sixteen_bits(mode, False, storing, FUSED, SHAPES, steps=3)
+
+
+@pytest.mark.parametrize("storing", STORING)
+def test_what_is_stored_has_the_bits_of_the_rule(storing: Any, interpreted: SetSizes) -> None:
+    bits = [stored_bits(storing, end, SHAPES) for end in (FUSED, {"foreach": False})]
+    assert same(*bits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_random_rounding_has_the_bits_of_the_rule(
+    dtype: torch.dtype, interpreted: SetSizes
+) -> None:
+    """Of every kind of finite number: subnormal, the largest, larger."""
+    largest = torch.finfo(dtype).max
+    numbers = [0.0, -0.0, 1.0, 0.3, -7e-3, largest, 1.0001 * largest]
+    numbers += [2.0**-14, 2.0**-14 * 0.999, 1e-7, -3e-8, 1e-40, 2.0**-24, 65504.0, 65519.0, -1e-45]
+    theta = torch.tensor(numbers * 20).repeat(3)
+    p = torch.zeros(len(theta), dtype=dtype)
+    m, B = torch.zeros(len(theta)), torch.zeros(len(theta))
+    # theta' = 0 - 1 * m' / max(|B'|, 1) with m' = g
+    apollo_qn.apollo([p], [-theta], [m], [B], [torch.zeros(())], warmup_steps=0, seed=3, **FUSED)
+    first, second = rounding.keys(rounding.stream(3, 0), 0)
+    random = rounding.words(rounding.places(p), first, second)
+    assert same(p, rounding.stochastic(0 - -theta, dtype, random))
 
 
 @pytest.mark.parametrize("mode", [MODES[0], MODES[-1]], ids=["plain", "belief-decoupled"])
