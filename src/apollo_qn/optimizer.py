@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from apollo_qn import checkpoint, sharded
+from apollo_qn import checkpoint, ranges, sharded
 from apollo_qn.backends import Group
 from apollo_qn.functional import Kept, check_back_end_choice, run, warmup_share
 from apollo_qn.rule import Hyperparameters, Rebound, Scalar
@@ -293,11 +291,6 @@ def _hyperparameters(group: dict[str, Any]) -> Hyperparameters:
 
 
 def _check_hyperparameters(given: dict[str, Any]) -> None:
-    def need(name: str, holds: Callable[[Any], bool], what: str) -> None:
-        value = given[name]
-        if isinstance(value, bool) or not isinstance(value, Real) or not holds(value):
-            raise ValueError(f"{name} must be {what}, got {value!r}")
-
     lr = given["lr"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1 or lr.is_complex():
@@ -305,20 +298,5 @@ def _check_hyperparameters(given: dict[str, Any]) -> None:
                 f"lr must be a tensor of one real element, got shape {tuple(lr.shape)}"
             )
         given = {**given, "lr": float(lr)}
-    need("lr", lambda x: 0 <= x < math.inf, "a finite number >= 0")
-    need("beta", lambda x: 0 <= x < 1, "in [0, 1)")
-    need("eps", lambda x: 0 <= x < math.inf, "a finite number >= 0")
-    need("sigma", lambda x: 0 < x < math.inf, "a finite number > 0")
-    need("weight_decay", lambda x: 0 <= x < math.inf, "a finite number >= 0")
-    need("warmup_steps", lambda x: x >= 0 and x == int(x), "a whole number >= 0")
-    if given["warmup_init_lr"] is not None:
-        need("warmup_init_lr", lambda x: 0 <= x < math.inf, "None or a finite number >= 0")
-        if given["lr"] == 0 and given["warmup_init_lr"] > 0:
-            raise ValueError(
-                f"warmup_init_lr must be None or 0 where lr is 0, got {given['warmup_init_lr']!r}"
-            )
-    if given["rebound"] not in ("constant", "belief"):
-        raise ValueError(f"rebound must be 'constant' or 'belief', got {given['rebound']!r}")
-    if given["rebound"] == "belief" and given["eps"] == 0:
-        raise ValueError("eps must be > 0 with rebound='belief', got 0")
+    ranges.check(given)
     check_back_end_choice(given["foreach"], given["fused"], given["differentiable"])
