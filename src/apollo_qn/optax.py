@@ -29,11 +29,13 @@ __all__ = ["ApolloState", "apollo", "apollow"]
 
 Number: TypeAlias = "float | jax.Array"
 
+_LONGEST_TABLE = 1 << 16  # steps: beta up to 0.9994
+
 
 class ApolloState(NamedTuple):
     """State of :func:`apollo`; a field that its mode does not need is None."""
 
-    count: jax.Array  # t, shape=(), dtype=int32
+    count: jax.Array  # type: ignore[assignment]  # t, shape=(), dtype=int32
     exp_avg: optax.Updates  # m, the parameters' shapes, float32 at least
     hessian_diag: optax.Updates  # B, likewise
     previous_lr: jax.Array | None  # rate of the step before, shape=(); decoupled decay
@@ -42,12 +44,12 @@ class ApolloState(NamedTuple):
 
 
 class _Scalars(NamedTuple):
-    """The numbers of one step, as in ``rule.py``."""
+    """The numbers of one step; ``rule.py`` says what they are."""
 
     alpha: Number
     rate: Number
     sigma: Number
-    eps: Number
+    secant_eps: Number
     weight_decay: Number
     offset: Number
     previous_offset: Number
@@ -154,28 +156,26 @@ def apollo(
         warmup_init_lr=warmup_init_lr,
         rebound=rebound,
     )
+    beta, eps, sigma, weight_decay = map(_widened, (beta, eps, sigma, weight_decay))
+    alpha = _alpha(beta)
     belief = rebound == "belief"
     decays = not _is_zero(weight_decay)
-    log_beta = _log(beta)
 
-    def schedule(count: jax.Array) -> jax.Array:
+    def offset(count: jax.Array) -> Number:
+        return eps / alpha(count) if belief else 0.0
+
+    def scheduled(count: jax.Array) -> jax.Array:
         return _real(learning_rate(count) if callable(learning_rate) else learning_rate)
 
-    def alpha(t: jax.Array) -> jax.Array:
-        return (1 - beta) / -jnp.expm1((t + 1) * log_beta)  # 1 - beta^(t+1) would cancel
-
-    def offset(t: jax.Array) -> Number:
-        return eps / alpha(t) if belief else 0.0
-
-    def warmup(t: jax.Array, base: jax.Array | None) -> Number:
+    def rate(count: jax.Array, base: jax.Array | None) -> jax.Array:
+        lr = scheduled(count)
         if _is_zero(warmup_steps):
-            return 1.0
-        if warmup_init_lr is None or base is None:
-            start: Number = warmup_share(None, 1.0)
-        else:
-            start = jnp.where(base == 0, 0, warmup_init_lr / jnp.where(base == 0, 1, base))
-        factor = start + (1 - start) * t / jnp.maximum(warmup_steps, 1)
-        return jnp.where(t < warmup_steps, factor, 1)
+            return lr
+        w: Number = warmup_share(None, 1.0)
+        if warmup_init_lr is not None and base is not None:
+            w = jnp.where(base == 0, 0, warmup_init_lr / jnp.where(base == 0, 1, base))
+        factor = w + (1 - w) * _real(count) / jnp.maximum(warmup_steps, 1)
+        return lr * jnp.where(count < warmup_steps, factor, 1)
 
     def init_fn(params: optax.Params) -> ApolloState:
         leaves = jax.tree.leaves(params, is_leaf=_is_none)
@@ -184,26 +184,27 @@ def apollo(
             count=count,
             exp_avg=jax.tree_util.tree_map_with_path(_zeros, params),
             hessian_diag=jax.tree_util.tree_map_with_path(_zeros, params),
-            previous_lr=_real(0.0) if decoupled_weight_decay else None,
-            thresholds=jnp.ones(len(leaves), _real(0.0).dtype) if belief else None,
-            warmup_base_lr=None if warmup_init_lr is None else schedule(count),
+            previous_lr=_real(0) if decoupled_weight_decay else None,
+            thresholds=_real([1] * len(leaves)) if belief else None,
+            warmup_base_lr=None if warmup_init_lr is None else scheduled(count),
         )
 
     def update_fn(
         updates: optax.Updates, state: ApolloState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, ApolloState]:
         if decays and params is None:
-            raise ValueError(optax.base.NO_PARAMS_MSG)
-        t = _real(state.count)
-        rate = schedule(state.count) * warmup(t, state.warmup_base_lr)
-        kappa, omega = 1.0, 0.0
-        if decays and decoupled_weight_decay:
+            raise ValueError("weight_decay needs the parameters: call update(grads, state, params)")
+        t = state.count  # of the steps before
+        kappa: Number = 1.0
+        omega: Number = 0.0
+        if decoupled_weight_decay:
             kappa, omega = _displacement_weights(t, state.previous_lr, weight_decay)
+        new_rate = rate(t, state.warmup_base_lr)
         s = _Scalars(
             alpha=alpha(t),
-            rate=rate,
+            rate=new_rate,
             sigma=sigma,
-            eps=eps if belief else eps / sigma,
+            secant_eps=eps if belief else eps / sigma,
             weight_decay=weight_decay,
             offset=offset(t),
             previous_offset=offset(jnp.maximum(t - 1, 0)),
@@ -211,14 +212,216 @@ def apollo(
             omega=omega,
         )
 
-        leaves, tree = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_none)
-        ms = tree.flatten_up_to(state.exp_avg)
-        Bs = tree.flatten_up_to(state.hessian_diag)
-        thetas = [None] * len(leaves) if params is None else tree.flatten_up_to(params)
-        decayed = [False] * len(leaves)
-        if decays:
-            decayed = tree.flatten_up_to(_full_mask(mask, params))
-        thresholds = [None] * len(leaves) if state.thresholds is None else list(state.thresholds)
-        ...
+        def leaf(
+            path: Any, g: Any, m: Any, B: Any, theta: Any, decayed: Any, threshold: Any
+        ) -> tuple[Any, Any, Any, Any]:
+            if g is None:
+                return None, m, B, threshold
+            _check_shapes(path, m, g, theta)
+            pairs = _Pairs(m.dtype)
+            u, m, B, threshold = _step(
+                pairs.split(g),
+                pairs.split(m),
+                pairs.split(B),
+                pairs.split(theta) if decayed else None,
+                threshold,
+                s,
+                decoupled_weight_decay,
+            )
+            dtype = jnp.result_type(g, g if theta is None else theta)
+            return pairs.join(u).astype(dtype), pairs.join(m), pairs.join(B), threshold
+
+        tree: Any
+        gs, tree = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_none)
+        nothing = [None] * len(gs)
+        results = map(
+            leaf,
+            [path for path, _ in gs],
+            [g for _, g in gs],
+            tree.flatten_up_to(state.exp_avg),
+            tree.flatten_up_to(state.hessian_diag),
+            nothing if params is None else tree.flatten_up_to(params),
+            tree.flatten_up_to(_whole_mask(mask, params)) if decays else nothing,
+            nothing if state.thresholds is None else state.thresholds,
+        )
+        us, ms, Bs, thresholds = zip(*results, strict=True) if gs else ((),) * 4
+        return tree.unflatten(us), ApolloState(
+            count=optax.safe_increment(t),
+            exp_avg=tree.unflatten(ms),
+            hessian_diag=tree.unflatten(Bs),
+            previous_lr=new_rate if decoupled_weight_decay else None,
+            thresholds=_real(thresholds) if belief else None,
+            warmup_base_lr=state.warmup_base_lr,
+        )
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+apollow = functools.partial(apollo, decoupled_weight_decay=True)
+apollow.__doc__ = """:func:`apollo` with decoupled weight decay; its arguments are apollo's."""
+
+
+def _step(
+    g: jax.Array,
+    m: jax.Array,
+    B: jax.Array,
+    theta: Any,
+    threshold: jax.Array | None,
+    s: Any,
+    decoupled: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """Algorithm 1 on one real leaf: :func:`apollo_qn.rule.update`, with -rate d' for theta'.
+
+    ``theta`` is None where there is no decay, ``threshold`` (that of the step before) without
+    belief; ``s`` is a :class:`_Scalars` of any types.
+    """
+    s = jax.tree.map(lambda x: jnp.asarray(x, m.dtype), s)
+    l2 = theta is not None and not decoupled
+    decoupled = theta is not None and decoupled
+    if l2:
+        g = g + s.weight_decay * theta
+
+    # the displacement of the step before, rebuilt; 0 at t = 0 because m = 0
+    floor = s.sigma if threshold is None else threshold.astype(m.dtype)
+    d = m / (jnp.maximum(jnp.abs(B), floor) + s.previous_offset)
+    if decoupled:
+        d = s.kappa * d + s.omega * theta
+
+    delta = g - m
+    y = s.alpha * delta  # m' - m
+    m = m + y
+
+    # B' = B - a d^2 with u = d / max |d|, eq. (8)
+    scale = jax.lax.stop_gradient(jnp.max(jnp.abs(d), initial=0))
+    u = d / jnp.where(scale == 0, 1, scale)
+    B = B - _secant_coefficient(scale, u, y + B * d, s.secant_eps) * u**2
+
+    if threshold is not None:
+        floor = threshold = jnp.max(jnp.abs(delta), initial=0)
+    d = m / (jnp.maximum(jnp.abs(B), floor) + s.offset)
+    if decoupled:
+        d = d + s.weight_decay * theta
+    return -s.rate * d, m, B, threshold
+
+
+def _secant_coefficient(scale: jax.Array, u: jax.Array, v: jax.Array, eps: jax.Array) -> jax.Array:
+    """c = (<u, v> / n) (scale / n)^3, n = scale ||u||_4 + eps: a d^2 = c u^2, without overflow."""
+    wide = jnp.promote_types(u.dtype, jnp.result_type(float))
+    q4, k = jnp.sum(u**4, dtype=wide), jnp.sum(u * v, dtype=wide)
+    scale, eps = scale.astype(wide), eps.astype(wide)
+    n = scale * jnp.sqrt(jnp.sqrt(jnp.where(scale == 0, 1, q4))) + eps  # no derivative at 0
+    nothing = n == 0  # eps = 0 and d = 0: no displacement, no information
+    n = jnp.where(nothing, 1, n)
+    c = jnp.where(nothing, 0, (scale / n) ** 3 * (k / n))
+    largest = float(np.finfo(u.dtype).max) / 8
+    return jnp.clip(c, -largest, largest).astype(u.dtype)  # a saturated B stays finite
+
+
+def _alpha(beta: Number) -> Callable[[jax.Array], jax.Array]:
+    """Weight of the new gradient in m at step t, eq. (9), as a function of t.
+
+    A relative error of alpha is the same for all elements, so that it does not average out in the
+    sums, and B feels it some tenfold; and in float32 even expm1 is wrong by several roundings. So
+    the values until beta^(t+1) vanishes are tabulated, in float64, where beta is known and that is
+    not long.
+    """
+    log: Number
+    if isinstance(beta, jax.Array):
+        log = jnp.log(beta)
+    else:
+        log = math.log(beta) if beta else -math.inf
+        steps = math.ceil(-37 / log) + 1  # exp(-37) is float64's roundoff
+        if steps <= _LONGEST_TABLE:
+            table = (1 - beta) / (1 - beta ** np.arange(1.0, steps + 1))
+            return lambda t: _real(table)[jnp.minimum(t, len(table) - 1)]
+    return lambda t: (1 - beta) / -jnp.expm1((t + 1) * log)
+
+
+def _displacement_weights(t: jax.Array, lr: Any, weight_decay: Number) -> tuple[Number, Number]:
+    """kappa and omega with d + wd theta_before = kappa d + omega theta, as in ``rule.py``."""
+    kept = 1 - lr * weight_decay
+    known = (jnp.abs(kept) >= UNDETERMINED) & (t > 0)
+    safe = jnp.where(known, kept, 1)
+    return 1 / safe, jnp.where(known, weight_decay / safe, 0)
+
+
+class _Pairs:
+    """Complex arrays as real ones with a last dimension of 2, and back; real ones as they are."""
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = dtype
+        self.complex = jnp.issubdtype(dtype, jnp.complexfloating)
+
+    def split(self, x: Any) -> jax.Array:
+        x = jnp.asarray(x, self.dtype)
+        return jnp.stack([x.real, x.imag], axis=-1) if self.complex else x
+
+    def join(self, x: jax.Array) -> jax.Array:
+        return jax.lax.complex(x[..., 0], x[..., 1]) if self.complex else x
+
+
+def _zeros(path: Any, p: Any) -> jax.Array:
+    dtype = jnp.result_type(p)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise ValueError(
+            f"params must be floating or complex arrays, got {dtype} at "
+            f"{_place(path)}; leave others out, for example with optax.masked"
+        )
+    return jnp.zeros_like(p, dtype=jnp.promote_types(dtype, jnp.float32))
+
+
+def _check_shapes(path: Any, m: jax.Array, g: Any, theta: Any) -> None:
+    for name, x in (("gradient", g), ("parameter", m if theta is None else theta)):
+        if jnp.shape(x) != m.shape:
+            raise ValueError(
+                f"{name} must have the shape of its state, {m.shape}, got {jnp.shape(x)} at "
+                f"{_place(path)}"
+            )
+
+
+def _place(path: Any) -> str:
+    return jax.tree_util.keystr(path) or "the root"
+
+
+def _whole_mask(mask: Any, params: optax.Params) -> Any:
+    """``mask`` as a boolean for each leaf."""
+    if mask is None:
+        mask = True
+    elif callable(mask) and jax.tree_util.all_leaves([mask]):  # not a callable node of a tree
+        mask = mask(params)
+    return jax.tree.map(lambda on, part: jax.tree.map(lambda _: on, part), mask, params)
+
+
+def _check(**given: Any) -> None:
+    numbers = {}
+    for name, value in given.items():
+        if not _is_array(value):
+            numbers[name] = value
+        elif value.ndim:
+            raise ValueError(f"{name} must be a number or a 0-dim array, got shape {value.shape}")
+    if callable(given["learning_rate"]):
+        del numbers["learning_rate"]
+    ranges.check(numbers, lr="learning_rate")
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray)
+
+
+def _is_zero(x: Any) -> bool:
+    """Whether ``x`` is known to be 0."""
+    return not _is_array(x) and bool(x == 0)
+
+
+def _real(x: Any) -> jax.Array:
+    """``x`` as JAX's widest floating type: float32, or float64 where that is enabled."""
+    return jnp.asarray(x, jnp.result_type(float))
+
+
+def _widened(x: Any) -> Number:
+    """Arrays as :func:`_real`; Python numbers as they are, exact to float64."""
+    return _real(x) if _is_array(x) else x
