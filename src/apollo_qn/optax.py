@@ -305,14 +305,15 @@ def _step(
 
 
 def _secant_coefficient(scale: jax.Array, u: jax.Array, v: jax.Array, eps: jax.Array) -> jax.Array:
-    """c = (<u, v> / n) (scale / n)^3, n = scale ||u||_4 + eps: a d^2 = c u^2, without overflow."""
+    """c with B' = B - c u^2, as :func:`apollo_qn.rule.secant_coefficient`; <u, v> is its k."""
     wide = jnp.promote_types(u.dtype, jnp.result_type(float))
     q4, k = jnp.sum(u**4, dtype=wide), jnp.sum(u * v, dtype=wide)
     scale, eps = scale.astype(wide), eps.astype(wide)
     n = scale * jnp.sqrt(jnp.sqrt(jnp.where(scale == 0, 1, q4))) + eps  # no derivative at 0
     nothing = n == 0  # eps = 0 and d = 0: no displacement, no information
     n = jnp.where(nothing, 1, n)
-    c = jnp.where(nothing, 0, (scale / n) ** 3 * (k / n))
+    share = scale / n  # at most 1; its cube may underflow where c does not
+    c = jnp.where(nothing, 0, share * (share * (share * k / n)))
     largest = float(np.finfo(u.dtype).max) / 8
     return jnp.clip(c, -largest, largest).astype(u.dtype)  # a saturated B stays finite
 
