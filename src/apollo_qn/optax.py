@@ -137,10 +137,10 @@ def apollo(
         >>> import jax, jax.numpy as jnp, optax
         >>> from apollo_qn.optax import apollo
         >>> loss = lambda x: jnp.sum(jnp.array([1.0, 3.0]) * (x - 2) ** 2)
-        >>> solver = apollo(optax.cosine_decay_schedule(0.5, 20), warmup_steps=5)
+        >>> solver = apollo(optax.cosine_decay_schedule(1.0, 30), warmup_steps=5)
         >>> x = jnp.zeros(2)
         >>> state = solver.init(x)
-        >>> for _ in range(20):
+        >>> for _ in range(30):
         ...     updates, state = solver.update(jax.grad(loss)(x), state, x)
         ...     x = optax.apply_updates(x, updates)
         >>> bool(loss(x) < 0.01 * loss(jnp.zeros(2)))
