@@ -92,3 +92,15 @@ SHARDED_B = {torch.float32: 3e-5, torch.float64: 1e-11}
 # 50 steps of training on several ranks against one process: the gradient is a mean of the ranks'
 # means, and its roundings pass through the loss.
 TRAINED_APART = 1e-5
+
+# alpha in JAX's float32: one rounding of a tabulated value (half of 1.2e-7); without a table log,
+# expm1 and a division, each of a rounding or two. An injected beta is rounded itself.
+JAX_ALPHA = {True: 6e-8, False: 4e-7}  # by whether it is tabulated
+
+# A derivative through five steps in float64 against central differences with h = 1e-6: their error
+# is h^2 times the third derivative, and 1e-16 / h for the rounding of the loss.
+DERIVATIVE = (1e-5, 1e-7)  # relative, absolute
+
+# Parameters of order 1 after four steps of two compiled programs with the same numbers: a rounding
+# here and there. In bfloat16 (3.9e-3) of a mean of gradients too, which B feels some tenfold.
+OTHER_PROGRAM = {torch.float32: 1e-6, torch.bfloat16: 5e-2}

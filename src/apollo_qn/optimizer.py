@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from numbers import Real
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from apollo_qn import checkpoint, rounding, sharded
+from apollo_qn import checkpoint, ranges, rounding, sharded
 from apollo_qn.backends import Group
 from apollo_qn.functional import Kept, check_back_end_choice, check_rounding, run, warmup_share
 from apollo_qn.rounding import Rounding
@@ -60,9 +58,9 @@ class Apollo(Optimizer):
             that every scheduler of ``torch.optim.lr_scheduler`` composes with it.
         warmup_init_lr: rate of the first step, >= 0; None: lr / 1000.
         foreach: True: all tensors together; False: one by one; None: the fastest that serves.
-        fused: True demands the fused kernel, which serves float32, bfloat16 and float64 tensors in
-            CPU memory (others fall back one by one); False forbids it; None: the fastest that
-            serves.
+        fused: True demands the fused kernel: in CPU memory for float32, bfloat16 and float64
+            tensors, on CUDA and ROCm devices (a Triton kernel) for float16 too; others fall back
+            one by one. False forbids it; None: the fastest that serves.
         maximize: ascend instead of descend.
         capturable: keep ``step`` on the parameters' device, so that a step can be captured in a
             CUDA graph.
@@ -365,11 +363,6 @@ def _rounding(group: dict[str, Any]) -> Rounding:
 
 
 def _check_hyperparameters(given: dict[str, Any]) -> None:
-    def need(name: str, holds: Callable[[Any], bool], what: str) -> None:
-        value = given[name]
-        if isinstance(value, bool) or not isinstance(value, Real) or not holds(value):
-            raise ValueError(f"{name} must be {what}, got {value!r}")
-
     lr = given["lr"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1 or lr.is_complex():
@@ -377,22 +370,7 @@ def _check_hyperparameters(given: dict[str, Any]) -> None:
                 f"lr must be a tensor of one real element, got shape {tuple(lr.shape)}"
             )
         given = {**given, "lr": float(lr)}
-    need("lr", lambda x: 0 <= x < math.inf, "a finite number >= 0")
-    need("beta", lambda x: 0 <= x < 1, "in [0, 1)")
-    need("eps", lambda x: 0 <= x < math.inf, "a finite number >= 0")
-    need("sigma", lambda x: 0 < x < math.inf, "a finite number > 0")
-    need("weight_decay", lambda x: 0 <= x < math.inf, "a finite number >= 0")
-    need("warmup_steps", lambda x: x >= 0 and x == int(x), "a whole number >= 0")
-    if given["warmup_init_lr"] is not None:
-        need("warmup_init_lr", lambda x: 0 <= x < math.inf, "None or a finite number >= 0")
-        if given["lr"] == 0 and given["warmup_init_lr"] > 0:
-            raise ValueError(
-                f"warmup_init_lr must be None or 0 where lr is 0, got {given['warmup_init_lr']!r}"
-            )
-    if given["rebound"] not in ("constant", "belief"):
-        raise ValueError(f"rebound must be 'constant' or 'belief', got {given['rebound']!r}")
-    if given["rebound"] == "belief" and given["eps"] == 0:
-        raise ValueError("eps must be > 0 with rebound='belief', got 0")
+    ranges.check(given)
     check_rounding(given["rounding"], given["seed"])
     if given["state_dtype"] not in (None, torch.bfloat16):
         raise ValueError(

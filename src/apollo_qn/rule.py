@@ -19,7 +19,7 @@ from apollo_qn.rounding import Rounding
 Scalar: TypeAlias = "float | Tensor"  # a Python number, or a tensor: no host synchronisation
 Rebound = Literal["constant", "belief"]
 
-_UNDETERMINED = 1e-6  # |1 - lr * weight_decay| below which theta_before cannot be rebuilt
+UNDETERMINED = 1e-6  # |1 - lr * weight_decay| below which theta_before cannot be rebuilt
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +135,10 @@ def _displacement_weights(t: Scalar, lr: Scalar, weight_decay: float) -> tuple[S
     kept = 1 - lr * weight_decay
     if isinstance(kept, Tensor) or isinstance(t, Tensor):
         kept = torch.as_tensor(kept)
-        known = (kept.abs() >= _UNDETERMINED) & torch.as_tensor(t > 0, device=kept.device)
+        known = (kept.abs() >= UNDETERMINED) & torch.as_tensor(t > 0, device=kept.device)
         safe = torch.where(known, kept, 1)
         return 1 / safe, torch.where(known, weight_decay / safe, 0)
-    if t == 0 or abs(kept) < _UNDETERMINED:
+    if t == 0 or abs(kept) < UNDETERMINED:
         return 1.0, 0.0
     return 1 / kept, weight_decay / kept
 

@@ -1,0 +1,428 @@
+"""APOLLO in JAX, an optax transformation: ``rule.py`` once more, judged by agreement with it.
+
+It needs the extra ``apollo-qn[jax]``; ``import apollo_qn`` does not import it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from apollo_qn import ranges
+from apollo_qn.functional import warmup_share
+from apollo_qn.rule import UNDETERMINED, Rebound
+
+try:
+    import jax
+    import jax.numpy as jnp
+    import optax
+except ImportError as error:
+    raise ImportError(
+        f"apollo_qn.optax needs JAX and optax ({error}): pip install 'apollo-qn[jax]'"
+    ) from error
+
+__all__ = ["ApolloState", "apollo", "apollow"]
+
+Number: TypeAlias = "float | jax.Array"
+
+_LONGEST_TABLE = 1 << 16  # steps: beta up to 0.9994
+
+
+class ApolloState(NamedTuple):
+    """State of :func:`apollo`; a field that its mode does not need is None."""
+
+    count: jax.Array  # type: ignore[assignment]  # t, shape=(), dtype=int32
+    exp_avg: optax.Updates  # m, the parameters' shapes, float32 at least
+    hessian_diag: optax.Updates  # B, likewise
+    previous_lr: jax.Array | None  # rate of the step before, shape=(); decoupled decay
+    thresholds: jax.Array | None  # of the step before, one for each leaf; belief
+    warmup_base_lr: jax.Array | None  # what warmup_init_lr is a share of, shape=()
+
+
+class _Scalars(NamedTuple):
+    """The numbers of one step; ``rule.py`` says what they are."""
+
+    alpha: Number
+    rate: Number
+    sigma: Number
+    secant_eps: Number
+    weight_decay: Number
+    offset: Number
+    previous_offset: Number
+    kappa: Number
+    omega: Number
+
+
+def apollo(
+    learning_rate: optax.ScalarOrSchedule = 1.0,
+    beta: Number = 0.9,
+    eps: Number = 1e-4,
+    sigma: Number = 1.0,
+    weight_decay: Number = 0.0,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    warmup_steps: int | jax.Array = 500,
+    *,
+    warmup_init_lr: Number | None = None,
+    decoupled_weight_decay: bool = False,
+    rebound: Rebound = "constant",
+) -> optax.GradientTransformation:
+    r"""APOLLO, the adaptive parameter-wise diagonal quasi-Newton method (Ma, 2020, Algorithm 1).
+
+    For each leaf, with state m = B = 0 and t = 0, 1, ...:
+
+    .. code-block:: text
+
+        alpha  = (1 - beta) / (1 - beta^(t+1))
+        m'     = m + alpha (g - m)                                            eq. (9)
+        d      = m / max(|B|, sigma)                       direction of the step before
+        a      = (<d, m' - m> + <d, B d>) / (||d||_4 + eps / sigma)^4
+        B'     = B - a d^2                                                    eq. (8)
+        update = -learning_rate m' / max(|B'|, sigma)                         eq. (11)
+
+    The sums run over the whole leaf. Under ``jit`` that is so for sharded arrays too; under
+    ``vmap`` each member of the batch is a leaf of its own; in ``shard_map`` give it whole leaves,
+    for it cannot know of the parts on other devices.
+
+    It takes the steps of :class:`apollo_qn.Apollo`, whose arguments have the same names, but:
+
+    * ``lr`` is ``learning_rate``, as in optax, and may be a schedule.
+    * ``mask`` stands for parameter groups with and without decay; ``optax.multi_transform`` for
+      other groups.
+    * There is no ``maximize``, for which optax has no convention: put ``optax.scale(-1.0)`` before.
+    * ``warmup_init_lr`` is a share of the rate at the first step. Where a schedule starts at 0,
+      the rate rises from 0.
+    * A number may be a 0-dim array, so that ``optax.inject_hyperparams`` can inject all of them
+      (with ``static_args="mask"`` where that is callable). The ranges below are checked only of
+      Python numbers.
+
+    Do not change ``sigma``, ``beta``, ``eps`` or ``weight_decay`` lightly in mid-run: the direction
+    of the step before is rebuilt with the new values.
+
+    An update has the type that gradient and parameter have together. A complex leaf is a real one
+    with twice as many elements; its gradients are to be conjugated, as for every optimizer in
+    optax. A leaf whose gradient is None is left as it is.
+
+    Args:
+        learning_rate: eta, >= 0, or a schedule: a function of the number of steps done.
+        beta: decay of the moving average of gradients, in [0, 1).
+        eps: added to \|\|d\|\|_4 after division by sigma, >= 0.
+        sigma: convexity threshold, > 0 (section 3.3); unused with ``rebound="belief"``. (c
+            learning_rate, c sigma) gives the same trajectory for any c > 0 (Theorem 1).
+        weight_decay: >= 0; added to the gradient (L2), as in the paper's experiments. ``update``
+            then needs the parameters.
+        mask: which leaves are decayed: booleans in the tree of the parameters or a prefix of it, or
+            a function that makes them of the parameters; None: all.
+        warmup_steps: steps over which the rate rises linearly from ``warmup_init_lr`` to
+            ``learning_rate``, whose schedule it multiplies (section 3.4); a whole number >= 0, 0
+            turns it off.
+        warmup_init_lr: rate of the first step, >= 0; None: a thousandth of ``learning_rate``.
+        decoupled_weight_decay: add weight_decay * theta to the direction instead
+            (Loshchilov & Hutter, 2019); the secant condition accounts for it.
+        rebound: ``"constant"``, the paper's max(\|B\|, sigma), or ``"belief"``, the authors' later
+            max(\|B\|, max\|g - m\|) + eps / alpha, which needs eps > 0.
+
+    Returns:
+        A transformation whose state is an :class:`ApolloState`.
+
+    Raises:
+        ValueError: a number out of its range, named with its value; in ``init``, a leaf that is
+            neither floating nor complex; in ``update``, a gradient of another shape than its
+            parameter, or no parameters where there is decay.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from apollo_qn.optax import apollo
+        >>> loss = lambda x: jnp.sum(jnp.array([1.0, 3.0]) * (x - 2) ** 2)
+        >>> solver = apollo(optax.cosine_decay_schedule(1.0, 30), warmup_steps=5)
+        >>> x = jnp.zeros(2)
+        >>> state = solver.init(x)
+        >>> for _ in range(30):
+        ...     updates, state = solver.update(jax.grad(loss)(x), state, x)
+        ...     x = optax.apply_updates(x, updates)
+        >>> bool(loss(x) < 0.01 * loss(jnp.zeros(2)))
+        True
+    """
+    _check(
+        learning_rate=learning_rate,
+        beta=beta,
+        eps=eps,
+        sigma=sigma,
+        weight_decay=weight_decay,
+        warmup_steps=warmup_steps,
+        warmup_init_lr=warmup_init_lr,
+        rebound=rebound,
+    )
+    beta, eps, sigma, weight_decay = map(_widened, (beta, eps, sigma, weight_decay))
+    alpha = _alpha(beta)
+    belief = rebound == "belief"
+    decays = not _is_zero(weight_decay)
+
+    def offset(count: jax.Array) -> Number:
+        return eps / alpha(count) if belief else 0.0
+
+    def scheduled(count: jax.Array) -> jax.Array:
+        return _real(learning_rate(count) if callable(learning_rate) else learning_rate)
+
+    def rate(count: jax.Array, base: jax.Array | None) -> jax.Array:
+        lr = scheduled(count)
+        if _is_zero(warmup_steps):
+            return lr
+        w: Number = warmup_share(None, 1.0)
+        if warmup_init_lr is not None and base is not None:
+            w = jnp.where(base == 0, 0, warmup_init_lr / jnp.where(base == 0, 1, base))
+        factor = w + (1 - w) * _real(count) / jnp.maximum(warmup_steps, 1)
+        return lr * jnp.where(count < warmup_steps, factor, 1)
+
+    def init_fn(params: optax.Params) -> ApolloState:
+        leaves = jax.tree.leaves(params, is_leaf=_is_none)
+        count = jnp.zeros([], jnp.int32)
+        return ApolloState(
+            count=count,
+            exp_avg=jax.tree_util.tree_map_with_path(_zeros, params),
+            hessian_diag=jax.tree_util.tree_map_with_path(_zeros, params),
+            previous_lr=_real(0) if decoupled_weight_decay else None,
+            thresholds=_real([1] * len(leaves)) if belief else None,
+            warmup_base_lr=None if warmup_init_lr is None else scheduled(count),
+        )
+
+    def update_fn(
+        updates: optax.Updates, state: ApolloState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ApolloState]:
+        if decays and params is None:
+            raise ValueError("weight_decay needs the parameters: call update(grads, state, params)")
+        t = state.count  # of the steps before
+        kappa: Number = 1.0
+        omega: Number = 0.0
+        if decoupled_weight_decay:
+            kappa, omega = _displacement_weights(t, state.previous_lr, weight_decay)
+        new_rate = rate(t, state.warmup_base_lr)
+        s = _Scalars(
+            alpha=alpha(t),
+            rate=new_rate,
+            sigma=sigma,
+            secant_eps=eps if belief else eps / sigma,
+            weight_decay=weight_decay,
+            offset=offset(t),
+            previous_offset=offset(jnp.maximum(t - 1, 0)),
+            kappa=kappa,
+            omega=omega,
+        )
+
+        def leaf(
+            path: Any, g: Any, m: Any, B: Any, theta: Any, decayed: Any, threshold: Any
+        ) -> tuple[Any, Any, Any, Any]:
+            if g is None:
+                return None, m, B, threshold
+            _check_shapes(path, m, g, theta)
+            pairs = _Pairs(m.dtype)
+            u, m, B, threshold = _step(
+                pairs.split(g),
+                pairs.split(m),
+                pairs.split(B),
+                pairs.split(theta) if decayed else None,
+                threshold,
+                s,
+                decoupled_weight_decay,
+            )
+            dtype = jnp.result_type(g, g if theta is None else theta)
+            return pairs.join(u).astype(dtype), pairs.join(m), pairs.join(B), threshold
+
+        tree: Any
+        gs, tree = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_none)
+        nothing = [None] * len(gs)
+        results = map(
+            leaf,
+            [path for path, _ in gs],
+            [g for _, g in gs],
+            tree.flatten_up_to(state.exp_avg),
+            tree.flatten_up_to(state.hessian_diag),
+            nothing if params is None else tree.flatten_up_to(params),
+            tree.flatten_up_to(_whole_mask(mask, params)) if decays else nothing,
+            nothing if state.thresholds is None else state.thresholds,
+        )
+        us, ms, Bs, thresholds = zip(*results, strict=True) if gs else ((),) * 4
+        return tree.unflatten(us), ApolloState(
+            count=optax.safe_increment(t),
+            exp_avg=tree.unflatten(ms),
+            hessian_diag=tree.unflatten(Bs),
+            previous_lr=new_rate if decoupled_weight_decay else None,
+            thresholds=_real(thresholds) if belief else None,
+            warmup_base_lr=state.warmup_base_lr,
+        )
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+apollow = functools.partial(apollo, decoupled_weight_decay=True)
+apollow.__doc__ = """:func:`apollo` with decoupled weight decay; its arguments are apollo's."""
+
+
+def _step(
+    g: jax.Array,
+    m: jax.Array,
+    B: jax.Array,
+    theta: Any,
+    threshold: jax.Array | None,
+    s: Any,
+    decoupled: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """Algorithm 1 on one real leaf: :func:`apollo_qn.rule.update`, with -rate d' for theta'.
+
+    ``theta`` is None where there is no decay, ``threshold`` (that of the step before) without
+    belief; ``s`` is a :class:`_Scalars` of any types.
+    """
+    s = jax.tree.map(lambda x: jnp.asarray(x, m.dtype), s)
+    l2 = theta is not None and not decoupled
+    decoupled = theta is not None and decoupled
+    if l2:
+        g = g + s.weight_decay * theta
+
+    # the displacement of the step before, rebuilt; 0 at t = 0 because m = 0
+    floor = s.sigma if threshold is None else threshold.astype(m.dtype)
+    d = m / (jnp.maximum(jnp.abs(B), floor) + s.previous_offset)
+    if decoupled:
+        d = s.kappa * d + s.omega * theta
+
+    delta = g - m
+    y = s.alpha * delta  # m' - m
+    m = m + y
+
+    # B' = B - a d^2 with u = d / max |d|, eq. (8)
+    scale = jax.lax.stop_gradient(jnp.max(jnp.abs(d), initial=0))
+    u = d / jnp.where(scale == 0, 1, scale)
+    B = B - _secant_coefficient(scale, u, y + B * d, s.secant_eps) * u**2
+
+    if threshold is not None:
+        floor = threshold = jnp.max(jnp.abs(delta), initial=0)
+    d = m / (jnp.maximum(jnp.abs(B), floor) + s.offset)
+    if decoupled:
+        d = d + s.weight_decay * theta
+    return -s.rate * d, m, B, threshold
+
+
+def _secant_coefficient(scale: jax.Array, u: jax.Array, v: jax.Array, eps: jax.Array) -> jax.Array:
+    """c with B' = B - c u^2, as :func:`apollo_qn.rule.secant_coefficient`; <u, v> is its k."""
+    wide = jnp.promote_types(u.dtype, jnp.result_type(float))
+    q4, k = jnp.sum(u**4, dtype=wide), jnp.sum(u * v, dtype=wide)
+    scale, eps = scale.astype(wide), eps.astype(wide)
+    n = scale * jnp.sqrt(jnp.sqrt(jnp.where(scale == 0, 1, q4))) + eps  # no derivative at 0
+    nothing = n == 0  # eps = 0 and d = 0: no displacement, no information
+    n = jnp.where(nothing, 1, n)
+    share = scale / n  # at most 1; its cube may underflow where c does not
+    c = jnp.where(nothing, 0, share * (share * (share * k / n)))
+    largest = float(np.finfo(u.dtype).max) / 8
+    return jnp.clip(c, -largest, largest).astype(u.dtype)  # a saturated B stays finite
+
+
+def _alpha(beta: Number) -> Callable[[jax.Array], jax.Array]:
+    """Weight of the new gradient in m at step t, eq. (9), as a function of t.
+
+    A relative error of alpha is the same for all elements, so that it does not average out in the
+    sums, and B feels it some tenfold; and in float32 even expm1 is wrong by several roundings. So
+    the values until beta^(t+1) vanishes are tabulated, in float64, where beta is known and that is
+    not long.
+    """
+    log: Number
+    if isinstance(beta, jax.Array):
+        log = jnp.log(beta)
+    else:
+        log = math.log(beta) if beta else -math.inf
+        steps = math.ceil(-37 / log) + 1  # exp(-37) is float64's roundoff
+        if steps <= _LONGEST_TABLE:
+            table = (1 - beta) / (1 - beta ** np.arange(1.0, steps + 1))
+            return lambda t: _real(table)[jnp.minimum(t, len(table) - 1)]
+    return lambda t: (1 - beta) / -jnp.expm1((t + 1) * log)
+
+
+def _displacement_weights(t: jax.Array, lr: Any, weight_decay: Number) -> tuple[Number, Number]:
+    """kappa and omega with d + wd theta_before = kappa d + omega theta, as in ``rule.py``."""
+    kept = 1 - lr * weight_decay
+    known = (jnp.abs(kept) >= UNDETERMINED) & (t > 0)
+    safe = jnp.where(known, kept, 1)
+    return 1 / safe, jnp.where(known, weight_decay / safe, 0)
+
+
+class _Pairs:
+    """Complex arrays as real ones with a last dimension of 2, and back; real ones as they are."""
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = dtype
+        self.complex = jnp.issubdtype(dtype, jnp.complexfloating)
+
+    def split(self, x: Any) -> jax.Array:
+        x = jnp.asarray(x, self.dtype)
+        return jnp.stack([x.real, x.imag], axis=-1) if self.complex else x
+
+    def join(self, x: jax.Array) -> jax.Array:
+        return jax.lax.complex(x[..., 0], x[..., 1]) if self.complex else x
+
+
+def _zeros(path: Any, p: Any) -> jax.Array:
+    dtype = jnp.result_type(p)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise ValueError(
+            f"params must be floating or complex arrays, got {dtype} at "
+            f"{_place(path)}; leave others out, for example with optax.masked"
+        )
+    return jnp.zeros_like(p, dtype=jnp.promote_types(dtype, jnp.float32))
+
+
+def _check_shapes(path: Any, m: jax.Array, g: Any, theta: Any) -> None:
+    for name, x in (("gradient", g), ("parameter", m if theta is None else theta)):
+        if jnp.shape(x) != m.shape:
+            raise ValueError(
+                f"{name} must have the shape of its state, {m.shape}, got {jnp.shape(x)} at "
+                f"{_place(path)}"
+            )
+
+
+def _place(path: Any) -> str:
+    return jax.tree_util.keystr(path) or "the root"
+
+
+def _whole_mask(mask: Any, params: optax.Params) -> Any:
+    """``mask`` as a boolean for each leaf."""
+    if mask is None:
+        mask = True
+    elif callable(mask) and jax.tree_util.all_leaves([mask]):  # not a callable node of a tree
+        mask = mask(params)
+    return jax.tree.map(lambda on, part: jax.tree.map(lambda _: on, part), mask, params)
+
+
+def _check(**given: Any) -> None:
+    numbers = {}
+    for name, value in given.items():
+        if not _is_array(value):
+            numbers[name] = value
+        elif value.ndim:
+            raise ValueError(f"{name} must be a number or a 0-dim array, got shape {value.shape}")
+    if callable(given["learning_rate"]):
+        del numbers["learning_rate"]
+    ranges.check(numbers, lr="learning_rate")
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray)
+
+
+def _is_zero(x: Any) -> bool:
+    """Whether ``x`` is known to be 0."""
+    return not _is_array(x) and bool(x == 0)
+
+
+def _real(x: Any) -> jax.Array:
+    """``x`` as JAX's widest floating type: float32, or float64 where that is enabled."""
+    return jnp.asarray(x, jnp.result_type(float))
+
+
+def _widened(x: Any) -> Number:
+    """Arrays as :func:`_real`; Python numbers as they are, exact to float64."""
+    return _real(x) if _is_array(x) else x
