@@ -82,3 +82,13 @@ SHARDED_B = {torch.float32: 3e-5, torch.float64: 1e-11}
 # 50 steps of training on several ranks against one process: the gradient is a mean of the ranks'
 # means, and its roundings pass through the loss.
 TRAINED_APART = 1e-5
+
+# A number of a tensor's diagnostics in float64, after 10 steps: as B is, a few hundred roundoffs
+# (see TRAJECTORY_B), and the step's length is read off two parameters of order 1.
+DIAGNOSTICS = 1e-11
+# A correction of float32 B's against the difference of two of them.
+DIAGNOSTICS_OF_FLOAT32 = 1e-5
+
+# B of a quadratic in one element: two steps, of which the secant condition takes a difference of
+# gradients that agree to a digit.
+QUADRATIC = 1e-13

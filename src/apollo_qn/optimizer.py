@@ -197,7 +197,7 @@ class Apollo(Optimizer):
         return loss
 
     def _group(self, group: dict[str, Any]) -> Group:
-        h = _hyperparameters(group)
+        h = hyperparameters(group)
         params: list[Tensor] = group["params"]
         grads = [g for p in params if (g := p.grad) is not None]
         if len(grads) < len(params):
@@ -275,7 +275,8 @@ def _scalar(p: Tensor, capturable: bool, dtype: torch.dtype = torch.float32) -> 
     return torch.zeros((), dtype=dtype)
 
 
-def _hyperparameters(group: dict[str, Any]) -> Hyperparameters:
+def hyperparameters(group: dict[str, Any]) -> Hyperparameters:
+    """What a parameter group says of its next step."""
     return Hyperparameters(
         lr=group["lr"],
         beta=group["beta"],
