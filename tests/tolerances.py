@@ -104,3 +104,13 @@ DERIVATIVE = (1e-5, 1e-7)  # relative, absolute
 # Parameters of order 1 after four steps of two compiled programs with the same numbers: a rounding
 # here and there. In bfloat16 (3.9e-3) of a mean of gradients too, which B feels some tenfold.
 OTHER_PROGRAM = {torch.float32: 1e-6, torch.bfloat16: 5e-2}
+
+# A number of a tensor's diagnostics in float64, after 10 steps: as B is, a few hundred roundoffs
+# (see TRAJECTORY_B), and the step's length is read off two parameters of order 1.
+DIAGNOSTICS = 1e-11
+# A correction of float32 B's against the difference of two of them.
+DIAGNOSTICS_OF_FLOAT32 = 1e-5
+
+# B of a quadratic in one element: two steps, of which the secant condition takes a difference of
+# gradients that agree to a digit.
+QUADRATIC = 1e-13

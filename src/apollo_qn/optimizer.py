@@ -250,7 +250,7 @@ class Apollo(Optimizer):
         self._modes, self._streams = modes, streams
 
     def _group(self, group: dict[str, Any], streams: list[int]) -> Group:
-        h = _hyperparameters(group)
+        h = hyperparameters(group)
         params: list[Tensor] = group["params"]
         grads = [g for p in params if (g := p.grad) is not None]
         if len(grads) < len(params):
@@ -339,7 +339,8 @@ def _scalar(p: Tensor, capturable: bool, dtype: torch.dtype = torch.float32) -> 
     return torch.zeros((), dtype=dtype)
 
 
-def _hyperparameters(group: dict[str, Any]) -> Hyperparameters:
+def hyperparameters(group: dict[str, Any]) -> Hyperparameters:
+    """What a parameter group says of its next step."""
     return Hyperparameters(
         lr=group["lr"],
         beta=group["beta"],

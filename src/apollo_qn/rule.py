@@ -173,6 +173,13 @@ def secant_coefficient(scale: Tensor, q4: Tensor, k: Tensor, eps: float) -> Tens
     return torch.where(nothing, 0, (scale / n) ** 3 * (k / n))
 
 
+def correction(sums: Sums, h: Hyperparameters, dtype: torch.dtype) -> Tensor:
+    """c with B' = B - c u^2 in ``dtype``, the type of B."""
+    wide = accumulator(sums.k.device)
+    c = secant_coefficient(sums.scale.to(wide), sums.q4.to(wide), sums.k.to(wide), h.secant_eps)
+    return finite(c, dtype)
+
+
 def finite(c: Tensor, dtype: torch.dtype) -> Tensor:
     """``c`` in ``dtype``, saturated where it is too large for it; NaN stays NaN."""
     largest = torch.finfo(dtype).max / 8
@@ -250,9 +257,7 @@ def update(
     # B' = B - a d^2, a = (<d, y> + <d, B d>) / (||d||_4 + eps)^4, eq. (8)
     sums = _sums(d, y, delta, B, h) if sums is None else sums
     u = d / torch.where(sums.scale == 0, 1, sums.scale).to(d.dtype)
-    wide = accumulator(m.device)
-    c = secant_coefficient(sums.scale.to(wide), sums.q4.to(wide), sums.k.to(wide), h.secant_eps)
-    B = B - finite(c, m.dtype) * u**2
+    B = B - correction(sums, h, m.dtype) * u**2
 
     threshold: Scalar = h.sigma if sums.largest is None else sums.largest.to(m.dtype)
     d = m / rectify(B, threshold, s.offset)
@@ -266,6 +271,12 @@ def _wide(theta: Tensor, g: Tensor, m: Tensor, B: Tensor) -> tuple[Tensor, Tenso
     return theta.to(dtype), g.to(dtype), m.to(dtype), B.to(dtype)
 
 
+def displacement(theta: Tensor, m: Tensor, B: Tensor, h: Hyperparameters, s: StepScalars) -> Tensor:
+    """d of the step before ``s``, which moved theta by -rate d; rebuilt from the state it left."""
+    d = m / rectify(B, s.previous_threshold, s.previous_offset)
+    return s.kappa * d + s.omega * theta if h.decoupled else d
+
+
 def _secant_pair(
     theta: Tensor, g: Tensor, m: Tensor, B: Tensor, h: Hyperparameters, s: StepScalars
 ) -> tuple[Tensor, Tensor]:
@@ -274,11 +285,7 @@ def _secant_pair(
         g = -g
     if h.l2:
         g = g + h.weight_decay * theta
-
-    d = m / rectify(B, s.previous_threshold, s.previous_offset)
-    if h.decoupled:
-        d = s.kappa * d + s.omega * theta
-    return d, g - m
+    return displacement(theta, m, B, h, s), g - m
 
 
 def _sums(d: Tensor, y: Tensor, delta: Tensor, B: Tensor, h: Hyperparameters) -> Sums:

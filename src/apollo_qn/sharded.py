@@ -235,6 +235,16 @@ class Reduction:
         for mesh in self._meshes:
             mesh.reduce_(table)
 
+    def totals_(self, sums: Tensor, largest: Tensor) -> None:
+        """Make other numbers of parts those of whole tensors, with a row for each part.
+
+        Args:
+            sums: to be added up over the parts, shape (parts, any), floating.
+            largest: of which the largest is wanted, likewise; NaN may be lost.
+        """
+        for mesh in self._meshes:
+            mesh.totals_(sums, largest)
+
     def _index(self, rows: list[int]) -> Tensor:
         key = tuple(rows)
         if key not in self._indices:
@@ -252,6 +262,7 @@ class _OfMesh:
         def index(which: list[int]) -> Tensor:
             return torch.tensor(which, dtype=torch.int64, device=device)
 
+        self.rows = index(rows)
         self.summed = index([i for i in rows if parts[i].dtype is torch.float32])
         self.gathered = index([i for i in rows if parts[i].dtype is not torch.float32])
         self.largest = index([i for i in rows if parts[i].belief])
@@ -290,6 +301,13 @@ class _OfMesh:
         _write(table, self.gathered, _scaled(whole.scale, whole.q4, whole.k, _MOST[torch.float64]))
         table[:, 3].index_copy_(0, self.largest, largest[..., 0].amax(0))
 
+    def totals_(self, sums: Tensor, largest: Tensor) -> None:
+        if self.silent is not None:
+            sums.index_fill_(0, self.silent, 0)
+        for table, op in ((sums, dist.ReduceOp.SUM), (largest, dist.ReduceOp.MAX)):
+            whole = _all_reduced(table.index_select(0, self.rows), self.mesh, self.group, op)
+            table.index_copy_(0, self.rows, whole)
+
 
 def _in_slot(values: Tensor, ranks: int, rank: int) -> Tensor:
     """Shape (ranks, *values.shape): zeros but for this rank."""
@@ -314,11 +332,11 @@ def _write(table: Tensor, rows: Tensor, columns: Tensor) -> None:
     table[:, :3].index_copy_(0, rows, columns)
 
 
-def _all_reduced(buffer: Tensor, mesh: Mesh, group: Any) -> Tensor:
+def _all_reduced(buffer: Tensor, mesh: Mesh, group: Any, op: Any = None) -> Tensor:
     home = buffer.device
     if mesh.device_type != home.type:  # parameters that wait in host memory
         buffer = buffer.to(mesh.device_type)
-    dist.all_reduce(buffer, group=group)
+    dist.all_reduce(buffer, dist.ReduceOp.SUM if op is None else op, group=group)
     return buffer.to(home)
 
 

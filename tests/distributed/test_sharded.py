@@ -20,6 +20,7 @@ WORK = (
     "tensor_parallel",
     "batch_norm",
     "residual_network",
+    "diagnostics_of_shards",
 )
 
 # started once, for to start takes longer than most of the work

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from apollo_qn import Apollo
+from apollo_qn import Apollo, diagnostics
 from apollo_qn.experiments.models.batch_norm import over_all_processes
 from apollo_qn.experiments.models.resnet import ResNet
 from tests import tolerances
@@ -496,3 +497,55 @@ def tensor_parallel() -> None:
     train(model, optimizer, range(50), part)
     for p, q in zip(alone.parameters(), model.parameters(), strict=True):
         assert distance(q, p.detach()) <= tolerances.TRAINED_APART
+
+
+def diagnostics_of_shards() -> None:
+    """Every rank says of the whole tensors what one process says; replicas are not counted twice.
+
+    Some ranks hold nothing of the smallest tensors, one parameter is a plain tensor.
+    """
+    world = dist.get_world_size()
+    line = init_device_mesh("cpu", (world,))
+    grid = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
+    layouts = [
+        (line, [Shard(0)]),
+        (grid, [Replicate(), Shard(0)]),
+        (grid, [Shard(0), Shard(1)]),
+        (line, [Replicate()]),
+        (None, []),
+    ]
+    chosen = [(shape, *layout) for shape in ((7, 5), (1, 3), (3, 401)) for layout in layouts]
+    for settings in MODES.values():
+        found = []
+        for sharded in (False, True):
+            records: list[Any] = []
+            params = [
+                nn.Parameter(p if mesh is None or not sharded else placed(p, mesh, placements))
+                for p, mesh, placements in (
+                    (normal(shape, "theta", i), mesh, placements)
+                    for i, (shape, mesh, placements) in enumerate(chosen)
+                )
+            ]
+            groups = [{"params": params[::2]}, {"params": params[1::2], "lr": 0.1}]
+            optimizer = Apollo(groups, lr=0.05, warmup_steps=2, **settings)
+            with (
+                diagnostics.Recorder(
+                    optimizer, lambda _, one, records=records: records.append(one), every=3
+                ),
+                diagnostics.Recorder(optimizer, None, every=5),
+            ):
+                for t in range(6):
+                    for i, (p, (shape, mesh, placements)) in enumerate(
+                        zip(params, chosen, strict=True)
+                    ):
+                        g = gradient(torch.Size(shape), torch.float64, i, t)
+                        p.grad = placed(g, mesh, placements) if mesh and sharded else g
+                    optimizer.step()
+            found.append([asdict(one) for record in records for one in record])
+        alone, spread = found
+        assert len(alone) == 2 * len(chosen)
+        for one, other in zip(alone, spread, strict=True):
+            assert other.pop("name") == one.pop("name")
+            tolerance = tolerances.SHARDED_B[torch.float64]
+            # means and corrections are as exact as the B's that they are of
+            assert other == pytest.approx(one, rel=tolerance, abs=tolerance * one["curvature_rms"])

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperCommand
 
 from apollo_qn.experiments import ranks
 from apollo_qn.experiments.errors import ExperimentError
@@ -33,6 +35,7 @@ app = typer.Typer(
 
 # embedded: what `compare` trains by itself
 _SMALL = ("fashion-mnist", "wordnet", "phrases")
+_DIAGNOSE_EVERY = 25  # steps, where --diagnostics does not say
 TaskName = Annotated[str, typer.Argument(help="A task (see `tasks`), or a recipe's .toml file.")]
 Quick = Annotated[
     bool, typer.Option("--quick", help="A short look: the recipe's [quick], a minute or so.")
@@ -61,6 +64,18 @@ Threads = Annotated[
     int | None,
     typer.Option(min=1, help="CPU threads of each process.  [default: its part of the cores]"),
 ]
+
+
+class _WithDiagnostics(TyperCommand):
+    """A command whose option --diagnostics may stand without its number."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the number in where it is missing."""
+        for i, word in enumerate(args):
+            if word == "--diagnostics" and not re.fullmatch(r"-?\d+", "".join(args[i + 1 : i + 2])):
+                args = [*args[: i + 1], str(_DIAGNOSE_EVERY), *args[i + 1 :]]
+                break
+        return super().parse_args(ctx, args)
 
 
 @contextmanager
@@ -158,7 +173,7 @@ def sweep(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(cls=_WithDiagnostics)
 def train(
     task: TaskName,
     optimizer: Annotated[str, typer.Option(help="Which of the recipe's optimizers.")],
@@ -173,6 +188,15 @@ def train(
     devices: Devices = 1,
     strategy: Strategy = "ddp",
     threads: Threads = None,
+    diagnostics: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="[EVERY]",
+            help="Measure Apollo's curvature every so many steps (25), for TensorBoard, the report "
+            "and diagnostics.jsonl.",
+        ),
+    ] = None,
 ) -> None:
     """Train one run.
 
@@ -184,7 +208,7 @@ def train(
         plan, _, chosen = _plan(task, False, settings, optimizer, schedule)
         seed = plan.seeds[0] if seed is None else seed
         spec = plan.run(optimizer, seed, schedule or chosen[0])
-        failed = _train([spec], out, data, where)
+        failed = _train([spec], out, data, where, diagnose_every=diagnostics)
         _say(f"{_run_folder(out, spec)}")
     if failed:
         raise typer.Exit(1)
@@ -376,9 +400,10 @@ def _train(
     data: Path | None,
     where: _Where,
     in_one_report: bool = False,
+    diagnose_every: int | None = None,
 ) -> bool:
     """Train what is not finished; True: a run has failed."""
-    from apollo_qn.experiments import cluster, matrix, together
+    from apollo_qn.experiments import cluster, curvature, matrix, together
     from apollo_qn.experiments.placement import share
     from apollo_qn.experiments.progress import display
 
@@ -396,11 +421,16 @@ def _train(
         jobs, placement = share(*where[:-1], on_cluster)
     for spec in specs:
         placement.check(spec)
+        if diagnose_every is not None:
+            curvature.check(spec)
 
     def prepare() -> list[matrix.RunState]:
         if not ranks.speaks():
             return []
-        return _prepared(specs, folder, data, placement, where.threads is None, in_one_report)
+        keep_threads = where.threads is None
+        return _prepared(
+            specs, folder, data, placement, keep_threads, in_one_report, diagnose_every
+        )
 
     console = Console(stderr=True)
     runs: list[RunState] = []
@@ -439,6 +469,7 @@ def _prepared(
     placement: Placement,
     keep_threads: bool,
     in_one_report: bool,
+    diagnose_every: int | None,
 ) -> list[RunState]:
     """The runs with their directories.
 
@@ -468,8 +499,9 @@ def _prepared(
         task = made[spec.task]
         directory = RunDirectory(_run_folder(folder, spec))
         directory.prepare(
-            spec, task.fingerprint, data, sys.argv, placement, task.remarks, keep_threads
-        )
+            spec, task.fingerprint, data, sys.argv, placement, task.remarks, keep_threads,
+            diagnose_every,
+        )  # fmt: skip
         steps = spec.train.schedule.steps(task.steps_per_epoch)
         runs.append(
             matrix.RunState(directory, spec, steps, task.curve, task.unit, task.units_per_step)

@@ -13,14 +13,14 @@ import math
 import pickle
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import torch
 from torch import Tensor, nn
 
-from apollo_qn.experiments import ranks
+from apollo_qn.experiments import curvature, ranks
 from apollo_qn.experiments.errors import ExperimentError
 from apollo_qn.experiments.files import write_atomically
 from apollo_qn.experiments.models.batch_norm import over_all_processes
@@ -47,6 +47,7 @@ def train(
     task: Task,
     stop: Callable[[], bool] = lambda: False,
     fabric: Fabric | None = None,
+    diagnose_every: int | None = None,
 ) -> Outcome:
     """Train a prepared run to its end, from its checkpoint where it has one.
 
@@ -57,14 +58,18 @@ def train(
         stop: asked after every step, with several processes at every line of the metrics; True (in
             any process) writes a checkpoint and returns ``"stopped"``.
         fabric: launched; None: this process alone, on the CPU.
+        diagnose_every: steps between diagnostics of Apollo's curvature, which change nothing of
+            the training; None: none.
 
     Returns:
         How it ended. ``"finished"`` and ``"diverged"`` (a loss that is not finite) are recorded in
         result.json; such a run is not trained again.
 
     Raises:
-        ExperimentError: the checkpoint cannot be read.
+        ExperimentError: the checkpoint cannot be read; diagnostics of another optimizer.
     """
+    if diagnose_every is not None:
+        curvature.check(spec)
     # one process looks: on a shared file system the others may see it later
     verdict = ranks.from_first(directory.verdict() if ranks.speaks() else None)
     if verdict is not None:
@@ -73,7 +78,7 @@ def train(
     # some operations have no deterministic form on a GPU
     torch.use_deterministic_algorithms(True, warn_only=fabric.device.type != "cpu")
     torch.manual_seed(spec.seed)
-    with _Run(directory, spec, task, fabric) as run:
+    with _Run(directory, spec, task, fabric, diagnose_every) as run:
         return run.to_the_end(stop)
 
 
@@ -86,8 +91,16 @@ _UNREADABLE = (
 class _Run:
     """What lives as long as one call of ``train``: everything that a checkpoint must hold."""
 
-    def __init__(self, directory: RunDirectory, spec: RunSpec, task: Task, fabric: Fabric) -> None:
+    def __init__(
+        self,
+        directory: RunDirectory,
+        spec: RunSpec,
+        task: Task,
+        fabric: Fabric,
+        diagnose_every: int | None = None,
+    ) -> None:
         self.directory, self.spec, self.task, self.fabric = directory, spec, task, fabric
+        self.diagnose_every = diagnose_every
         self.steps = spec.train.schedule.steps(task.steps_per_epoch)
         self.every = spec.train.evaluate_every or task.steps_per_epoch
         self.network: nn.Module = task.model()  # as the task knows it
@@ -119,6 +132,7 @@ class _Run:
         self.started = time.perf_counter()
         self.metrics: BinaryIO | None = None  # the first process writes it
         self.events: SummaryWriter | None = None  # likewise
+        self.curvature: curvature.CurvatureLog | None = None  # where it is asked for
 
     def __enter__(self) -> _Run:
         offset = self._restore()
@@ -127,10 +141,17 @@ class _Run:
             # lines written after the checkpoint will be written again
             self.metrics.truncate(offset)
             self.events = events(self.directory.events, self.step)
+        if self.diagnose_every is not None:
+            self.curvature = curvature.CurvatureLog(
+                self.directory.diagnostics, self.diagnose_every, self.optimizer.optimizer,
+                self.network, self.step, self._epoch, self.events,
+            )  # fmt: skip
         self.saved_at = time.perf_counter()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self.curvature is not None:
+            self.curvature.close()
         if self.metrics is not None:
             self.metrics.close()
         if self.events is not None:
@@ -153,7 +174,7 @@ class _Run:
                 self.carried = ()
             for batch in self.task.batches(self.spec.seed, epoch, start, rank, world):
                 self.model.train()
-                with self.steps_taken.running():
+                with self._timed(self.steps_taken):
                     self._train_step(batch)
                 ends = self.step == self.steps
                 ends_period = self._ends_period()
@@ -207,11 +228,16 @@ class _Run:
                 max_norm=self.spec.train.clip_norm,
                 error_if_nonfinite=False,
             )
-        with self.updates.running():
+        with self._timed(self.updates):
             self.optimizer.step()
         self.schedule.step()
         self.line_steps += 1
         self.step += 1
+
+    def _timed(self, watch: Stopwatch) -> AbstractContextManager[None]:
+        """A step that is measured is no example of what a step takes."""
+        measured = self.curvature is not None and self.curvature.due
+        return nullcontext() if measured else watch.running()
 
     def _mean(self, x: Tensor) -> float:
         """Of all processes."""
@@ -240,8 +266,11 @@ class _Run:
     @property
     def epoch(self) -> int | float:
         """Epochs so far."""
-        whole, rest = divmod(self.step, self.task.steps_per_epoch)
-        return whole if rest == 0 else self.step / self.task.steps_per_epoch
+        return self._epoch(self.step)
+
+    def _epoch(self, step: int) -> int | float:
+        whole, rest = divmod(step, self.task.steps_per_epoch)
+        return whole if rest == 0 else step / self.task.steps_per_epoch
 
     def _log_line(self, loss: float) -> None:
         self._write(

@@ -3,7 +3,8 @@
 ``checkpoint/newest.pt`` holds all that the training goes on from, ``checkpoint/best.pt`` the
 weights of the best evaluation, for those who want to use them (no table of ours does), and
 ``checkpoint/averaged.pt`` the mean of the last ones, where the recipe asks for it.
-``tensorboard/`` shows the metrics there.
+``diagnostics.jsonl`` is there where ``--diagnostics`` has been asked for. ``tensorboard/`` shows
+both.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class RunDirectory:
         self.path = path
         self.manifest = path / "run.json"
         self.metrics = path / "metrics.jsonl"
+        self.diagnostics = path / "diagnostics.jsonl"  # where they were asked for
         self.checkpoint = path / "checkpoint" / "newest.pt"
         self.best = path / "checkpoint" / "best.pt"
         self.averaged = path / "checkpoint" / "averaged.pt"
@@ -61,6 +63,7 @@ class RunDirectory:
         placement: Placement = Placement(),  # noqa: B008  (frozen)
         remarks: Sequence[str] = (),
         keep_threads: bool = True,
+        diagnose_every: int | None = None,
     ) -> None:
         """Create the run, or make sure that what is there is this very run.
 
@@ -73,13 +76,14 @@ class RunDirectory:
             remarks: of the task, for the report.
             keep_threads: a run that is there goes on with as many threads as it began with, for
                 the order of sums depends on them; False: with those of ``placement``.
+            diagnose_every: steps between diagnostics, from here on; None: no more of them.
 
         Raises:
             ExperimentError: as ``check`` does.
         """
         if self.check(spec, fingerprint, placement):
             if self.verdict() is None:
-                self._move(data, placement, keep_threads)
+                self._move(data, placement, keep_threads, diagnose_every)
             return
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         manifest = {
@@ -98,6 +102,7 @@ class RunDirectory:
             },
             "machine": machine(placement),
             "placement": placement.model_dump(),
+            "diagnose_every": diagnose_every,
             "command": command,
         }
         self._write(manifest)
@@ -136,7 +141,13 @@ class RunDirectory:
             )
         return True
 
-    def _move(self, data: Path | None, placement: Placement, keep_threads: bool) -> None:
+    def _move(
+        self,
+        data: Path | None,
+        placement: Placement,
+        keep_threads: bool,
+        diagnose_every: int | None,
+    ) -> None:
         """Let an unfinished run go on with data in another place, or on other devices."""
         manifest = self.read()
         if keep_threads:
@@ -146,6 +157,7 @@ class RunDirectory:
             "data": {**manifest["data"], "folder": _absolute(data)},
             "placement": placement.model_dump(),
             "machine": machine(placement),
+            "diagnose_every": diagnose_every,
         }
         if now != manifest:
             self._write(now)
@@ -183,6 +195,13 @@ class RunDirectory:
         except (KeyError, ValidationError) as error:
             raise ExperimentError(f"{self.manifest}: placement is damaged ({error})") from None
 
+    def diagnose_every(self) -> int | None:
+        """Steps between diagnostics; None: there are none. Raises as ``read`` does."""
+        every = self.read().get("diagnose_every")
+        if every is not None and (not isinstance(every, int) or every < 1):
+            raise ExperimentError(f"{self.manifest}: diagnose_every is damaged ({every!r})")
+        return every
+
     def verdict(self) -> Record | None:
         """How the run ended; None: it has not."""
         try:
@@ -195,15 +214,23 @@ class RunDirectory:
 
     def records(self) -> Iterator[Record]:
         """The lines of metrics.jsonl; a last line that is still being written is left out."""
+        return _lines(self.metrics)
+
+    def diagnosed(self) -> Iterator[Record]:
+        """Likewise the lines of diagnostics.jsonl."""
+        return _lines(self.diagnostics)
+
+
+def _lines(path: Path) -> Iterator[Record]:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
         try:
-            content = self.metrics.read_bytes()
-        except FileNotFoundError:
-            return
-        for number, line in enumerate(content.split(b"\n")[:-1], 1):
-            try:
-                yield json.loads(line)
-            except ValueError:
-                raise ExperimentError(f"{self.metrics}, line {number}: damaged") from None
+            yield json.loads(line)
+        except ValueError:
+            raise ExperimentError(f"{path}, line {number}: damaged") from None
 
 
 def _absolute(folder: Path | None) -> str | None:

@@ -62,18 +62,19 @@ def work(directory: RunDirectory, stop: Callable[[], bool]) -> Outcome:
         found = ranks.agreed(lambda: _wanted(directory) if reads else None)
         found = ranks.from_first(found)
         assert found is not None
-        spec, placement, data = found
+        spec, placement, data, diagnose_every = found
         # the order of sums depends on it: a resumed run keeps the number it began with
         torch.set_num_threads(placement.threads)
         with ranks.losing_none():
             fabric = placement.fabric(spec)
             task = ranks.agreed(lambda: tasks.make(spec, data, fabric.device, placement.threads))
-            return train(directory, spec, task, stop, fabric)
+            return train(directory, spec, task, stop, fabric, diagnose_every)
 
 
-def _wanted(directory: RunDirectory) -> tuple[RunSpec, Placement, Path | None]:
+def _wanted(directory: RunDirectory) -> tuple[RunSpec, Placement, Path | None, int | None]:
     folder = directory.read()["data"]["folder"]
-    return directory.spec(), directory.placement(), None if folder is None else Path(folder)
+    data = None if folder is None else Path(folder)
+    return directory.spec(), directory.placement(), data, directory.diagnose_every()
 
 
 def _is_alive(process: int) -> bool:

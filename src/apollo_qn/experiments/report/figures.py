@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
@@ -12,6 +13,7 @@ import matplotlib.colors
 import matplotlib.ticker
 from matplotlib.figure import Figure
 
+from apollo_qn.diagnostics import TensorDiagnostics
 from apollo_qn.experiments.report.statistics import Spread
 from apollo_qn.experiments.report.summary import Row, Section, Summary
 from apollo_qn.experiments.styles import SETTINGS, style
@@ -62,7 +64,79 @@ def _comparison(summary: Summary) -> list[Picture]:
                 summary, "optimizer time a step (ms)", 2, [row.optimizer_ms for row in summary.rows]
             ),
         ),
+        *_curvature(summary),
     ]
+
+
+def _curvature(summary: Summary) -> list[Picture]:
+    """Of those runs that were trained with --diagnostics."""
+    rows = [row for row in summary.rows if any(run.curvature for run in row.runs)]
+    if not rows:
+        return []
+    schedules = list(dict.fromkeys(row.schedule for row in rows))
+    figure = Figure(figsize=(10.0, 6.6))
+    panels = figure.subplots(2, 2, sharex=True).flatten()
+    for axes, (title, measured) in zip(panels, _CURVATURES.items(), strict=True):
+        for row in rows:
+            found = _measured_over_time(row, measured)
+            if not found:
+                continue
+            times, means = list(found), [value.mean for value in found.values()]
+            line = _LINES[schedules.index(row.schedule) % len(_LINES)]
+            label = f"{row.label}, {row.schedule}" if len(schedules) > 1 else row.label
+            color = style(row.name).color
+            axes.plot(times, means, color=color, linestyle=line, linewidth=1.8, label=label)
+            spreads = [(value.mean, value.std or 0.0) for value in found.values()]
+            low, high = [x - std for x, std in spreads], [x + std for x, std in spreads]
+            axes.fill_between(times, low, high, color=color, alpha=0.15, linewidth=0)
+        axes.set_title(title)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        if measured is _step_ratio and axes.lines:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: short(value)))
+            axes.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+        if not axes.lines:
+            _nothing_yet(axes)
+    for axes in panels[2:]:
+        axes.set_xlabel(_unit(rows[0]))
+    if len(rows) > 1:
+        panels[0].legend(frameon=False)
+    caption = (
+        "Apollo's curvature B, all tensors together, where --diagnostics measured it: share of "
+        "negative elements; share below sigma, which sigma rectifies; last secant correction and "
+        f"last step; {_BAND}"
+    )
+    return [_picture("curvature", caption, figure)]
+
+
+def _correction_share(tensors: TensorDiagnostics) -> float:
+    change, size = tensors.secant_correction, tensors.curvature_rms
+    return change / size if change is not None and size else math.nan
+
+
+def _step_ratio(tensors: TensorDiagnostics) -> float:
+    return tensors.step_ratio or math.nan  # its axis is logarithmic
+
+
+_CURVATURES: dict[str, Callable[[TensorDiagnostics], float]] = {
+    "negative curvature (%)": lambda tensors: 100 * tensors.negative,
+    "rectified by sigma (%)": lambda tensors: 100 * tensors.rectified,
+    "secant correction / B (RMS)": _correction_share,
+    "step / parameter (norms)": _step_ratio,
+}
+
+
+def _measured_over_time(
+    row: Row, measured: Callable[[TensorDiagnostics], float]
+) -> dict[float, Spread]:
+    values: dict[float, list[float]] = {}
+    for run in row.runs:
+        for one in run.curvature:
+            value = measured(one.tensors)
+            if math.isfinite(value):
+                at = one.epoch if _unit(row) == "epoch" else one.step
+                values.setdefault(at, []).append(value)
+    return _spreads(values)
 
 
 def _sweep(summary: Summary) -> list[Picture]:
@@ -230,6 +304,10 @@ def _over_time(row: Row, metric: str) -> dict[float, Spread]:
         for line in run.evaluations:
             if line.get(metric) is not None:
                 values.setdefault(line[time], []).append(line[metric])
+    return _spreads(values)
+
+
+def _spreads(values: dict[float, list[float]]) -> dict[float, Spread]:
     return {
         at: Spread(
             statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None, len(found)

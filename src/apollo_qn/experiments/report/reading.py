@@ -5,11 +5,21 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from apollo_qn.experiments import comparable
+from apollo_qn.diagnostics import TensorDiagnostics, overall
+from apollo_qn.experiments import comparable, curvature
 from apollo_qn.experiments.errors import ExperimentError
 from apollo_qn.experiments.recipe import RunSpec
 from apollo_qn.experiments.runs import Record, RunDirectory
+
+
+class Curvature(NamedTuple):
+    """Apollo's at a step."""
+
+    step: int
+    epoch: float
+    tensors: TensorDiagnostics
 
 
 @dataclass(frozen=True)
@@ -22,6 +32,7 @@ class Run:
     verdict: str  # "finished", "diverged" or "unfinished"
     result: Record  # what result.json says; {}: there is none
     evaluations: list[Record]  # the lines of the metrics that say how good the model is
+    curvature: list[Curvature]  # of all tensors together; none where it was not asked for
     seconds: float  # of training so far
 
     @property
@@ -92,5 +103,9 @@ def _read(directory: RunDirectory) -> Run:
         "unfinished" if verdict is None else verdict["verdict"],
         verdict or {},
         [record for record in records if record["kind"] == "evaluation"],
+        [
+            Curvature(line["step"], line["epoch"], overall(curvature.read(line)))
+            for line in directory.diagnosed()
+        ],
         seconds if verdict is None else verdict["time"]["seconds"],
     )

@@ -1,0 +1,394 @@
+"""Numbers of each tensor's curvature, from the state that a step has left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from apollo_qn import rule
+from apollo_qn.backends import Group
+from apollo_qn.optimizer import Apollo, hyperparameters
+from apollo_qn.rule import Hyperparameters, Scalar, StepScalars, Sums
+from apollo_qn.sharded import Reduction, localized
+
+Names: TypeAlias = Iterable[tuple[str, Tensor]]
+Corrections: TypeAlias = dict[Tensor, Tensor]  # of each parameter: 0-dim, on its device
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDiagnostics:
+    r"""One parameter tensor after a step; of a complex one real and imaginary parts are elements.
+
+    B, D, d and sigma are those of :class:`apollo_qn.Apollo`. B has the size of learning rate times
+    curvature (section 3.2 of the paper), so that ``lr`` has to be divided out of it for the
+    curvature of the loss.
+
+    Attributes:
+        name: of the parameter.
+        numel: elements, of all ranks together where it is sharded.
+        step: steps of this tensor so far.
+        lr: the rate of its last step, warmup included.
+        threshold: below which \|B\| was rectified in it: sigma; with belief max\|g - m\|.
+        negative: share of elements with B < 0, in [0, 1].
+        rectified: share of elements with \|B\| < threshold, in [0, 1]: where Apollo is SGD with
+            momentum at the rate lr / threshold.
+        curvature_mean: mean of B.
+        curvature_rms: root of the mean of B^2.
+        curvature_min, curvature_max: least and greatest B.
+        secant_correction: of the same unit as ``curvature_rms``: the root of the mean of
+            (B' - B)^2 in the last step, with the sign of B' - B = -a d^2, which all elements
+            share. None: it has not been measured (see :func:`coming_corrections`).
+        parameter_norm: \|\|theta\|\|_2.
+        step_norm: length of the last step, decoupled weight decay included, before it was rounded
+            to the parameter's type.
+        step_ratio: step_norm / parameter_norm; infinite where the parameter is 0.
+        rate_min, rate_max: the least and the greatest effective rate, lr / D.
+    """
+
+    name: str
+    numel: int
+    step: int
+    lr: float
+    threshold: float
+    negative: float
+    rectified: float
+    curvature_mean: float
+    curvature_rms: float
+    curvature_min: float
+    curvature_max: float
+    secant_correction: float | None
+    parameter_norm: float
+    step_norm: float
+    step_ratio: float
+    rate_min: float
+    rate_max: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A parameter as it lies here: real tensors, of which a sharded one has others elsewhere."""
+
+    p: Tensor
+    name: str
+    h: Hyperparameters
+    t: Scalar  # steps done
+    s: StepScalars  # of the coming step: with those of the last one, that give its D and d
+    last_rate: Scalar  # of the last step
+    theta: Tensor
+    g: Tensor
+    m: Tensor
+    B: Tensor
+    row: int  # of the reduction; -1: it is whole
+
+    @property
+    def numel(self) -> int:
+        """Of the whole tensor."""
+        return self.p.numel() * (2 if self.p.is_complex() else 1)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing of it lies here."""
+        return self.B.numel() == 0
+
+
+@torch.no_grad()
+def measure(
+    optimizer: Apollo, corrections: Corrections | None = None, names: Names | None = None
+) -> list[TensorDiagnostics]:
+    """Measure every tensor that has been stepped, from the state that its last step has left.
+
+    Some ten passes over parameter and state, working memory of two tensors, and one wait for the
+    device, whatever the number of tensors. Of sharded parameters the numbers are those of the whole
+    tensors; all ranks must call it, and two small all-reduces a mesh are done. Nothing is changed.
+
+    Args:
+        optimizer: after a step, before a scheduler changes the learning rate: the last rate is
+            computed from the group's present ``lr``.
+        corrections: what :func:`coming_corrections` returned before that step; None:
+            ``secant_correction`` is None.
+        names: (name, parameter) pairs, as ``model.named_parameters()`` gives. None: the names that
+            the optimizer was given, or ``"0.3"``, the fourth parameter of the first group.
+
+    Returns:
+        In the order of the groups; parameters without state or without elements are left out.
+
+    Raises:
+        TypeError: the optimizer is not an Apollo.
+    """
+    parts, reduction = _parts(optimizer, names, coming=False)
+    sums = [_sums(part) for part in parts]
+    if reduction is not None:
+        _complete(parts, sums, reduction)
+    rows: list[list[Scalar]] = []
+    for part, (added, largest) in zip(parts, sums, strict=True):
+        s = part.s
+        sizes = torch.stack([largest[2], -largest[3]])  # of B
+        D = rule.rectify(sizes, s.previous_threshold, s.previous_offset)
+        change: Scalar = 0.0  # of the first step, and of one without a gradient
+        if corrections is not None:
+            change = corrections.get(part.p, 0.0)
+        numbers = [part.t, part.last_rate, s.previous_threshold, change]
+        rows.append([*numbers, *added.unbind(), *largest[:2].unbind(), *D.unbind()])
+    return [
+        _diagnostics(part, row, corrections is not None)
+        for part, row in zip(parts, _on_host(rows), strict=True)
+    ]
+
+
+@torch.no_grad()
+def coming_corrections(optimizer: Apollo) -> Corrections:
+    """Measure what the coming step will change of B, from the gradients that are there now.
+
+    Call it after ``backward`` (and after gradients are unscaled and clipped) and before ``step``;
+    :class:`Recorder` does so by itself. Costs the sums of a step, and where parameters are sharded
+    a small all-reduce a mesh, which all ranks must call for. Nothing is changed, nothing waits for
+    the device.
+
+    Returns:
+        For each parameter with a gradient, a state and elements a 0-dim tensor: the
+        ``secant_correction`` of :class:`TensorDiagnostics` of the coming step.
+
+    Raises:
+        TypeError: the optimizer is not an Apollo.
+    """
+    parts, reduction = _parts(optimizer, None, coming=True)
+    table = None if reduction is None else reduction.table()
+    found: list[Sums | None] = []
+    for part in parts:
+        sums = None
+        if not part.empty:
+            sums = rule.measure(part.theta, part.g, part.m, part.B, part.h, part.s)
+        if reduction is not None and table is not None and part.row >= 0 and sums is not None:
+            reduction.put(table, [part.row], Sums.joined([sums], torch.stack))
+        found.append(sums)
+    if reduction is not None and table is not None:
+        reduction.reduce_(table)
+    result: Corrections = {}
+    for part, sums in zip(parts, found, strict=True):
+        if reduction is not None and table is not None and part.row >= 0:
+            sums = reduction.take(table, [part.row])
+        assert sums is not None
+        # B' - B = -c u^2 with sum u^4 = q4
+        c = rule.correction(sums, part.h, part.m.dtype)
+        size = sums.q4.to(rule.accumulator(c.device)).sqrt() / math.sqrt(part.numel)
+        result[part.p] = (-c * size).reshape(())
+    return result
+
+
+def overall(tensors: Sequence[TensorDiagnostics], name: str = "all") -> TensorDiagnostics:
+    """The numbers of several tensors taken as one.
+
+    ``secant_correction`` has no sign here. ``lr`` and ``threshold`` are NaN where they differ,
+    ``step`` is the largest.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not tensors:
+        raise ValueError("tensors must be at least one, got none")
+    numel = sum(tensor.numel for tensor in tensors)
+
+    def mean(field: str) -> float:
+        return float(sum(tensor.numel * getattr(tensor, field) for tensor in tensors) / numel)
+
+    def root(field: str) -> float:
+        return math.sqrt(sum(t.numel * getattr(t, field) ** 2 for t in tensors) / numel)
+
+    def common(field: str) -> float:
+        values = {getattr(tensor, field) for tensor in tensors}
+        return float(values.pop()) if len(values) == 1 else math.nan
+
+    known = all(tensor.secant_correction is not None for tensor in tensors)
+    parameter_norm = math.sqrt(sum(tensor.parameter_norm**2 for tensor in tensors))
+    step_norm = math.sqrt(sum(tensor.step_norm**2 for tensor in tensors))
+    return TensorDiagnostics(
+        name=name,
+        numel=numel,
+        step=max(tensor.step for tensor in tensors),
+        lr=common("lr"),
+        threshold=common("threshold"),
+        negative=mean("negative"),
+        rectified=mean("rectified"),
+        curvature_mean=mean("curvature_mean"),
+        curvature_rms=root("curvature_rms"),
+        curvature_min=min(tensor.curvature_min for tensor in tensors),
+        curvature_max=max(tensor.curvature_max for tensor in tensors),
+        secant_correction=root("secant_correction") if known else None,
+        parameter_norm=parameter_norm,
+        step_norm=step_norm,
+        step_ratio=_ratio(step_norm, parameter_norm),
+        rate_min=min(tensor.rate_min for tensor in tensors),
+        rate_max=max(tensor.rate_max for tensor in tensors),
+    )
+
+
+def check_apollo(optimizer: Any) -> None:
+    """Raise TypeError for another optimizer."""
+    if not isinstance(optimizer, Apollo):
+        raise TypeError(
+            f"optimizer must be an Apollo, got {type(optimizer).__name__}; of one that wraps it "
+            "give the Apollo inside"
+        )
+
+
+def named(
+    optimizer: Apollo, names: Names | None
+) -> Iterator[tuple[dict[str, Any], list[tuple[str, Tensor]]]]:
+    """Every group with its parameters and their names."""
+    given = {p: name for name, p in names or ()}
+    for i, group in enumerate(optimizer.param_groups):
+        own = group.get("param_names") or [f"{i}.{j}" for j in range(len(group["params"]))]
+        pairs = zip(own, group["params"], strict=True)
+        yield group, [(given.get(p, name), p) for name, p in pairs]
+
+
+def last_rate(optimizer: Apollo, p: Tensor, group: dict[str, Any]) -> float:
+    """The learning rate of a stepped parameter's last step."""
+    return float(_last_rate(optimizer.state[p], hyperparameters(group)))
+
+
+def _last_rate(state: dict[str, Any], h: Hyperparameters) -> Scalar:
+    if h.decoupled_weight_decay and "previous_lr" in state:
+        return _number(state["previous_lr"])
+    t = _number(state["step"])
+    return h.rate((t - 1).clamp(min=0) if isinstance(t, Tensor) else max(t - 1, 0))
+
+
+def _coming_scalars(state: dict[str, Any], h: Hyperparameters) -> StepScalars:
+    # a mode that was chosen in mid-run finds no scalar of its own yet
+    previous_lr = _number(state.get("previous_lr", h.lr))
+    threshold = state.get("threshold", h.sigma) if h.belief else None
+    return StepScalars.at(_number(state["step"]), h, previous_lr, threshold)
+
+
+def _number(x: Scalar) -> Scalar:
+    """On the host, where that needs no wait."""
+    return x.item() if isinstance(x, Tensor) and x.is_cpu else x
+
+
+def _parts(
+    optimizer: Apollo, names: Names | None, coming: bool
+) -> tuple[list[_Part], Reduction | None]:
+    check_apollo(optimizer)
+    groups, members = [], []
+    for settings, named_params in named(optimizer, names):
+        mine = [(name, p) for name, p in named_params if p.numel() and optimizer.state.get(p)]
+        if coming:  # of a sparse one the step has something to say
+            mine = [(name, p) for name, p in mine if p.grad is not None and not p.grad.is_sparse]
+        states = [optimizer.state[p] for _, p in mine]
+        group = Group(
+            hyperparameters(settings),
+            [p for _, p in mine],
+            # without a gradient to look at, something that is placed as it would be
+            [p.grad if coming and p.grad is not None else p for _, p in mine],
+            [state["exp_avg"] for state in states],
+            [state["hessian_diag"] for state in states],
+            [state["step"] for state in states],
+        )
+        groups.append(group)
+        members.append(mine)
+    local, reduction = localized(groups, None)
+    parts = []
+    for group, mine in zip(local, members, strict=True):
+        for i, (name, p) in enumerate(mine):
+            row = -1 if group.shared is None else group.shared[i]
+            columns = (group.params, group.grads, group.exp_avgs, group.hessian_diags)
+            theta, g, m, B = (_real(column[i]) for column in columns)
+            if B.numel() == 0 and row < 0:
+                continue  # all of it lies on ranks of another mesh
+            state = optimizer.state[p]
+            parts.append(
+                _Part(
+                    p, name, group.h, _number(state["step"]), _coming_scalars(state, group.h),
+                    _last_rate(state, group.h), theta.to(m.dtype), g, m, B, row,
+                )
+            )  # fmt: skip
+    return parts, reduction
+
+
+def _real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+_ADDED, _LARGEST = 6, 4
+
+
+def _sums(part: _Part) -> tuple[Tensor, Tensor]:
+    """What is added up over the parts of a tensor, and what is the largest of theirs."""
+    B, s = part.B, part.s
+    wide = rule.accumulator(B.device)
+    if part.empty:
+        return B.new_zeros(_ADDED, dtype=wide), B.new_full((_LARGEST,), -math.inf, dtype=wide)
+    size = B.abs()
+    d = rule.displacement(part.theta, part.m, B, part.h, s)
+    added = [
+        (B < 0).sum(),
+        (size < s.previous_threshold).sum(),
+        B.sum(dtype=wide),
+        *(torch.linalg.vector_norm(x, dtype=wide) ** 2 for x in (B, part.theta, d)),
+    ]
+    (low, high), (near, far) = torch.aminmax(B), torch.aminmax(size)
+    largest = [high, -low, far, -near]
+    return torch.stack([x.to(wide) for x in added]), torch.stack(largest).to(wide)
+
+
+def _complete(parts: list[_Part], sums: list[tuple[Tensor, Tensor]], reduction: Reduction) -> None:
+    """Put those of whole tensors in the place of those of parts."""
+    rows = [i for i, part in enumerate(parts) if part.row >= 0]
+    ordered = sorted(rows, key=lambda i: parts[i].row)
+    added, largest = (torch.stack([sums[i][k] for i in ordered]) for k in range(2))
+    reduction.totals_(added, largest)
+    for i in rows:
+        sums[i] = (added[parts[i].row], largest[parts[i].row])
+
+
+def _on_host(rows: list[list[Scalar]]) -> list[list[float]]:
+    """The same as Python's numbers, with one wait for each device."""
+    waiting: dict[torch.device, list[tuple[int, int, Tensor]]] = {}
+    result = [[x if not isinstance(x, Tensor) else math.nan for x in row] for row in rows]
+    for i, row in enumerate(rows):
+        for j, x in enumerate(row):
+            if isinstance(x, Tensor):
+                waiting.setdefault(x.device, []).append((i, j, x))
+    for device, found in waiting.items():
+        wide = rule.accumulator(device)
+        values = torch.stack([x.to(wide).reshape(()) for _, _, x in found]).tolist()
+        for (i, j, _), value in zip(found, values, strict=True):
+            result[i][j] = value
+    return result
+
+
+def _diagnostics(part: _Part, row: list[float], corrected: bool) -> TensorDiagnostics:
+    t, rate, threshold, change, negative, rectified, total, *squares, high, low, far, near = row
+    curvature, parameter, step = (math.sqrt(x) for x in squares)
+    step *= abs(rate)
+    return TensorDiagnostics(
+        name=part.name,
+        numel=part.numel,
+        step=int(t),
+        lr=rate,
+        threshold=threshold,
+        negative=negative / part.numel,
+        rectified=rectified / part.numel,
+        curvature_mean=total / part.numel,
+        curvature_rms=curvature / math.sqrt(part.numel),
+        curvature_min=-low,
+        curvature_max=high,
+        secant_correction=change if corrected else None,
+        parameter_norm=parameter,
+        step_norm=step,
+        step_ratio=_ratio(step, parameter),
+        rate_min=rate / far if far else math.inf,
+        rate_max=rate / near if near else math.inf,
+    )
+
+
+def _ratio(step: float, parameter: float) -> float:
+    if parameter:
+        return step / parameter
+    return math.inf if step else math.nan

@@ -1,0 +1,310 @@
+"""Apollo's B beside the true diagonal of the Hessian, on models small enough to afford it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from apollo_qn.diagnostics.curvature import Names, check_apollo, last_rate, named
+from apollo_qn.optimizer import Apollo, hyperparameters
+from apollo_qn.rule import accumulator
+from apollo_qn.sharded import is_sharded
+
+Tensors: TypeAlias = dict[str, Tensor]
+Loss: TypeAlias = Callable[[Tensors], Tensor]
+
+
+@dataclass(frozen=True)
+class HessianDiagonal:
+    """A diagonal of the Hessian, of each parameter by its name, in its shape; float64.
+
+    Attributes:
+        mean: the estimate.
+        standard_error: of each element of it; zeros where it is exact.
+        probes: how many products with the Hessian it took.
+    """
+
+    mean: Tensors
+    standard_error: Tensors
+    probes: int
+
+
+def hessian_diagonal(
+    loss: Loss,
+    params: Mapping[str, Tensor],
+    probes: int = 100,
+    *,
+    generator: torch.Generator | None = None,
+    at_once: int = 1,
+) -> HessianDiagonal:
+    """Estimate the diagonal of the Hessian by Hutchinson's probes.
+
+    For v of random signs, v * (H v) has the mean diag(H): an element's variance is the sum of
+    squares of the rest of its row (Bekas, Kokiopoulou & Saad, 2007). So the estimate is exact where
+    H is diagonal, and elsewhere its standard error, which is estimated too, falls with the root of
+    ``probes``. ::
+
+        def loss(params):
+            return F.cross_entropy(torch.func.functional_call(model, params, (x,)), y)
+
+        estimate = hessian_diagonal(loss, dict(model.named_parameters()), probes=200)
+
+    H v is the forward derivative of ``torch.func.grad``, so that every operation of the loss needs
+    one of its gradient. Linear and convolutional networks and Transformers have; for attention
+    choose ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``. On a CPU ``torch.nn.LSTM`` and
+    ``GRU`` have none. The loss must be the same at every call: dropout off, and batch normalisation
+    in ``eval()`` (in training it writes into its buffers, which torch.func refuses). Where the loss
+    has kinks (ReLU) the curvature that lies in them is not seen.
+
+    Args:
+        loss: of a dict like ``params``; returns a scalar.
+        params: whole real tensors by name.
+        probes: >= 2; each costs some two gradients.
+        generator: of the probes, on the parameters' device.
+        at_once: probes that go through the model together (``torch.func.vmap``), >= 1: faster on
+            small models, for that many times the memory.
+
+    Raises:
+        ValueError: ``probes`` or ``at_once`` are out of their range, or a parameter is complex,
+            sharded or no floating tensor.
+    """
+    params = _checked(params)
+    _check_count("probes", probes, 2)
+    _check_count("at_once", at_once, 1)
+    gradient = torch.func.grad(loss)
+
+    def product(v: Tensors) -> Tensors:
+        result: Tensors = torch.func.jvp(gradient, (params,), (v,))[1]
+        return result
+
+    mean = {name: torch.zeros_like(p, dtype=_wide(p)) for name, p in params.items()}
+    squares = {name: torch.zeros_like(x) for name, x in mean.items()}
+    for start in range(0, probes, at_once):
+        # drawn one by one: the same numbers however many go together
+        signs = [_signs(params, generator) for _ in range(min(at_once, probes - start))]
+        for i, (v, Hv) in enumerate(_together(product, signs), start + 1):
+            for name in params:
+                sample = (v[name] * Hv[name]).detach().to(mean[name].dtype)
+                # Welford's: of equal samples the variance is 0 to the bit
+                before = sample - mean[name]
+                mean[name] += before / i
+                squares[name] += before * (sample - mean[name])
+    error = {name: (x / (probes * (probes - 1))).sqrt() for name, x in squares.items()}
+    return HessianDiagonal(mean, error, probes)
+
+
+def exact_hessian_diagonal(
+    loss: Loss, params: Mapping[str, Tensor], *, at_once: int = 1
+) -> HessianDiagonal:
+    """The diagonal itself, one product with the Hessian for each element of ``params``.
+
+    Arguments and errors as of :func:`hessian_diagonal`.
+    """
+    params = _checked(params)
+    _check_count("at_once", at_once, 1)
+    mean = {}
+    for name, p in params.items():
+
+        def gradient(theta: Tensor, name: str = name) -> Tensor:
+            g: Tensor = torch.func.grad(loss)({**params, name: theta})[name]
+            return g
+
+        def product(v: Tensors, p: Tensor = p, gradient: Any = gradient) -> Tensors:
+            return {"Hv": torch.func.jvp(gradient, (p,), (v["v"],))[1]}
+
+        found = []
+        for start in range(0, p.numel(), at_once):
+            units = []
+            for i in range(start, min(start + at_once, p.numel())):
+                v = torch.zeros(p.numel(), dtype=p.dtype, device=p.device)
+                v[i] = 1
+                units.append({"v": v.view(p.shape)})
+            for i, (_, Hv) in enumerate(_together(product, units), start):
+                found.append(Hv["Hv"].detach().flatten()[i])
+        mean[name] = (torch.stack(found).view(p.shape) if found else torch.zeros_like(p)).to(
+            _wide(p)
+        )
+    error = {name: torch.zeros_like(x) for name, x in mean.items()}
+    return HessianDiagonal(mean, error, sum(p.numel() for p in params.values()))
+
+
+def _together(
+    product: Callable[[Tensors], Tensors], vectors: list[Tensors]
+) -> Iterator[tuple[Tensors, Tensors]]:
+    """Each vector with its product."""
+    if len(vectors) == 1:
+        yield vectors[0], product(vectors[0])
+        return
+    stacked = {name: torch.stack([v[name] for v in vectors]) for name in vectors[0]}
+    products = torch.func.vmap(product)(stacked)
+    for i, v in enumerate(vectors):
+        yield v, {name: x[i] for name, x in products.items()}
+
+
+def _signs(params: Mapping[str, Tensor], generator: torch.Generator | None) -> Tensors:
+    return {
+        name: torch.randint(0, 2, p.shape, generator=generator, device=p.device).to(p.dtype) * 2 - 1
+        for name, p in params.items()
+    }
+
+
+def _wide(p: Tensor) -> torch.dtype:
+    return accumulator(p.device)
+
+
+def _checked(params: Mapping[str, Tensor]) -> Tensors:
+    for name, p in params.items():
+        if is_sharded(p) or not p.is_floating_point():
+            kind = "a DTensor" if is_sharded(p) else str(p.dtype)
+            raise ValueError(f"params must be whole real tensors, got {kind} for {name!r}")
+    return {name: p.detach() for name, p in params.items()}
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """B of one tensor beside the diagonal of the Hessian; float64 vectors in host memory.
+
+    What cannot be told (of one element, or where all are equal) is NaN.
+
+    Attributes:
+        name: of the parameter.
+        B: of Apollo, divided by the learning rate: an estimate of the loss's curvature.
+        hessian: the diagonal of the Hessian, of what Apollo minimises.
+        standard_error: of each element of it.
+    """
+
+    name: str
+    B: Tensor
+    hessian: Tensor
+    standard_error: Tensor
+
+    @cached_property
+    def pearson(self) -> float:
+        """Correlation, in [-1, 1]."""
+        return _correlation(self.B, self.hessian)
+
+    @cached_property
+    def spearman(self) -> float:
+        """Correlation of the ranks, ties sharing theirs: whether large and small are told apart."""
+        return _correlation(_ranks(self.B), _ranks(self.hessian))
+
+    @cached_property
+    def signs(self) -> float:
+        """Share of equal signs, of the elements more than two standard errors from 0."""
+        known = self.hessian.abs() > 2 * self.standard_error
+        if not bool(known.any()):
+            return math.nan
+        return float((self.B.sign() == self.hessian.sign())[known].double().mean())
+
+    @cached_property
+    def relative_error(self) -> float:
+        """\\|\\|B - hessian\\|\\| / \\|\\|hessian\\|\\|; 1 is what B = 0 has."""
+        return _share(self.B - self.hessian, self.hessian)
+
+    @cached_property
+    def noise(self) -> float:
+        """The relative error that the true diagonal is expected to have, for want of probes."""
+        return _share(self.standard_error, self.hessian)
+
+    @cached_property
+    def trace_ratio(self) -> float:
+        """Sum of B over sum of hessian: whether the mean curvature is right."""
+        total = float(self.hessian.sum())
+        return float(self.B.sum()) / total if total else math.nan
+
+
+def compare(
+    optimizer: Apollo, diagonal: HessianDiagonal, names: Names | None = None
+) -> list[Comparison]:
+    """Lay Apollo's B beside a diagonal of the Hessian at the same parameters.
+
+    What agreement to expect: little, element by element. By a secant condition each tensor learns
+    one number a step, the curvature along its own last displacement d, and spreads it as d^2.
+    Where all elements move alike B is about the mean curvature along d, not that of each element.
+    It remembers what steps long ago have left, at other parameters; the differences of gradients
+    that it learns from hold the noise of the batches, and those of an average of gradients are
+    delayed by beta. And the Hessian's other elements are in it: d'Hd is not d'diag(H)d. The sign
+    and the size of a tensor's mean curvature, and an order among elements of very different
+    curvature, are what may be hoped for. B is exact for tensors of one element without noise, at
+    beta = 0 and eps = 0.
+
+    B learns the learning rate times the curvature (section 3.2 of the paper: gradients are
+    corrected by it), so that it is divided by that of the last step here. During warmup, or soon
+    after a scheduler's step, B is a mixture of several rates. Under L2 decay ``weight_decay`` is
+    added to the Hessian, with ``maximize`` its sign changes: what is minimised.
+
+    Args:
+        optimizer: its parameters are those that the diagonal was taken at, and have been stepped.
+        diagonal: of the loss that Apollo sees, of some or all parameters.
+        names: as of :func:`apollo_qn.diagnostics.measure`; they join parameters and diagonal.
+
+    Raises:
+        TypeError: the optimizer is not an Apollo.
+        ValueError: the diagonal has a name or a shape that no stepped parameter has.
+    """
+    check_apollo(optimizer)
+    known = {name: (p, group) for group, mine in named(optimizer, names) for name, p in mine}
+    found = []
+    for name, mean in diagonal.mean.items():
+        if name not in known:
+            raise ValueError(
+                f"diagonal must hold names of parameters, got {name!r}, which is none of "
+                f"{', '.join(known)}; give names=model.named_parameters()"
+            )
+        p, group = known[name]
+        if "hessian_diag" not in optimizer.state.get(p, {}):
+            raise ValueError(f"parameter {name!r} has not been stepped, it has no B to compare")
+        B = optimizer.state[p]["hessian_diag"]
+        if B.shape != mean.shape:
+            raise ValueError(
+                f"diagonal of {name!r} must have its parameter's shape {tuple(B.shape)}, "
+                f"got {tuple(mean.shape)}"
+            )
+        h = hyperparameters(group)
+        hessian = -mean if h.maximize else mean
+        if h.l2:
+            hessian = hessian + h.weight_decay
+        found.append(
+            Comparison(
+                name,
+                _vector(B) / last_rate(optimizer, p, group),
+                _vector(hessian),
+                _vector(diagonal.standard_error[name]),
+            )
+        )
+    return found
+
+
+def _vector(x: Tensor) -> Tensor:
+    return x.detach().cpu().double().flatten()
+
+
+def _share(part: Tensor, whole: Tensor) -> float:
+    norm = float(torch.linalg.vector_norm(whole))
+    return float(torch.linalg.vector_norm(part)) / norm if norm else math.nan
+
+
+def _correlation(x: Tensor, y: Tensor) -> float:
+    if x.numel() < 2:
+        return math.nan
+    x, y = x - x.mean(), y - y.mean()
+    norms = float(torch.linalg.vector_norm(x)) * float(torch.linalg.vector_norm(y))
+    return float(x @ y) / norms if norms else math.nan
+
+
+def _ranks(x: Tensor) -> Tensor:
+    _, place, counts = torch.unique(x, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    ranks: Tensor = (last - (counts - 1) / 2)[place]
+    return ranks

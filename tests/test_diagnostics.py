@@ -1,0 +1,634 @@
+"""Diagnostics against NumPy on real trajectories, and against Hessians that are known."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from apollo_qn import Apollo, diagnostics
+from apollo_qn.diagnostics import Recorder, TensorDiagnostics
+from tests import tolerances
+from tests.helpers import (
+    BACK_ENDS,
+    as_numpy,
+    generator,
+    give_gradients,
+    make,
+    normal,
+    parameters,
+    references,
+    run_steps,
+    same,
+    snapshot,
+    step_references,
+)
+from tests.numpy_reference import ReferenceApollo, Settings
+
+LR = 0.3
+MODES = {
+    "plain": Settings(lr=LR, warmup_steps=4),
+    "l2": Settings(lr=LR, warmup_steps=0, weight_decay=0.05, maximize=True, sigma=3.0),
+    "decoupled": Settings(
+        lr=LR, warmup_steps=4, weight_decay=0.05, decoupled_weight_decay=True, sigma=0.3
+    ),
+    "belief": Settings(lr=LR, warmup_steps=4, rebound="belief"),
+}
+
+
+def wanted(
+    name: str, reference: ReferenceApollo, before: dict[str, Any], rate: float, threshold: float
+) -> TensorDiagnostics:
+    """The same numbers in NumPy, from arrays that the reference keeps."""
+    B, n = reference.B, reference.B.size
+    s = reference.settings
+    corrected = 1 - s.beta**reference.t
+    offset = s.eps * corrected / (1 - s.beta) if s.rebound == "belief" else 0.0
+    D = np.maximum(np.abs(B), threshold) + offset
+    change = B - before["B"]
+    step = np.linalg.norm((reference.theta - before["theta"]).ravel())
+    size = np.linalg.norm(reference.theta.ravel())
+    return TensorDiagnostics(
+        name=name,
+        numel=n,
+        step=reference.t,
+        lr=rate,
+        threshold=threshold,
+        negative=float(np.mean(B < 0)),
+        rectified=float(np.mean(np.abs(B) < threshold)),
+        curvature_mean=float(np.mean(B)),
+        curvature_rms=float(np.sqrt(np.mean(B**2))),
+        curvature_min=float(np.min(B)),
+        curvature_max=float(np.max(B)),
+        secant_correction=float(np.sqrt(np.mean(change**2)) * np.sign(np.sum(change))),
+        parameter_norm=float(size),
+        step_norm=float(step),
+        step_ratio=float(step / size),
+        rate_min=float(rate / np.max(D)),
+        rate_max=float(rate / np.min(D)),
+    )
+
+
+def check(found: TensorDiagnostics, expected: TensorDiagnostics, tolerance: float) -> None:
+    for field in dataclasses.fields(TensorDiagnostics):
+        value, right = getattr(found, field.name), getattr(expected, field.name)
+        if isinstance(right, float) and field.name not in ("negative", "rectified"):
+            # a correction is a difference of B's, as exact as they are
+            scale = abs(right)
+            if field.name.startswith(("curvature", "secant")):
+                scale = max(scale, expected.curvature_rms)
+            assert abs(value - right) <= tolerance * scale, (field.name, value, right)
+        else:
+            assert value == right, (field.name, value, right)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@BACK_ENDS
+def test_every_number_on_a_trajectory(
+    mode: str, dtype: torch.dtype, back_end: dict[str, Any]
+) -> None:
+    """Ten steps of each mode: what the recorder says of each is what NumPy says of it."""
+    settings = MODES[mode]
+    params = parameters(dtype=dtype)
+    optimizer = make(
+        [(f"p{i}", p) for i, p in enumerate(params)],
+        settings,
+        **({} if dtype.is_complex and "fused" in back_end else back_end),
+    )
+    alone = references(params, settings)
+    for i, (p, one) in enumerate(zip(params, alone, strict=True)):
+        # these gradients do not depend on theta: by themselves they would leave B far below sigma
+        B = 2 * normal(p.shape, "B", i, dtype=dtype)
+        one.B = as_numpy(B)
+        state = {"exp_avg": torch.zeros_like(B), "hessian_diag": B.clone()}
+        optimizer.state[p] = {"step": torch.tensor(0.0), **state}
+    records: list[list[TensorDiagnostics]] = []
+    with Recorder(optimizer, lambda _, measured: records.append(measured), every=1):
+        for t in range(10):
+            give_gradients(params, t)
+            thresholds = [belief(one, p) for one, p in zip(alone, params, strict=True)]
+            before = [{"B": one.B, "theta": one.theta} for one in alone]
+            rates = [one.rate() for one in alone]
+            optimizer.step()
+            step_references(params, alone)
+            expected = [
+                wanted(f"p{i}", one, old, rate, threshold)
+                for i, (one, old, rate, threshold) in enumerate(
+                    zip(alone, before, rates, thresholds, strict=True)
+                )
+                if one.B.size
+            ]
+            assert [one.name for one in records[t]] == [one.name for one in expected]
+            for found, right in zip(records[t], expected, strict=True):
+                check(found, right, tolerances.DIAGNOSTICS)
+    for share in ("negative", "rectified"):
+        large = [getattr(one, share) for record in records for one in record if one.numel > 200]
+        assert 0 < np.median(large) < 1, "the case says nothing of shares"
+
+
+def belief(reference: ReferenceApollo, p: nn.Parameter) -> float:
+    s = reference.settings
+    if s.rebound == "constant" or p.numel() == 0:
+        return s.sigma
+    assert p.grad is not None
+    return float(np.max(np.abs(as_numpy(p.grad) - reference.m)))
+
+
+def test_half_precision_and_capturable() -> None:
+    """State of float32 and parameters of 16 bits; a step that is a tensor changes nothing."""
+    params = parameters(dtype=torch.bfloat16)
+    optimizer = Apollo(params, lr=LR, warmup_steps=2, capturable=True)
+    run_steps(optimizer, range(5))
+    for one, p in zip(
+        diagnostics.measure(optimizer), [p for p in params if p.numel()], strict=True
+    ):
+        B = as_numpy(optimizer.state[p]["hessian_diag"])
+        assert one.step == 5
+        assert one.lr == pytest.approx(LR)
+        assert one.negative == np.mean(B < 0)
+        assert one.rectified == np.mean(np.abs(B) < 1)
+        assert one.parameter_norm == pytest.approx(float(p.detach().double().norm()), rel=1e-6)
+        assert one.secant_correction is None
+
+
+def test_what_is_not_there_is_left_out() -> None:
+    params = parameters()
+    optimizer = Apollo([{"params": params[3:5]}, {"params": params[5:8]}])
+    assert diagnostics.measure(optimizer) == []
+    assert diagnostics.coming_corrections(optimizer) == {}
+    params[4].grad, params[6].grad = (torch.ones_like(p) for p in (params[4], params[6]))
+    optimizer.step()
+    assert len(optimizer.state) == 2
+    params[4].grad = None
+    coming = diagnostics.coming_corrections(optimizer)
+    assert list(coming) == [params[6]]
+    assert len(optimizer.state) == 2, "measuring makes no state"
+    B = {p: optimizer.state[p]["hessian_diag"].clone() for p in (params[4], params[6])}
+    optimizer.step()
+    measured = diagnostics.measure(optimizer, coming)
+    assert [one.name for one in measured] == ["0.1", "1.1"]
+    assert measured[0].secant_correction == 0.0  # it had no gradient
+    change = optimizer.state[params[6]]["hessian_diag"] - B[params[6]]
+    assert measured[1].secant_correction == pytest.approx(
+        float(change.mean()), rel=tolerances.DIAGNOSTICS_OF_FLOAT32
+    )
+    names = [("weight", params[4]), ("bias", params[6])]
+    assert [one.name for one in diagnostics.measure(optimizer, names=names)] == ["weight", "bias"]
+
+
+def test_nothing_waits_but_for_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tensors together are fetched once; the corrections of a step not at all."""
+    params = parameters()
+    optimizer = Apollo(params)
+    run_steps(optimizer, range(2))
+    give_gradients(params, 2)
+    calls: list[str] = []
+    for name in ("tolist", "item", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+        original = getattr(Tensor, name)
+
+        def counted(
+            self: Tensor, *arguments: Any, name: str = name, original: Any = original
+        ) -> Any:
+            steps = [state["step"] for state in optimizer.state.values()]
+            if not any(self is step for step in steps):  # they lie on the host
+                calls.append(name)
+            return original(self, *arguments)
+
+        monkeypatch.setattr(Tensor, name, counted)
+    coming = diagnostics.coming_corrections(optimizer)
+    assert calls == []
+    diagnostics.measure(optimizer, coming)
+    assert calls == ["tolist"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_measured_trajectory_is_the_same_to_the_bit(mode: str) -> None:
+    """With a closure too; detached, the optimizer has nothing of the recorder."""
+    found = []
+    for recording in (False, True):
+        params = parameters(dtype=torch.float32)
+        optimizer = make(params, MODES[mode])
+        records: list[Any] = []
+        recorder = None
+        if recording:
+
+            def keep(*record: Any, records: list[Any] = records) -> None:
+                records.append(record)
+
+            recorder = Recorder(optimizer, keep, every=2, step=3)
+        for t in range(6):
+
+            def closure(params: Any = params, t: int = t) -> float:
+                give_gradients(params, t)
+                return float(t)
+
+            if t % 2:
+                assert optimizer.step(closure) == t
+            else:
+                closure()
+                optimizer.step()
+        found.append(snapshot(optimizer))
+        if recorder is not None:
+            assert [step for step, _ in records] == [4, 6, 8]
+            recorder.detach()
+            assert not recorder.due
+        assert not optimizer._optimizer_step_pre_hooks
+        assert not optimizer._optimizer_step_post_hooks
+    assert same(*found)
+
+
+def test_with_a_closure_the_correction_is_that_of_its_gradients() -> None:
+    found = []
+    for closing in (False, True):
+        params = parameters()
+        optimizer = Apollo(params, lr=LR, warmup_steps=0)
+        records: list[list[TensorDiagnostics]] = []
+        with Recorder(optimizer, lambda _, one, records=records: records.append(one), every=3):
+            for t in range(3):
+                if closing:
+                    give_gradients(params, 77)  # those of another batch
+                    optimizer.step(
+                        closure=lambda params=params, t=t: give_gradients(params, t)  # type: ignore[misc]
+                    )
+                else:
+                    give_gradients(params, t)
+                    optimizer.step()
+        found.append(records)
+    assert len(found[0]) == 1
+    assert found[0] == found[1]
+
+
+def test_a_step_that_fails_is_not_counted() -> None:
+    p = nn.Parameter(torch.ones(3, 2))
+    optimizer = Apollo([p])
+    with Recorder(optimizer, None, every=1) as recorder:
+        p.grad = torch.ones(3, 2).to_sparse()
+        with pytest.raises(RuntimeError, match="dense gradients"):
+            optimizer.step()
+        assert recorder.step == 0
+        p.grad = torch.ones(3, 2)
+        optimizer.step()
+        assert recorder.step == 1
+
+
+def test_several_tensors_as_one() -> None:
+    params = parameters(dtype=torch.float64)
+    optimizer = Apollo(params, lr=LR, warmup_steps=0)
+    run_steps(optimizer, range(4))
+    give_gradients(params, 4)
+    before = joined(optimizer, params)
+    coming = diagnostics.coming_corrections(optimizer)
+    old = torch.cat([p.detach().flatten() for p in params])
+    optimizer.step()
+    B = joined(optimizer, params)
+    theta = torch.cat([p.detach().flatten() for p in params])
+    one = diagnostics.overall(diagnostics.measure(optimizer, coming))
+    assert (one.name, one.numel, one.step, one.lr, one.threshold) == ("all", len(B), 5, LR, 1.0)
+    expected = {
+        "negative": (B < 0).double().mean(),
+        "rectified": (B.abs() < 1).double().mean(),
+        "curvature_mean": B.mean(),
+        "curvature_rms": (B**2).mean().sqrt(),
+        "curvature_min": B.min(),
+        "curvature_max": B.max(),
+        "secant_correction": ((B - before) ** 2).mean().sqrt(),
+        "step_ratio": (theta - old).norm() / theta.norm(),
+        "rate_min": LR / B.abs().max().clamp(min=1),
+        "rate_max": LR / B.abs().min().clamp(min=1),
+    }
+    for name, value in expected.items():
+        assert getattr(one, name) == pytest.approx(float(value), rel=tolerances.DIAGNOSTICS), name
+    with pytest.raises(ValueError, match="tensors must be at least one"):
+        diagnostics.overall([])
+
+
+def joined(optimizer: Apollo, params: list[nn.Parameter]) -> Tensor:
+    return torch.cat([optimizer.state[p]["hessian_diag"].flatten() for p in params])
+
+
+def test_zeros() -> None:
+    """No division by a norm that is 0, no warning."""
+    p = nn.Parameter(torch.zeros(4))
+    optimizer = Apollo([p], lr=LR, warmup_steps=0)
+    p.grad = torch.zeros(4)
+    optimizer.step()
+    [one] = diagnostics.measure(optimizer)
+    assert math.isnan(one.step_ratio)
+    assert (one.rectified, one.negative, one.step_norm) == (1, 0, 0)
+    q = nn.Parameter(torch.full((4,), 0.5))
+    optimizer = Apollo([q], lr=0.5, warmup_steps=0)
+    q.grad = torch.ones(4)
+    optimizer.step()
+    [one] = diagnostics.measure(optimizer)
+    assert (one.parameter_norm, one.step_norm, one.step_ratio) == (0, 1, math.inf)
+
+
+class Written:
+    """Has what is needed of a SummaryWriter."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[tuple[str, int], float] = {}
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+        assert (tag, global_step) not in self.numbers
+        self.numbers[tag, global_step] = scalar_value
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    """A real SummaryWriter is given what another one with its method is given."""
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    written = Written()
+    writer = tensorboard.SummaryWriter(str(tmp_path))
+    params = parameters()[3:5]
+    optimizer = Apollo([("a.weight", params[0]), ("b", params[1])])
+    last: list[TensorDiagnostics] = []
+    with (
+        Recorder(optimizer, written, every=2),
+        Recorder(optimizer, writer, every=2),
+        Recorder(optimizer, lambda _, measured: last.__setitem__(slice(None), measured), every=4),
+    ):
+        run_steps(optimizer, range(5))
+    writer.close()
+    assert {step for _, step in written.numbers} == {2, 4}
+    assert written.numbers["curvature.negative/a.weight", 4] == last[0].negative
+    assert written.numbers["curvature.step_ratio/b", 4] == last[1].step_ratio
+    both = diagnostics.overall(last)
+    assert written.numbers["curvature.secant_correction/all", 4] == both.secant_correction
+    events = accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    shown = {
+        (tag, event.step): event.value
+        for tag in events.Tags()["scalars"]
+        for event in events.Scalars(tag)
+    }
+    assert shown == {key: pytest.approx(value, rel=1e-6) for key, value in written.numbers.items()}
+
+
+def test_refusals() -> None:
+    p = nn.Parameter(torch.ones(2))
+    ours, theirs = Apollo([p]), torch.optim.SGD([p], 0.1)
+    anything: Any = theirs
+    for call in (diagnostics.measure, diagnostics.coming_corrections):
+        with pytest.raises(TypeError, match="optimizer must be an Apollo, got SGD"):
+            call(anything)
+    with pytest.raises(TypeError, match="optimizer must be an Apollo, got SGD"):
+        Recorder(anything, None)
+    for every in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match=f"every must be a whole number >= 1, got {every}"):
+            Recorder(ours, None, every=every)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="step must be a whole number >= 0, got -1"):
+        Recorder(ours, None, step=-1)
+    with pytest.raises(TypeError, match="to must be a writer with add_scalar"):
+        Recorder(ours, "runs")  # type: ignore[arg-type]
+    assert not ours._optimizer_step_pre_hooks
+
+
+# the Hessian
+
+
+def quadratic(H: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:
+    def loss(params: dict[str, Tensor]) -> Tensor:
+        theta = torch.cat([p.flatten() for p in params.values()])
+        return theta @ (H @ theta) / 2
+
+    return loss
+
+
+def two_tensors(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    return {"a": normal((3, 2), "a", dtype=dtype), "b": normal((4,), "b", dtype=dtype)}
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_a_diagonal_hessian_is_found_exactly(at_once: int) -> None:
+    diagonal = normal((10,), "diagonal")
+    params = two_tensors()
+    found = diagnostics.hessian_diagonal(
+        quadratic(diagonal.diag()), params, 4, generator=generator(1), at_once=at_once
+    )
+    exact = diagnostics.exact_hessian_diagonal(quadratic(diagonal.diag()), params, at_once=at_once)
+    assert (found.probes, exact.probes) == (4, 10)
+    for one in (found, exact):
+        assert torch.equal(one.mean["a"], diagonal[:6].view(3, 2))
+        assert torch.equal(one.mean["b"], diagonal[6:])
+        assert all(not error.any() for error in one.standard_error.values())
+
+
+class Net(nn.Module):
+    """Convolution, normalisation, attention, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 4, 3, padding=1)
+        self.normal = nn.BatchNorm2d(4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.normal(self.convolution(x))).flatten(2).transpose(1, 2)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        out: Tensor = self.head(x.mean(1))
+        return out
+
+
+def network() -> tuple[Net, Callable[[dict[str, Tensor]], Tensor]]:
+    torch.manual_seed(2)
+    net = Net().double().eval()
+    x, y = normal((12, 1, 4, 4), "x"), torch.arange(12) % 3
+
+    def loss(params: dict[str, Tensor]) -> Tensor:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            out = torch.func.functional_call(net, params, (x,))
+        return nn.functional.cross_entropy(out, y)
+
+    return net, loss
+
+
+def test_probes_are_as_near_as_they_say() -> None:
+    """On a network: within the standard errors, which are neither too small nor too large."""
+    net, loss = network()
+    params = dict(net.named_parameters())
+    exact = diagnostics.exact_hessian_diagonal(loss, params, at_once=50)
+    found = diagnostics.hessian_diagonal(loss, params, 400, generator=generator(2), at_once=50)
+    again = diagnostics.hessian_diagonal(loss, params, 400, generator=generator(2), at_once=7)
+    deviations = []
+    for name, mean in exact.mean.items():
+        assert mean.shape == params[name].shape
+        torch.testing.assert_close(again.mean[name], found.mean[name])
+        error = found.standard_error[name]
+        known = error > 1e-12
+        off = (found.mean[name] - mean)[~known].abs()
+        assert bool((off < 1e-12).all()), name
+        deviations.append(((found.mean[name] - mean) / error)[known])
+    score = torch.cat(deviations)
+    assert len(score) > 100
+    # of 400 signs' mean: nearly normal. 5 is passed once in 10^6; one minus the shares to be
+    # expected beyond 1 and 2 are 0.32 and 0.05
+    assert score.abs().max() < 5
+    assert 0.6 < float((score.abs() < 1).double().mean()) < 0.8
+    assert float((score.abs() < 2).double().mean()) > 0.9
+
+
+def test_standard_errors_of_a_full_matrix() -> None:
+    """An element's variance is the sum of squares of the rest of its row."""
+    A = normal((10, 10), "A")
+    H = A + A.t()
+    found = diagnostics.hessian_diagonal(
+        quadratic(H), two_tensors(), 1000, generator=generator(3), at_once=100
+    )
+    error = torch.cat([x.flatten() for x in found.standard_error.values()])
+    right = ((H**2).sum(1) - H.diag() ** 2).div(1000).sqrt()
+    # the standard deviation of 1000 numbers is known to some 2 %
+    assert bool(((error / right - 1).abs() < 0.1).all())
+
+
+def scalar_quadratic(
+    curvatures: Tensor, steps: int, **settings: Any
+) -> tuple[Apollo, diagnostics.HessianDiagonal]:
+    """Apollo on sum h theta^2 / 2, each element a tensor of its own."""
+    params = {f"p{i}": nn.Parameter(torch.ones((), dtype=torch.float64)) for i in range(5)}
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        return sum(h * x**2 / 2 for h, x in zip(curvatures, values.values(), strict=True))  # type: ignore[return-value]
+
+    optimizer = Apollo(list(params.items()), warmup_steps=0, **settings)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(dict(params)).backward()
+        optimizer.step()
+    return optimizer, diagnostics.exact_hessian_diagonal(loss, params)
+
+
+CURVATURES = torch.tensor([-0.5, 0.1, 0.7, 1.3, 2.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"weight_decay": 0.2}, {"maximize": True}, {"maximize": True, "weight_decay": 0.2}],
+    ids=str,
+)
+def test_b_is_the_rate_times_the_hessian(settings: dict[str, Any]) -> None:
+    """Of one element, at beta = 0 and eps = 0, the secant condition leaves no choice."""
+    optimizer, exact = scalar_quadratic(CURVATURES, 2, lr=0.2, beta=0.0, eps=0.0, **settings)
+    sign = -1 if settings.get("maximize") else 1
+    decay = settings.get("weight_decay", 0.0)
+    for one, h in zip(diagnostics.compare(optimizer, exact), CURVATURES, strict=True):
+        assert float(one.hessian) == pytest.approx(sign * float(h) + decay)
+        assert one.relative_error < tolerances.QUADRATIC
+        assert one.trace_ratio == pytest.approx(1, rel=tolerances.QUADRATIC)
+        assert one.signs == 1
+        assert math.isnan(one.pearson)
+        assert math.isnan(one.spearman)
+
+
+def test_comparison_against_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    p = nn.Parameter(torch.ones(7, 30))
+    optimizer = Apollo([("w", p)], lr=0.5, warmup_steps=0)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    B = torch.round(3 * normal(p.shape, "B"))  # with ties, and zeros
+    optimizer.state[p]["hessian_diag"] = B
+    h, error = normal(p.shape, "h"), normal(p.shape, "e").abs() / 5
+    [one] = diagnostics.compare(optimizer, diagnostics.HessianDiagonal({"w": h}, {"w": error}, 10))
+    x, y = (B / 0.5).flatten().numpy(), h.flatten().numpy()
+    assert one.pearson == pytest.approx(stats.pearsonr(x, y).statistic)
+    assert one.spearman == pytest.approx(stats.spearmanr(x, y).statistic)
+    known = np.abs(y) > 2 * error.flatten().numpy()
+    assert 0 < known.sum() < known.size
+    assert one.signs == pytest.approx(np.mean((np.sign(x) == np.sign(y))[known]))
+    assert one.relative_error == pytest.approx(np.linalg.norm(x - y) / np.linalg.norm(y))
+    assert one.noise == pytest.approx(float(error.norm() / h.norm()))
+    assert one.trace_ratio == pytest.approx(x.sum() / y.sum())
+
+
+def trained() -> tuple[Apollo, list[diagnostics.Comparison]]:
+    net, loss = network()
+    params = dict(net.named_parameters())
+    optimizer = Apollo(net.parameters(), lr=0.5, warmup_steps=0)
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss(params).backward()
+        optimizer.step()
+    exact = diagnostics.exact_hessian_diagonal(loss, params, at_once=50)
+    with pytest.raises(ValueError, match=r"got 'convolution.weight', which is none of 0\.0"):
+        diagnostics.compare(optimizer, exact)
+    return optimizer, diagnostics.compare(optimizer, exact, net.named_parameters())
+
+
+def test_a_trained_network_beside_its_hessian(tmp_path: Path) -> None:
+    _, found = trained()
+    assert [one.name for one in found][:2] == ["convolution.weight", "convolution.bias"]
+    assert all(one.noise == 0 or math.isnan(one.noise) for one in found)
+    # what its documentation promises: little, but the curvature is that of the right side of 0
+    total = [
+        sum(float(x.sum()) for x in column)
+        for column in zip(*((one.B, one.hessian) for one in found), strict=True)
+    ]
+    assert total[0] * total[1] > 0
+    pytest.importorskip("matplotlib")
+    figure = diagnostics.plot(found)
+    assert len([axes for axes in figure.axes if axes.get_visible()]) == len(found)
+    figure.savefig(tmp_path / "hessian.png")
+    assert (tmp_path / "hessian.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="comparisons must be at least one"):
+        diagnostics.plot([])
+    with pytest.raises(ValueError, match="columns must be a whole number >= 1, got 0"):
+        diagnostics.plot(found, columns=0)
+
+
+def test_what_the_hessian_refuses() -> None:
+    loss = quadratic(torch.eye(10, dtype=torch.float64))
+    params = two_tensors()
+    with pytest.raises(ValueError, match="probes must be a whole number >= 2, got 1"):
+        diagnostics.hessian_diagonal(loss, params, 1)
+    with pytest.raises(ValueError, match="at_once must be a whole number >= 1, got 0"):
+        diagnostics.exact_hessian_diagonal(loss, params, at_once=0)
+    for bad in (torch.ones(2, dtype=torch.complex64), torch.ones(2, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=f"got {bad.dtype} for 'c'"):
+            diagnostics.hessian_diagonal(loss, {"c": bad})
+    exact = diagnostics.exact_hessian_diagonal(loss, params)
+    p, q = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(5))
+    optimizer = Apollo([("a", p), ("b", q)])
+    with pytest.raises(ValueError, match="'a' has not been stepped"):
+        diagnostics.compare(optimizer, exact)
+    p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"diagonal of 'b' must have .* \(5,\), got \(4,\)"):
+        diagnostics.compare(optimizer, exact)
+
+
+WITHOUT = """
+import sys
+sys.modules["matplotlib"] = None
+sys.modules["tensorboard"] = None
+from apollo_qn import diagnostics
+import torch
+zero = torch.zeros(2)
+try:
+    diagnostics.plot([diagnostics.Comparison("a", zero, zero, zero)])
+except ImportError as error:
+    print(error)
+print(sorted(name for name in sys.modules if name.startswith(("scipy", "apollo_qn.exp"))))
+"""
+
+
+def test_torch_is_enough() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [
+        "plot needs the package matplotlib, which is not installed; "
+        "pip install 'apollo-qn[experiments]'",
+        "[]",
+    ]
