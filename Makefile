@@ -3,8 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/compare
+# Where the optimizer's tests run: cpu, cuda, cuda:1. On Linux the torch that pip brings from PyPI is
+# one for CUDA; a machine's own is used by naming its Python, see CONTRIBUTING.md.
+DEVICE ?= cpu
+GPU_PYTHON ?= $(BIN)/python
 
-.PHONY: compare quick test lint build kernel bench clean
+.PHONY: compare quick test lint build kernel bench gpu-check clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.ready: requirements/dev.txt pyproject.toml setup.py
@@ -20,9 +24,13 @@ compare: $(VENV)/.ready  ## four optimizers on images, language and translation;
 quick: $(VENV)/.ready  ## a short look at the same
 	$(BIN)/apollo-qn compare --quick --out $(OUT)-quick $(ARGS)
 
-test: lint  ## format, lint, types, tests with coverage, wheel
+test: lint  ## format, lint, types, tests with coverage, wheel; with DEVICE=cuda the optimizer's tests there
+ifeq ($(DEVICE),cpu)
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
 	$(BIN)/python scripts/check_wheel.py
+else
+	APOLLO_QN_TEST_DEVICE=$(DEVICE) PYTHONPATH=src:. $(GPU_PYTHON) -m pytest $(ARGS)
+endif
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
@@ -37,6 +45,9 @@ kernel: $(VENV)/.ready  ## compile the fused kernel again
 
 bench: $(VENV)/.ready  ## step times against torch.optim; the table is in runs/bench
 	$(BIN)/apollo-qn bench $(ARGS)
+
+gpu-check: $(VENV)/.ready  ## all that is to be known of a GPU, in nine minutes; runs/gpu/summary.txt
+	$(GPU_PYTHON) benchmarks/gpu.py --out runs/gpu $(ARGS)
 
 clean:
 	rm -rf build dist src/*.egg-info src/apollo_qn/backends/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -11,6 +11,28 @@ from hypothesis import HealthCheck, settings
 
 from apollo_qn.backends import foreach
 
+# The optimizer's tests run there; tests.helpers reads it too.
+_DEVICE = os.environ.get("APOLLO_QN_TEST_DEVICE", "cpu")
+# their models, processes and files stay on the CPU
+collect_ignore = [] if _DEVICE == "cpu" else ["distributed", "experiments"]
+
+
+def pytest_configure() -> None:
+    """One error, rather than one of each test, where the device is not to be had."""
+    kind, _, number = _DEVICE.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+        raise pytest.UsageError(
+            f"APOLLO_QN_TEST_DEVICE must be cpu, cuda or cuda:1 and so on, got {_DEVICE!r}"
+        )
+    if kind == "cuda" and torch.cuda.device_count() <= int(number or 0):
+        built = torch.version.cuda or torch.version.hip or "the CPU alone"
+        raise pytest.UsageError(
+            f"APOLLO_QN_TEST_DEVICE is {_DEVICE!r}, but torch {torch.__version__} (built for "
+            f"{built}) sees {torch.cuda.device_count()} GPUs; CONTRIBUTING.md says how a machine's "
+            "own torch is used"
+        )
+
+
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Triton reads it when it is imported; the kernel's tests run in its interpreter
@@ -31,6 +53,6 @@ def set_block(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Sets how many elements the foreach back end works on at once."""
 
     def set_it(elements: int) -> None:
-        monkeypatch.setitem(foreach.BLOCK, "cpu", elements)
+        monkeypatch.setitem(foreach.BLOCK, _DEVICE.partition(":")[0], elements)
 
     return set_it

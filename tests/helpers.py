@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterable
 from functools import cache
@@ -13,18 +14,27 @@ import torch
 from torch import Tensor
 
 from apollo_qn import Apollo
-from apollo_qn.backends import cpu
+from apollo_qn.backends import cpu, triton
 from tests import tolerances
 from tests.numpy_reference import Array, ReferenceApollo, Settings
 
+# Where the parameters lie: `make test DEVICE=cuda`. What is compared is compared on the host.
+DEVICE_VARIABLE = "APOLLO_QN_TEST_DEVICE"
+DEVICE = torch.device(os.environ.get(DEVICE_VARIABLE, "cpu"))
+ON_GPU = DEVICE.type == "cuda"
+NEEDS_CPU = pytest.mark.skipif(ON_GPU, reason="of the CPU's kernel: run without DEVICE=cuda")
+NEEDS_GPU = pytest.mark.skipif(not ON_GPU, reason="needs a GPU: make test DEVICE=cuda")
+
 # How a back end is chosen.
+WHY_NOT_FUSED = triton.why_not() if ON_GPU else cpu.why_not()
 NEEDS_KERNEL = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+NEEDS_FUSED = pytest.mark.skipif(WHY_NOT_FUSED is not None, reason=str(WHY_NOT_FUSED))
 BACK_ENDS = pytest.mark.parametrize(
     "back_end",
     [
         pytest.param({"foreach": False}, id="rule"),
         pytest.param({"foreach": True}, id="foreach"),
-        pytest.param({"fused": True}, id="fused", marks=NEEDS_KERNEL),
+        pytest.param({"fused": True}, id="fused", marks=NEEDS_FUSED),
     ],
 )
 
@@ -50,7 +60,8 @@ def generator(*seed: Any) -> torch.Generator:
 def normal(shape: Iterable[int], *seed: Any, dtype: torch.dtype = torch.float64) -> Tensor:
     """Gaussian numbers that depend on the seed alone, not on the order of calls."""
     wide = torch.complex128 if dtype.is_complex else torch.float64
-    return torch.randn(tuple(shape), generator=generator(*seed), dtype=wide).to(dtype)
+    drawn = torch.randn(tuple(shape), generator=generator(*seed), dtype=wide, device="cpu")
+    return drawn.to(DEVICE, dtype)
 
 
 def laid_out(x: Tensor) -> Tensor:
@@ -106,7 +117,7 @@ def as_numpy(x: Tensor) -> Array:
     x = x.detach()
     if x.is_complex():
         x = torch.view_as_real(x)
-    return x.to(torch.float64).numpy().copy()
+    return x.to("cpu", torch.float64).numpy().copy()
 
 
 def references(params: Iterable[Tensor], settings: Settings) -> list[ReferenceApollo]:

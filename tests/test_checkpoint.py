@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from apollo_qn import Apollo, ApolloW
-from apollo_qn.backends import cpu
 from tests import tolerances
 from tests.helpers import (
     BACK_ENDS,
+    DEVICE,
+    WHY_NOT_FUSED,
     Comparison,
     as_numpy,
     gradient,
@@ -77,7 +78,7 @@ def test_a_state_goes_from_one_back_end_to_the_other(mode: dict[str, Any]) -> No
     settings = Settings(lr=0.3, warmup_steps=8, **mode)
     results = []
     ends = [{"foreach": False, "fused": None}, {"foreach": True, "fused": None}]
-    if cpu.why_not() is None:
+    if WHY_NOT_FUSED is None:
         ends.append({"foreach": None, "fused": True})
     for first, second in itertools.product(ends, ends):
         params = parameters(SHAPES, torch.float64)
@@ -132,7 +133,7 @@ def test_an_unused_optimizer_saves_and_loads() -> None:
 def test_parameters_without_state_stay_without() -> None:
     params = parameters([(3,), (4,)])
     optimizer = Apollo(params)
-    params[0].grad = torch.ones(3)
+    params[0].grad = torch.ones(3, device=DEVICE)
     optimizer.step()
     others = parameters([(3,), (4,)])
     fresh = Apollo(others)
@@ -272,7 +273,7 @@ def test_the_released_state_continues_as_there(
 
     for t in range(saved_at):
         released.step(gradients(t))
-    params = [torch.nn.Parameter(torch.tensor(theta)) for theta in released.thetas]
+    params = [torch.nn.Parameter(torch.tensor(theta, device=DEVICE)) for theta in released.thetas]
     optimizer = Apollo(params, lr=123.0, **back_end)
     saved = through_a_file(released_state_dict(released, torch.float64))
     optimizer.load_state_dict(saved)
@@ -281,7 +282,7 @@ def test_the_released_state_continues_as_there(
     compare = Comparison()
     for t in range(saved_at, saved_at + 10):
         for p, g in zip(params, gradients(t), strict=True):
-            p.grad = torch.from_numpy(np.array(g))
+            p.grad = torch.tensor(g, device=DEVICE)
         optimizer.step()
         released.step(gradients(t))
         for i, p in enumerate(params):
@@ -311,7 +312,7 @@ def test_released_state_of_float32_in_a_scheduled_run() -> None:
 
 def test_released_stable_decay_is_refused() -> None:
     released = ReleasedApollo([np.ones(5)], lr=0.01, weight_decay=0.1, weight_decay_type="stable")
-    p = torch.nn.Parameter(torch.ones(5, dtype=torch.float64))
+    p = torch.nn.Parameter(torch.ones(5, dtype=torch.float64, device=DEVICE))
     optimizer = Apollo([p])
     run_steps(optimizer, range(1))
     before = snapshot(optimizer)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from apollo_qn import Apollo, apollo
-from tests.helpers import BACK_ENDS, gradient, parameters, same
+from tests.helpers import BACK_ENDS, DEVICE, gradient, parameters, same
 
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
@@ -53,7 +53,7 @@ def test_it_does_what_the_class_does(
     others = [torch.nn.Parameter(p.clone()) for p in params]
     optimizer = Apollo(others, **settings)
     rates = [torch.zeros((), dtype=torch.float64) for _ in params]
-    thresholds = [torch.ones(()) for _ in params]
+    thresholds = [torch.ones((), device=DEVICE) for _ in params]
     for t in range(6):
         grads = [gradient(p.shape, p.dtype, i, t).clone() for i, p in enumerate(params)]
         for p, g in zip(others, grads, strict=True):

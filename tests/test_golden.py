@@ -11,7 +11,7 @@ import torch
 
 from apollo_qn import Apollo
 from tests import make_golden, tolerances
-from tests.helpers import BACK_ENDS, Comparison
+from tests.helpers import BACK_ENDS, DEVICE, Comparison
 
 GOLDEN: dict[str, dict[str, Any]] = json.loads(make_golden.PATH.read_text())
 
@@ -25,12 +25,12 @@ def test_golden(
 ) -> None:
     set_block(block)
     wanted = GOLDEN[name]
-    p = torch.nn.Parameter(torch.tensor(make_golden.THETA, dtype=dtype))
+    p = torch.nn.Parameter(torch.tensor(make_golden.THETA, dtype=dtype, device=DEVICE))
     optimizer = Apollo([p], **back_end, **wanted["settings"])
     compare = Comparison()
     limit, limit_B = tolerances.GOLDEN[dtype]
     for t, theta in enumerate(wanted["theta"]):
-        p.grad = torch.from_numpy(make_golden.gradient(t)).to(dtype)
+        p.grad = torch.from_numpy(make_golden.gradient(t)).to(DEVICE, dtype)
         optimizer.step()
         compare.check("theta", p, np.array(theta), limit)
     state = optimizer.state[p]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import io
@@ -22,6 +23,8 @@ from apollo_qn import Apollo, ApolloW
 from tests import tolerances
 from tests.helpers import (
     BACK_ENDS,
+    DEVICE,
+    ON_GPU,
     Comparison,
     as_numpy,
     give_gradients,
@@ -213,7 +216,7 @@ def test_a_sparse_gradient_changes_nothing(last: bool, back_end: dict[str, Any])
 
 
 def test_closure() -> None:
-    p = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
+    p = torch.nn.Parameter(torch.tensor([3.0, -2.0], device=DEVICE))
     optimizer = Apollo([p], lr=0.5, warmup_steps=0)
     calls = []
 
@@ -268,13 +271,34 @@ def test_the_gradient_is_not_changed(back_end: dict[str, Any]) -> None:
         assert same(grads, [p.grad for p in params])
 
 
+@BACK_ENDS
+@pytest.mark.parametrize(
+    ("elsewhere", "capturable"), [("meta", False), (str(DEVICE), False), (str(DEVICE), True)]
+)
+def test_a_default_device_changes_nothing(
+    elsewhere: str, capturable: bool, back_end: dict[str, Any]
+) -> None:
+    """torch.set_default_device says where the user's tensors are made, not the optimizer's."""
+    results = []
+    for default in (None, elsewhere):
+        params = parameters()
+        optimizer = ApolloW(
+            params, weight_decay=0.1, rebound="belief", capturable=capturable, **back_end
+        )
+        with torch.device(default) if default else contextlib.nullcontext():
+            run_steps(optimizer, range(3))
+        assert optimizer.state[params[0]]["step"].is_cpu == (not (capturable and ON_GPU))
+        results.append(snapshot(optimizer))
+    assert same(*results)
+
+
 def test_named_parameters() -> None:
-    model = torch.nn.Linear(3, 2)
+    model = torch.nn.Linear(3, 2, device=DEVICE)
     optimizer = Apollo(model.named_parameters(), warmup_steps=0)
     assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
-    model(torch.ones(1, 3)).sum().backward()
+    model(torch.ones(1, 3, device=DEVICE)).sum().backward()
     optimizer.step()
-    fresh = Apollo(torch.nn.Linear(3, 2).named_parameters())
+    fresh = Apollo(torch.nn.Linear(3, 2, device=DEVICE).named_parameters())
     fresh.load_state_dict(optimizer.state_dict())
     assert fresh.param_groups[0]["param_names"] == ["weight", "bias"]
 
@@ -501,7 +525,7 @@ def rates(optimizer: Apollo, steps: int, after: Callable[[], None] = lambda: Non
 
 def one(**settings: Any) -> Apollo:
     """B stays 0: the gradient never changes, so y = 0, and a large sigma hides what rounds."""
-    p = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
+    p = torch.nn.Parameter(torch.zeros((), dtype=torch.float64, device=DEVICE))
     return Apollo([p], beta=0.0, **settings)
 
 
@@ -608,7 +632,7 @@ def test_autograd_to_the_learning_rate(mode: dict[str, Any]) -> None:
         for g in grads:
             p.grad = g
             optimizer.step()
-        return p, optimizer.state[p]["hessian_diag"]
+        return p.cpu(), optimizer.state[p]["hessian_diag"].cpu()  # where the rate is
 
     lr = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(trained, [lr])
@@ -656,8 +680,9 @@ def test_a_compiled_step_follows_eager(
 @pytest.mark.parametrize(("lr", "rebound"), [(0.5, "constant"), (0.05, "belief")])
 def test_it_minimises(lr: float, rebound: Any) -> None:
     """A quadratic whose curvatures differ by a factor of 100."""
-    curvature = torch.tensor([0.1, 1.0, 10.0], dtype=torch.float64)
-    p = torch.nn.Parameter(torch.tensor([1.0, -1.0, 1.0], dtype=torch.float64))
+    curvature = torch.tensor([0.1, 1.0, 10.0], dtype=torch.float64, device=DEVICE)
+    start_from = torch.tensor([1.0, -1.0, 1.0], dtype=torch.float64, device=DEVICE)
+    p = torch.nn.Parameter(start_from)
     optimizer = Apollo([p], lr=lr, rebound=rebound, sigma=10.0, eps=1e-2, warmup_steps=50)
     start = (curvature * p.detach() ** 2).sum().item()
     for _ in range(400):

@@ -16,7 +16,7 @@ from torch import Tensor
 from apollo_qn import rule
 from apollo_qn.rule import Hyperparameters, StepScalars
 from tests import tolerances
-from tests.helpers import BACK_ENDS, Comparison, as_numpy, make, normal
+from tests.helpers import BACK_ENDS, DEVICE, Comparison, as_numpy, make, normal
 from tests.numpy_reference import ReferenceApollo, Settings
 
 
@@ -95,19 +95,18 @@ def test_update_changes_nothing_in_place() -> None:
 
 def test_hand_computed_two_steps() -> None:
     """A tensor of two elements, worked out on paper; beta = 0, eps = 0, sigma = 1, lr = 1."""
-    p = torch.nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+    p = torch.nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64, device=DEVICE))
     optimizer = make([p], Settings(lr=1.0, beta=0.0, eps=0.0, warmup_steps=0))
-    p.grad = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    p.grad = torch.tensor([1.0, 2.0], dtype=torch.float64, device=DEVICE)
     optimizer.step()  # d = 0: B = 0, D = 1, d' = g
     assert p.tolist() == [0.0, 0.0]
-    p.grad = torch.tensor([-1.0, -2.0], dtype=torch.float64)
+    p.grad = torch.tensor([-1.0, -2.0], dtype=torch.float64, device=DEVICE)
     optimizer.step()
     # y = (-2, -4), <d, y> = -10, ||d||_4^4 = 17, a = -10/17, B' = (10/17, 40/17)
-    torch.testing.assert_close(
-        optimizer.state[p]["hessian_diag"], torch.tensor([10 / 17, 40 / 17], dtype=torch.float64)
-    )
+    B = optimizer.state[p]["hessian_diag"]
+    torch.testing.assert_close(B.cpu(), torch.tensor([10 / 17, 40 / 17], dtype=torch.float64))
     # d' = (-1 / 1, -2 / (40/17))
-    torch.testing.assert_close(p.data, torch.tensor([1.0, 0.85], dtype=torch.float64))
+    torch.testing.assert_close(p.data.cpu(), torch.tensor([1.0, 0.85], dtype=torch.float64))
 
 
 @BACK_ENDS
@@ -252,7 +251,7 @@ def test_extreme_sigma(sigma: float, back_end: dict[str, Any]) -> None:
 @BACK_ENDS
 def test_what_does_not_fit_saturates(back_end: dict[str, Any]) -> None:
     """A B of 1e49 has no float32: it stays finite, and so does what follows."""
-    p = torch.nn.Parameter(torch.ones(40))
+    p = torch.nn.Parameter(torch.ones(40, device=DEVICE))
     optimizer = make([p], Settings(lr=0.1, eps=0.0, warmup_steps=0), **back_end)
     for g in of_scale([1e-30, 1e20, 1e20, 1.0, 1e-30, 1e20, 1.0], (40,)):
         p.grad = g

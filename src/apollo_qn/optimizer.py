@@ -336,7 +336,8 @@ class ApolloW(Apollo):
 def _scalar(p: Tensor, capturable: bool, dtype: torch.dtype = torch.float32) -> Tensor:
     if capturable and not p.is_cpu:
         return torch.zeros((), dtype=torch.float32, device=p.device)
-    return torch.zeros((), dtype=dtype)
+    # whatever torch.set_default_device says: it is read on the host
+    return torch.zeros((), dtype=dtype, device="cpu")
 
 
 def hyperparameters(group: dict[str, Any]) -> Hyperparameters:

@@ -18,6 +18,7 @@ from apollo_qn.backends import foreach as foreach_module
 from tests import tolerances
 from tests.helpers import (
     BACK_ENDS,
+    ON_GPU,
     SHAPES,
     Comparison,
     as_numpy,
@@ -392,7 +393,12 @@ def test_a_tensor_alone_and_among_others(mode: dict[str, Any], back_end: dict[st
         for t in range(5):
             give_gradients(parameters_with(q, i), t)
             alone.step()
-        assert same(together[i].data, q.data), i
+        if ON_GPU and back_end.get("foreach"):
+            # there torch adds up the rows of a matrix in an order that depends on their number
+            compare = Comparison()
+            compare.check(i, together[i], as_numpy(q), tolerances.TRAJECTORY[torch.float32])
+        else:
+            assert same(together[i].data, q.data), i
 
 
 def parameters_with(p: torch.nn.Parameter, place: int) -> list[torch.nn.Parameter]:
@@ -465,7 +471,8 @@ def test_operations_do_not_grow_with_the_tensors(mode: dict[str, Any], capturabl
         run_steps(optimizer, range(2))
         with Watched() as watched:
             optimizer.step()
-        watched.calls.pop("_local_scalar_dense", None)  # reading step on the host
+        for name in ("_local_scalar_dense", "view"):  # reading step on the host; no work
+            watched.calls.pop(name, None)
         for p in params:
             assert p.grad is not None
         counts.append(watched.calls)

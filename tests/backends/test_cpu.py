@@ -26,6 +26,7 @@ from apollo_qn.backends import cpu, kernel, memory
 from tests import tolerances
 from tests.backends.test_backends import MODE_IDS, MODES, Watched
 from tests.helpers import (
+    NEEDS_CPU,
     NEEDS_KERNEL,
     follow,
     generator,
@@ -40,7 +41,7 @@ from tests.helpers import (
 )
 from tests.numpy_reference import Settings
 
-pytestmark = NEEDS_KERNEL
+pytestmark = [NEEDS_KERNEL, NEEDS_CPU]
 
 # kernel.c's, in elements
 BLOCK, CHUNK, SMALL, PORTION = 1024, 32 * 1024, 64 * 1024, 16 * 1024

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import setuptools
 
-from tests.helpers import NEEDS_KERNEL
+from tests.helpers import NEEDS_CPU, NEEDS_KERNEL
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src/apollo_qn/backends/kernel.c"
 COMPILER = shutil.which(os.environ.get("CC", "gcc"))
-pytestmark = [NEEDS_KERNEL, pytest.mark.skipif(COMPILER is None, reason="no C compiler here")]
+NEEDS_COMPILER = pytest.mark.skipif(COMPILER is None, reason="no C compiler here")
+pytestmark = [NEEDS_KERNEL, NEEDS_CPU, NEEDS_COMPILER]
 X86 = platform.machine() in ("x86_64", "AMD64")
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from apollo_qn.backends import Batch, Group, cpu, foreach, reference
+from apollo_qn.backends import Batch, Group, cpu, foreach, reference, triton
 from apollo_qn.rule import Hyperparameters, Sums
 from tests import tolerances
-from tests.helpers import NEEDS_KERNEL, as_numpy, normal
+from tests.helpers import DEVICE, NEEDS_FUSED, ON_GPU, as_numpy, normal
 from tests.numpy_reference import ReferenceApollo, Settings
 
 SetBlock = Callable[[int], None]
@@ -49,7 +49,7 @@ class Parts:
         self.h = hyperparameters(settings)
         lrs = [torch.zeros((), dtype=torch.float64) for _ in range(count)]
         self.previous_lrs = lrs if self.h.decoupled_weight_decay else None
-        thresholds = [torch.zeros((), dtype=theta.dtype) for _ in range(count)]
+        thresholds = [torch.zeros((), dtype=theta.dtype, device=DEVICE) for _ in range(count)]
         self.thresholds = thresholds if self.h.belief else None
 
     def step_one_by_one(self, back_end: ModuleType, gradients: list[Tensor]) -> None:
@@ -74,7 +74,7 @@ class Parts:
         )
         plan = cpu.planned([group], None, kind)
         assert plan.left == [[]]
-        table = torch.zeros(count, 4, dtype=torch.float64)
+        table = torch.zeros(count, 4, dtype=torch.float64, device=DEVICE)
         plan.measure([self.h], table)
         scale, q4, k, largest = table.unbind(1)
         whole = Sums(scale, q4, k, largest).merged()
@@ -87,7 +87,7 @@ class Parts:
 @pytest.mark.parametrize("mode", MODES, ids=["plain", "decoupled", "belief"])
 @pytest.mark.parametrize(
     "back_end",
-    [reference, foreach, pytest.param(cpu.Plan, marks=NEEDS_KERNEL)],
+    [reference, foreach, pytest.param(triton.Plan if ON_GPU else cpu.Plan, marks=NEEDS_FUSED)],
     ids=["rule", "foreach", "fused"],
 )
 def test_parts_are_the_whole(
@@ -105,7 +105,7 @@ def check_parts(
     theta = normal((size,), "theta")
     wanted, parts = ReferenceApollo(as_numpy(theta), settings), Parts(theta, settings)
     for t in range(steps):
-        g = normal((size,), "g", t) * 10.0 ** (torch.arange(size) % 5)
+        g = normal((size,), "g", t) * 10.0 ** (torch.arange(size, device=DEVICE) % 5)
         wanted.step(as_numpy(g))
         gradients = [g[one].clone() for one in parts.slices]
         if isinstance(back_end, type):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from apollo_qn.experiments.bench import contenders, measure, parameter_sets, show
+from apollo_qn.experiments.bench import contenders, measure, parameter_sets, place, show
 from apollo_qn.experiments.bench.contenders import CONTENDERS, PEER, RULE, Contender
 from apollo_qn.experiments.bench.measure import Result, Taken
 from apollo_qn.experiments.errors import ExperimentError
@@ -26,6 +27,7 @@ from apollo_qn.experiments.errors import ExperimentError
         ("resnext-50", 161, 25_028_904),
         ("transformer-base", 253, 63_082_496),
         ("one-tensor", 1, 64_000_000),
+        ("decoder-1.3b", 218, 1_317_373_952),
         ("many-tensors", 10_000, 640_000),
     ],
 )
@@ -62,6 +64,40 @@ def test_the_peer_is_always_there() -> None:
     assert [c.name for c in contenders.choose(["Apollo fused"])] == [PEER, "Apollo fused"]
     with pytest.raises(ExperimentError, match="no optimizer 'Apolo'; there are SGD loop, "):
         contenders.choose(["Apolo"])
+
+
+def test_contenders_of_a_gpu() -> None:
+    assert contenders.COMPILED not in [c.name for c in contenders.choose(None)]
+    assert contenders.COMPILED in [c.name for c in contenders.choose(None, "cuda")]
+    too_many = [torch.nn.Parameter(torch.zeros(1)) for _ in range(1001)]
+    with pytest.raises(RuntimeError, match="1,001 tensors would take long to compile"):
+        CONTENDERS[contenders.COMPILED].make(too_many)
+    by_default = [chosen.name for chosen in parameter_sets.choose(None, "cuda")]
+    assert by_default == ["resnet-110", "resnext-50", "transformer-base", "decoder-1.3b/1"]
+    assert "decoder-1.3b/1" not in [chosen.name for chosen in parameter_sets.choose(None)]
+
+
+def test_a_decoder_is_halved_three_times() -> None:
+    sizes = []
+    (chosen,) = parameter_sets.choose(["decoder-1.3b"])
+    smaller: parameter_sets.ParameterSet | None = chosen
+    while smaller is not None:
+        sizes.append(parameter_sets.numel(smaller.shapes()))
+        smaller = smaller.smaller()
+    ratios = [one / other for one, other in itertools.pairwise(sizes)]
+    assert ratios == pytest.approx([2.0, 2.0, 2.0], rel=1e-3)
+
+
+def test_gradient_and_state_that_no_cache_holds_are_read_twice() -> None:
+    mine = Taken("Apollo fused", "apollo", 7, [1.0], [1.0], state_bytes=8000)
+    result = Result("set", "Set", 1, 1000, 4, [10.0], [mine])
+    assert result.bandwidth(mine) == 7 * 1000 * 4 / 1e-3
+    assert result.bandwidth(mine, twice=True) == 10 * 1000 * 4 / 1e-3
+    assert "at 10 words" not in " ".join(show.cells(result, mine))
+    result.reads_twice = True
+    assert "at 10 words" in " ".join(show.cells(result, mine))
+    mine.state_bytes = None
+    assert result.bandwidth(mine, twice=True) == 10 * 1000 * 4 / 1e-3
 
 
 def taken(name: str, times: list[float], peer: list[float], words: int = 7) -> Taken:
@@ -131,18 +167,18 @@ def test_lots_that_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     (chosen,) = parameter_sets.choose(["one-tensor"])
     every = contenders.choose(None)
     for gigabytes in (6, 8, 12, 1000):
-        monkeypatch.setattr(measure, "_available", lambda n=gigabytes: n * 10**9)
+        monkeypatch.setattr(place.HOST, "available", lambda n=gigabytes: n * 10**9)
         same, lots = measure.fitting(chosen, every, torch.float32)
         assert same == chosen
         assert all(PEER in [c.name for c in lot] for lot in lots)
         assert {c.name for lot in lots for c in lot} == {c.name for c in every}
         largest = max(map(len, lots))
         assert largest == len(every) or largest * 64e6 * 12 < gigabytes * 1e9
-    monkeypatch.setattr(measure, "_available", lambda: 10**9)
+    monkeypatch.setattr(place.HOST, "available", lambda: 10**9)
     smaller, lots = measure.fitting(chosen, every, torch.float32)
     assert smaller.name == "one-tensor/4"
     assert smaller.title == "One tensor of 64 M, 1/4 of the elements"
-    monkeypatch.setattr(measure, "_available", lambda: 10**6)
+    monkeypatch.setattr(place.HOST, "available", lambda: 10**6)
     (whole,) = parameter_sets.choose(["resnet-110"])
     with pytest.raises(ExperimentError, match="ResNet-110: two optimizers need"):
         measure.fitting(whole, every, torch.float32)
@@ -207,3 +243,15 @@ def test_a_bad_option_is_one_line() -> None:
     assert done.returncode == 2
     assert "--dtype is 'float8', allowed are float32, bfloat16, float64" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ("gpu", "--device is 'gpu', allowed are cpu, cuda, cuda:1 and so on"),
+        ("cuda:99", r"--device is 'cuda:99', but torch .* sees \d+ GPUs here"),
+    ],
+)
+def test_devices_that_are_none(device: str, said: str) -> None:
+    with pytest.raises(ExperimentError, match=said):
+        place.at(device)

@@ -204,7 +204,7 @@ class _Workspace(threading.local):
             numel = matrices * layout.rows * ROW
             memory = self.memory.get(dtype)
             if memory is None or memory.numel() < numel:
-                memory = self.memory[dtype] = torch.empty(numel, dtype=dtype)
+                memory = self.memory[dtype] = torch.empty(numel, dtype=dtype, device="cpu")
                 self.kept.clear()  # views of the memory before
             both = memory[:numel].view(size)
             kept = self.kept[key, matrices] = both, [layout.views(matrix) for matrix in both]

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from apollo_qn import rule
+from apollo_qn import rounding, rule
 from apollo_qn.backends import Group
 from apollo_qn.optimizer import Apollo, hyperparameters
 from apollo_qn.rule import Hyperparameters, Scalar, StepScalars, Sums
@@ -289,6 +289,7 @@ def _parts(
             [state["exp_avg"] for state in states],
             [state["hessian_diag"] for state in states],
             [state["step"] for state in states],
+            compensations=[state.get("compensation") for state in states],
         )
         groups.append(group)
         members.append(mine)
@@ -298,14 +299,18 @@ def _parts(
         for i, (name, p) in enumerate(mine):
             row = -1 if group.shared is None else group.shared[i]
             columns = (group.params, group.grads, group.exp_avgs, group.hessian_diags)
-            theta, g, m, B = (_real(column[i]) for column in columns)
+            low = None if group.compensations is None else group.compensations[i]
+            dtype = rule.arithmetic(p.dtype, group.exp_avgs[i].dtype).to_real()
+            theta, g, m, B = (_real(column[i]).to(dtype) for column in columns)
+            if low is not None:
+                theta = rounding.joined(theta, low, dtype)
             if B.numel() == 0 and row < 0:
                 continue  # all of it lies on ranks of another mesh
             state = optimizer.state[p]
             parts.append(
                 _Part(
                     p, name, group.h, _number(state["step"]), _coming_scalars(state, group.h),
-                    _last_rate(state, group.h), theta.to(m.dtype), g, m, B, row,
+                    _last_rate(state, group.h), theta, g, m, B, row,
                 )
             )  # fmt: skip
     return parts, reduction

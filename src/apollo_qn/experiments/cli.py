@@ -297,6 +297,7 @@ def bench(
     threads: Annotated[int | None, typer.Option(min=1, help="Default: torch's.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float64.")] = "float32",
     seed: Annotated[int, typer.Option(help="Of parameters and gradients.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 and so on.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/bench"),
 ) -> None:
     """Measure step time, memory and bandwidth of every back end beside PyTorch's optimizers.
@@ -317,6 +318,7 @@ def bench(
             threads,
             dtype,
             seed,
+            device,
         )
         console = Console() if sys.stdout.isatty() else Console(width=120)
         command = shlex.join(["apollo-qn", *sys.argv[1:]])

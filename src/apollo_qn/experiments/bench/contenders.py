@@ -19,6 +19,8 @@ Make: TypeAlias = Callable[[list[nn.Parameter]], Optimizer]
 
 PEER = "AdamW fused"
 RULE = "Apollo rule"
+COMPILED = "AdamW compiled"
+_MOST_COMPILED = 1000  # tensors; the compiler unrolls the loop over them
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,14 @@ def _apollo(name: str, cls: Any = Apollo, **settings: Any) -> Contender:
     return Contender(name, "apollo", 7, partial(cls, **settings))
 
 
+def _compiled_adamw(params: list[nn.Parameter]) -> Optimizer:
+    if len(params) > _MOST_COMPILED:
+        raise RuntimeError(f"{len(params):,} tensors would take long to compile")
+    made = torch.optim.AdamW(params, capturable=not params[0].is_cpu)
+    made.step = torch.compile(made.step)  # type: ignore[method-assign]
+    return made
+
+
 def _pytorch_optimizer(params: list[nn.Parameter]) -> Optimizer:
     from pytorch_optimizer import ApolloDQN  # type: ignore[import-not-found, unused-ignore]
 
@@ -65,6 +75,7 @@ CONTENDERS = {
         # reads g, m, v and theta, writes the three last
         *_torch("adam", torch.optim.Adam, 7, True),
         *_torch("adam", torch.optim.AdamW, 7, True),
+        Contender(COMPILED, "adam", 7, _compiled_adamw),
         *_torch("radam", torch.optim.RAdam, 7, False),
         _apollo(RULE, foreach=False, fused=False),
         _apollo("Apollo foreach", foreach=True),
@@ -77,8 +88,10 @@ CONTENDERS = {
 }
 
 
-def choose(names: list[str] | None) -> list[Contender]:
+def choose(names: list[str] | None, device: str = "cpu") -> list[Contender]:
     """The named contenders, always with the peer; None: all that are installed.
+
+    On the CPU the compiled one must be named, for it takes minutes to compile.
 
     Raises:
         ExperimentError: a name that is none.
@@ -88,6 +101,8 @@ def choose(names: list[str] | None) -> list[Contender]:
             raise ExperimentError(f"no optimizer {name!r}; there are {', '.join(CONTENDERS)}")
     if names is None:
         names = [name for name in CONTENDERS if "pytorch-optimizer" not in name]
+        if device == "cpu":
+            names.remove(COMPILED)
         if find_spec("pytorch_optimizer") is not None:
             names.append("pytorch-optimizer ApolloDQN")
     return [c for c in CONTENDERS.values() if c.name in names or c.name == PEER]

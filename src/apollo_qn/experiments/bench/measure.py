@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import re
+import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +15,7 @@ from torch.optim.optimizer import Optimizer
 
 from apollo_qn.experiments.bench.contenders import PEER, RULE, Contender
 from apollo_qn.experiments.bench.parameter_sets import ParameterSet, numel
+from apollo_qn.experiments.bench.place import HOST, Host
 from apollo_qn.experiments.errors import ExperimentError
 
 COPY = "copy"
@@ -25,7 +23,6 @@ WARM_UP = 3  # steps before the first that counts
 FEWEST = 5  # rounds, whatever they take
 _WORDS = 3  # that every optimizer moves: the gradient, and the parameter twice
 _SLOW = 8  # times the peer's step: such a contender takes part in FEWEST rounds only
-_COPIED = 64 << 20  # bytes of the tensor whose copying measures the bandwidth
 _SHARE_OF_MEMORY = 0.7  # of what is free, that may be used at once
 
 
@@ -68,7 +65,12 @@ class Taken:
 
 @dataclass
 class Result:
-    """All contenders on one set."""
+    """All contenders on one set.
+
+    ``copied`` is how large the tensor is that each of ``copy_times`` copied, in bytes.
+    ``reads_twice`` says that the set has a tensor whose gradient and state no cache of the device
+    holds: Apollo, which must read them twice, then reads them twice from memory.
+    """
 
     name: str
     title: str
@@ -78,22 +80,28 @@ class Result:
     copy_times: list[float]
     taken: list[Taken]
     interrupted: bool = False
+    copied: int = HOST.copied
+    reads_twice: bool = False
 
     @property
     def copy_bandwidth(self) -> float:
         """Bytes read and written a second by a large copy."""
-        return 2 * _COPIED / (statistics.median(self.copy_times) / 1e3)
+        return 2 * self.copied / (statistics.median(self.copy_times) / 1e3)
 
-    def bandwidth(self, taken: Taken) -> float:
+    def bandwidth(self, taken: Taken, twice: bool = False) -> float:
         """Bytes a second that a contender moved, if it moved no more than it must.
 
-        That is gradient and parameter read, the parameter written, all of the state both.
+        That is gradient and parameter read, the parameter written, all of the state both; with
+        ``twice`` gradient and state are read once more.
         """
         moved = _WORDS * self.parameters * self.element_bytes
         if taken.state_bytes is None:
             moved += (taken.words - _WORDS) * self.parameters * self.element_bytes
         else:
             moved += 2 * taken.state_bytes
+        if twice:
+            states = (taken.words - _WORDS) // 2 * self.parameters * self.element_bytes
+            moved += self.parameters * self.element_bytes + (taken.state_bytes or states)
         return moved / (taken.milliseconds / 1e3)
 
     def faster_than_rule(self, taken: Taken) -> float | None:
@@ -109,7 +117,10 @@ class Result:
 class _Entry:
     """A contender with parameters of its own and the gradients of all."""
 
-    def __init__(self, contender: Contender, values: list[Tensor], gradients: list[Tensor]) -> None:
+    def __init__(
+        self, contender: Contender, values: list[Tensor], gradients: list[Tensor], where: Host
+    ) -> None:
+        self._where = where
         self.taken = Taken(contender.name, contender.family, contender.words)
         self.optimizer: Optimizer | None = None
         params = [nn.Parameter(value.clone()) for value in values]
@@ -118,20 +129,15 @@ class _Entry:
         try:
             self.optimizer = contender.make(params)
             for _ in range(WARM_UP):
-                self.seconds = self._step()
+                self.milliseconds = self.step()
         except (RuntimeError, ValueError, ImportError) as error:
             self.optimizer = None
             self.taken.unavailable = str(error).splitlines()[0]
 
-    def _step(self) -> float:
-        assert self.optimizer is not None
-        start = time.perf_counter()
-        self.optimizer.step()
-        return time.perf_counter() - start
-
     def step(self) -> float:
         """Milliseconds of a step."""
-        return 1e3 * self._step()
+        assert self.optimizer is not None
+        return self._where.milliseconds(self.optimizer.step)
 
     def weigh(self) -> None:
         """Measure the memory."""
@@ -142,7 +148,7 @@ class _Entry:
             for x in state.values()
             if isinstance(x, Tensor)
         )
-        self.taken.peak_bytes = _growth(self._step)
+        self.taken.peak_bytes = self._where.growth(self.optimizer.step)
 
 
 def measure(
@@ -155,6 +161,7 @@ def measure(
     seed: int,
     tell: Callable[[str, int, int], None],
     stop: Callable[[], bool],
+    where: Host = HOST,
 ) -> Result:
     """Step all contenders in turn, round after round, each round from another one on.
 
@@ -170,30 +177,38 @@ def measure(
         seed: of the random parameters and gradients.
         tell: is told what is going on, and how many rounds of how many are done.
         stop: is asked after each step; True ends the measurement with what there is.
+        where: the device.
 
     Raises:
         ExperimentError: not even two contenders fit into memory.
     """
-    chosen, lots = fitting(chosen, contenders, dtype)
+    chosen, lots = fitting(chosen, contenders, dtype, where)
     shapes = chosen.shapes()
-    generator = torch.Generator().manual_seed(seed)
-    values = [torch.randn(s, generator=generator).mul_(0.05).to(dtype) for s in shapes]
-    gradients = [torch.randn(s, generator=generator).mul_(0.01).to(dtype) for s in shapes]
+    generator = torch.Generator(where.device).manual_seed(seed)
+
+    def drawn(size: float) -> list[Tensor]:
+        made = (torch.randn(s, generator=generator, device=where.device) for s in shapes)
+        return [one.mul_(size).to(dtype) for one in made]
+
+    values, gradients = drawn(0.05), drawn(0.01)
     result = Result(chosen.name, chosen.title, len(shapes), numel(shapes), dtype.itemsize, [], [])
-    source = torch.ones(_COPIED // 4)
+    result.copied = where.copied
+    largest = max(map(math.prod, shapes)) * (dtype.itemsize + 2 * max(4, dtype.itemsize))
+    result.reads_twice = bool(where.cache) and largest > where.cache
+    source = torch.ones(where.copied // 4, device=where.device)
     target = torch.empty_like(source)
     for number, lot in enumerate(lots):
         tell(f"{chosen.title}: making", 0, 0)
         entries = []
         for contender in lot:
-            entries.append(_Entry(contender, values, gradients))
+            entries.append(_Entry(contender, values, gradients, where))
             if stop():
                 result.interrupted = True
                 return result
         done = _rounds(
             chosen.title,
             [entry for entry in entries if entry.optimizer is not None],
-            lambda: target.copy_(source),
+            lambda: where.milliseconds(lambda: target.copy_(source)),
             result.copy_times,
             repeats=repeats,
             budget=budget / len(lots),
@@ -208,7 +223,7 @@ def measure(
             if measured and (number == 0 or entry.taken.name != PEER):
                 result.taken.append(entry.taken)
         del entries, entry
-        gc.collect()
+        where.give_back()
         if not done:
             result.interrupted = True
             break
@@ -220,7 +235,7 @@ def measure(
 def _rounds(
     title: str,
     entries: list[_Entry],
-    copy: Callable[[], object],
+    copy: Callable[[], float],
     copy_times: list[float],
     *,
     repeats: int,
@@ -235,16 +250,14 @@ def _rounds(
         if done >= FEWEST and time.perf_counter() - start > budget:
             break
         tell(title, done, repeats)
-        part = [e for e in entries if done < FEWEST or e.seconds <= _SLOW * peer.seconds]
+        part = [e for e in entries if done < FEWEST or e.milliseconds <= _SLOW * peer.milliseconds]
         first = done % len(part)
         times: dict[str, float] = {}
         for entry in part[first:] + part[:first]:
             times[entry.taken.name] = entry.step()
             if stop():
                 return False
-        before = time.perf_counter()
-        copy()
-        copy_times.append(1e3 * (time.perf_counter() - before))
+        copy_times.append(copy())
         for entry in part:
             entry.taken.times.append(times[entry.taken.name])
             entry.taken.peer.append(times[PEER])
@@ -252,21 +265,21 @@ def _rounds(
 
 
 def fitting(
-    chosen: ParameterSet, contenders: list[Contender], dtype: torch.dtype
+    chosen: ParameterSet, contenders: list[Contender], dtype: torch.dtype, where: Host = HOST
 ) -> tuple[ParameterSet, list[list[Contender]]]:
     """The set, or the largest part of it of which two optimizers fit into memory, and lots that do.
 
     Raises:
         ExperimentError: not even the smallest part fits.
     """
-    available = _available()
+    available = where.available()
     if available is None:
         return chosen, [contenders]
     while True:
         parameters = numel(chosen.shapes())
         # parameter and two states of at least 4 bytes; the values and gradients that all share
         each = parameters * (dtype.itemsize + 2 * max(4, dtype.itemsize))
-        shared = parameters * 2 * max(4, dtype.itemsize) + 2 * _COPIED
+        shared = parameters * 2 * max(4, dtype.itemsize) + 2 * where.copied
         fit = int((_SHARE_OF_MEMORY * available - shared) // each)
         if fit >= 2:
             break
@@ -282,33 +295,3 @@ def fitting(
     peer = [contender for contender in contenders if contender.name == PEER]
     others = [contender for contender in contenders if contender.name != PEER]
     return chosen, [peer + others[i : i + fit - 1] for i in range(0, len(others), fit - 1)]
-
-
-def _available() -> int | None:
-    """Bytes of memory that are free, or None where the system does not tell."""
-    return _kilobytes("/proc/meminfo", "MemAvailable")
-
-
-def _growth(work: Callable[[], object]) -> int | None:
-    """Bytes by which the process grows at most while it works; None where it is not Linux.
-
-    What the allocator keeps from before is given back first, for it would hide what is asked for.
-    """
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
-        return None
-    before = _kilobytes("/proc/self/status", "VmRSS")
-    work()
-    after = _kilobytes("/proc/self/status", "VmHWM")
-    return None if before is None or after is None else max(after - before, 0)
-
-
-def _kilobytes(path: str, name: str) -> int | None:
-    try:
-        found = re.search(rf"^{name}:\s+(\d+) kB", Path(path).read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    return None if found is None else 1024 * int(found[1])

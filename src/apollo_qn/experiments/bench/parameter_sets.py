@@ -24,6 +24,7 @@ class Family:
     shapes: Callable[[int], list[Shape]]
     scaled: str = ""
     default_scale: int = 1
+    largest_scale: int = 4096  # below it every set has an element, every cut-off its words
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class ParameterSet:
         if not FAMILIES[self.family].scaled:
             return None
         half = ParameterSet(self.family, 2 * self.scale)
-        return half if half.scale <= _LARGEST_SCALE else None
+        return half if half.scale <= FAMILIES[self.family].largest_scale else None
 
 
 def numel(shapes: Iterable[Shape]) -> int:
@@ -66,8 +67,8 @@ def numel(shapes: Iterable[Shape]) -> int:
     return sum(map(math.prod, shapes))
 
 
-def choose(names: list[str] | None) -> list[ParameterSet]:
-    """The named sets; None: all.
+def choose(names: list[str] | None, device: str = "cpu") -> list[ParameterSet]:
+    """The named sets; None: those for this type of device.
 
     Args:
         names: a family each, with ``/8`` behind it for an eighth where the family has scales.
@@ -75,7 +76,7 @@ def choose(names: list[str] | None) -> list[ParameterSet]:
     Raises:
         ExperimentError: a name that is none, or a scale that cannot be.
     """
-    chosen = [_set(name) for name in (list(FAMILIES) if names is None else names)]
+    chosen = [_set(name) for name in (_DEFAULT[device] if names is None else names)]
     return list(dict.fromkeys(chosen))
 
 
@@ -87,9 +88,10 @@ def _set(name: str) -> ParameterSet:
         return ParameterSet(family, FAMILIES[family].default_scale)
     if not FAMILIES[family].scaled:
         raise ExperimentError(f"parameter set {name!r}: {family} has one size only")
-    if not (scale.isdecimal() and 1 <= int(scale) <= _LARGEST_SCALE):
+    most = FAMILIES[family].largest_scale
+    if not (scale.isdecimal() and 1 <= int(scale) <= most):
         raise ExperimentError(
-            f"parameter set {name!r}: the scale must be a whole number from 1 to {_LARGEST_SCALE}, "
+            f"parameter set {name!r}: the scale must be a whole number from 1 to {most}, "
             f"as in {family}/8"
         )
     return ParameterSet(family, int(scale))
@@ -148,15 +150,30 @@ def _transformer_base(scale: int) -> list[Shape]:
     return [(37_000, 512), *encoder * 6, *decoder * 6]
 
 
+def _decoder(scale: int) -> list[Shape]:
+    """As LLaMA (Touvron et al., 2023): SwiGLU, no biases; one embedding, shared by the output."""
+    width, hidden = 2048, 5504
+    attention: list[Shape] = [(width, width)] * 4
+    layer = [*attention, *[(hidden, width)] * 2, (width, hidden), *[(width,)] * 2]
+    return [(50_304 // scale, width), *layer * (24 // scale), (width,)]
+
+
 FAMILIES = {
     "resnet-110": Family("ResNet-110", _resnet110),
     "resnext-50": Family("ResNeXt-50 32x4d", _resnext50),
     # whole it takes 2 GB, and 8 GB with AdamW's state: more time and memory than a default run has
     "one-billion-word": Family("One Billion Words LSTM", _one_billion_word, "vocabulary", 8),
     "transformer-base": Family("Transformer-base", _transformer_base),
+    "decoder-1.3b": Family(
+        "Decoder of 1.3 B", _decoder, "layers and the vocabulary", largest_scale=8
+    ),
     "one-tensor": Family("One tensor of 64 M", lambda scale: [(64_000_000 // scale,)], "elements"),
     "many-tensors": Family(
         "10,000 tensors of 64", lambda scale: [(64,)] * (10_000 // scale), "tensors"
     ),
 }
-_LARGEST_SCALE = 4096  # below it every set has an element, every cut-off its words
+# What is stepped where no set is named.
+_DEFAULT = {
+    "cpu": [name for name in FAMILIES if name != "decoder-1.3b"],
+    "cuda": ["resnet-110", "resnext-50", "transformer-base", "decoder-1.3b"],
+}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import apollo_qn
-from apollo_qn.experiments.bench import show
+from apollo_qn.experiments.bench import place, show
 from apollo_qn.experiments.bench.contenders import choose as choose_contenders
 from apollo_qn.experiments.bench.measure import Result, measure
 from apollo_qn.experiments.bench.parameter_sets import choose as choose_sets
@@ -36,6 +36,7 @@ class Options:
     threads: int | None  # None: torch's own choice
     dtype: str
     seed: int
+    device: str = "cpu"
 
 
 def run(
@@ -58,12 +59,14 @@ def run(
         ExperimentError: an option that is not possible.
         Interrupted: on SIGINT or SIGTERM; what was complete has been written.
     """
-    sets, contenders = choose_sets(options.sets), choose_contenders(options.optimizers)
+    where = place.at(options.device)
+    kind = where.device.type
+    sets, contenders = choose_sets(options.sets, kind), choose_contenders(options.optimizers, kind)
     if options.dtype not in DTYPES:
         raise ExperimentError(f"--dtype is {options.dtype!r}, allowed are {', '.join(DTYPES)}")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    about = _about(options, command)
+    about = _about(options, command, where)
     out.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
     with signals() as received:
@@ -77,6 +80,7 @@ def run(
                 seed=options.seed,
                 tell=tell,
                 stop=lambda: bool(received),
+                where=where,
             )
             if result.copy_times:
                 results.append(result)
@@ -98,11 +102,13 @@ def _write(results: list[Result], about: dict[str, Any], out: Path) -> None:
         write_atomically(out / name, content)
 
 
-def _about(options: Options, command: str) -> dict[str, Any]:
-    its = machine()
+def _about(options: Options, command: str, where: place.Host) -> dict[str, Any]:
+    its, device = machine(), where.about()
+    on_gpu = f"{device.pop('title')}; " if device else ""
     return {
         "command": command,
-        "machine": f"{its['cpu']}, {torch.get_num_threads()} of {cores()} cores, "
+        **({"device": device} if device else {}),
+        "machine": f"{on_gpu}{its['cpu']}, {torch.get_num_threads()} of {cores()} cores, "
         f"{torch.backends.cpu.get_cpu_capability()}, {options.dtype}",
         "platform": its["platform"],
         "torch": torch.__version__,

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 
 from apollo_qn.experiments.models.resnet import resnet
 from apollo_qn.experiments.models.resnext import resnext
-from apollo_qn.experiments.schema import ResNetModel, ResNeXtModel
+
+if TYPE_CHECKING:
+    from apollo_qn.experiments.schema import ResNetModel, ResNeXtModel
 
 
 def build(model: ResNetModel | ResNeXtModel, in_channels: int, classes: int) -> nn.Module:
     """Make the network that a recipe names, drawn from torch's global generator."""
+    from apollo_qn.experiments.schema import ResNetModel  # not needed for a network itself
+
     if isinstance(model, ResNetModel):
         return resnet(model.depth, model.width, in_channels, classes)
     return resnext(model.depth, model.groups, model.group_width, in_channels, classes)
