@@ -86,7 +86,7 @@ def test_apollow_is_apollo_with_decoupled_decay() -> None:
 
 
 def test_public_names() -> None:
-    assert set(apollo_qn.__all__) == {"Apollo", "ApolloW", "apollo"}
+    assert set(apollo_qn.__all__) == {"Apollo", "ApolloW", "GradientRelease", "apollo"}
     assert apollo_qn.__version__
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from numbers import Real
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from apollo_qn import checkpoint, sharded
 from apollo_qn.backends import Group
 from apollo_qn.functional import Kept, check_back_end_choice, run, warmup_share
 from apollo_qn.rule import Hyperparameters, Rebound, Scalar
+
+if TYPE_CHECKING:
+    from apollo_qn.gradient_release import GradientRelease
 
 
 class Apollo(Optimizer):
@@ -77,6 +80,7 @@ class Apollo(Optimizer):
     """
 
     _kept: Kept | None = None  # from step to step
+    _release: GradientRelease | None = None
 
     def __init__(
         self,
@@ -149,6 +153,8 @@ class Apollo(Optimizer):
         """
         loaded: StateDict = {}
         self._kept = None  # it would keep the state before alive
+        if self._release is not None:
+            self._release.forget()
 
         def before(optimizer: Optimizer, given: StateDict) -> StateDict:
             loaded.update(checkpoint.translated(given, self.param_groups))
@@ -191,14 +197,27 @@ class Apollo(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._release is not None:
+            self._release.end_step()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            groups = [self._group(group) for group in self.param_groups]
+            groups = [self._group(group, group["params"]) for group in self.param_groups]
             self._kept = run(groups, self._kept)
         return loss
 
-    def _group(self, group: dict[str, Any]) -> Group:
+    def step_of(self, p: Tensor, group: dict[str, Any], kept: Kept | None = None) -> Kept:
+        """The step of one parameter alone; it is what :meth:`step` does to it.
+
+        Args:
+            p: has a gradient.
+            group: of which it is.
+            kept: what the last call with this parameter returned.
+        """
+        with torch.no_grad():
+            return run([self._group(group, [p])], kept)
+
+    def _group(self, group: dict[str, Any], params: list[Tensor]) -> Group:
+        """What a step does to these parameters of a group."""
         h = _hyperparameters(group)
-        params: list[Tensor] = group["params"]
         grads = [g for p in params if (g := p.grad) is not None]
         if len(grads) < len(params):
             params = [p for p in params if p.grad is not None]
