@@ -82,3 +82,14 @@ SHARDED_B = {torch.float32: 3e-5, torch.float64: 1e-11}
 # 50 steps of training on several ranks against one process: the gradient is a mean of the ranks'
 # means, and its roundings pass through the loss.
 TRAINED_APART = 1e-5
+
+# A batch in parts against the whole of it, float64, 6 steps of a network of two layers: the sums of
+# the gradients are added in another order, some tens of roundings.
+ACCUMULATED = 1e-12
+
+# Gradients of torch.func.vmap against those of one model, float32, 5 steps of rate 0.5: another
+# matrix product with other roundings, which pass through the loss.
+BATCHED = 1e-5
+
+# A central difference of step 1e-6 in float64: its error is about 1e-16 / 1e-6 of the value.
+DIFFERENCE = 1e-6
