@@ -211,6 +211,34 @@ def test_a_tensor_lr() -> None:
     assert_same_training(ordinary, released, range(3))
 
 
+@pytest.mark.parametrize("after_accumulation", [False, True])
+def test_clipped_tensor_by_tensor(after_accumulation: bool) -> None:
+    """By a hook of the parameter's own, as the documentation says."""
+
+    def clip(p: Tensor) -> None:
+        nn.utils.clip_grad_norm_([p], 0.01)
+
+    ordinary, released = pair()
+    for p in released[0].parameters():
+        if after_accumulation:
+            p.register_post_accumulate_grad_hook(clip)
+        else:
+            p.register_hook(lambda g: g.clamp(-0.001, 0.001))
+    GradientRelease(released[1])
+    for t in range(4):
+        net, optimizer = ordinary
+        optimizer.zero_grad()
+        loss_of(net, t).backward()
+        for p in [p for p in net.parameters() if p.grad is not None]:
+            if after_accumulation:
+                nn.utils.clip_grad_norm_([p], 0.01)
+            else:
+                nn.utils.clip_grad_value_([p], 0.001)
+        optimizer.step()
+        step(*released, t)
+        assert same(snapshot(ordinary[1]), snapshot(released[1]))
+
+
 @pytest.mark.parametrize("last_by_hand", [False, True])
 @pytest.mark.parametrize("micro_steps", [2, 3])
 def test_accumulation(micro_steps: int, last_by_hand: bool) -> None:

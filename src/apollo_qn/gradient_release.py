@@ -57,8 +57,9 @@ class GradientRelease:
     Between ``backward()`` and ``optimizer.step()`` a released ``p.grad`` is a tensor without memory
     that raises RuntimeError where it is read, since clipping over the whole model and
     ``torch.amp.GradScaler`` would silently do nothing; after it, it is None. They raise only after
-    the steps of that backward pass. To clip tensor by tensor, register a hook of the parameter's
-    own (``p.register_hook``, or ``p.register_post_accumulate_grad_hook`` before this).
+    the steps of that backward pass. Frameworks that look at the gradients' norm to log it raise
+    too, as the Hugging Face Trainer does. To clip tensor by tensor, register a hook of the
+    parameter's own (``p.register_hook``, or ``p.register_post_accumulate_grad_hook`` before this).
 
     As with ``zero_grad(set_to_none=True)``, a parameter that has no gradient takes no step. A
     compiled model hands over all gradients of a graph together: then nothing is saved.
@@ -113,7 +114,7 @@ class GradientRelease:
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
-        self.forget()
+        self._forget()
         self._forgive()
         if self._optimizer._release is self:
             self._optimizer._release = None
@@ -126,12 +127,12 @@ class GradientRelease:
 
     # what the optimizer calls
 
-    def end_step(self) -> None:
+    def _end_step(self) -> None:
         """Make the released gradients None: the ordinary step is for what is left."""
         self._forgive()
         self._watch()
 
-    def forget(self) -> None:
+    def _forget(self) -> None:
         """Drop what would keep a state alive that the optimizer has no more."""
         self._kept.clear()
 
@@ -165,7 +166,7 @@ class GradientRelease:
         groups = self._optimizer.param_groups
         if len(groups) != len(self._groups) or any(map(_differ, groups, self._groups)):
             self._watch()  # a state was loaded, or a group added
-        self._kept[p] = self._optimizer.step_of(p, self._group_of[p], self._kept.get(p))
+        self._kept[p] = self._optimizer._step_of(p, self._group_of[p], self._kept.get(p))
         self._released.add(p)
         p.grad = _Released(p)
 

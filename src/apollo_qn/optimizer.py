@@ -154,7 +154,7 @@ class Apollo(Optimizer):
         loaded: StateDict = {}
         self._kept = None  # it would keep the state before alive
         if self._release is not None:
-            self._release.forget()
+            self._release._forget()
 
         def before(optimizer: Optimizer, given: StateDict) -> StateDict:
             loaded.update(checkpoint.translated(given, self.param_groups))
@@ -198,13 +198,13 @@ class Apollo(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._release is not None:
-            self._release.end_step()
+            self._release._end_step()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             groups = [self._group(group, group["params"]) for group in self.param_groups]
             self._kept = run(groups, self._kept)
         return loss
 
-    def step_of(self, p: Tensor, group: dict[str, Any], kept: Kept | None = None) -> Kept:
+    def _step_of(self, p: Tensor, group: dict[str, Any], kept: Kept | None = None) -> Kept:
         """The step of one parameter alone; it is what :meth:`step` does to it.
 
         Args:

@@ -20,7 +20,7 @@ NEEDS = {
     "optuna_tuning": ("optuna",),
 }
 # the default compiler is for use, and takes longer than the training
-OPTIONS = {"compiled_step": ("--backend", "aot_eager")}
+OPTIONS = {"compiled_step": ("--backend", "eager")}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
