@@ -1,12 +1,14 @@
 """Peak memory and time of a training step with the gradients released in the backward pass.
 
-    python benchmarks/gradient_release.py [--layers 16] [--width 512] [--rounds 3] [--json FILE]
+    python benchmarks/gradient_release.py [--layers 16] [--width 512] [--rounds 3] [--threads N]
+        [--json FILE]
 
 A Transformer of some 50 million parameters on random words. Every measurement is a process of its
 own, the contenders in turn, in an order that rotates: it makes the model, takes some steps, and
 reads its largest resident memory from VmHWM of /proc/self/status (Linux). What the process held
 before the first step (torch, the model) is given beside it. Time is the median of the steps but the
-first two, forward and backward pass and step together.
+first two, forward and backward pass and step together; the processor's time stands beside it, since
+that of the clock says little on a machine that others use.
 
 How much of what was freed glibc's allocator keeps varies. So each is measured
 twice: as it is, and with MALLOC_MMAP_THRESHOLD_=65536, with which every tensor above 64 KiB goes
@@ -74,20 +76,23 @@ def work(name: str, layers: int, width: int, steps: int) -> dict[str, Any]:
         GradientRelease(optimizer)
     words = torch.randint(WORDS, (2, 32))
     before = resident("VmRSS")
-    times = []
+    times, busy = [], []
     for _ in range(steps):
-        start = time.perf_counter()
+        start, start_busy = time.perf_counter(), time.process_time()
         functional.cross_entropy(model(words).flatten(0, 1), words.flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
         times.append(1e3 * (time.perf_counter() - start))
+        busy.append(1e3 * (time.process_time() - start_busy))
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "tensors": len(list(model.parameters())),
         "before_MiB": before,
         "peak_MiB": resident("VmHWM"),
         "step_ms": statistics.median(times[2:]),
+        "processor_ms": statistics.median(busy[2:]),
         "all_steps_ms": times,
+        "all_processor_ms": busy,
     }
 
 
@@ -97,9 +102,11 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write every measurement to this file")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     size = (arguments.layers, arguments.width, arguments.steps)
     if arguments.work:
         print(json.dumps(work(arguments.work, *size)))
@@ -136,14 +143,16 @@ def main() -> None:
 
         print(
             f"{'allocator ' + allocator:30}{'before, MiB':>13}{'peak, MiB':>11}{'- Apollo':>10}"
-            f"{'step, ms':>10}{'/ Apollo':>10}"
+            f"{'step, ms':>10}{'/ Apollo':>10}{'processor, ms':>15}{'/ Apollo':>10}"
         )
         for name in names:
             peak, taken = median(name, "peak_MiB"), median(name, "step_ms")
+            busy = median(name, "processor_ms")
             print(
                 f"{name:30}{median(name, 'before_MiB'):13.0f}{peak:11.0f}"
                 f"{peak - median('Apollo', 'peak_MiB'):10.0f}{taken:10.0f}"
                 f"{taken / median('Apollo', 'step_ms'):10.2f}"
+                f"{busy:15.0f}{busy / median('Apollo', 'processor_ms'):10.2f}"
             )
     if arguments.json:
         content = {
