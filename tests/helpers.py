@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -218,3 +218,22 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     return bool(a == b)
+
+
+def rates(optimizer: Apollo, steps: int, after: Callable[[], None] = lambda: None) -> list[float]:
+    """The rates really used: with beta = 0, B = 0 and a gradient of 1 a step moves by its rate."""
+    (p,) = optimizer.param_groups[0]["params"]
+    used = []
+    for _ in range(steps):
+        before = p.item()
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        used.append(before - p.item())
+        after()
+    return used
+
+
+def of_one_parameter(**settings: Any) -> Apollo:
+    """B stays 0: the gradient never changes, so y = 0, and a large sigma hides what rounds."""
+    p = torch.nn.Parameter(torch.zeros((), dtype=torch.float64, device=DEVICE))
+    return Apollo([p], beta=0.0, **settings)

@@ -9,14 +9,12 @@ import io
 import itertools
 import math
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.optim import lr_scheduler
 
 import apollo_qn
 from apollo_qn import Apollo, ApolloW
@@ -30,7 +28,9 @@ from tests.helpers import (
     give_gradients,
     make,
     normal,
+    of_one_parameter,
     parameters,
+    rates,
     references,
     run_steps,
     same,
@@ -92,7 +92,7 @@ def test_apollow_is_apollo_with_decoupled_decay() -> None:
 
 
 def test_public_names() -> None:
-    assert set(apollo_qn.__all__) == {"Apollo", "ApolloW", "apollo"}
+    assert set(apollo_qn.__all__) == {"Apollo", "ApolloW", "GradientRelease", "apollo"}
     assert apollo_qn.__version__
 
 
@@ -510,70 +510,18 @@ def test_a_pickle_of_an_older_version_gets_the_defaults() -> None:
 # warmup and schedulers
 
 
-def rates(optimizer: Apollo, steps: int, after: Callable[[], None] = lambda: None) -> list[float]:
-    """The rates really used: with beta = 0, B = 0 and a gradient of 1 a step moves by its rate."""
-    (p,) = optimizer.param_groups[0]["params"]
-    used = []
-    for _ in range(steps):
-        before = p.item()
-        p.grad = torch.ones_like(p)
-        optimizer.step()
-        used.append(before - p.item())
-        after()
-    return used
-
-
-def one(**settings: Any) -> Apollo:
-    """B stays 0: the gradient never changes, so y = 0, and a large sigma hides what rounds."""
-    p = torch.nn.Parameter(torch.zeros((), dtype=torch.float64, device=DEVICE))
-    return Apollo([p], beta=0.0, **settings)
-
-
 @pytest.mark.parametrize("capturable", [False, True], ids=["host", "capturable"])
 @BACK_ENDS
 @pytest.mark.parametrize("init", [None, 0.0, 0.01, 2.0])
 @pytest.mark.parametrize("steps", [0, 1, 5])
 def test_warmup(steps: int, init: float | None, back_end: dict[str, Any], capturable: bool) -> None:
-    optimizer = one(
+    optimizer = of_one_parameter(
         lr=0.5, warmup_steps=steps, warmup_init_lr=init, **back_end, capturable=capturable
     )
     w = 1 / 1000 if init is None else init / 0.5
     wanted = [0.5 * (w + (1 - w) * t / steps) if t < steps else 0.5 for t in range(8)]
     limit = tolerances.CAPTURED_RATE if capturable else tolerances.RATE
     np.testing.assert_allclose(rates(optimizer, 8), wanted, rtol=0, atol=limit)
-
-
-SCHEDULERS: dict[str, Callable[[Any], Any]] = {
-    "StepLR": lambda o: lr_scheduler.StepLR(o, 3, gamma=0.1),
-    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [2, 6]),
-    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 10),
-    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda t: 1 / (1 + t)),
-    "LinearLR": lambda o: lr_scheduler.LinearLR(o, 0.2, total_iters=4),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(
-        o, max_lr=2.0, total_steps=10, cycle_momentum=False
-    ),
-    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1, factor=0.5),
-}
-
-
-@pytest.mark.parametrize("tensor_lr", [False, True])
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_warmup_multiplies_what_a_scheduler_sets(name: str, tensor_lr: bool) -> None:
-    lr: Any = torch.tensor(0.5, dtype=torch.float64) if tensor_lr else 0.5
-    optimizer = one(lr=lr, warmup_steps=4, warmup_init_lr=0.05)
-    scheduler = SCHEDULERS[name](optimizer)
-    set_by_scheduler = [float(optimizer.param_groups[0]["lr"])]
-
-    def after() -> None:
-        scheduler.step(*[1.0] * (name == "ReduceLROnPlateau"))
-        set_by_scheduler.append(float(optimizer.param_groups[0]["lr"]))
-
-    used = rates(optimizer, 9, after)
-    wanted = [
-        lr * (0.1 + 0.9 * t / 4 if t < 4 else 1.0) for t, lr in enumerate(set_by_scheduler[:9])
-    ]
-    assert len(set(set_by_scheduler)) > 1
-    np.testing.assert_allclose(used, wanted, rtol=tolerances.RATE, atol=1e-15)
 
 
 @BACK_ENDS

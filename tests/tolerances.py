@@ -114,3 +114,14 @@ DIAGNOSTICS_OF_FLOAT32 = 1e-5
 # B of a quadratic in one element: two steps, of which the secant condition takes a difference of
 # gradients that agree to a digit.
 QUADRATIC = 1e-13
+
+# A batch in parts against the whole of it, float64, 6 steps of a network of two layers: the sums of
+# the gradients are added in another order, some tens of roundings.
+ACCUMULATED = 1e-12
+
+# Gradients of torch.func.vmap against those of one model, float32, 5 steps of rate 0.5: another
+# matrix product with other roundings, which pass through the loss.
+BATCHED = 1e-5
+
+# A central difference of step 1e-6 in float64: its error is about 1e-16 / 1e-6 of the value.
+DIFFERENCE = 1e-6

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, overload
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from apollo_qn.backends import Group
 from apollo_qn.functional import Kept, check_back_end_choice, check_rounding, run, warmup_share
 from apollo_qn.rounding import Rounding
 from apollo_qn.rule import Hyperparameters, Rebound, Scalar
+
+if TYPE_CHECKING:
+    from apollo_qn.gradient_release import GradientRelease
 
 
 class Apollo(Optimizer):
@@ -89,7 +93,10 @@ class Apollo(Optimizer):
 
     _kept: Kept | None = None  # from step to step
     _modes: list[tuple[Any, ...]] | None = None  # how each group stored its numbers, last step
-    _streams: Sequence[list[int]] = ()  # words for the parameters of each group
+    _streams: Mapping[Tensor, int] = MappingProxyType(
+        {}
+    )  # the word of each parameter's random bits
+    _release: GradientRelease | None = None
 
     def __init__(
         self,
@@ -174,6 +181,8 @@ class Apollo(Optimizer):
         """
         loaded: StateDict = {}
         self._kept = self._modes = None  # it would keep the state before alive
+        if self._release is not None:
+            self._release._forget()
 
         def before(optimizer: Optimizer, given: StateDict) -> StateDict:
             loaded.update(checkpoint.translated(given, self.param_groups))
@@ -216,14 +225,25 @@ class Apollo(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._release is not None:
+            self._release._end_step()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             self._settle()
-            groups = [
-                self._group(group, streams)
-                for group, streams in zip(self.param_groups, self._streams, strict=True)
-            ]
+            groups = [self._group(group, group["params"]) for group in self.param_groups]
             self._kept = run(groups, self._kept)
         return loss
+
+    def _step_of(self, p: Tensor, group: dict[str, Any], kept: Kept | None = None) -> Kept:
+        """The step of one parameter alone; it is what :meth:`step` does to it.
+
+        Args:
+            p: has a gradient.
+            group: of which it is.
+            kept: what the last call with this parameter returned.
+        """
+        with torch.no_grad():
+            self._settle()
+            return run([self._group(group, [p])], kept)
 
     def _settle(self) -> None:
         """Make the state what the groups say of storing it, where that has changed."""
@@ -231,14 +251,10 @@ class Apollo(Optimizer):
         modes = [(*(group[k] for k in names), len(group["params"])) for group in self.param_groups]
         if modes == self._modes:
             return
-        first = 0
-        streams: list[list[int]] = []
+        streams: dict[Tensor, int] = {}
         for group in self.param_groups:
-            count = len(group["params"])
-            seed = int(group["seed"])
-            streams.append([rounding.stream(seed, first + i) for i in range(count)])
-            first += count
             for p in group["params"]:
+                streams[p] = rounding.stream(int(group["seed"]), len(streams))
                 state = self.state.get(p)
                 if not state:
                     continue
@@ -249,13 +265,12 @@ class Apollo(Optimizer):
                     state[name] = state[name].to(dtype)
         self._modes, self._streams = modes, streams
 
-    def _group(self, group: dict[str, Any], streams: list[int]) -> Group:
+    def _group(self, group: dict[str, Any], params: list[Tensor]) -> Group:
+        """What a step does to these parameters of a group."""
         h = hyperparameters(group)
-        params: list[Tensor] = group["params"]
         grads = [g for p in params if (g := p.grad) is not None]
         if len(grads) < len(params):
-            there = [i for i, p in enumerate(params) if p.grad is not None]
-            params, streams = [params[i] for i in there], [streams[i] for i in there]
+            params = [p for p in params if p.grad is not None]
         states = [self.state[p] for p in params]
         modes = (("previous_lr", h.decoupled_weight_decay), ("threshold", h.belief))
         needed = ["step", *(name for name, on in modes if on)]
@@ -278,7 +293,7 @@ class Apollo(Optimizer):
             [s["previous_lr"] for s in states] if h.decoupled_weight_decay else None,
             [s["threshold"] for s in states] if h.belief else None,
             compensations,
-            streams,
+            [self._streams[p] for p in params],
             foreach=group["foreach"],
             fused=group["fused"],
             capturable=group["capturable"],

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from apollo_qn import Apollo, diagnostics
+from apollo_qn import Apollo, GradientRelease, diagnostics
 from apollo_qn.experiments.models.batch_norm import over_all_processes
 from apollo_qn.experiments.models.resnet import ResNet
 from tests import tolerances
@@ -549,3 +549,23 @@ def diagnostics_of_shards() -> None:
             tolerance = tolerances.SHARDED_B[torch.float64]
             # means and corrections are as exact as the B's that they are of
             assert other == pytest.approx(one, rel=tolerance, abs=tolerance * one["curvature_rms"])
+
+
+def gradient_release() -> None:
+    """Refused: DTensors, and several processes whenever they came."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    p = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
+    net = nn.Linear(3, 2)
+    optimizer = Apollo(net.parameters())
+    with pytest.raises(RuntimeError, match=r"cannot be used with 2 processes.*Distributed"):
+        GradientRelease(optimizer)
+    with pytest.MonkeyPatch.context() as patch:
+        # as if the processes met only later
+        patch.setattr(dist, "is_initialized", lambda: False)
+        with pytest.raises(RuntimeError, match=r"DTensor.*shape \(4, 3\)"):
+            GradientRelease(Apollo([p]))
+        GradientRelease(optimizer)
+    before = [p.detach().clone() for p in net.parameters()]
+    with pytest.raises(RuntimeError, match="cannot be used with 2 processes"):
+        net(torch.ones(1, 3)).sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))

@@ -1,0 +1,49 @@
+"""Steps in the backward pass: the gradients are never all in memory, the numbers are the same.
+
+    pip install '.[experiments]'
+    python examples/gradient_release.py
+
+The loop stays as it is. Not with it: clipping over the whole model, GradScaler, several processes;
+each says so. ``python benchmarks/gradient_release.py`` measures the memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from apollo_qn import Apollo, GradientRelease
+from apollo_qn.experiments.data import fashion_mnist
+
+MICRO = 2  # batches whose gradients make one step
+
+
+def main() -> None:
+    """Train, and print how the loss fell."""
+    torch.manual_seed(0)
+    images = fashion_mnist.load()
+    inputs, labels = images.train_images.float() / 255, images.train_labels
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))
+    optimizer = Apollo(model.parameters(), lr=0.5, warmup_steps=10)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)
+    release = GradientRelease(optimizer)
+
+    losses = []
+    for batch in torch.randperm(len(inputs)).split(64)[:60]:
+        micro = batch.chunk(MICRO)
+        for i, part in enumerate(micro):
+            with release.accumulate(i < MICRO - 1):  # all but the last: only sum
+                loss = functional.cross_entropy(model(inputs[part]), labels[part]) / MICRO
+                loss.backward()
+        optimizer.step()  # ends the step
+        scheduler.step()
+        optimizer.zero_grad()
+        losses.append(MICRO * loss.item())
+    release.remove()
+    first, last = (sum(part) / 5 for part in (losses[:5], losses[-5:]))
+    print(f"loss {first:.3f} -> {last:.3f}")
+
+
+if __name__ == "__main__":
+    main()

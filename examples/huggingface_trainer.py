@@ -1,0 +1,64 @@
+"""Apollo in the Hugging Face Trainer: a small GPT-2 on definitions of WordNet.
+
+    pip install '.[experiments]' transformers accelerate
+    python examples/huggingface_trainer.py
+
+The Trainer clips gradients to a norm of 1 unless it is told otherwise, and has a schedule of its
+own. Apollo warms up by itself, so the schedule begins without a warmup.
+"""
+
+from __future__ import annotations
+
+import tempfile
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
+
+from apollo_qn import Apollo
+from apollo_qn.experiments.data import wordnet
+
+STEPS, BATCH, LENGTH = 60, 8, 32
+
+
+def sentences(words: int) -> list[dict[str, torch.Tensor]]:
+    """Pieces of LENGTH words; the model itself shifts the labels."""
+    corpus = wordnet.load(size=words)
+    tokens = torch.from_numpy(corpus.train[: STEPS * BATCH * LENGTH]).long()
+    return [{"input_ids": piece, "labels": piece} for piece in tokens.view(-1, LENGTH)]
+
+
+def main() -> None:
+    """Train, and print how the loss fell."""
+    set_seed(0)
+    words = 2000
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=words, n_positions=LENGTH, n_embd=64, n_layer=2, n_head=2)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model,
+            TrainingArguments(
+                folder,
+                max_steps=STEPS,
+                per_device_train_batch_size=BATCH,
+                weight_decay=1e-4,  # the Trainer leaves biases and norms without
+                lr_scheduler_type="cosine",
+                max_grad_norm=1.0,
+                logging_steps=5,
+                save_strategy="no",
+                report_to="none",
+                use_cpu=not torch.cuda.is_available(),
+                disable_tqdm=True,
+            ),
+            train_dataset=sentences(words),
+            # lr is Apollo's, far from Adam's; learning_rate above would not be used
+            optimizer_cls_and_kwargs=(Apollo, {"lr": 5.0, "warmup_steps": 5}),
+            # or, made by hand: optimizers=(Apollo(groups, lr=5.0), scheduler)
+        )
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    print(f"loss {float(losses[0]):.3f} -> {float(losses[-1]):.3f}")
+
+
+if __name__ == "__main__":
+    main()

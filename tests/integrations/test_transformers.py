@@ -1,0 +1,150 @@
+"""The Hugging Face Trainer: a GPT-2 of a few thousand weights on definitions of WordNet."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from apollo_qn import Apollo, ApolloW, GradientRelease
+from apollo_qn.experiments.data import wordnet
+from tests.helpers import same, snapshot
+
+pytest.importorskip("accelerate")
+transformers = pytest.importorskip("transformers")
+
+WORDS, LENGTH, STEPS = 300, 12, 8
+SETTINGS = {"lr": 2.0, "warmup_steps": 3}
+
+
+@cache
+def sentences() -> list[dict[str, Tensor]]:
+    tokens = torch.from_numpy(wordnet.load(size=WORDS).train[: 4 * STEPS * LENGTH]).long()
+    return [{"input_ids": piece, "labels": piece} for piece in tokens.view(-1, LENGTH)]
+
+
+def network() -> Any:
+    transformers.set_seed(0)
+    shape = {"n_positions": LENGTH, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=WORDS, **shape))
+
+
+def arguments(folder: Path, **others: Any) -> Any:
+    return transformers.TrainingArguments(
+        str(folder),
+        **{
+            "max_steps": STEPS,
+            "per_device_train_batch_size": 4,
+            "weight_decay": 0.01,
+            "lr_scheduler_type": "cosine",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **others,
+        },
+    )
+
+
+def by_class(folder: Path, kind: type[Apollo] = Apollo, **others: Any) -> Any:
+    given = {"optimizer_cls_and_kwargs": (kind, SETTINGS), "train_dataset": sentences()}
+    return transformers.Trainer(network(), arguments(folder, **others), **given)
+
+
+def ready_made(
+    folder: Path, release: bool = False, kind: Any = transformers.Trainer, **others: Any
+) -> Any:
+    """The same, made by hand."""
+    model = network()
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [
+        {"params": decayed, "weight_decay": 0.01},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    optimizer = Apollo(groups, **SETTINGS)
+    if release:
+        GradientRelease(optimizer)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 0, STEPS)
+    given = {"optimizers": (optimizer, schedule), "train_dataset": sentences()}
+    return kind(model, arguments(folder, **others), **given)
+
+
+def losses(trainer: Any) -> list[float]:
+    return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def ordinary(optimizer: Any) -> Any:
+    """What Accelerate has wrapped."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def weights(trainer: Any) -> list[Tensor]:
+    return [p.detach().clone() for p in trainer.model.parameters()]
+
+
+def test_a_class_is_as_an_optimizer_made_by_hand(tmp_path: Path) -> None:
+    results = []
+    for make in (by_class, ready_made):
+        trainer = make(tmp_path)
+        trainer.train()
+        optimizer = ordinary(trainer.optimizer)
+        assert type(optimizer) is Apollo
+        assert {float(state["step"]) for state in optimizer.state.values()} == {STEPS}
+        assert optimizer.param_groups[0]["lr"] < 1e-12  # the cosine's end
+        assert sum(losses(trainer)[-2:]) < sum(losses(trainer)[:2])
+        results.append(weights(trainer))
+    assert same(*results)
+
+
+def test_groups_without_decay(tmp_path: Path) -> None:
+    trainer = by_class(tmp_path, ApolloW)
+    optimizer = ordinary(trainer.create_optimizer())
+    assert type(optimizer) is ApolloW
+    with_decay, without = optimizer.param_groups
+    assert (with_decay["weight_decay"], without["weight_decay"]) == (0.01, 0.0)
+    names = {p: name for name, p in trainer.model.named_parameters()}
+    assert all(names[p].endswith(("bias", "ln_1.weight", "ln_2.weight", "ln_f.weight"))
+               for p in without["params"])  # fmt: skip
+    assert len(with_decay["params"]) + len(without["params"]) == len(names)
+    assert all(group["lr"] == SETTINGS["lr"] for group in optimizer.param_groups)
+    assert all(group["decoupled_weight_decay"] for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("make", [by_class, ready_made])
+def test_saved_in_mid_run_and_resumed(make: Any, tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    whole = make(tmp_path / "whole", **saving)
+    whole.train()
+    fresh = make(tmp_path / "fresh", **saving)
+    fresh.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert fresh.state.global_step == STEPS
+    assert same(weights(whole), weights(fresh))
+    assert same(snapshot(ordinary(whole.optimizer)), snapshot(ordinary(fresh.optimizer)))
+
+
+class WithoutNorms(transformers.Trainer):  # type: ignore[misc, name-defined]
+    """The Trainer looks at the gradients' norm even where it does not clip, to log it."""
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> None:
+        return None
+
+
+def test_gradient_release(tmp_path: Path) -> None:
+    results = []
+    for release in (False, True):
+        trainer = ready_made(tmp_path, release, WithoutNorms, max_grad_norm=0.0)
+        trainer.train()
+        results.append(weights(trainer))
+    assert same(*results)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_gradient_release_with_the_trainer_s_norm(max_grad_norm: float, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"has been released.*clip_grad_norm_"):
+        ready_made(tmp_path, release=True, max_grad_norm=max_grad_norm).train()
