@@ -151,6 +151,18 @@ def test_a_graph_outlives_its_optimizer() -> None:
 
 
 @BACK_ENDS
+@BACK_ENDS
+def test_a_graph_needs_capturable(back_end: dict[str, Any]) -> None:
+    """The rates of one step would be repeated at every replay."""
+    params = parameters()
+    optimizer = make(params, settled(), **back_end)
+    run_steps(optimizer, range(2))
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="capturable must be True"):
+        captured(optimizer)
+    assert same(before, snapshot(optimizer))
+
+
 @pytest.mark.parametrize("capturable", [False, True], ids=["host", "capturable"])
 def test_steps_on_several_streams(capturable: bool, back_end: dict[str, Any]) -> None:
     """Each after the one before, on another stream."""

@@ -227,6 +227,11 @@ def _by_device(group: Group) -> list[Group]:
 def _checked(group: Group) -> Group:
     """The group with a number as its learning rate where that can be; raises what is wrong."""
     check_back_end_choice(group.foreach, group.fused, group.differentiable)
+    if not group.capturable and _is_captured(group):
+        raise RuntimeError(
+            "capturable must be True for a step that is captured in a CUDA graph, which would repeat "
+            "this step's numbers for ever, got False"
+        )
     needed = ["grads", "exp_avgs", "hessian_diags", "state_steps"]
     needed += ["previous_lrs"] if group.h.decoupled_weight_decay else []
     needed += ["thresholds"] if group.h.belief else []
@@ -292,6 +297,15 @@ def _check_tensors(group: Group) -> None:
                 f"Apollo needs dense gradients, got a sparse one for a parameter of shape "
                 f"{tuple(p.shape)}; build its embedding with sparse=False"
             )
+
+
+def _is_captured(group: Group) -> bool:
+    return (
+        bool(group.params)
+        and not torch.compiler.is_compiling()
+        and group.params[0].is_cuda
+        and torch.cuda.is_current_stream_capturing()
+    )
 
 
 def _on_host(group: Group) -> bool:

@@ -34,6 +34,7 @@ RUN = 4096
 WINDOW = 0.6
 _L2 = 40 << 20  # bytes, where the device does not tell
 _ALIGNMENT = 16  # bytes
+_SPARE = 4  # graphs that may be captured without a step between them
 
 _TYPES = {
     torch.float16: tl.float16,
@@ -96,9 +97,9 @@ class _Work:
 
     def _add(self, role: int, i: int) -> None:
         on_elements = role not in (kernel.KEEP, kernel.TELL)
-        number = torch.arange(self.runs[i] if on_elements else 1)
+        number = torch.arange(self.runs[i] if on_elements else 1, device="cpu")
         start = number * self.length[i]
-        rows = torch.zeros(len(number), kernel.WORK, dtype=torch.int64)
+        rows = torch.zeros(len(number), kernel.WORK, dtype=torch.int64, device="cpu")
         rows[:, 0], rows[:, 1], rows[:, 4] = i, role, self.row[i] + number
         if on_elements:
             rows[:, 2], rows[:, 3] = start, (self.n[i] - start).clamp(max=self.length[i])
@@ -144,14 +145,15 @@ class Tables:
         work = _Work(n)
         for one in self._sets:
             _schedule(one, work, shared, _budget(device))
-        table = torch.zeros(len(n), kernel.TENSOR, dtype=torch.int64)
+        table = torch.zeros(len(n), kernel.TENSOR, dtype=torch.int64, device="cpu")
         columns = [*addresses, work.row[:-1], work.runs, shared, streams]
         for column, of_each in enumerate(columns):
-            table[:, column] = torch.tensor(list(of_each), dtype=torch.int64)
+            table[:, column] = torch.tensor(list(of_each), dtype=torch.int64, device="cpu")
         self._tensors = table.to(device)
         self._work = torch.cat(work.pieces).to(device)
         self._rows = torch.empty(work.row[-1], kernel.SUMS, dtype=torch.float64, device=device)
         self._upload = _Upload(device)
+        self._streams: set[Any] = set()
         self._gradients: array[int] | None = None
         self._aligned: list[bool] = []
 
@@ -185,6 +187,7 @@ class Tables:
                 for one in self._sets
             ]
         with _on(self._device):
+            self._tell_allocator()
             uploaded = self._upload(words, self._tensors, self._work, self._rows)
             numbers = scalars
             if not isinstance(numbers, Tensor):
@@ -199,6 +202,16 @@ class Tables:
                         *(aligned, kernel.BLOCK, kernel.RUNS),
                         num_warps=kernel.WARPS,
                     )
+
+    def _tell_allocator(self) -> None:
+        """Of a stream beside the one that the tables were made on: it may outlive this plan."""
+        if self._device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream()
+        if stream not in self._streams:
+            self._streams.add(stream)
+            for table in (self._tensors, self._work, self._rows):
+                table.record_stream(stream)
 
 
 def _schedule(one: _Set, work: _Work, shared: Sequence[int], budget: int) -> None:
@@ -250,27 +263,30 @@ class _Upload:
         self._device = device
         self._words: array[int] | None = None
         self._tensor = torch.empty(0, dtype=torch.int64, device=device)
-        # pinned, for a copy that is captured, when none can be allocated; a replay reads it again
-        self._spare: Tensor | None = None
+        # pinned, for copies that are captured, when none can be allocated; a replay reads it again
+        self._spare: list[Tensor] = []
 
     def __call__(self, words: array[int], *tables: Tensor) -> Tensor:
         given = torch.frombuffer(words, dtype=torch.int64)
         if self._device.type != "cuda":
             return given.clone()
         if torch.cuda.is_current_stream_capturing():
-            spare, self._spare = self._spare, None
-            if spare is None or spare.numel() < len(words):
-                spare = torch.empty(len(words), dtype=torch.int64, pin_memory=True)
-            pinned = spare[: len(words)].copy_(given)
+            fitting = [spare for spare in self._spare if len(spare) == len(words)]
+            self._spare = fitting[1:]
+            pinned = (fitting[0] if fitting else _pinned(len(words))).copy_(given)
             _captured.append((pinned, tables))
             return torch.empty_like(given, device=self._device).copy_(pinned, non_blocking=True)
-        if self._spare is None or self._spare.numel() < len(words):
-            self._spare = torch.empty(len(words), dtype=torch.int64, pin_memory=True)
+        while len(self._spare) < _SPARE or len(self._spare[0]) != len(words):
+            self._spare = [_pinned(len(words)) for _ in range(_SPARE)]
         if words != self._words:
             # new at each copy: the allocator gives it away again when the device has read it
-            pinned = torch.empty(len(words), dtype=torch.int64, pin_memory=True).copy_(given)
+            pinned = _pinned(len(words)).copy_(given)
             if self._tensor.numel() != len(words):
                 self._tensor = torch.empty_like(given, device=self._device)
             self._tensor.copy_(pinned, non_blocking=True)
             self._words = words
         return self._tensor
+
+
+def _pinned(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.int64, device="cpu", pin_memory=True)
