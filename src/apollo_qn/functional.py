@@ -229,8 +229,8 @@ def _checked(group: Group) -> Group:
     check_back_end_choice(group.foreach, group.fused, group.differentiable)
     if not group.capturable and _is_captured(group):
         raise RuntimeError(
-            "capturable must be True where a step is captured in a CUDA graph, which would repeat its "
-            "numbers for ever, got False"
+            "capturable must be True where a step is captured in a CUDA graph: a replay repeats its "
+            "numbers, got False"
         )
     needed = ["grads", "exp_avgs", "hessian_diags", "state_steps"]
     needed += ["previous_lrs"] if group.h.decoupled_weight_decay else []
