@@ -237,8 +237,7 @@ class Apollo(Optimizer):
         streams: list[list[int]] = []
         for group in self.param_groups:
             count = len(group["params"])
-            seed = int(group["seed"])
-            streams.append([rounding.stream(seed, first + i) for i in range(count)])
+            streams.append([rounding.stream(group["seed"], first + i) for i in range(count)])
             first += count
             for p in group["params"]:
                 state = self.state.get(p)
