@@ -142,7 +142,7 @@ def test_positions_tell_the_bits_apart() -> None:
     assert not torch.equal(a, b)
     assert same(trained([1, 0]), [b, a])
     with pytest.raises(
-        ValueError, match="positions must have one number for each of the 2 .*got 1"
+        ValueError, match=r"positions must have one number for each of the 2 .*got 1"
     ):
         trained([1])
 
