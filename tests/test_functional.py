@@ -141,6 +141,10 @@ def test_positions_tell_the_bits_apart() -> None:
     a, b = trained(None)
     assert not torch.equal(a, b)
     assert same(trained([1, 0]), [b, a])
+    with pytest.raises(
+        ValueError, match=r"positions must have one number for each of the 2 .*got 1"
+    ):
+        trained([1])
 
 
 def test_choices_that_cannot_be() -> None:

@@ -92,7 +92,12 @@ def apollo(
         maximize=maximize,
         rounding=rounding or storing.DEFAULT,
     )
-    streams = [storing.stream(int(seed), i) for i in positions or range(len(params))]
+    places = range(len(params)) if positions is None else positions
+    if len(places) != len(params):
+        raise ValueError(
+            f"positions must have one number for each of the {len(params)} in params, "
+            f"got {len(places)}"
+        )
     run(
         [
             Group(
@@ -105,7 +110,7 @@ def apollo(
                 _listed(previous_lrs),
                 _listed(thresholds),
                 _listed(compensations),
-                streams,
+                [storing.stream(seed, place) for place in places],
                 foreach=foreach,
                 fused=fused,
                 capturable=capturable,
@@ -229,13 +234,12 @@ def _checked(group: Group) -> Group:
     check_back_end_choice(group.foreach, group.fused, group.differentiable)
     if not group.capturable and _is_captured(group):
         raise RuntimeError(
-            "capturable must be True where a step is captured in a CUDA graph: a replay repeats its "
-            "numbers, got False"
+            "capturable must be True where a step is captured in a CUDA graph: a replay repeats "
+            "its numbers, got False"
         )
     needed = ["grads", "exp_avgs", "hessian_diags", "state_steps"]
     needed += ["previous_lrs"] if group.h.decoupled_weight_decay else []
     needed += ["thresholds"] if group.h.belief else []
-    needed += ["streams"] if group.streams is not None else []
     for name in needed:
         tensors = getattr(group, name)
         if tensors is None:

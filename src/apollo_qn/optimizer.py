@@ -254,7 +254,7 @@ class Apollo(Optimizer):
         streams: dict[Tensor, int] = {}
         for group in self.param_groups:
             for p in group["params"]:
-                streams[p] = rounding.stream(int(group["seed"]), len(streams))
+                streams[p] = rounding.stream(group["seed"], len(streams))
                 state = self.state.get(p)
                 if not state:
                     continue

@@ -48,10 +48,9 @@ def mix(x: Any) -> Any:
     return x ^ (x >> 15)
 
 
-@cache
 def stream(seed: int, position: int) -> int:
-    """The word that stands for the parameter at ``position``; of one seed all differ."""
-    word: int = mix(mix(mix(seed & _MASK) ^ (seed >> 32)) ^ position)
+    """The word that stands for the parameter at ``position``; of one seed all differ (to 2^32)."""
+    word: int = mix(mix(mix(seed & _MASK) ^ (seed >> 32)) ^ (position & _MASK))
     return word
 
 

@@ -12,6 +12,7 @@ from tests.distributed.ranks import on_ranks
 WORK = (
     "sharded_as_whole float32",
     "sharded_as_whole float64",
+    "sixteen_bits",
     "one_all_reduce_a_mesh",
     "compiled",
     "extreme_values",

@@ -139,6 +139,58 @@ def sharded_as_whole(dtype_name: str) -> None:
                     ), (scalar, *where)
 
 
+def sixteen_bits() -> None:
+    """Parts draw bits of their own, replicas the same; a compensated step is that of the whole."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    grid = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
+    line = init_device_mesh("cpu", (world,))
+    layouts = [(grid, [Replicate(), Shard(0)]), (grid, [Shard(1), Shard(0)]), (line, [Shard(0)])]
+    layouts.append((line, [Replicate()]))
+    for back_end in BACK_ENDS.values():
+        for rounding in ("stochastic", "kahan"):
+            settings: dict[str, Any] = {"lr": 2.0**-9, "warmup_steps": 0, "rounding": rounding}
+            settings["state_dtype"] = torch.bfloat16
+            alone = [nn.Parameter(torch.ones(16, 32, dtype=torch.bfloat16)) for _ in layouts]
+            spread = [
+                nn.Parameter(placed(p.detach(), *layout))
+                for p, layout in zip(alone, layouts, strict=True)
+            ]
+            optimizers = [Apollo(params, **settings, **back_end) for params in (alone, spread)]
+            for _ in range(3):
+                for p in (*alone, *spread):
+                    p.grad = torch.ones_like(p)
+                for optimizer in optimizers:
+                    optimizer.step()
+            for p, q in zip(alone, spread, strict=True):
+                state = optimizers[1].state[q]
+                assert state["hessian_diag"].dtype is torch.bfloat16
+                if rounding == "kahan":
+                    assert state["compensation"].placements == q.placements
+                    low = optimizers[0].state[p]["compensation"]
+                    assert torch.equal(whole(q), p)
+                    assert torch.equal(whole(state["compensation"]), low)
+                else:
+                    assert 0 < float((whole(q) - 1).abs().max()) < 2.0**-6
+            if rounding == "kahan":
+                continue
+            parts = [_everywhere(q.to_local().detach()) for q in spread]
+            tensor, data = rank % (world // 2), rank // (world // 2)
+            for other in range(world):
+                replica = other % (world // 2) == tensor
+                assert torch.equal(parts[0][rank], parts[0][other]) == replica
+                both = other % (world // 2) == tensor and other // (world // 2) == data
+                assert torch.equal(parts[1][rank], parts[1][other]) == both
+                assert torch.equal(parts[2][rank], parts[2][other]) == (other == rank)
+                assert torch.equal(parts[3][rank], parts[3][other])
+            assert torch.equal(whole(spread[3]), alone[3])  # a replicated one is whole
+
+
+def _everywhere(x: Tensor) -> list[Tensor]:
+    found = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, x.contiguous())
+    return found
+
+
 def one_all_reduce_a_mesh() -> None:
     """However many tensors and groups there are, a step needs one all-reduce for each mesh."""
     world = dist.get_world_size()
