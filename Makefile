@@ -8,7 +8,7 @@ OUT ?= runs/compare
 DEVICE ?= cpu
 GPU_PYTHON ?= $(BIN)/python
 
-.PHONY: compare quick test lint build kernel bench gpu-check clean
+.PHONY: compare quick test lint build kernel bench gpu-check docs clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.ready: requirements/dev.txt pyproject.toml setup.py
@@ -49,5 +49,8 @@ bench: $(VENV)/.ready  ## step times against torch.optim; the table is in runs/b
 gpu-check: $(VENV)/.ready  ## all that is to be known of a GPU, in nine minutes; runs/gpu/summary.txt
 	$(GPU_PYTHON) benchmarks/gpu.py --out runs/gpu $(ARGS)
 
+docs: $(VENV)/.ready  ## the documentation as a site; open site/index.html
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf build dist src/*.egg-info src/apollo_qn/backends/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf build dist site src/*.egg-info src/apollo_qn/backends/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

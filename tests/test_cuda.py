@@ -163,6 +163,7 @@ def test_a_graph_needs_capturable(back_end: dict[str, Any]) -> None:
     assert same(before, snapshot(optimizer))
 
 
+@BACK_ENDS
 @pytest.mark.parametrize("capturable", [False, True], ids=["host", "capturable"])
 def test_steps_on_several_streams(capturable: bool, back_end: dict[str, Any]) -> None:
     """Each after the one before, on another stream."""
