@@ -56,11 +56,12 @@ def hessian_diagonal(
         estimate = hessian_diagonal(loss, dict(model.named_parameters()), probes=200)
 
     H v is the forward derivative of ``torch.func.grad``, so that every operation of the loss needs
-    one of its gradient. Linear and convolutional networks and Transformers have; for attention
-    choose ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``. On a CPU ``torch.nn.LSTM`` and
-    ``GRU`` have none. The loss must be the same at every call: dropout off, and batch normalisation
-    in ``eval()`` (in training it writes into its buffers, which torch.func refuses). Where the loss
-    has kinks (ReLU) the curvature that lies in them is not seen.
+    one of its gradient. Linear, convolutional, embedding, norm, RNN and GRU layers have it.
+    Call the model under ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`` where it holds
+    attention, and under ``torch.backends.mkldnn.flags(enabled=False)`` where it holds an LSTM on a
+    CPU. The loss must be the same at every call: dropout off, and batch normalisation in ``eval()``
+    (in training it writes into its buffers, which torch.func refuses). Where the loss has kinks
+    (ReLU) the curvature that lies in them is not seen.
 
     Args:
         loss: of a dict like ``params``; returns a scalar.
@@ -234,10 +235,11 @@ def compare(
     Where all elements move alike B is about the mean curvature along d, not that of each element.
     It remembers what steps long ago have left, at other parameters; the differences of gradients
     that it learns from hold the noise of the batches, and those of an average of gradients are
-    delayed by beta. And the Hessian's other elements are in it: d'Hd is not d'diag(H)d. The sign
-    and the size of a tensor's mean curvature, and an order among elements of very different
-    curvature, are what may be hoped for. B is exact for tensors of one element without noise, at
-    beta = 0 and eps = 0.
+    delayed by beta. And the Hessian's other elements are in it: d'Hd is not d'diag(H)d. In three
+    layers of tanh, 120 full batches: rank correlations of -0.2 to 0.5, 40 to 70 per cent equal
+    signs, and sums (``trace_ratio``) wrong by factors of 2 to 7, some in sign. So take it for a
+    picture of what Apollo believes, not for a measurement of the Hessian. B is exact for tensors of
+    one element without noise, at beta = 0 and eps = 0.
 
     B learns the learning rate times the curvature (section 3.2 of the paper: gradients are
     corrected by it), so that it is divided by that of the last step here. During warmup, or soon
