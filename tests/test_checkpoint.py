@@ -310,6 +310,16 @@ def test_released_state_of_float32_in_a_scheduled_run() -> None:
     torch.optim.lr_scheduler.StepLR(optimizer, 2, last_epoch=3)
 
 
+def test_the_first_release_had_a_sigma_of_1() -> None:
+    released = ReleasedApollo([np.ones(5)], lr=0.5)
+    released.step([np.arange(1.0, 6.0)])
+    saved = released_state_dict(released, torch.float64)
+    del saved["param_groups"][0]["rebound"]
+    optimizer = Apollo([torch.nn.Parameter(torch.ones(5, dtype=torch.float64, device=DEVICE))])
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["sigma"] == 1.0
+
+
 def test_released_stable_decay_is_refused() -> None:
     released = ReleasedApollo([np.ones(5)], lr=0.01, weight_decay=0.1, weight_decay_type="stable")
     p = torch.nn.Parameter(torch.ones(5, dtype=torch.float64, device=DEVICE))

@@ -151,7 +151,6 @@ def test_a_graph_outlives_its_optimizer() -> None:
 
 
 @BACK_ENDS
-@BACK_ENDS
 def test_a_graph_needs_capturable(back_end: dict[str, Any]) -> None:
     """The rates of one step would be repeated at every replay."""
     params = parameters()

@@ -14,7 +14,8 @@ from apollo_qn.sharded import is_sharded, placed_as
 
 TENSORS = ("exp_avg", "hessian_diag")
 _SCALARS = ("previous_lr", "threshold")
-_RELEASED_SIGMA = 0.01  # fixed in the authors' release
+# fixed in the authors' release, and in the first one, which had no ``rebound``
+_RELEASED_SIGMA, _FIRST_SIGMA = 0.01, 1.0
 
 
 def state_dtype(p: Tensor) -> torch.dtype:
@@ -127,7 +128,7 @@ def _translated_group(saved: dict[str, Any]) -> dict[str, Any]:
     return {
         **kept,
         **{k: saved[k] for k in ("initial_lr",) if k in saved},  # set by a scheduler
-        "sigma": _RELEASED_SIGMA,
+        "sigma": _RELEASED_SIGMA if "rebound" in saved else _FIRST_SIGMA,
         "decoupled_weight_decay": decay == "decoupled",
         "rebound": saved.get("rebound", "constant"),
         "warmup_steps": saved["warmup"],
@@ -143,7 +144,7 @@ def _translated_state(state: dict[str, Any], group: dict[str, Any], p: Tensor) -
         lr=float(group["lr"]),
         beta=group["beta"],
         eps=group["eps"],
-        sigma=_RELEASED_SIGMA,
+        sigma=group["sigma"],
         weight_decay=group["weight_decay"],
         decoupled_weight_decay=group["decoupled_weight_decay"],
         rebound=group["rebound"],

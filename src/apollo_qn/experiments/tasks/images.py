@@ -58,8 +58,11 @@ class ImageTask:
         self._model = model
 
     def model(self) -> nn.Module:
-        """A new network in channels-last memory, a quarter faster on the CPU."""
+        """A new network, in channels-last memory where that is safe: a quarter faster on the CPU."""
         network = models.build(self._model, self._source.channels, self._source.classes)
+        if _is_narrow(network):
+            network.register_forward_pre_hook(_contiguous)
+            return network
         return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
     def batches(
@@ -167,3 +170,21 @@ def _wrong_kind(spec: RunSpec, needed: str) -> ExperimentError:
     return ExperimentError(
         f"data.kind is {spec.data.kind!r}, the task {spec.task} needs {needed!r}"
     )
+
+
+def _is_narrow(network: nn.Module) -> bool:
+    """Whether channels-last memory is unsafe.
+
+    The backward pass of a strided 1x1 convolution of less than 8 channels then writes beyond its
+    memory on processors with AVX2 (torch 2.13, oneDNN).
+    """
+    return any(
+        module.kernel_size == (1, 1) and module.stride != (1, 1) and module.in_channels < 8
+        for module in network.modules()
+        if isinstance(module, nn.Conv2d)
+    )
+
+
+def _contiguous(_: nn.Module, images: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    # a copy: of one channel contiguous() leaves the strides that say channels-last
+    return tuple(x.clone(memory_format=torch.contiguous_format) for x in images)
