@@ -174,6 +174,16 @@ def test_what_is_exact_or_beyond_is_not_drawn(dtype: torch.dtype) -> None:
         assert same(rounding.stochastic(-x, dtype, words), -wanted)
 
 
+def test_what_a_compiler_rounds_is_the_nearest() -> None:
+    """In integers, where a cast there and back might be left out; ties and zeros too."""
+    every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.bfloat16).float()
+    every = every[every.abs() < torch.finfo(torch.bfloat16).max]
+    ties = every * (1 + 2.0**-8)
+    for x in (every, ties, normal((100_000,), "x", dtype=torch.float32)):
+        x = x[x.abs() < torch.finfo(torch.bfloat16).max]
+        assert same(rounding._rounded(x, torch.bfloat16, None), x.bfloat16().float())
+
+
 @NARROW
 def test_high_and_low_are_the_value(dtype: torch.dtype) -> None:
     x = normal((10_000,), "x", dtype=torch.float32)

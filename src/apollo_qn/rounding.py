@@ -98,20 +98,29 @@ def stochastic(x: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
         random: int64 of x's shape, of whose 32 bits the highest 16 (13) are used.
     """
     exact = x.detach().to(torch.float32)
-    dropped = DROPPED[dtype]
-    # one more bit below 2^-14 for each power of 2: a fixed number of places, as float16 has
-    shift = _SMALLEST_NORMAL if dtype is torch.float16 else 0.0
-    size = exact.abs()
-    small = size < shift
-    pattern = torch.where(small, size + shift, size).view(torch.int32)
-    pattern = (pattern.to(torch.int64) + (random >> (32 - dropped))) >> dropped << dropped
-    rounded = pattern.to(torch.int32).view(torch.float32)
-    rounded = torch.where(small, rounded - shift, rounded).copysign(exact)
-    beyond = ~(size < torch.finfo(dtype).max)  # NaN too
-    rounded = torch.where(beyond, exact, rounded).to(dtype)
+    rounded = _rounded(exact, dtype, random >> (32 - DROPPED[dtype])).to(dtype)
     if torch.is_grad_enabled() and x.requires_grad:
         return x.to(dtype) + (rounded - x.to(dtype)).detach()  # as nearest has it, straight through
     return rounded
+
+
+def _rounded(x: Tensor, dtype: torch.dtype, added: Tensor | None) -> Tensor:
+    """float32 ``x`` among the numbers of ``dtype``; what lies beyond their largest as it is.
+
+    ``added`` is what is added to the bits that will be dropped; None: to the nearest, ties to even.
+    """
+    dropped = DROPPED[dtype]
+    # one more bit below 2^-14 for each power of 2: a fixed number of places, as float16 has
+    shift = _SMALLEST_NORMAL if dtype is torch.float16 else 0.0
+    size = x.abs()
+    small = size < shift
+    pattern = torch.where(small, size + shift, size).view(torch.int32).to(torch.int64)
+    if added is None:
+        added = (1 << (dropped - 1)) - 1 + ((pattern >> dropped) & 1)
+    pattern = (pattern + added) >> dropped << dropped
+    rounded = pattern.to(torch.int32).view(torch.float32)
+    rounded = torch.where(small, rounded - shift, rounded).copysign(x)
+    return torch.where(size < torch.finfo(dtype).max, rounded, x)  # and NaN as it is
 
 
 def is_drawn(dtype: torch.dtype, rounding: Rounding) -> bool:
@@ -134,6 +143,12 @@ def split(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
     The low one is 0 where the high one is not finite.
     """
-    high = x.to(dtype)
-    low = torch.where(high.isfinite(), x - high.to(x.dtype), 0)
-    return high, low.to(dtype)
+    if torch.compiler.is_compiling():
+        # inductor leaves out a cast to fewer bits and back: nothing would remain for the low one
+        rounded = _rounded(x.detach().to(torch.float32), dtype, None).to(x.dtype)
+        if torch.is_grad_enabled() and x.requires_grad:
+            rounded = x + (rounded - x).detach()
+    else:
+        rounded = x.to(dtype).to(x.dtype)
+    low = torch.where(rounded.isfinite(), x - rounded, 0)
+    return rounded.to(dtype), low.to(dtype)

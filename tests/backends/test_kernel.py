@@ -70,16 +70,14 @@ BITS = """
 import hashlib
 import tests.other_kernel
 from apollo_qn.backends import cpu
-from tests.backends.test_backends import MODES
-from tests.backends.test_cpu import KINDS, trained
+from tests.backends.test_cpu import OF_KINDS, trained
 from tests.helpers import as_numpy
 assert cpu.why_not() is None
 digest = hashlib.sha256()
-for mode in MODES:
-    for kind in KINDS:
-        for column in trained(mode, kind)():
-            for x in column:
-                digest.update(as_numpy(x).tobytes())
+for mode, kind in OF_KINDS:
+    for column in trained(mode, kind)():
+        for x in column:
+            digest.update(as_numpy(x).tobytes())
 print(digest.hexdigest())
 """
 
