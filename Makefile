@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/compare
 
-.PHONY: compare quick test lint build kernel bench clean
+.PHONY: compare quick test lint build kernel bench docs clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.ready: requirements/dev.txt pyproject.toml setup.py
@@ -38,5 +38,8 @@ kernel: $(VENV)/.ready  ## compile the fused kernel again
 bench: $(VENV)/.ready  ## step times against torch.optim; the table is in runs/bench
 	$(BIN)/apollo-qn bench $(ARGS)
 
+docs: $(VENV)/.ready  ## the documentation as a site; open site/index.html
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf build dist src/*.egg-info src/apollo_qn/backends/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf build dist site src/*.egg-info src/apollo_qn/backends/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
