@@ -13,6 +13,8 @@ from griffe import Class, Extension, Module, NameResolutionError, Object
 _ROLE = re.compile(r":(?:class|func|meth|mod):`([\w.]+)`")
 # at the beginning of a description Markdown would take it for a quotation
 _AT_LEAST = re.compile(r"(?<=: )>=")
+# what griffe takes for code with its results has the plural
+_EXAMPLE = re.compile(r"^(\s*)Example:$", re.MULTILINE)
 _INDENTED = r"\n\n((?:(?P=margin)    .*(?:\n|$)|[ ]*\n)+)"
 _CODE_BLOCK = re.compile(
     rf"^(?P<margin>[ ]*)\.\. code-block:: (?P<language>\w+){_INDENTED}", re.MULTILINE
@@ -31,6 +33,7 @@ class Markdown(Extension):
 def _rewrite(obj: Object) -> None:
     if obj.docstring:
         text = _CODE_BLOCK.sub(_code_block, obj.docstring.value)
+        text = _EXAMPLE.sub(r"\1Examples:", text)
         text = _AT_LEAST.sub(r"\>=", _LITERAL.sub(_literal, text))
         obj.docstring.value = _ROLE.sub(lambda found: _reference(obj, found[1]), text)
     if isinstance(obj, Module | Class):

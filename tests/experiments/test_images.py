@@ -121,3 +121,18 @@ def test_tasks_that_do_not_fit() -> None:
     photographs = schema.Photographs(kind="photographs")
     with pytest.raises(ExperimentError, match="'photographs', the task fashion-mnist needs 'small"):
         tasks.make(spec.model_copy(update={"data": photographs}))
+
+
+@pytest.mark.parametrize(("width", "channels_last"), [(2, False), (4, False), (8, True)])
+def test_memory_of_networks_that_are_narrow(width: int, channels_last: bool) -> None:
+    """In channels-last memory the backward pass of a narrow one may write beyond its own."""
+    source = MemoryImages(
+        fashion_mnist.load(), 10, SmallImages(train_examples=32), torch.device("cpu")
+    )
+    task = ImageTask(source, ResNetModel(family="resnet", depth=8, width=width), 32)
+    network, orders = task.model(), []
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda *given: orders.append(given[-1].stride(1) == 1))
+    network(next(task.batches(1, 0, 0))[0])
+    assert set(orders) == {channels_last}

@@ -58,7 +58,7 @@ class ImageTask:
         self._model = model
 
     def model(self) -> nn.Module:
-        """A new network, in channels-last memory where that is safe: a quarter faster on the CPU."""
+        """A new network, in channels-last memory where that is safe: a quarter faster on a CPU."""
         network = models.build(self._model, self._source.channels, self._source.classes)
         if _is_narrow(network):
             network.register_forward_pre_hook(_contiguous)
