@@ -14,6 +14,7 @@ from torch import Tensor
 
 from apollo_qn import rounding as storing
 from apollo_qn.backends import Batch, Group, cpu, foreach, reference, triton
+from apollo_qn.backends.plan import Plan, planned
 from apollo_qn.rounding import Rounding
 from apollo_qn.rule import Hyperparameters, Rebound, Scalar, Sums
 from apollo_qn.sharded import Reduction, localized
@@ -139,7 +140,7 @@ class _Home:
     capturable: bool
 
     @property
-    def kind(self) -> type[cpu.Plan]:
+    def kind(self) -> type[Plan]:
         """The plan of the back end that serves them."""
         if not triton.serves(self.device):
             return cpu.Plan
@@ -157,7 +158,7 @@ class _Home:
 class Kept:
     """What a step leaves for the next one, which it spares work."""
 
-    plans: dict[_Home, cpu.Plan] = field(default_factory=dict)
+    plans: dict[_Home, Plan] = field(default_factory=dict)
     reduction: Reduction | None = None
 
 
@@ -199,8 +200,8 @@ def run(groups: list[Group], kept: Kept | None = None) -> Kept:
 
 
 def _fused(
-    groups: list[Group], plans: dict[_Home, cpu.Plan]
-) -> tuple[list[Group], dict[_Home, tuple[cpu.Plan, list[Hyperparameters]]]]:
+    groups: list[Group], plans: dict[_Home, Plan]
+) -> tuple[list[Group], dict[_Home, tuple[Plan, list[Hyperparameters]]]]:
     """What is left for the other back ends, and the fused ones' plans with the groups' settings."""
     rest = []
     homes: dict[_Home, list[Group]] = {}
@@ -213,7 +214,7 @@ def _fused(
                 homes.setdefault(home, []).append(one)
     found = {}
     for home, members in homes.items():
-        plan = cpu.planned(members, plans.get(home), home.kind)
+        plan = planned(members, plans.get(home), home.kind)
         rest += [group.part(left) for group, left in zip(members, plan.left, strict=True)]
         found[home] = plan, [group.h for group in members]
     return rest, found

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from apollo_qn.backends import Batch, Group, cpu, foreach, reference, triton
+from apollo_qn.backends.plan import Plan, planned
 from apollo_qn.rule import Hyperparameters, Sums
 from tests import tolerances
 from tests.helpers import DEVICE, NEEDS_FUSED, ON_GPU, as_numpy, normal
@@ -66,13 +67,13 @@ class Parts:
             if self.previous_lrs is not None:
                 self.previous_lrs[i].fill_(self.h.rate(t))
 
-    def step_fused(self, gradients: list[Tensor], kind: type[cpu.Plan]) -> None:
+    def step_fused(self, gradients: list[Tensor], kind: type[Plan]) -> None:
         count = len(gradients)
         columns = (self.theta, gradients, self.m, self.B, self.steps)
         group = Group(
             self.h, *columns, self.previous_lrs, self.thresholds, shared=list(range(count))
         )
-        plan = cpu.planned([group], None, kind)
+        plan = planned([group], None, kind)
         assert plan.left == [[]]
         table = torch.zeros(count, 4, dtype=torch.float64, device=DEVICE)
         plan.measure([self.h], table)
@@ -91,14 +92,14 @@ class Parts:
     ids=["rule", "foreach", "fused"],
 )
 def test_parts_are_the_whole(
-    back_end: ModuleType | type[cpu.Plan], mode: dict[str, Any], size: int, set_block: SetBlock
+    back_end: ModuleType | type[Plan], mode: dict[str, Any], size: int, set_block: SetBlock
 ) -> None:
     set_block(1 << 14)
     check_parts(back_end, mode, size, steps=6)
 
 
 def check_parts(
-    back_end: ModuleType | type[cpu.Plan], mode: dict[str, Any], size: int, steps: int
+    back_end: ModuleType | type[Plan], mode: dict[str, Any], size: int, steps: int
 ) -> None:
     """A trajectory in parts against that of the whole; a fused back end is given by its plan."""
     settings = Settings(lr=0.1, warmup_steps=3, **mode)

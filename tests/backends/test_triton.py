@@ -15,7 +15,7 @@ from torch import Tensor
 
 import apollo_qn
 from apollo_qn import Apollo, rounding
-from apollo_qn.backends import cpu, triton
+from apollo_qn.backends import kernel, triton
 from tests import tolerances
 from tests.backends import interpreter
 from tests.backends.interpreter import BLOCK, RUN, RUNS
@@ -371,7 +371,7 @@ def test_without_the_cpu_kernel(
         return snapshot(optimizer)
 
     with_it = trained()
-    monkeypatch.setattr(cpu, "why_not", lambda: "there is none")
+    monkeypatch.setattr(kernel, "load", lambda: "there is none")
     # fused is then asked for by its absence: the constructor knows of no device
     monkeypatch.setitem(FUSED, "fused", None)
     without = trained()

@@ -70,6 +70,11 @@ def load() -> Kernel | str:
     return Kernel(step, numbers, record, overlap, look, _describe(), _openmp())
 
 
+def available() -> bool:
+    """Whether there is one."""
+    return isinstance(load(), Kernel)
+
+
 def loaded() -> Kernel:
     """The kernel.
 

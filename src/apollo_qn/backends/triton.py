@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from apollo_qn.backends import cpu, kernel, memory
+from apollo_qn.backends import kernel, memory, plan
 from apollo_qn.backends.kernel import address
 from apollo_qn.rule import Hyperparameters, arithmetic
 
@@ -63,33 +63,25 @@ def serves(device: torch.device) -> bool:
     return device.type == "cpu" or os.environ.get("TRITON_INTERPRET", "0") != "1"
 
 
-class Plan(cpu.Plan):
+class Plan(plan.Plan):
     """What the kernel does for the tensors of one device, whose ``step`` lies on the host."""
 
     def step(self, hyperparameters: list[Hyperparameters], table: Tensor | None) -> None:
-        """Run the kernel with the settings of each group.
-
-        Args:
-            hyperparameters: one for each group.
-            table: float64, on the tensors' device, contiguous; row i holds scale (a power of 2),
-                q4, k and largest of :class:`apollo_qn.rule.Sums` for the tensor whose ``shared``
-                is i.
-        """
+        """Launch the step; nothing waits for it."""
         if self._taken:
             scalars = self._launch(hyperparameters, table, measuring=False)
             torch.autograd.graph.increment_version(self._changing)
             self._record(scalars)
 
-    def _run(
-        self, hyperparameters: list[Hyperparameters], table: Tensor | None, measuring: bool
-    ) -> None:
-        if self._taken and table is not None and self._tables.has_parts:
-            self._launch(hyperparameters, table, measuring)
+    def measure(self, hyperparameters: list[Hyperparameters], table: Tensor) -> None:
+        """Launch the measuring of parts into their rows of ``table``."""
+        if self._taken and self._tables.has_parts:
+            self._launch(hyperparameters, table, measuring=True)
 
-    def _kind(self, tensors: cpu.Tensors, i: int) -> int | None:
-        return cpu.kind_of(tensors, i, KINDS, self._fit)
+    KINDS = KINDS
 
-    def _fit(self, large: list[Tensor], numbers: list[Tensor | None]) -> bool:
+    def fits(self, large: list[Tensor], numbers: list[Tensor | None]) -> bool:
+        """Whether all lie on one device that is served, the numbers where ``capturable`` says."""
         step, previous_lr, threshold = numbers
         device = large[0].device
         return (
@@ -108,10 +100,10 @@ class Plan(cpu.Plan):
             for x, dtype in ((step, _f32), (previous_lr, _f64))
         )
 
-    def _check_writable(self, ranges: set[memory.Range], tensors: cpu.Tensors) -> None:
-        pass  # a device's memory is
+    def check_writable(self, ranges: set[memory.Range], tensors: plan.Tensors) -> None:
+        """A device's memory is."""
 
-    def _take(self, tensors: cpu.Tensors, taken: list[int], kinds: list[int | None]) -> None:
+    def _take(self, tensors: plan.Tensors, taken: list[int], kinds: list[int | None]) -> None:
         super()._take(tensors, taken, kinds)
         self._steps = [tensors.steps[i] for i in taken]
         self._rates = [tensors.numbers_of(i)[1] for i in taken]
@@ -145,27 +137,27 @@ class Plan(cpu.Plan):
         runs = self._runs()
         scalars = array("d")
         for i in range(runs):
-            h = cpu.on_host(hyperparameters[self._run_group[i]])
-            scalars.extend(cpu.scalars(h, self._run_step[i], self._run_lr[i]))
+            h = plan.on_host(hyperparameters[self._run_group[i]])
+            scalars.extend(plan.scalars(h, self._run_step[i], self._run_lr[i]))
         return self._which, scalars
 
     def _record(self, numbers: Any) -> None:
         """Steps and rates, which lie on the host."""
         which, scalars = numbers
         _, _, _, step, previous_lr, *_ = self._addresses
-        if cpu.why_not() is None:
+        if kernel.available():
             columns = (step, previous_lr, which, scalars)
             kernel.loaded().record(len(self._taken), *map(address, columns))
             return
         torch._foreach_add_(self._steps, 1.0)
         for i, rate in enumerate(self._rates):
             if rate is not None:
-                rate.fill_(scalars[cpu.SCALARS * which[i] + _RATE])
+                rate.fill_(scalars[plan.SCALARS * which[i] + _RATE])
 
     def _runs(self) -> int:
         _, _, _, step, previous_lr, *_ = self._addresses
         written = (self._which, self._run_group, self._run_step, self._run_lr)
-        if cpu.why_not() is None:
+        if kernel.available():
             columns: tuple[array[Any], ...] = (self._group, step, previous_lr, *written)
             found: int = kernel.loaded().numbers(len(self._taken), *map(address, columns))
             return found
@@ -196,7 +188,7 @@ class CapturablePlan(Plan):
             rates = [rate for i in mine if (rate := self._rates[i]) is not None]
             t = torch.stack([self._steps[i] for i in mine])
             before = torch.stack(rates) if h.decoupled else None
-            row = cpu.scalars(h, t, before)
+            row = plan.scalars(h, t, before)
             # by multiplication, which copies nothing from the host: a graph may be captured
             ones = torch.ones_like(t, dtype=_f64)
             found.append(torch.stack([ones * x for x in row], 1))
