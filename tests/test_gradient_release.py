@@ -19,6 +19,7 @@ from torch.optim import lr_scheduler
 from torch.utils.checkpoint import checkpoint
 
 from apollo_qn import Apollo, GradientRelease
+from apollo_qn.diagnostics import Recorder
 from tests.distributed.ranks import on_ranks
 from tests.helpers import BACK_ENDS, normal, same, snapshot
 
@@ -475,3 +476,16 @@ def test_a_sparse_gradient() -> None:
 def test_on_several_processes() -> None:
     done, failures = on_ranks(2, "gradient_release")
     assert done == ["gradient_release"], failures
+
+
+def test_diagnostics_of_a_released_optimizer() -> None:
+    """There is no correction to be measured, and all else is."""
+    net = torch.nn.Linear(3, 2)
+    optimizer = Apollo(net.parameters())
+    found: list[Any] = []
+    with GradientRelease(optimizer), Recorder(optimizer, lambda _, one: found.append(one), every=1):
+        for _ in range(2):
+            net(torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+    assert len(found) == 2
+    assert all(one.step_norm > 0 for one in found[-1])

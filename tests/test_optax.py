@@ -750,3 +750,13 @@ from apollo_qn import Apollo  # what there is still works
 def test_jax_is_imported_where_it_is_asked_for() -> None:
     run = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_a_mask_that_has_become_a_schedule_is_refused() -> None:
+    """optax.inject_hyperparams calls it with the count; the decay would go without a word."""
+    params = {"a": jnp.ones((2, 2))}
+    method = optax.inject_hyperparams(apollo)(
+        learning_rate=0.1, weight_decay=0.1, mask=lambda tree: jax.tree.map(lambda x: True, params)
+    )
+    with pytest.raises(ValueError, match=r"mask must be a pytree of bools.*static_args"):
+        method.update(params, method.init(params), params)

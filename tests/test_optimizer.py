@@ -651,3 +651,66 @@ def test_maximize_is_the_negated_gradient() -> None:
         up.step()
         down.step()
     assert same([p.data for p in one_way], [p.data for p in other_way])
+
+
+# how numbers are stored, changed in mid-run
+
+
+def test_a_replaced_parameter_goes_on() -> None:
+    """As where an embedding grows: the tensor in the group is another, its state moves with it."""
+    old = torch.nn.Parameter(torch.ones(4, device=DEVICE))
+    optimizer = Apollo([old], warmup_steps=0)
+    run_steps(optimizer, range(2))
+    new = torch.nn.Parameter(old.detach().clone())
+    optimizer.param_groups[0]["params"][0] = new
+    optimizer.state[new] = optimizer.state.pop(old)
+    run_steps(optimizer, range(2, 3))
+    assert optimizer.state[new]["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("rounding", "bad"), ("state_dtype", torch.float16), ("seed", -1)]
+)
+def test_a_bad_way_of_storing_in_mid_run(name: str, value: Any) -> None:
+    optimizer = Apollo(parameters(dtype=torch.bfloat16))
+    run_steps(optimizer, range(2))
+    before = snapshot(optimizer)
+    good = optimizer.param_groups[0][name]
+    optimizer.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        optimizer.step()
+    optimizer.param_groups[0][name] = good
+    assert same(before, snapshot(optimizer))
+
+
+def test_complex_state_is_not_cut() -> None:
+    p = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64, device=DEVICE))
+    optimizer = Apollo([p])
+    run_steps(optimizer, range(2))
+    before = snapshot(optimizer)
+    optimizer.param_groups[0]["state_dtype"] = torch.bfloat16
+    with pytest.raises(ValueError, match="state_dtype must be None for complex"):
+        optimizer.step()
+    optimizer.param_groups[0]["state_dtype"] = None
+    assert same(before, snapshot(optimizer))
+
+
+def test_a_compensation_is_of_the_parameters_type() -> None:
+    p = torch.nn.Parameter(torch.ones(40, dtype=torch.bfloat16, device=DEVICE))
+    optimizer = Apollo([p], rounding="kahan", warmup_steps=0)
+    run_steps(optimizer, range(3))
+    assert optimizer.state[p]["compensation"].dtype is torch.bfloat16
+    p.data = p.data.float()
+    run_steps(optimizer, range(3, 4))
+    assert "compensation" not in optimizer.state[p]
+    p.data = p.data.half()
+    run_steps(optimizer, range(4, 5))
+    assert optimizer.state[p]["compensation"].dtype is torch.float16
+
+
+def test_a_rate_of_one_element_may_have_a_dimension() -> None:
+    params = parameters([(3,)], torch.float64)
+    lr = torch.full((1,), 0.5, dtype=torch.float64)
+    optimizer = ApolloW(params, lr=lr, weight_decay=0.1, warmup_steps=0)
+    run_steps(optimizer, range(2))
+    assert optimizer.state[params[0]]["previous_lr"] == 0.5

@@ -220,9 +220,14 @@ def _fused(
     return rest, found
 
 
+def _cuda_is_used() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
 def _by_device(group: Group) -> list[Group]:
     """The group's parts on each of several devices, or the group."""
-    if len(group.params) < 2 or group.params[0].is_cpu or torch.compiler.is_compiling():
+    several = len(group.params) > 1 and _cuda_is_used()
+    if not several or torch.compiler.is_compiling():
         return [group]
     devices: dict[torch.device, list[int]] = {}
     for i, p in enumerate(group.params):
@@ -306,9 +311,9 @@ def _check_tensors(group: Group) -> None:
 
 def _is_captured(group: Group) -> bool:
     return (
-        bool(group.params)
-        and not torch.compiler.is_compiling()
-        and group.params[0].is_cuda
+        not torch.compiler.is_compiling()
+        and _cuda_is_used()
+        and any(p.is_cuda for p in group.params)
         and torch.cuda.is_current_stream_capturing()
     )
 

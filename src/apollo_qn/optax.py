@@ -95,6 +95,8 @@ def apollo(
     * There is no ``maximize``, for which optax has no convention: put ``optax.scale(-1.0)`` before.
     * ``warmup_init_lr`` is a share of the rate at the first step. Where a schedule starts at 0,
       the rate rises from 0.
+    * There is no ``rounding``, ``state_dtype`` or ``seed``: a 16-bit parameter is rounded to the
+      nearest, and an update of less than half a unit in its last place is lost.
     * A number may be a 0-dim array, so that ``optax.inject_hyperparams`` can inject all of them
       (with ``static_args="mask"`` where that is callable). The ranges below are checked only of
       Python numbers.
@@ -390,6 +392,11 @@ def _whole_mask(mask: Any, params: optax.Params) -> Any:
         mask = True
     elif callable(mask) and jax.tree_util.all_leaves([mask]):  # not a callable node of a tree
         mask = mask(params)
+    if any(_is_array(on) for on in jax.tree.leaves(mask)):
+        raise ValueError(
+            "mask must be a pytree of bools or a callable that makes one, got arrays: "
+            "optax.inject_hyperparams takes a callable for a schedule, name mask in its static_args"
+        )
     return jax.tree.map(lambda on, part: jax.tree.map(lambda _: on, part), mask, params)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -18,6 +17,9 @@ from apollo_qn.rule import Hyperparameters, Rebound, Scalar
 
 if TYPE_CHECKING:
     from apollo_qn.gradient_release import GradientRelease
+
+
+_STORING = ("rounding", "state_dtype", "seed")
 
 
 class Apollo(Optimizer):
@@ -59,7 +61,8 @@ class Apollo(Optimizer):
             max(\|B\|, max\|g - m\|) + eps / alpha, which needs eps > 0.
         warmup_steps: steps over which the rate rises linearly from ``warmup_init_lr`` to ``lr``
             (section 3.4), a whole number >= 0; 0 turns it off. It multiplies ``group["lr"]``, so
-            that every scheduler of ``torch.optim.lr_scheduler`` composes with it.
+            that every scheduler of ``torch.optim.lr_scheduler`` composes with it (OneCycleLR and
+            CyclicLR with ``cycle_momentum=False``: there is no momentum of that name).
         warmup_init_lr: rate of the first step, >= 0; None: lr / 1000.
         foreach: True: all tensors together; False: one by one; None: the fastest that serves.
         fused: True demands the fused kernel: in CPU memory for float32, bfloat16 and float64
@@ -93,9 +96,7 @@ class Apollo(Optimizer):
 
     _kept: Kept | None = None  # from step to step
     _modes: list[tuple[Any, ...]] | None = None  # how each group stored its numbers, last step
-    _streams: Mapping[Tensor, int] = MappingProxyType(
-        {}
-    )  # the word of each parameter's random bits
+    _streams: dict[Tensor, int] | None = None  # the word of each parameter's random bits
     _release: GradientRelease | None = None
 
     def __init__(
@@ -156,11 +157,7 @@ class Apollo(Optimizer):
             for p in [params] if isinstance(params, Tensor) else params:
                 tensor = p[1] if isinstance(p, tuple) else p
                 sharded.check_parameter(tensor)
-                if settings["state_dtype"] is not None and getattr(tensor, "is_complex", bool)():
-                    raise ValueError(
-                        "state_dtype must be None for complex parameters, got "
-                        f"{settings['state_dtype']}"
-                    )
+                _check_storing(settings, [tensor])
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -187,6 +184,14 @@ class Apollo(Optimizer):
         def before(optimizer: Optimizer, given: StateDict) -> StateDict:
             loaded.update(checkpoint.translated(given, self.param_groups))
             checkpoint.check(loaded, self.param_groups)
+            saved = loaded["param_groups"]
+            # a state that says nothing of storing, as older ones do, is stored as the groups say
+            loaded["param_groups"] = [
+                {**{name: group[name] for name in _STORING}, **its}
+                for group, its in zip(self.param_groups, saved, strict=True)
+            ]
+            for its, group in zip(loaded["param_groups"], self.param_groups, strict=True):
+                _check_storing(its, group["params"])
             return loaded
 
         def after(optimizer: Optimizer) -> None:
@@ -247,10 +252,14 @@ class Apollo(Optimizer):
 
     def _settle(self) -> None:
         """Make the state what the groups say of storing it, where that has changed."""
-        names = ("rounding", "state_dtype", "seed")
-        modes = [(*(group[k] for k in names), len(group["params"])) for group in self.param_groups]
+        modes = [
+            (*(group[k] for k in _STORING), len(group["params"])) for group in self.param_groups
+        ]
         if modes == self._modes:
             return
+        for group in self.param_groups:
+            _check_storing(group, group["params"])
+        self._kept = None  # it would keep what is replaced alive
         streams: dict[Tensor, int] = {}
         for group in self.param_groups:
             for p in group["params"]:
@@ -258,17 +267,27 @@ class Apollo(Optimizer):
                 state = self.state.get(p)
                 if not state:
                     continue
-                if _rounding(group) != "kahan":
+                low = state.get("compensation")
+                if _rounding(group) != "kahan" or (low is not None and low.dtype is not p.dtype):
                     state.pop("compensation", None)  # it would be stale when kahan comes again
                 for name in checkpoint.TENSORS:
                     dtype = checkpoint.stored_dtype(state[name].dtype, p, group["state_dtype"])
                     state[name] = state[name].to(dtype)
         self._modes, self._streams = modes, streams
 
+    def _streams_of(self, params: list[Tensor]) -> list[int]:
+        streams = self._streams or {}
+        if not all([p in streams for p in params]):  # one has been replaced
+            self._modes = None
+            self._settle()
+            streams = self._streams or {}
+        return [streams[p] for p in params]
+
     def _group(self, group: dict[str, Any], params: list[Tensor]) -> Group:
         """What a step does to these parameters of a group."""
         h = hyperparameters(group)
-        grads = [g for p in params if (g := p.grad) is not None]
+        # no assignment within: torch.compile breaks its graph there
+        grads = [p.grad for p in params if p.grad is not None]
         if len(grads) < len(params):
             params = [p for p in params if p.grad is not None]
         states = [self.state[p] for p in params]
@@ -280,6 +299,9 @@ class Apollo(Optimizer):
         compensations = None
         if h.rounding == "kahan":
             for state, p in zip(states, params, strict=True):
+                low = state.get("compensation")
+                if low is not None and low.dtype is not p.dtype:
+                    del state["compensation"]  # of what the parameter was before
                 if "compensation" not in state and p.dtype in rounding.DROPPED:
                     state["compensation"] = torch.zeros_like(p)
             compensations = [state.get("compensation") for state in states]
@@ -293,7 +315,7 @@ class Apollo(Optimizer):
             [s["previous_lr"] for s in states] if h.decoupled_weight_decay else None,
             [s["threshold"] for s in states] if h.belief else None,
             compensations,
-            [self._streams[p] for p in params],
+            self._streams_of(params),
             foreach=group["foreach"],
             fused=group["fused"],
             capturable=group["capturable"],
@@ -357,8 +379,9 @@ def _scalar(p: Tensor, capturable: bool, dtype: torch.dtype = torch.float32) -> 
 
 def hyperparameters(group: dict[str, Any]) -> Hyperparameters:
     """What a parameter group says of its next step."""
+    lr = group["lr"]
     return Hyperparameters(
-        lr=group["lr"],
+        lr=lr.reshape(()) if isinstance(lr, Tensor) and lr.dim() else lr,
         beta=group["beta"],
         eps=group["eps"],
         sigma=group["sigma"],
@@ -388,10 +411,17 @@ def _check_hyperparameters(given: dict[str, Any]) -> None:
             )
         given = {**given, "lr": float(lr)}
     ranges.check(given)
-    check_rounding(given["rounding"], given["seed"])
-    if given["state_dtype"] not in (None, torch.bfloat16):
-        raise ValueError(
-            "state_dtype must be None (float32 at least) or torch.bfloat16, got "
-            f"{given['state_dtype']!r}"
-        )
+    _check_storing(given)
     check_back_end_choice(given["foreach"], given["fused"], given["differentiable"])
+
+
+def _check_storing(given: dict[str, Any], params: Iterable[Any] = ()) -> None:
+    """Raise ValueError for a way of storing numbers that there is not, or not for these tensors."""
+    check_rounding(given["rounding"], given["seed"])
+    chosen = given["state_dtype"]
+    if chosen not in (None, torch.bfloat16):
+        raise ValueError(
+            f"state_dtype must be None (float32 at least) or torch.bfloat16, got {chosen!r}"
+        )
+    if chosen is not None and any(isinstance(p, Tensor) and p.is_complex() for p in params):
+        raise ValueError(f"state_dtype must be None for complex parameters, got {chosen}")

@@ -23,7 +23,7 @@ def interpret(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    from apollo_qn.backends import triton, triton_kernel, triton_launch
+    from apollo_qn.backends import triton
 
     monkeypatch.setattr(triton, "DEVICES", {"cuda", "cpu"})
 
@@ -55,11 +55,18 @@ def interpret(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
 
+    return set_sizes(monkeypatch)
+
+
+def set_sizes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Small blocks and runs; returns what sets others."""
+    from apollo_qn.backends import triton_kernel, triton_launch
+
     def sizes(block: int = BLOCK, run: int = RUN, runs: int = RUNS, cache: int = 1 << 20) -> None:
         monkeypatch.setattr(triton_kernel, "BLOCK", block)
         monkeypatch.setattr(triton_kernel, "RUNS", runs)
         monkeypatch.setattr(triton_launch, "RUN", run)
-        monkeypatch.setattr(triton_launch, "_L2", cache)
+        monkeypatch.setattr(triton_launch, "_budget", lambda _: triton_launch.WINDOW * cache)
 
     sizes()
     return sizes

@@ -1,4 +1,4 @@
-"""The Triton kernel in Triton's interpreter, against the float64 reference."""
+"""The Triton kernel against the float64 reference, interpreted where there is no GPU."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ from tests.backends.test_backends import (
 from tests.backends.test_parts import MODES as MODES_OF_PARTS
 from tests.backends.test_parts import check_parts
 from tests.helpers import (
+    DEVICE,
+    ON_GPU,
     Comparison,
     as_numpy,
     follow,
@@ -55,7 +57,9 @@ FUSED = {"fused": True}
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> SetSizes:
-    """Fused means the Triton kernel, interpreted; sets sizes."""
+    """Fused means the Triton kernel, interpreted where there is no GPU; sets sizes."""
+    if ON_GPU and triton.why_not() is None:
+        return interpreter.set_sizes(monkeypatch)
     if not interpreter.AVAILABLE:
         pytest.skip(interpreter.REASON)
     return interpreter.interpret(monkeypatch)
@@ -115,7 +119,9 @@ def test_types(
     theta = [normal(shape, "theta", shape).to(of_parameter) for shape in [(5,), (300,)]]
     wanted = references(theta, settings)
     m, B = ([torch.zeros_like(x, dtype=torch.float32) for x in theta] for _ in range(2))
-    steps, thresholds = ([torch.zeros(()) for _ in theta] for _ in range(2))
+    home = DEVICE if capturable else "cpu"
+    steps = [torch.zeros((), device=home) for _ in theta]
+    thresholds = [torch.zeros((), device=DEVICE) for _ in theta]
     limit_m, limit_B = tolerances.STATE_OF_16_BIT[capturable]
     compare, ulp = Comparison(), torch.finfo(of_parameter).eps
     for t in range(3):
@@ -164,9 +170,9 @@ def test_random_rounding_has_the_bits_of_the_rule(
     largest = torch.finfo(dtype).max
     numbers = [0.0, -0.0, 1.0, 0.3, -7e-3, largest, 1.0001 * largest]
     numbers += [2.0**-14, 2.0**-14 * 0.999, 1e-7, -3e-8, 1e-40, 2.0**-24, 65504.0, 65519.0, -1e-45]
-    theta = torch.tensor(numbers * 20).repeat(3)
-    p = torch.zeros(len(theta), dtype=dtype)
-    m, B = torch.zeros(len(theta)), torch.zeros(len(theta))
+    theta = torch.tensor(numbers * 60, device=DEVICE)
+    p = torch.zeros_like(theta, dtype=dtype)
+    m, B = torch.zeros_like(theta), torch.zeros_like(theta)
     # theta' = 0 - 1 * m' / max(|B'|, 1) with m' = g
     apollo_qn.apollo([p], [-theta], [m], [B], [torch.zeros(())], warmup_steps=0, seed=3, **FUSED)
     first, second = rounding.keys(rounding.stream(3, 0), 0)
@@ -218,6 +224,7 @@ def test_schedule(interpreted: SetSizes) -> None:
     interpreted(cache=int(20 * RUN * 12 / triton_launch.WINDOW))
     types = [(torch.float32,) * 3] * 6
     tables = triton_launch.Tables(torch.device("cpu"), [[0] * 6] * 5, n, types, [-1] * 6, [0] * 6)
+    tables._schedule([True] * 6)
     (one,) = tables._sets
     seen: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
     for launch, (first, count) in enumerate(one.steps):
@@ -251,6 +258,7 @@ def test_offsets_beyond_32_bits(interpreted: SetSizes) -> None:
     n = 2**33 + 5
     types = [(torch.bfloat16, torch.bfloat16, torch.float32)]
     tables = triton_launch.Tables(torch.device("cpu"), [[0]] * 5, [n], types, [-1], [0])
+    tables._schedule([True])
     last = tables._work[triton_kernel.RUNS - 1].tolist()
     assert last[2] + last[3] == n
     assert tables._work[:, 3].max() < 2**31
@@ -347,15 +355,22 @@ def test_unaligned_tensors(interpreted: SetSizes) -> None:
     wanted = references(params, settings := Settings(lr=0.3))
     optimizer = make(params, settings, **FUSED)
     follow(optimizer, params, wanted, 2, torch.float32)
-    assert plans(optimizer)[0]._tables._aligned == [False]
-    aligned = parameters([(300,)])
-    optimizer = make(aligned, settings, **FUSED)
-    run_steps(optimizer, range(1))
-    assert plans(optimizer)[0]._tables._aligned == [True]
-    buffer = torch.zeros(301)
-    aligned[0].grad = buffer[1:]
+    assert plans(optimizer)[0]._tables._aligned == [False] * 2
+    # what one is read with does not depend on the others, whose sums would have other roundings
+    both = parameters([(300,), (200,)])
+    wanted = references(both, settings)
+    optimizer = make(both, settings, **FUSED)
+    follow(optimizer, both, wanted, 1, torch.float32)
+    assert plans(optimizer)[0]._tables._aligned == [True, True]
+    give_gradients(both, 1)
+    grad = both[0].grad
+    assert grad is not None
+    both[0].grad = torch.empty(301, device=DEVICE)[1:].copy_(grad)
     optimizer.step()
-    assert plans(optimizer)[0]._tables._aligned == [False]
+    step_references(both, wanted)
+    Comparison().check_all(optimizer, both, wanted, torch.float32)
+    assert plans(optimizer)[0]._tables._aligned == [False, True]
+    assert [one.aligned for one in plans(optimizer)[0]._tables._sets] == [False, True]
 
 
 @pytest.mark.parametrize("mode", [MODES[0], MODES[3]], ids=["plain", "decoupled"])
@@ -483,3 +498,24 @@ def test_no_gradient_is_kept_alive(interpreted: SetSizes) -> None:
     optimizer.zero_grad()
     del grad
     assert known() is None
+
+
+@pytest.mark.parametrize("how", ["replaced", "stored otherwise", "removed"])
+def test_no_old_state_is_kept_alive(how: str, interpreted: SetSizes) -> None:
+    import weakref
+
+    params = parameters([(300,), (5,)])
+    optimizer = make(params, Settings(lr=0.3), **FUSED)
+    run_steps(optimizer, range(2))
+    old = weakref.ref(optimizer.state[params[1]]["exp_avg"])
+    if how == "replaced":
+        state = optimizer.state[params[1]]
+        state["exp_avg"] = state["exp_avg"].clone()
+    elif how == "stored otherwise":
+        optimizer.param_groups[0]["state_dtype"] = torch.bfloat16
+    else:
+        p = optimizer.param_groups[0]["params"].pop()
+        del optimizer.state[p], params[1], p
+    give_gradients(params, 2)
+    optimizer.step()
+    assert old() is None

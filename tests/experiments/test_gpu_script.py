@@ -64,9 +64,12 @@ def test_a_part_that_takes_too_long_is_ended(script: Any, tmp_path: Path) -> Non
 
 def test_verdicts(script: Any, tmp_path: Path) -> None:
     row = {"name": script.MINE, "ratio": 1.2, "times the rule's speed": 12.0}
-    row["share of a copy, 10 words"] = 0.9
+    about = {"element_bytes": 4, "parameters": 1_300_000_000, "copy, GB/s": 4000.0}
+    window = {"window": 1e9, "milliseconds": 14.5}  # 52 GB in 14.5 ms: 3,586 GB/s
     for name in ("transformer-base", "decoder-1.3b"):
-        (tmp_path / f"bench-{name}.json").write_text(json.dumps({"rows": [row]}))
+        (tmp_path / f"bench-{name}.json").write_text(json.dumps({"rows": [row], **about}))
+        few = {"window": 0.6, "milliseconds": 9.0}  # fewer words: not what is asked
+        (tmp_path / f"sweep-{name}.json").write_text(json.dumps({"rows": [few, window]}))
     done = [{"part": "tests:cuda", "exit": 1, "said": "1 failed"}]
     found = {what: verdict for what, _, verdict in script.bars(tmp_path, done)}
     assert found["tests:cuda"] == "MISSED"
@@ -74,6 +77,7 @@ def test_verdicts(script: Any, tmp_path: Path) -> None:
     assert found["decoder-1.3b: step <= 1.45 x AdamW fused"] == "pass"
     assert found["decoder-1.3b: >= 10 x the rule's speed"] == "pass"
     assert found["decoder-1.3b: >= 85% of a copy's bandwidth at 10 words"] == "pass"
+    assert found["decoder-1.3b: AdamW compiled measured"] == "MISSED"
     assert found["resnet-110: step <= 1.0 x AdamW fused"] == "MISSED"  # not measured
 
 

@@ -58,6 +58,7 @@ def planned(groups: list[Group], plan: Plan | None, make: type[Plan]) -> Plan:
     known = [] if plan is None else [plan, *plan.others]
     found = next((one for one in known if one.renew(tensors)), None)
     if found is None:
+        known = [one for one in known if one.is_of(tensors)]
         found = make(tensors, known)
     for one in known:
         one.others = []
@@ -356,6 +357,16 @@ class Plan(ABC):
             return False
         self._look, self._g = look, g
         return True
+
+    def is_of(self, tensors: Tensors) -> bool:
+        """Whether no parameter has another state by now, which this plan would keep alive."""
+        columns = (tensors.params, tensors.exp_avgs, tensors.hessian_diags, tensors.steps)
+        now = {id(p): (id(m), id(B), id(t)) for p, m, B, t in zip(*columns, strict=True)}
+        mine = (column or [] for column in self._kept[:4])
+        return all(
+            now.get(id(p), (id(m), id(B), id(t))) == (id(m), id(B), id(t))
+            for p, m, B, t in zip(*mine, strict=True)
+        )
 
     def _knows(self, params: list[Tensor]) -> bool:
         mine = self._kept[0] or []

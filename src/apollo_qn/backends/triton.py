@@ -120,6 +120,7 @@ class Plan(plan.Plan):
             [tuple(column[i].dtype for column in columns) for i in taken],
             [-1 if row is None else row for row in self._shared_of(taken)],
             self._stream,
+            isinstance(self, CapturablePlan),
         )
 
     def _shared_of(self, taken: list[int]) -> list[int | None]:

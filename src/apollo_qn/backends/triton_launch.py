@@ -11,6 +11,7 @@ gradients and its numbers, in one copy, where they have changed, and waits for n
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -34,6 +35,7 @@ RUN = 4096
 WINDOW = 0.6
 _L2 = 40 << 20  # bytes, where the device does not tell
 _ALIGNMENT = 16  # bytes
+_PROGRAMS = 4  # of a window, for each multiprocessor, at least
 _SPARE = 4  # graphs that may be captured without a step between them
 
 _TYPES = {
@@ -49,12 +51,12 @@ _captured: list[Any] = []
 
 @dataclass
 class _Set:
-    """Tensors of the same types that are stored alike."""
+    """Tensors of the same types that are stored and lie alike."""
 
     types: Types
     kahan: bool
+    aligned: bool  # all of their addresses, so that 16 bytes are read at once
     members: list[int]
-    aligned: bool  # parameters and state
 
     @property
     def draws(self) -> bool:
@@ -120,6 +122,7 @@ class Tables:
         shared: of each its row among the sums of tensors of which only parts are here; -1: it is
             whole.
         streams: of each the word that stands for it in :mod:`apollo_qn.rounding`.
+        capturable: whether launches may be captured in a CUDA graph.
     """
 
     def __init__(
@@ -130,32 +133,37 @@ class Tables:
         types: Sequence[Types],
         shared: Sequence[int],
         streams: Sequence[int],
+        capturable: bool = False,
     ) -> None:
         self._device = device
-        kinds = [(its, low != 0) for its, low in zip(types, addresses[4], strict=True)]
-        self._sets = [
-            _Set(
-                *kind,
-                members := [i for i, its in enumerate(kinds) if its == kind],
-                all(column[i] % _ALIGNMENT == 0 for column in addresses for i in members),
-            )
-            for kind in dict.fromkeys(kinds)
-        ]
+        self._addresses, self._n, self._types, self._shared = addresses, n, types, shared
         self.has_parts = any(row >= 0 for row in shared)
         work = _Work(n)
-        for one in self._sets:
-            _schedule(one, work, shared, _budget(device))
-        table = torch.zeros(len(n), kernel.TENSOR, dtype=torch.int64, device="cpu")
         columns = [*addresses, work.row[:-1], work.runs, shared, streams]
-        for column, of_each in enumerate(columns):
-            table[:, column] = torch.tensor(list(of_each), dtype=torch.int64, device="cpu")
-        self._tensors = table.to(device)
-        self._work = torch.cat(work.pieces).to(device)
+        table = torch.tensor([list(column) for column in columns], dtype=torch.int64, device="cpu")
+        self._tensors = _on_device(table.t().contiguous(), device)
         self._rows = torch.empty(work.row[-1], kernel.SUMS, dtype=torch.float64, device=device)
-        self._upload = _Upload(device)
-        self._streams: set[Any] = set()
+        self._upload = _Upload(device, capturable)
         self._gradients: array[int] | None = None
+        self._sets: list[_Set] = []
         self._aligned: list[bool] = []
+        self._work = self._tensors
+        self._home = _stream(device)
+
+    def _schedule(self, aligned: list[bool]) -> None:
+        """Say which program works on what."""
+        self._aligned = aligned
+        kahan = [low != 0 for low in self._addresses[4]]
+        kinds = list(zip(self._types, kahan, aligned, strict=True))
+        # what a tensor is read with does not depend on the others
+        self._sets = [
+            _Set(*kind, [i for i, its in enumerate(kinds) if its == kind])
+            for kind in dict.fromkeys(kinds)
+        ]
+        work = _Work(self._n)
+        for one in self._sets:
+            _schedule(one, work, self._shared, _budget(self._device))
+        self._work = _on_device(torch.cat(work.pieces), self._device)
 
     def launch(
         self,
@@ -182,39 +190,40 @@ class Tables:
             words.frombytes(scalars.tobytes())
         if gradients != self._gradients:
             self._gradients = gradients
-            self._aligned = [
-                one.aligned and not any(gradients[i] % _ALIGNMENT for i in one.members)
-                for one in self._sets
+            aligned = [
+                not any(column[i] % _ALIGNMENT for column in (gradients, *self._addresses))
+                for i in range(len(gradients))
             ]
+        else:
+            aligned = self._aligned
         with _on(self._device):
-            self._tell_allocator()
+            if aligned != self._aligned:
+                self._schedule(aligned)
             uploaded = self._upload(words, self._tensors, self._work, self._rows)
+            self._tell_allocator(uploaded)
             numbers = scalars
             if not isinstance(numbers, Tensor):
                 numbers = uploaded[2 * len(gradients) :].view(torch.float64)
             given = (uploaded, numbers, self._rows, self._rows if whole is None else whole)
-            for one, aligned in zip(self._sets, self._aligned, strict=True):
+            for one in self._sets:
                 spans = one.measuring if measuring else one.steps + (one.keep if belief else [])
                 for first, count in spans:
                     kernel.step[(count,)](
                         *(self._tensors, self._work, first, *given),
                         *(*one.constants, belief, one.kahan, one.draws),
-                        *(aligned, kernel.BLOCK, kernel.RUNS),
+                        *(one.aligned, kernel.BLOCK, kernel.RUNS),
                         num_warps=kernel.WARPS,
                     )
 
-    def _tell_allocator(self) -> None:
-        """Of a stream beside the one that the tables were made on: it may outlive this plan."""
-        if self._device.type != "cuda":
-            return
-        stream = torch.cuda.current_stream()
-        if stream not in self._streams:
-            self._streams.add(stream)
-            for table in (self._tensors, self._work, self._rows):
+    def _tell_allocator(self, uploaded: Tensor) -> None:
+        """Of another stream than the one that the tables were made on: they may be dropped soon."""
+        stream = _stream(self._device)
+        if stream != self._home:
+            for table in (self._tensors, self._work, self._rows, uploaded):
                 table.record_stream(stream)
 
 
-def _schedule(one: _Set, work: _Work, shared: Sequence[int], budget: int) -> None:
+def _schedule(one: _Set, work: _Work, shared: Sequence[int], budget: float) -> None:
     parts = [i for i in one.members if shared[i] >= 0]
     whole = [i for i in one.members if shared[i] < 0]
     small = [i for i in whole if work.runs[i] == 1]
@@ -222,7 +231,7 @@ def _schedule(one: _Set, work: _Work, shared: Sequence[int], budget: int) -> Non
     one.measuring = work.launch((kernel.MEASURE, parts)) + work.launch((kernel.TELL, parts))
     _, g, state = (dtype.itemsize for dtype in one.types)
     windows: list[list[int]] = []
-    room = 0
+    room = 0.0
     for i in large:
         size = work.n[i] * (g + 2 * state)
         if size > room or not windows:
@@ -244,23 +253,43 @@ def _schedule(one: _Set, work: _Work, shared: Sequence[int], budget: int) -> Non
     one.keep = work.launch((kernel.KEEP, [*parts, *large]))
 
 
-def _budget(device: torch.device) -> int:
+def _budget(device: torch.device) -> float:
     """Bytes of gradients and states in a window."""
-    cache = 0
-    if device.type == "cuda":
-        cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
-    return int(WINDOW * (cache or _L2))
+    if device.type != "cuda":
+        return WINDOW * _L2
+    its = torch.cuda.get_device_properties(device)
+    window = WINDOW * (getattr(its, "L2_cache_size", 0) or _L2)
+    # a window that leaves processors idle costs more than it saves
+    least = its.multi_processor_count * _PROGRAMS * RUN * 12
+    return window if window >= least else math.inf
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def _stream(device: torch.device) -> Any:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def _on_device(table: Tensor, device: torch.device) -> Tensor:
+    """A copy that nothing waits for."""
+    if device.type != "cuda":
+        return table.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the first step with these tensors is being captured in a CUDA graph: do one before, "
+            "as torch.cuda.graph asks of every warmup"
+        )
+    return table.pin_memory().to(device, non_blocking=True)
+
+
 class _Upload:
     """Words on the device, which are copied there when they change."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, capturable: bool) -> None:
         self._device = device
+        self._spares = _SPARE if capturable else 0
         self._words: array[int] | None = None
         self._tensor = torch.empty(0, dtype=torch.int64, device=device)
         # pinned, for copies that are captured, when none can be allocated; a replay reads it again
@@ -273,11 +302,16 @@ class _Upload:
         if torch.cuda.is_current_stream_capturing():
             fitting = [spare for spare in self._spare if len(spare) == len(words)]
             self._spare = fitting[1:]
-            pinned = (fitting[0] if fitting else _pinned(len(words))).copy_(given)
+            if not fitting:
+                raise RuntimeError(
+                    f"{_SPARE} CUDA graphs have been captured without a step between them: do a "
+                    "step before the next"
+                )
+            pinned = fitting[0].copy_(given)
             _captured.append((pinned, tables))
             return torch.empty_like(given, device=self._device).copy_(pinned, non_blocking=True)
-        while len(self._spare) < _SPARE or len(self._spare[0]) != len(words):
-            self._spare = [_pinned(len(words)) for _ in range(_SPARE)]
+        if [len(spare) for spare in self._spare] != [len(words)] * self._spares:
+            self._spare = [_pinned(len(words)) for _ in range(self._spares)]
         if words != self._words:
             # new at each copy: the allocator gives it away again when the device has read it
             pinned = _pinned(len(words)).copy_(given)

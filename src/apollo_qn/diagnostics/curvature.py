@@ -278,6 +278,8 @@ def _parts(
     groups, members = [], []
     for settings, named_params in named(optimizer, names):
         mine = [(name, p) for name, p in named_params if p.numel() and optimizer.state.get(p)]
+        if optimizer._release is not None and coming:
+            mine = []  # their steps have been done in the backward pass, their gradients are gone
         if coming:  # of a sparse one the step has something to say
             mine = [(name, p) for name, p in mine if p.grad is not None and not p.grad.is_sparse]
         states = [optimizer.state[p] for _, p in mine]
