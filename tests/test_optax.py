@@ -649,7 +649,8 @@ def test_schedule_that_starts_at_nothing() -> None:
 def test_signature_is_that_of_the_class() -> None:
     found = inspect.signature(apollo).parameters
     wanted = dict(inspect.signature(Apollo).parameters)
-    for name in ("params", "foreach", "fused", "maximize", "capturable", "differentiable"):
+    of_torch = ("params", "foreach", "fused", "maximize", "capturable", "differentiable")
+    for name in (*of_torch, "rounding", "state_dtype", "seed"):
         del wanted[name]
     names = {"learning_rate" if name == "lr" else name for name in wanted}
     assert set(found) == names | {"mask"}
@@ -756,7 +757,9 @@ def test_a_mask_that_has_become_a_schedule_is_refused() -> None:
     """optax.inject_hyperparams calls it with the count; the decay would go without a word."""
     params = {"a": jnp.ones((2, 2))}
     method = optax.inject_hyperparams(apollo)(
-        learning_rate=0.1, weight_decay=0.1, mask=lambda tree: jax.tree.map(lambda x: True, params)
+        learning_rate=0.1,
+        weight_decay=0.1,
+        mask=lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree),
     )
     with pytest.raises(ValueError, match=r"mask must be a pytree of bools.*static_args"):
         method.update(params, method.init(params), params)

@@ -392,10 +392,11 @@ def _whole_mask(mask: Any, params: optax.Params) -> Any:
         mask = True
     elif callable(mask) and jax.tree_util.all_leaves([mask]):  # not a callable node of a tree
         mask = mask(params)
-    if any(_is_array(on) for on in jax.tree.leaves(mask)):
+    if mask is False or any(_is_array(on) for on in jax.tree.leaves(mask)):
         raise ValueError(
-            "mask must be a pytree of bools or a callable that makes one, got arrays: "
-            "optax.inject_hyperparams takes a callable for a schedule, name mask in its static_args"
+            f"mask must be a pytree of bools or a callable that makes one, got {mask}, by which "
+            "nothing would decay: optax.inject_hyperparams takes each callable for a schedule, name "
+            "mask in its static_args"
         )
     return jax.tree.map(lambda on, part: jax.tree.map(lambda _: on, part), mask, params)
 
