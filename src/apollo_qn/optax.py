@@ -395,8 +395,8 @@ def _whole_mask(mask: Any, params: optax.Params) -> Any:
     if mask is False or any(_is_array(on) for on in jax.tree.leaves(mask)):
         raise ValueError(
             f"mask must be a pytree of bools or a callable that makes one, got {mask}, by which "
-            "nothing would decay: optax.inject_hyperparams takes each callable for a schedule, name "
-            "mask in its static_args"
+            "nothing would decay: optax.inject_hyperparams takes each callable for a schedule, so "
+            "name mask in its static_args"
         )
     return jax.tree.map(lambda on, part: jax.tree.map(lambda _: on, part), mask, params)
 
