@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -438,3 +439,26 @@ def test_steps_may_be_differentiated_by_torch_func() -> None:
     found = grad(after)(lr)
     wanted = (after(lr + 1e-6) - after(lr - 1e-6)) / 2e-6
     torch.testing.assert_close(found, wanted, rtol=tolerances.DIFFERENCE, atol=0)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_the_default_compiler_follows_eager() -> None:
+    """Inductor fuses the rule; of a 16-bit parameter it must keep what the rounding cuts off."""
+    torch._dynamo.reset()
+    results = []
+    for compiled in (False, True):
+        p = nn.Parameter(normal((6, 5), "theta", dtype=torch.bfloat16))
+        optimizer = ApolloW(
+            [p], lr=0.3, weight_decay=0.05, warmup_steps=0, rounding="kahan", capturable=True
+        )
+        step = torch.compile(optimizer.step) if compiled else optimizer.step
+        for t in range(3):
+            p.grad = normal((6, 5), "g", t, dtype=torch.bfloat16)
+            step()
+        low = optimizer.state[p]["compensation"]
+        assert low.count_nonzero() > 20
+        results.append(p.detach().double() + low.double())
+    one, other = results
+    assert float((one - other).abs().max()) <= tolerances.COMPENSATED[torch.bfloat16] * float(
+        one.abs().max()
+    )
