@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +120,17 @@ class LanguageModel(nn.Module):
             The negative log likelihood of every target in nats, (batch, time), float32, and the
             state after the last token, cut off from the gradient.
         """
-        x, (hidden, cell) = self.lstm(self.dropout(self.embedding(tokens)), state)
+        x = self.dropout(self.embedding(tokens))
+        with _precision(x):
+            x, (hidden, cell) = self.lstm(x, state)
         nats: Tensor = self.softmax(self.dropout(x).flatten(0, 1), targets.flatten())
         # float32 in mixed precision too, so that every piece begins with the same type
         return nats.view_as(targets), (hidden.detach().float(), cell.detach().float())
+
+
+def _precision(x: Tensor) -> AbstractContextManager[Any]:
+    """float32 for the LSTM on a CPU without bfloat16, where torch's raises under autocast."""
+    mixed = x.is_cpu and torch.is_autocast_enabled("cpu")
+    if mixed and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.autocast("cpu", enabled=False)
+    return nullcontext()
