@@ -62,7 +62,7 @@ def run(kernel: Path, *command: str, **environment: str) -> subprocess.Completed
         capture_output=True,
         text=True,
         check=False,
-        timeout=280,
+        timeout=850,
     )
 
 
@@ -99,6 +99,7 @@ def test_the_same_bits_on_every_processor(flags: list[str], tmp_path: Path) -> N
     assert len(set(found.values())) == 1, found
 
 
+@pytest.mark.timeout(900)  # two minutes on an idle core; CI's may be busy
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="LD_PRELOAD is Linux's")
 def test_under_sanitizers(flags: list[str], tmp_path: Path) -> None:
     """The kernel's tests with AddressSanitizer and UBSan; an error ends the process."""
@@ -140,6 +141,6 @@ p = torch.nn.Parameter(torch.ones(1000))
 p.grad = torch.ones(1000)
 optimizer = Apollo([p], fused=True)
 optimizer.step()
-optimizer._kept.plan._n[0] = 1001
+next(iter(optimizer._kept.plans.values()))._n[0] = 1001
 optimizer.step()
 """
