@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from apollo_qn.backends import kernel, memory, plan
 from apollo_qn.backends.kernel import address
-from apollo_qn.backends.plan import Tensors, on_host, scalars
+from apollo_qn.backends.plan import Tensors
 from apollo_qn.rule import Hyperparameters, arithmetic
 
 
@@ -67,15 +66,7 @@ class Plan(plan.Plan):
         shared = self._rows(table)
         if measuring and shared is None:
             return
-        _, _, _, step, previous_lr, *_ = self._addresses
-        read = (self._group, step, previous_lr)
-        written = (self._which, self._run_group, self._run_step, self._run_lr)
-        columns: tuple[array[Any], ...] = (*read, *written)
-        runs = kernel.loaded().numbers(len(self._taken), *map(address, columns))
-        numbers = array("d")
-        for i in range(runs):
-            h = on_host(hyperparameters[self._run_group[i]])
-            numbers.extend(scalars(h, self._run_step[i], self._run_lr[i]))
+        numbers = self._scalars(hyperparameters)
         # autograd learns that they are no longer what they were
         if not measuring:
             torch.autograd.graph.increment_version(self._changing)

@@ -296,6 +296,8 @@ class Plan(ABC):
         self._kind_of = array("i", [kinds[i] or 0 for i in taken])
         groups = [group for group, size in enumerate(tensors.sizes) for _ in range(size)]
         self._group = array("i", [groups[i] for i in taken])
+        self._steps = [tensors.steps[i] for i in taken]
+        self._rates = [tensors.numbers_of(i)[1] for i in taken]
         self._g = addresses(tensors.grads)
         self._addresses = [addresses(column) for column in self._kept]
         streams = tensors.streams or [0] * len(kinds)
@@ -357,6 +359,28 @@ class Plan(ABC):
             return False
         self._look, self._g = look, g
         return True
+
+    def _scalars(self, hyperparameters: list[Hyperparameters]) -> array[float]:
+        """Rows of the step's numbers; ``_which`` says which row is a tensor's."""
+        numbers = array("d")
+        for i in range(self._runs()):
+            h = on_host(hyperparameters[self._run_group[i]])
+            numbers.extend(scalars(h, self._run_step[i], self._run_lr[i]))
+        return numbers
+
+    def _runs(self) -> int:
+        _, _, _, step, previous_lr, *_ = self._addresses
+        written = (self._which, self._run_group, self._run_step, self._run_lr)
+        if kernel.available():
+            columns: tuple[array[Any], ...] = (self._group, step, previous_lr, *written)
+            found: int = kernel.loaded().numbers(len(self._taken), *map(address, columns))
+            return found
+        known: dict[tuple[int, float, float], int] = {}
+        for i, (t, rate) in enumerate(zip(self._steps, self._rates, strict=True)):
+            key = (self._group[i], t.item(), 0.0 if rate is None else rate.item())
+            run = self._which[i] = known.setdefault(key, len(known))
+            self._run_group[run], self._run_step[run], self._run_lr[run] = key
+        return len(known)
 
     def is_of(self, tensors: Tensors) -> bool:
         """Whether no parameter has another state by now, which this plan would keep alive."""

@@ -66,6 +66,9 @@ def serves(device: torch.device) -> bool:
 class Plan(plan.Plan):
     """What the kernel does for the tensors of one device, whose ``step`` lies on the host."""
 
+    KINDS = KINDS
+    capturable = False
+
     def step(self, hyperparameters: list[Hyperparameters], table: Tensor | None) -> None:
         """Launch the step; nothing waits for it."""
         if self._taken:
@@ -77,8 +80,6 @@ class Plan(plan.Plan):
         """Launch the measuring of parts into their rows of ``table``."""
         if self._taken and self._tables.has_parts:
             self._launch(hyperparameters, table, measuring=True)
-
-    KINDS = KINDS
 
     def fits(self, large: list[Tensor], numbers: list[Tensor | None]) -> bool:
         """Whether all lie on one device that is served, the numbers where ``capturable`` says."""
@@ -105,8 +106,6 @@ class Plan(plan.Plan):
 
     def _take(self, tensors: plan.Tensors, taken: list[int], kinds: list[int | None]) -> None:
         super()._take(tensors, taken, kinds)
-        self._steps = [tensors.steps[i] for i in taken]
-        self._rates = [tensors.numbers_of(i)[1] for i in taken]
         if not taken:
             return
         from apollo_qn.backends.triton_launch import Tables
@@ -120,7 +119,7 @@ class Plan(plan.Plan):
             [tuple(column[i].dtype for column in columns) for i in taken],
             [-1 if row is None else row for row in self._shared_of(taken)],
             self._stream,
-            isinstance(self, CapturablePlan),
+            self.capturable,
         )
 
     def _shared_of(self, taken: list[int]) -> list[int | None]:
@@ -135,12 +134,7 @@ class Plan(plan.Plan):
         return which, scalars
 
     def _numbers(self, hyperparameters: list[Hyperparameters]) -> Numbers:
-        runs = self._runs()
-        scalars = array("d")
-        for i in range(runs):
-            h = plan.on_host(hyperparameters[self._run_group[i]])
-            scalars.extend(plan.scalars(h, self._run_step[i], self._run_lr[i]))
-        return self._which, scalars
+        return self._which, self._scalars(hyperparameters)
 
     def _record(self, numbers: Any) -> None:
         """Steps and rates, which lie on the host."""
@@ -155,23 +149,11 @@ class Plan(plan.Plan):
             if rate is not None:
                 rate.fill_(scalars[plan.SCALARS * which[i] + _RATE])
 
-    def _runs(self) -> int:
-        _, _, _, step, previous_lr, *_ = self._addresses
-        written = (self._which, self._run_group, self._run_step, self._run_lr)
-        if kernel.available():
-            columns: tuple[array[Any], ...] = (self._group, step, previous_lr, *written)
-            found: int = kernel.loaded().numbers(len(self._taken), *map(address, columns))
-            return found
-        known: dict[tuple[int, float, float], int] = {}
-        for i, (t, rate) in enumerate(zip(self._steps, self._rates, strict=True)):
-            key = (self._group[i], t.item(), 0.0 if rate is None else rate.item())
-            run = self._which[i] = known.setdefault(key, len(known))
-            self._run_group[run], self._run_step[run], self._run_lr[run] = key
-        return len(known)
-
 
 class CapturablePlan(Plan):
     """The same where ``step`` lies on the device: its numbers are computed there."""
+
+    capturable = True
 
     def _numbers_fit(
         self, step: Tensor | None, previous_lr: Tensor | None, device: torch.device
