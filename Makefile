@@ -7,8 +7,10 @@ OUT ?= runs/compare
 # one for CUDA; a machine's own is used by naming its Python, see CONTRIBUTING.md.
 DEVICE ?= cpu
 GPU_PYTHON ?= $(BIN)/python
+DATA ?= data
+RUNS ?= runs/results
 
-.PHONY: compare quick test lint build kernel bench gpu-check docs clean
+.PHONY: compare quick test lint build kernel bench gpu-check results docs clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.ready: requirements/dev.txt pyproject.toml setup.py
@@ -48,6 +50,21 @@ bench: $(VENV)/.ready  ## step times against torch.optim; the table is in runs/b
 
 gpu-check: $(VENV)/.ready  ## all that is to be known of a GPU, in nine minutes; runs/gpu/summary.txt
 	$(GPU_PYTHON) benchmarks/gpu.py --out runs/gpu $(ARGS)
+
+# all that results/ holds, anew: hours on two cores; DATA has what results/README.md names
+results: $(VENV)/.ready  ## run the evidence again; RUNS is where
+	$(BIN)/apollo-qn prepare cifar10 --raw $(DATA) --out data/cifar10
+	$(BIN)/apollo-qn prepare multi30k --raw $(DATA)/multi30k --subwords 2000 --out data/multi30k
+	$(BIN)/apollo-qn sweep results/wordnet/recipe.toml tuning --set train.evaluate_every=400 --data $(DATA) --out $(RUNS)/wordnet-tuning
+	$(BIN)/apollo-qn sweep results/multi30k/recipe.toml tuning --set train.evaluate_every=600 --data data/multi30k --out $(RUNS)/multi30k-tuning
+	$(BIN)/apollo-qn sweep results/cifar10/recipe.toml tuning --set train.evaluate_every=468 --set data.validation=5000 --data data/cifar10 --out $(RUNS)/cifar10-tuning
+	for task in wordnet multi30k cifar10; do \
+	  case $$task in wordnet) data=$(DATA) ;; *) data=data/$$task ;; esac; \
+	  $(BIN)/apollo-qn compare results/$$task/recipe.toml --tuned $(RUNS)/$$task-tuning --data $$data --out $(RUNS)/$$task-comparison || exit 1; \
+	done
+	for analysis in lr-robustness weight-decay; do \
+	  $(BIN)/apollo-qn sweep results/cifar10/recipe.toml $$analysis --seeds 2 --tuned $(RUNS)/cifar10-tuning --data data/cifar10 --out $(RUNS)/cifar10-$$analysis || exit 1; \
+	done
 
 docs: $(VENV)/.ready  ## the documentation as a site; open site/index.html
 	$(BIN)/mkdocs build --strict

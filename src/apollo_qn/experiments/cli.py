@@ -20,7 +20,7 @@ from apollo_qn.experiments import ranks
 from apollo_qn.experiments.errors import ExperimentError
 from apollo_qn.experiments.interrupt import Interrupted
 from apollo_qn.experiments.recipe import Recipe, RunSpec
-from apollo_qn.experiments.schema import SweepKind
+from apollo_qn.experiments.schema import Analysis
 
 if TYPE_CHECKING:
     from apollo_qn.experiments.matrix import RunState
@@ -59,6 +59,10 @@ Strategy = Annotated[
 Cluster = Annotated[
     str | None,
     typer.Option(help="ray: each run is a task of the cluster of RAY_ADDRESS, or of a local one."),
+]
+Tuned = Annotated[
+    Path | None,
+    typer.Option(help="Folder of a finished `sweep TASK tuning`, whose best settings are taken."),
 ]
 Threads = Annotated[
     int | None,
@@ -109,6 +113,7 @@ def compare(
     optimizers: Optimizers = None,
     schedules: Schedules = None,
     settings: Settings = None,
+    tuned: Tuned = None,
     data: DataFolder = None,
     jobs: Jobs = None,
     accelerator: Accelerator = "cpu",
@@ -129,7 +134,7 @@ def compare(
             raise ExperimentError(f"--data is {str(data)!r}, which task's? name one before it")
         specs = []
         for one in _SMALL if task is None else (task,):
-            plan, names, chosen = _plan(one, quick, settings, optimizers, schedules)
+            plan, names, chosen = _plan(one, quick, settings, optimizers, schedules, tuned=tuned)
             specs += plan.runs(names, seeds, chosen)
         failed = _train_and_report(specs, folder, data, where)
     if failed:
@@ -139,7 +144,9 @@ def compare(
 @app.command()
 def sweep(
     task: TaskName,
-    analysis: Annotated[SweepKind, typer.Argument(help="Which of the paper's analyses.")],
+    analysis: Annotated[
+        Analysis, typer.Argument(help="One of the paper's analyses, or the search for settings.")
+    ],
     out: Annotated[
         Path | None, typer.Option(help="Output folder.  [default: runs/sweep-TASK-ANALYSIS]")
     ] = None,
@@ -148,6 +155,7 @@ def sweep(
     optimizers: Optimizers = None,
     schedules: Schedules = None,
     settings: Settings = None,
+    tuned: Tuned = None,
     data: DataFolder = None,
     jobs: Jobs = None,
     accelerator: Accelerator = "cpu",
@@ -156,17 +164,23 @@ def sweep(
     threads: Threads = None,
     cluster: Cluster = None,
 ) -> None:
-    """Train a task at several learning rates or weight decays, and write a report.
+    """Train a task at several values of a setting, and write a report.
 
     lr-robustness: learning rates times the recipe's factors, weight decay divided by them (figure 2
-    of the paper). weight-decay: the recipe's values, coupled by eq. (14) (figure 4). Stop it with
-    Ctrl-C; the same command goes on where it was.
+    of the paper). weight-decay: the recipe's values, coupled by eq. (14) (figure 4). tuning: as
+    many settings of each optimizer from the recipe's ranges, judged on held-out data; --tuned takes
+    the best. Stop it with Ctrl-C; the same command goes on where it was.
     """
     with _one_line_errors():
         where = _Where(accelerator, devices, jobs, threads, strategy, cluster)
         name = f"sweep-{Path(task).stem}-{analysis}{'-quick' if quick else ''}"
-        plan, names, chosen = _plan(task, quick, settings, optimizers, schedules, analysis)
-        specs = plan.sweep(analysis, names, seeds, chosen)
+        plan, names, chosen = _plan(task, quick, settings, optimizers, schedules, analysis, tuned)
+        if analysis == "tuning":
+            from apollo_qn.experiments import tuning
+
+            specs = tuning.tries(plan, names, seeds, chosen)
+        else:
+            specs = plan.sweep(analysis, names, seeds, chosen)
         folder = out or Path("runs") / name
         failed = _train_and_report(specs, folder, data, where)
     if failed:
@@ -234,7 +248,7 @@ def report(
 
 @app.command()
 def prepare(
-    task: Annotated[str, typer.Argument(help="one-billion-word, wmt14-en-de or multi30k.")],
+    task: Annotated[str, typer.Argument(help="one-billion-word, wmt14-en-de, multi30k or cifar10.")],
     raw: Annotated[Path, typer.Option(help="Folder of the raw download.")],
     out: Annotated[Path | None, typer.Option(help="Output folder.  [default: data/TASK]")] = None,
     vocabulary: Annotated[
@@ -254,16 +268,23 @@ def prepare(
     """
     with _one_line_errors():
         from apollo_qn.experiments import recipe
-        from apollo_qn.experiments.data import encoded_corpus, multi30k, one_billion_word, wmt14
+        from apollo_qn.experiments.data import (
+            cifar10,
+            encoded_corpus,
+            multi30k,
+            one_billion_word,
+            wmt14,
+        )
         from apollo_qn.experiments.placement import cores
         from apollo_qn.experiments.progress import counter
         from apollo_qn.experiments.schema import Sentences
 
         readers = {"wmt14-en-de": wmt14.load, "multi30k": multi30k.load}
-        if task not in ("one-billion-word", *readers):
+        preparable = ("one-billion-word", *readers, "cifar10")
+        if task not in preparable:
             raise ExperimentError(
-                f"task is {task!r}, allowed are one-billion-word, {', '.join(readers)}; the "
-                "others need no preparation"
+                f"task is {task!r}, allowed are {', '.join(preparable)}; the others need no "
+                "preparation"
             )
         folder = out or Path("data") / task
         with counter(Console(stderr=True)) as tell:
@@ -277,6 +298,9 @@ def prepare(
                 corpus = encoded_corpus.encode(text, size, clean=True)
                 encoded_corpus.prepare(corpus, folder, tell)
                 typer.echo(corpus.counts)
+            elif task == "cifar10":
+                tell("Decoding images", 0, 0)
+                folder = cifar10.prepare(cifar10.load(raw), folder)
             else:
                 one_billion_word.prepare(raw, folder, vocabulary, workers or cores(), tell)
         typer.echo(f"Prepared: --data {folder}")
@@ -367,16 +391,26 @@ def _plan(
     settings: list[str] | None,
     optimizers: str | None,
     schedules: str | None,
-    analysis: SweepKind | None = None,
+    analysis: Analysis | None = None,
+    tuned: Path | None = None,
 ) -> tuple[Recipe, list[str] | None, list[str]]:
     """The recipe, and which of its optimizers (None: it says itself) and schedules are chosen."""
     from apollo_qn.experiments import recipe
+
+    if tuned is not None and analysis == "tuning":
+        raise ExperimentError(f"--tuned is {str(tuned)!r}, a tuning has none; leave it out")
 
     as_it_stands = recipe.load(task)
     names = _chosen("--optimizers", optimizers, as_it_stands.optimizers)
     chosen = _chosen("--schedules", schedules, as_it_stands.schedules)
     chosen = chosen or as_it_stands.default_schedules(analysis)
-    return recipe.load(task, settings or (), names, chosen, quick), names, chosen
+    plan = recipe.load(task, settings or (), names, chosen, quick)
+    if tuned is not None:
+        from apollo_qn.experiments import tuning
+
+        own = None if analysis is None or analysis == "tuning" else plan.sweeps.get(analysis)
+        plan = tuning.apply(plan, tuned, names or (own.optimizers if own else None), chosen)
+    return plan, names, chosen
 
 
 def _chosen(option: str, value: str | None, there: Iterable[str]) -> list[str] | None:

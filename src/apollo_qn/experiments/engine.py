@@ -35,7 +35,7 @@ from apollo_qn.experiments.tracking import events
 from apollo_qn.experiments.whole import gathered, is_sharded, load_optimizer, load_weights
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
     from torch.utils.tensorboard import SummaryWriter
 
 Outcome = Literal["finished", "diverged", "stopped"]
@@ -111,7 +111,7 @@ class _Run:
         network: Any = torch.compile(self.network) if spec.train.compile else self.network
         self.model = fabric.setup_module(network)
         # sharded parameters are others than those before
-        optimizer = build(spec.optimizer, self.network.parameters())
+        optimizer = build(spec.optimizer, self.network)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, rate_factor(spec.train.schedule, spec.name, self.steps)
         )
@@ -390,8 +390,9 @@ class _Run:
             verdict |= self.last
             if self.spec.train.average_last > 1:
                 self._average()
-            if self.task.examines or self.spec.train.average_last > 1:
-                measured = self._evaluate(final=True)
+            examined = self.task.examines and not self.spec.is_try
+            if examined or self.spec.train.average_last > 1:
+                measured = self._evaluate(final=examined)
                 # JSON knows no NaN
                 verdict |= {name: x if math.isfinite(x) else None for name, x in measured.items()}
         verdict["time"] = {"seconds": self.seconds()}

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from apollo_qn import Apollo
-from apollo_qn.experiments.schema import SGD, Adam, ApolloSettings, RAdam, Schedule, Shape
+from apollo_qn.experiments.muon import MuonAndAdamW
+from apollo_qn.experiments.schema import (
+    SGD,
+    Adam,
+    ApolloSettings,
+    Muon,
+    NAdam,
+    Optimizer,
+    Schedule,
+    Shape,
+)
 from apollo_qn.schedules import inverse_square_root
 
 
-def build(
-    settings: SGD | Adam | RAdam | ApolloSettings, parameters: Iterable[nn.Parameter]
-) -> torch.optim.Optimizer:
+def build(settings: Optimizer, network: nn.Module) -> torch.optim.Optimizer:
     """Make the optimizer on the fastest back end that it has: what a user would take.
 
     Raises:
         TypeError: the weight decay is still a reference; resolve the run first.
     """
-    decay = settings.weight_decay
+    decay, parameters = settings.weight_decay, network.parameters()
     if not isinstance(decay, float):
         raise TypeError(f"weight decay is not resolved: {decay!r}")
     if isinstance(settings, SGD):
@@ -36,21 +44,19 @@ def build(
             settings.eps,
             settings.sigma,
             decay,
+            decoupled_weight_decay=settings.method == "apollow",
+            rebound=settings.rebound,
             warmup_steps=settings.warmup_steps,
             warmup_init_lr=settings.warmup_init_lr,
         )
-    betas = (settings.betas[0], settings.betas[1])
+    lr, betas, eps = settings.lr, (settings.betas[0], settings.betas[1]), settings.eps
     if isinstance(settings, Adam):
-        return torch.optim.AdamW(parameters, settings.lr, betas, settings.eps, decay, fused=True)
-    return torch.optim.RAdam(  # torch has no fused one
-        parameters,
-        settings.lr,
-        betas,
-        settings.eps,
-        decay,
-        decoupled_weight_decay=True,
-        foreach=True,
-    )
+        return torch.optim.AdamW(parameters, lr, betas, eps, decay, fused=True)
+    if isinstance(settings, Muon):
+        return MuonAndAdamW(network, lr, decay, settings.momentum, betas, eps)
+    kind = torch.optim.NAdam if isinstance(settings, NAdam) else torch.optim.RAdam
+    # torch has no fused one of either
+    return kind(parameters, lr, betas, eps, decay, decoupled_weight_decay=True, foreach=True)
 
 
 def rate_factor(schedule: Schedule, name: str, steps: int) -> Callable[[int], float]:

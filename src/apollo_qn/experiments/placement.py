@@ -12,7 +12,7 @@ from apollo_qn.experiments.recipe import RunSpec
 from apollo_qn.experiments.schema import Count, Section
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 Accelerator = Literal["cpu", "gpu"]
 Strategy = Literal["ddp", "fsdp2"]
@@ -41,7 +41,7 @@ class Placement(Section):
         Raises:
             ExperimentError: there is no such device, or the model cannot be sharded.
         """
-        from lightning.fabric import Fabric  # takes seconds
+        from lightning_fabric import Fabric  # takes seconds
 
         if self.accelerator == "gpu" and torch.cuda.device_count() < self.devices:
             raise ExperimentError(
@@ -63,6 +63,11 @@ class Placement(Section):
 
     def check(self, spec: RunSpec) -> None:
         """Raise ExperimentError where this run cannot be trained so."""
+        if self.strategy == "fsdp2" and spec.optimizer.method == "muon":
+            raise ExperimentError(
+                f"--strategy is 'fsdp2', the optimizer {spec.name!r} (muon) needs whole matrices: "
+                "'ddp'"
+            )
         if self.strategy == "fsdp2" and spec.model.family != "transformer":
             raise ExperimentError(
                 f"--strategy is 'fsdp2', the model of the task {spec.task} ({spec.model}) is "
@@ -72,7 +77,7 @@ class Placement(Section):
 
 def _sharded(processes: int) -> Any:
     """FSDP2: every layer is a unit, all the rest (the embedding) another."""
-    from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
+    from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
 

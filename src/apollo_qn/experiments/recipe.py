@@ -17,6 +17,7 @@ from apollo_qn.experiments.complaints import describe
 from apollo_qn.experiments.errors import ExperimentError
 from apollo_qn.experiments.overrides import override
 from apollo_qn.experiments.schema import (
+    Analysis,
     ApolloSettings,
     Comparison,
     Data,
@@ -33,6 +34,7 @@ from apollo_qn.experiments.schema import (
     SweepKind,
     SweepPoint,
     Training,
+    Tuning,
 )
 
 if sys.version_info >= (3, 11):
@@ -55,6 +57,13 @@ class RunSpec(Section):
     optimizer: Optimizer
     seed: int
     sweep: SweepPoint | None = None  # None: the recipe as it stands
+    # of a try: what it was drawn from, as in Tuning
+    ranges: dict[str, list[float]] | None = None
+
+    @property
+    def is_try(self) -> bool:
+        """Whether it is one of a tuning, which never sees the test data."""
+        return self.sweep is not None and self.sweep.kind == "tuning"
 
     @property
     def label(self) -> str:
@@ -76,6 +85,7 @@ class Recipe(Section):
     quick: Quick
     compare: Comparison = Comparison()
     sweeps: dict[SweepKind, Sweep] = Field(default_factory=dict)
+    tuning: Tuning | None = None
     # the paper's results on this task, by schedule and optimizer
     paper: dict[str, dict[str, Published]] = Field(default_factory=dict)
 
@@ -102,6 +112,9 @@ class Recipe(Section):
             raise ValueError(f"task is {self.task!r}, allowed are {', '.join(available())}")
         choices: dict[str, Comparison | Sweep] = {"compare": self.compare}
         choices |= {f"sweeps.{kind}": plan for kind, plan in self.sweeps.items()}
+        if self.tuning is not None:
+            _check_names("tuning.ranges", list(self.tuning.ranges), self.optimizers)
+            _check_names("tuning.schedules", self.tuning.schedules, self.schedules)
         for key, plan in choices.items():
             _check_names(f"{key}.optimizers", plan.optimizers, self.optimizers)
             _check_names(f"{key}.schedules", plan.schedules, self.schedules)
@@ -198,9 +211,13 @@ class Recipe(Section):
             for name in names or plan.optimizers or self.optimizers
         ]
 
-    def default_schedules(self, kind: SweepKind | None = None) -> list[str]:
+    def default_schedules(self, kind: Analysis | None = None) -> list[str]:
         """Which schedules an analysis trains if it is not told; None: a comparison."""
-        plan = self.compare if kind is None else self.sweeps.get(kind)
+        plan: Comparison | Sweep | Tuning | None
+        if kind is None:
+            plan = self.compare
+        else:
+            plan = self.tuning if kind == "tuning" else self.sweeps.get(kind)
         return list((plan.schedules if plan else None) or self.schedules)
 
     def _at(self, point: SweepPoint, name: str, seed: int, schedule: str) -> RunSpec:
@@ -214,11 +231,9 @@ class Recipe(Section):
             spec = self.model_copy(update={"optimizers": changed}).run(name, seed, schedule)
             return spec.model_copy(update={"sweep": point})
         spec = self.run(name, seed, schedule)
-        own: Any = spec.optimizer
-        update = {"lr": own.lr * point.value, "weight_decay": own.weight_decay / point.value}
-        if isinstance(own, ApolloSettings) and own.warmup_init_lr is not None:
-            update["warmup_init_lr"] = own.warmup_init_lr * point.value
-        return spec.model_copy(update={"sweep": point, "optimizer": own.model_copy(update=update)})
+        return spec.model_copy(
+            update={"sweep": point, "optimizer": times_rate(spec.optimizer, point.value)}
+        )
 
     def _chosen_seeds(self, count: int | None) -> list[int]:
         chosen = list(self.seeds if count is None else self.seeds[:count])
@@ -248,6 +263,17 @@ def _check_names(key: str, names: list[str] | None, there: Iterable[str]) -> Non
     wrong = [name for name in names or [] if name not in there]
     if wrong or names == []:
         raise ValueError(f"{key} is {names!r}, allowed are some of {', '.join(there)}")
+
+
+def times_rate(settings: Any, factor: float) -> Any:
+    """An optimizer at ``factor`` times its learning rate with a decay of equal strength, eq. (14).
+
+    Where Apollo's warmup begins rises with the rate.
+    """
+    update = {"lr": settings.lr * factor, "weight_decay": settings.weight_decay / factor}
+    if isinstance(settings, ApolloSettings) and settings.warmup_init_lr is not None:
+        update["warmup_init_lr"] = settings.warmup_init_lr * factor
+    return settings.model_copy(update=update)
 
 
 def coupled_decay(name: str, optimizers: dict[str, Any]) -> float:

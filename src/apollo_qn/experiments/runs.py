@@ -123,7 +123,8 @@ class RunDirectory:
             raise ExperimentError(
                 f"{self.path}: holds a run of the task {task!r}; choose another --out"
             )
-        differing = _differences(there["recipe"], spec.model_dump())
+        # read as a recipe: a setting that is younger than the run has its default there
+        differing = _differences(self.spec().model_dump(), spec.model_dump())
         if there["data"]["fingerprint"] != fingerprint:
             differing.append("the data")
         if differing:

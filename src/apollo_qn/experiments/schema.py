@@ -5,12 +5,32 @@ from __future__ import annotations
 import itertools
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def _rises(interval: list[float]) -> list[float]:
+    low, high = interval
+    if low >= high:
+        raise ValueError(f"{interval} is no range: the first is to be the smaller")
+    return interval
+
+
+Range = Annotated[
+    list[Positive], Field(min_length=2, max_length=2), AfterValidator(_rises)
+]  # least and greatest value
 
 
 class Section(BaseModel):
@@ -298,20 +318,39 @@ class RAdam(Moments):
     method: Literal["radam"]
 
 
-class ApolloSettings(Section):
-    """Settings of apollo_qn.Apollo; L2 decay, as in the paper."""
+class NAdam(Moments):
+    """Settings of torch.optim.NAdam with decoupled decay, NAdamW."""
 
-    method: Literal["apollo"]
+    method: Literal["nadamw"]
+
+
+class Muon(Moments):
+    """Settings of torch.optim.Muon for the matrices within a network, of AdamW for all the rest.
+
+    Both have the same rate and decay: a step of Muon is scaled to the size of one of AdamW.
+    """
+
+    method: Literal["muon"]
+    momentum: Share = 0.95
+
+
+class ApolloSettings(Section):
+    """Settings of apollo_qn.Apollo (L2 decay, as in the paper) or ApolloW (decoupled)."""
+
+    method: Literal["apollo", "apollow"]
     lr: Positive
     beta: Share = 0.9
     eps: Positive = 1e-4
     sigma: Positive = 1.0
-    weight_decay: NotNegative = 0.0
+    rebound: Literal["constant", "belief"] = "constant"
+    weight_decay: NotNegative | EqualStrength = 0.0
     warmup_steps: Annotated[int, Field(ge=0)] = 500
     warmup_init_lr: NotNegative | None = None
 
 
-Optimizer = Annotated[SGD | Adam | RAdam | ApolloSettings, Field(discriminator="method")]
+Optimizer = Annotated[
+    SGD | Adam | RAdam | NAdam | Muon | ApolloSettings, Field(discriminator="method")
+]
 
 
 class Quick(Section):
@@ -325,6 +364,7 @@ class Quick(Section):
 
 
 SweepKind = Literal["lr-robustness", "weight-decay"]
+Analysis = Literal["lr-robustness", "weight-decay", "tuning"]
 
 
 class Sweep(Section):
@@ -341,6 +381,16 @@ class Sweep(Section):
         return self
 
 
+class Tuning(Section):
+    """A search for each optimizer's settings on held-out data, with the same number of tries."""
+
+    tries: Count  # of each optimizer
+    # of optimizers and their settings: least and greatest value, between them log-uniform
+    ranges: Annotated[dict[str, dict[str, Range]], Field(min_length=1)]
+    seed: int = 101  # of the first runs; no seed of a comparison
+    schedules: list[str] | None = None  # None: all
+
+
 class Comparison(Section):
     """What a comparison trains where the command line does not say."""
 
@@ -351,11 +401,12 @@ class Comparison(Section):
 class SweepPoint(Section):
     """Where in a sweep a run stands."""
 
-    kind: SweepKind
-    value: Positive
+    kind: Analysis
+    value: Positive  # of a tuning: the number of the try
 
     def __str__(self) -> str:
-        return f"{'lr-x' if self.kind == 'lr-robustness' else 'decay-'}{self.value:g}"
+        prefix = {"lr-robustness": "lr-x", "weight-decay": "decay-", "tuning": "try"}
+        return f"{prefix[self.kind]}{self.value:g}"
 
 
 class Published(Section):

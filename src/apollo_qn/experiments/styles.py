@@ -22,19 +22,26 @@ STYLES = {
     "adam-adj": Style("Adam-adj", "#56B4E9", "v"),
     "radam-adj": Style("RAdam-adj", "#E69F00", "P"),
     "apollo": Style("Apollo", "#D55E00", "o"),
+    # not the paper's
+    "adamw": Style("AdamW", "#009E73", "^"),
+    "nadamw": Style("NAdamW", "#332288", "<"),
+    "muon": Style("Muon", "#000000", "x"),
+    "apollow": Style("ApolloW", "#661100", "d"),
+    "apollo-belief": Style("Apollo, belief", "#999933", "h"),
+    "apollow-belief": Style("ApolloW, belief", "#AA4499", "*"),
 }
 
 # of optimizers that are none of the paper's: of Tol's palettes what the first leaves
 _MORE = (
-    ("#332288", "X"),
     ("#117733", "<"),
     ("#882255", ">"),
-    ("#999933", "h"),
     ("#44AA99", "p"),
-    ("#AA4499", "*"),
-    ("#661100", "d"),
     ("#888888", "8"),
-    ("#000000", "x"),
+    ("#CC6677", "X"),
+    ("#6699CC", "1"),
+    ("#997700", "2"),
+    ("#EE99AA", "3"),
+    ("#004488", "4"),
 )
 _given: dict[str, int] = {}  # which of them a name has in this process
 

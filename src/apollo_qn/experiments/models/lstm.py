@@ -59,6 +59,8 @@ class LanguageModel(nn.Module):
         ValueError: cut-offs that do not rise from 1 to vocabulary - 1.
     """
 
+    output = "softmax"  # the layer of the logits
+
     def __init__(
         self,
         vocabulary: int,

@@ -34,6 +34,8 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """ResNet-(6n + 2): three stages of n blocks with width, 2 width and 4 width channels."""
 
+    output = "classifier"  # the layer of the logits
+
     def __init__(self, blocks: int, width: int, in_channels: int, classes: int) -> None:
         super().__init__()
         layers: list[nn.Module] = [

@@ -41,6 +41,8 @@ class Bottleneck(nn.Module):
 class ResNeXt(nn.Module):
     """A 7x7 stem that quarters the image, four stages of bottlenecks, mean, classifier."""
 
+    output = "classifier"  # the layer of the logits
+
     def __init__(
         self,
         stages: tuple[int, ...],

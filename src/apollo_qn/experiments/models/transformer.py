@@ -198,6 +198,8 @@ class Transformer(nn.Module):
         ValueError: a width that the heads do not divide, or padding outside the vocabulary.
     """
 
+    output = "embedding"  # the layer of the logits
+
     positions: Tensor
 
     def __init__(

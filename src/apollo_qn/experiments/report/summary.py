@@ -10,7 +10,7 @@ from apollo_qn.experiments import recipe
 from apollo_qn.experiments.report import reading
 from apollo_qn.experiments.report.reading import Run
 from apollo_qn.experiments.report.statistics import Difference, Spread, difference, spread
-from apollo_qn.experiments.schema import Published, SweepKind, SweepPoint
+from apollo_qn.experiments.schema import Analysis, Published, SweepPoint
 from apollo_qn.experiments.styles import place, style
 from apollo_qn.experiments.tasks import TASKS
 from apollo_qn.experiments.tasks.base import Metric
@@ -198,7 +198,7 @@ class Summary:
         return self.runs[0].spec.task
 
     @property
-    def sweep(self) -> SweepKind | None:
+    def sweep(self) -> Analysis | None:
         """Which analysis it is; None: a comparison."""
         point = self.runs[0].spec.sweep
         return None if point is None else point.kind
@@ -242,6 +242,8 @@ def collect(paths: list[Path], target: float | None = None) -> list[Summary]:
 def _summarise(runs: list[Run], target: float | None) -> Summary:
     task = runs[0].spec.task
     curve, final = TASKS[task].curve, TASKS[task].final
+    if runs[0].spec.is_try:
+        final = curve
     if getattr(runs[0].spec.data, "validation", 0):
         curve, final = (
             metric._replace(label=metric.label.replace("test ", "validation "))
