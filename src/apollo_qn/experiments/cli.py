@@ -246,9 +246,34 @@ def report(
         _report(runs, folder, target)
 
 
+@app.command("archive")
+def keep(
+    runs: Annotated[list[Path], typer.Argument(help="Runs, or folders with runs in them.")],
+    out: Annotated[Path, typer.Option(help="Folder of the archive.")],
+) -> None:
+    """Write what a report needs of ended runs as two small text files, and the report beside them.
+
+    `report` reads the archive as it does the runs. It holds recipes, versions, machine, command,
+    evaluations and outcomes; no weights, and no paths of this machine.
+    """
+    with _one_line_errors():
+        from apollo_qn.experiments import archive, comparable
+
+        directories = [one for folder in runs for one in comparable.directories(folder)]
+        if not directories:
+            raise ExperimentError(f"{runs[0]}: no runs in it; `apollo-qn compare` makes some")
+        comparable.check(comparable.candidate(directory) for directory in directories)
+        count = archive.write(directories, out)
+        typer.echo(f"Kept {count} runs in {out}")
+        _keep_caches_in(runs[0])
+        _report([out], out)
+
+
 @app.command()
 def prepare(
-    task: Annotated[str, typer.Argument(help="one-billion-word, wmt14-en-de, multi30k or cifar10.")],
+    task: Annotated[
+        str, typer.Argument(help="one-billion-word, wmt14-en-de, multi30k or cifar10.")
+    ],
     raw: Annotated[Path, typer.Option(help="Folder of the raw download.")],
     out: Annotated[Path | None, typer.Option(help="Output folder.  [default: data/TASK]")] = None,
     vocabulary: Annotated[
@@ -515,7 +540,8 @@ def _prepared(
     from apollo_qn.experiments import comparable, matrix, tasks
     from apollo_qn.experiments.runs import RunDirectory
 
-    made = {spec.task: tasks.make(spec, data) for spec in reversed(specs)}
+    first = {spec.task: spec for spec in reversed(specs)}  # to read data takes a while
+    made = {name: tasks.make(spec, data) for name, spec in first.items()}
     new = {}
     for spec in specs:
         directory = RunDirectory(_run_folder(folder, spec))

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from apollo_qn.diagnostics import TensorDiagnostics
 from apollo_qn.experiments.report.statistics import Spread
-from apollo_qn.experiments.report.summary import Row, Section, Summary
+from apollo_qn.experiments.report.summary import Row, Section, Summary, best_of
 from apollo_qn.experiments.styles import SETTINGS, style
 
 _BAND = "band: ± one standard deviation over seeds"
@@ -35,7 +35,8 @@ class Picture(NamedTuple):
 def draw(summary: Summary) -> list[Picture]:
     """Draw all figures of a report."""
     with mpl.rc_context(SETTINGS):
-        return _comparison(summary) if summary.sweep is None else _sweep(summary)
+        make = {None: _comparison, "tuning": _tuning}.get(summary.sweep, _sweep)
+        return make(summary)
 
 
 def _comparison(summary: Summary) -> list[Picture]:
@@ -137,6 +138,55 @@ def _measured_over_time(
                 at = one.epoch if _unit(row) == "epoch" else one.step
                 values.setdefault(at, []).append(value)
     return _spreads(values)
+
+
+def _tuning(summary: Summary) -> list[Picture]:
+    return [
+        _picture(
+            "tuning",
+            f"{summary.metric.label.capitalize()} of every try over its learning rate, as a "
+            "multiple of the best one; what diverged is not shown",
+            _by_rate(summary),
+        )
+    ]
+
+
+def _by_rate(summary: Summary) -> Figure:
+    """A column for each schedule."""
+    sections = summary.sections
+    figure = Figure(figsize=(7.5 if len(sections) == 1 else 5.4 * len(sections), 4.8))
+    panels = figure.subplots(1, len(sections), squeeze=False)[0]
+    for axes, section in zip(panels, sections, strict=True):
+        scale = _Scale(axes, summary.metric.higher_is_better)
+        for name in dict.fromkeys(row.name for row in section.rows):
+            tries = [row for row in section.rows if row.name == name and not row.diverged]
+            best = best_of(tries)
+            if best is None:
+                continue
+            own = _rate(best)
+            points = sorted((_rate(row) / own, row.score.mean) for row in tries if row.score)
+            values = [value for _, value in points]
+            axes.plot(
+                [rate for rate, _ in points], values, color=style(name).color,
+                marker=style(name).marker, markersize=6, linewidth=1.8, label=best.label,
+            )  # fmt: skip
+            scale.saw(values, values)
+        axes.set_xscale("log")
+        axes.set_xlabel("learning rate, times the best one")
+        axes.set_ylabel(summary.metric.title)
+        axes.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: short(value)))
+        if len(sections) > 1:
+            axes.set_title(f"{section.schedule} schedule")
+        scale.set()
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=10, ncols=2, loc="best")
+        else:
+            _nothing_yet(axes)
+    return figure
+
+
+def _rate(row: Row) -> float:
+    return row.runs[0].spec.optimizer.lr
 
 
 def _sweep(summary: Summary) -> list[Picture]:

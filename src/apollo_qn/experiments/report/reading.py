@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from pydantic import ValidationError
+
 from apollo_qn.diagnostics import TensorDiagnostics, overall
-from apollo_qn.experiments import comparable, curvature
+from apollo_qn.experiments import archive, comparable, curvature
 from apollo_qn.experiments.errors import ExperimentError
+from apollo_qn.experiments.placement import Placement
 from apollo_qn.experiments.recipe import RunSpec
 from apollo_qn.experiments.runs import Record, RunDirectory
 
@@ -24,9 +27,9 @@ class Curvature(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """What a run directory says."""
+    """What a run directory says, or an archive of it."""
 
-    directory: RunDirectory
+    path: Path
     spec: RunSpec
     manifest: Record
     verdict: str  # "finished", "diverged" or "unfinished"
@@ -34,6 +37,11 @@ class Run:
     evaluations: list[Record]  # the lines of the metrics that say how good the model is
     curvature: list[Curvature]  # of all tensors together; none where it was not asked for
     seconds: float  # of training so far
+
+    @property
+    def placement(self) -> Placement:
+        """Where it was trained."""
+        return Placement.model_validate(self.manifest["placement"])
 
     @property
     def finished(self) -> bool:
@@ -74,30 +82,54 @@ def find(paths: list[Path]) -> list[Run]:
     """Read runs that can be compared, those of a task with each other.
 
     Args:
-        paths: run directories, or folders with run directories in them or in their ``runs``.
+        paths: run directories, or folders with run directories in them or in their ``runs``, or
+            archives.
 
     Raises:
         ExperimentError: there is no run, a run is damaged, or the runs cannot be compared.
     """
-    found: dict[Path, RunDirectory] = {}
+    found: dict[Path, Run] = {}
     for path in paths:
         if not path.is_dir():
             raise ExperimentError(f"{path}: no such folder")
-        there = comparable.directories(path)
+        kept = [_unpacked(run) for run in archive.read(path)]
+        there = [*kept, *(_read(directory) for directory in comparable.directories(path))]
         if not there:
             raise ExperimentError(f"{path}: no runs in it; `apollo-qn compare` makes some")
-        for directory in there:
-            found.setdefault(directory.path.resolve(), directory)
-    comparable.check(comparable.candidate(directory) for directory in found.values())
-    return [_read(directory) for directory in found.values()]
+        for run in there:
+            found.setdefault(run.path.resolve(), run)
+    comparable.check(
+        comparable.Candidate(run.path, run.spec, run.manifest["data"]["fingerprint"])
+        for run in found.values()
+    )
+    return list(found.values())
+
+
+def _unpacked(run: archive.Archived) -> Run:
+    try:
+        spec = RunSpec.model_validate(run.manifest["recipe"])
+        Placement.model_validate(run.manifest["placement"])
+        return Run(
+            run.path,
+            spec,
+            run.manifest,
+            run.result["verdict"],
+            run.result,
+            run.evaluations,
+            [],
+            run.result["time"]["seconds"],
+        )
+    except (ValidationError, KeyError) as error:
+        raise ExperimentError(f"{run.path}: damaged ({error})") from None
 
 
 def _read(directory: RunDirectory) -> Run:
     records = list(directory.records())
     verdict = directory.verdict()
+    directory.placement()  # what is damaged is told here
     seconds = records[-1]["time"]["seconds"] if records else 0.0
     return Run(
-        directory,
+        directory.path,
         directory.spec(),
         directory.read(),
         "unfinished" if verdict is None else verdict["verdict"],

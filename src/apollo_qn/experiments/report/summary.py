@@ -10,7 +10,8 @@ from apollo_qn.experiments import recipe
 from apollo_qn.experiments.report import reading
 from apollo_qn.experiments.report.reading import Run
 from apollo_qn.experiments.report.statistics import Difference, Spread, difference, spread
-from apollo_qn.experiments.schema import Analysis, Published, SweepPoint
+from apollo_qn.experiments.runs import Record
+from apollo_qn.experiments.schema import Analysis, ApolloSettings, Published, SweepPoint
 from apollo_qn.experiments.styles import place, style
 from apollo_qn.experiments.tasks import TASKS
 from apollo_qn.experiments.tasks.base import Metric
@@ -105,16 +106,29 @@ class Row:
 
     def time_to(self, target: float) -> Spread | None:
         """Seconds until the first evaluation that reaches the target, over those that do."""
-        times = []
+        return spread(line["time"]["seconds"] for line in self._reaching(target))
+
+    def updates_to(self, target: float) -> Spread | None:
+        """Likewise the updates."""
+        return spread(line["step"] for line in self._reaching(target))
+
+    def _reaching(self, target: float) -> list[Record]:
+        """Of each run that reaches the target its first evaluation that does."""
+        found = []
         for run in self.runs:
             reached = [
-                line["time"]["seconds"]
+                line
                 for line in run.evaluations
                 if line[self.curve.name] is not None
                 and not self.curve.better(target, line[self.curve.name])
             ]
-            times += reached[:1]
-        return spread(times)
+            found += reached[:1]
+        return found
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is a form of Apollo."""
+        return isinstance(self.runs[0].spec.optimizer, ApolloSettings)
 
 
 def best_of(rows: list[Row]) -> Row | None:
@@ -157,26 +171,38 @@ class Section:
 
     @property
     def rival(self) -> Row | None:
-        """The best of the others."""
-        return best_of([row for row in self.rows if row.name != OURS])
+        """The best of those that are no form of Apollo."""
+        return best_of([row for row in self.rows if not row.is_ours])
+
+    @property
+    def forms(self) -> list[Row]:
+        """Of Apollo: ApolloW, the belief bound."""
+        return [row for row in self.rows if row.is_ours]
 
     def lead(self, row: Row) -> Difference | None:
         """By how much Apollo's metric is better than that of a row, paired by seed."""
-        if self.ours is None or row is self.ours:
+        return self._between(self.ours, row)
+
+    def over_rival(self, row: Row) -> Difference | None:
+        """By how much a row is better than the best of the others, paired by seed."""
+        return self._between(row, self.rival)
+
+    def _between(self, one: Row | None, other: Row | None) -> Difference | None:
+        if one is None or other is None or one is other:
             return None
-        pair = self.ours.by_seed(), row.by_seed()
+        pair = one.by_seed(), other.by_seed()
         return difference(*(pair if self.metric.higher_is_better else pair[::-1]))
 
     @functools.cached_property
     def target(self) -> float | None:
         """The value of the curve to which times are taken.
 
-        What was asked for, or what the best of the others reaches at three quarters of a run
-        (of Apollo, where it is alone).
+        What was asked for, or what the best of those that are no form of Apollo reaches at three
+        quarters of a run (of Apollo, where it is alone).
         """
         if self.asked_target is not None:
             return self.asked_target
-        others = [row for row in self.rows if row.name != OURS] or self.rows
+        others = [row for row in self.rows if not row.is_ours] or self.rows
         values = [value for row in others if (value := row.at(_BUDGET)) is not None]
         if not values:
             return None

@@ -39,7 +39,11 @@ class Table(NamedTuple):
 
 
 def tables(summary: Summary) -> list[Table]:
-    """A table for each schedule."""
+    """One or two for each schedule."""
+    if summary.sweep == "tuning":
+        return [
+            make(summary, section) for section in summary.sections for make in (_chosen, _tries)
+        ]
     make = _comparison if summary.sweep is None else _sweep
     return [make(summary, section) for section in summary.sections]
 
@@ -68,13 +72,23 @@ def _comparison(summary: Summary, section: Section) -> Table:
         found = summary.published(row)
         return NOTHING if found is None else Spread(found.mean, found.std, 0).text(2)
 
-    def time_to_target(row: Row) -> str:
-        found = None if target is None else row.time_to(target)
-        if found is None:
-            return NOTHING
-        part = "" if found.count == len(row.runs) else f" ({found.count} of {len(row.runs)})"
-        return found.text(1) + part
+    def over_rival(row: Row) -> str:
+        found = section.over_rival(row) if len(section.forms) > 1 else None
+        return NOTHING if found is None else found.text(2)
 
+    def reaching(row: Row, found: Spread | None, digits: int) -> str:
+        if found is None:
+            return NOTHING if target is None else f"never (0 of {len(row.runs)})"
+        part = "" if found.count == len(row.runs) else f" ({found.count} of {len(row.runs)})"
+        return found.text(digits) + part
+
+    def time_to_target(row: Row) -> str:
+        return reaching(row, None if target is None else row.time_to(target), 1)
+
+    def updates_to_target(row: Row) -> str:
+        return reaching(row, None if target is None else row.updates_to(target), 0)
+
+    rival = section.rival
     columns: list[tuple[Column, Callable[[Row], str]]] = [
         (Column("optimizer"), lambda row: row.label),
         (Column("learning rate", False), lambda row: f"{row.runs[0].spec.optimizer.lr:g}"),
@@ -82,8 +96,16 @@ def _comparison(summary: Summary, section: Section) -> Table:
         (Column(summary.metric.title), lambda row: _spread(row.score, 2)),
         (Column("Apollo's lead [95 % interval]", False), lead),
         (Column("p", False), p),
+        (
+            Column(f"lead over {rival.label if rival else NOTHING} [95 % interval]", False),
+            over_rival,
+        ),
         (Column("in the paper", False), published),
         (Column("training loss"), lambda row: _spread(row.train_loss, 4)),
+        (
+            Column(f"updates to {NOTHING if target is None else f'{target:.2f}'}", False),
+            updates_to_target,
+        ),
         (
             Column(f"time to {NOTHING if target is None else f'{target:.2f}'} (s)", False),
             time_to_target,
@@ -142,6 +164,90 @@ def _sweep(summary: Summary, section: Section) -> Table:
         [Column("optimizer"), *columns, *ends],
         rows,
     )
+
+
+def _chosen(summary: Summary, section: Section) -> Table:
+    """What the tuning found."""
+    rows = []
+    for name in dict.fromkeys(row.name for row in section.rows):
+        mine = [row for row in section.rows if row.name == name]
+        best = best_of([row for row in mine if not row.diverged])
+        diverged = sum(row.diverged > 0 for row in mine)
+        rows.append(
+            [
+                Cell(mine[0].label, color=name),
+                Cell(NOTHING if best is None else settings_of(best)),
+                Cell(NOTHING if best is None else _spread(best.score, 2)),
+                Cell(
+                    ", ".join(f"{key} {a:g} to {b:g}" for key, (a, b) in _ranges(mine[0]).items())
+                ),
+                Cell("" if best is None else _at_an_end(best, mine)),
+                Cell(f"{len(mine)}, {diverged} diverged" if diverged else str(len(mine))),
+            ]
+        )
+    titles = ("optimizer", "chosen", summary.metric.title, "range", "at an end", "tries")
+    heading = _heading(summary, section)
+    return Table(
+        f"{heading}: chosen" if heading else "Chosen",
+        [Column(title, title not in ("range", "at an end")) for title in titles],
+        rows,
+    )
+
+
+def _tries(summary: Summary, section: Section) -> Table:
+    """All that was tried, each optimizer's in the order of its first setting."""
+    rows = []
+    for name in dict.fromkeys(row.name for row in section.rows):
+        mine = _in_order([row for row in section.rows if row.name == name])
+        best = best_of([row for row in mine if not row.diverged])
+        cells = [
+            Cell(f"{settings_of(row, short=True)}: {_outcome(row)}", row is best) for row in mine
+        ]
+        rows.append([Cell(mine[0].label, color=name), *cells])
+    longest = max(map(len, rows))
+    rows = [[*cells, *[Cell("")] * (longest - len(cells))] for cells in rows]
+    heading = _heading(summary, section)
+    title = f"all tries, {', '.join(_ranges(section.rows[0]))}: {summary.metric.title}"
+    return Table(
+        f"{heading}: {title}" if heading else f"{title[0].upper()}{title[1:]}",
+        [Column("optimizer"), *(Column(str(i), False) for i in range(1, longest))],
+        rows,
+    )
+
+
+def _outcome(row: Row) -> str:
+    if row.score is None:
+        return "diverged" if row.diverged else "unfinished"
+    return _spread(row.score, 2) + (f" ({row.diverged} diverged)" if row.diverged else "")
+
+
+def _ranges(row: Row) -> dict[str, list[float]]:
+    return row.runs[0].spec.ranges or {}
+
+
+def settings_of(row: Row, short: bool = False) -> str:
+    """Of a try those settings that were drawn."""
+    own = row.runs[0].spec.optimizer
+    values = [(key, f"{getattr(own, key):g}") for key in _ranges(row)]
+    return ", ".join(value if short else f"{key} {value}" for key, value in values)
+
+
+def _in_order(rows: list[Row]) -> list[Row]:
+    key = next(iter(_ranges(rows[0])), None)
+    if key is None:
+        return rows
+    return sorted(rows, key=lambda row: float(getattr(row.runs[0].spec.optimizer, key)))
+
+
+def _at_an_end(best: Row, rows: list[Row]) -> str:
+    """Which of the settings has nothing tried beyond it on one side."""
+    found = []
+    for key in _ranges(best):
+        values = sorted({getattr(row.runs[0].spec.optimizer, key) for row in rows})
+        own = getattr(best.runs[0].spec.optimizer, key)
+        if len(values) > 1 and own in (values[0], values[-1]):
+            found.append(f"{key}, the {'least' if own == values[0] else 'greatest'}")
+    return ", ".join(found)
 
 
 def for_console(table: Table) -> rich.Table:

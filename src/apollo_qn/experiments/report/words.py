@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from apollo_qn.experiments.recipe import Recipe, RunSpec
 from apollo_qn.experiments.report.reading import Run
-from apollo_qn.experiments.report.summary import Row, Section, Summary
+from apollo_qn.experiments.report.summary import Row, Section, Summary, best_of
+from apollo_qn.experiments.report.tables import settings_of
 
 
 def finding(summary: Summary) -> str:
@@ -14,7 +15,7 @@ def finding(summary: Summary) -> str:
     if all(row.score is None for row in summary.rows):
         return f"No run has finished{' yet' if unfinished else ''}.{diverged}"
     one = len(summary.sections) == 1
-    say = _compared if summary.sweep is None else _swept
+    say = {None: _compared, "tuning": _tuned}.get(summary.sweep, _swept)
     texts = [say(section, summary) for section in summary.sections]
     if not one:
         texts = [
@@ -65,7 +66,25 @@ def _compared(section: Section, summary: Summary) -> str:
         text += f" (95 % interval of its lead {lead.low:+.2f} to {lead.high:+.2f}"
         text += "" if lead.p is None else f", p = {lead.p:.2g}"
         text += f", {lead.pairs} seeds)"
+    if len(section.forms) > 1:
+        form = best_of(section.forms)
+        if form is not None and form.score is not None:
+            text += f"; the best form of Apollo is {form.label}, {form.score.text(2)}{unit}"
     return text + "."
+
+
+def _tuned(section: Section, summary: Summary) -> str:
+    names = dict.fromkeys(row.name for row in section.rows)
+    chosen = [
+        best_of([row for row in section.rows if row.name == name and not row.diverged])
+        for name in names
+    ]
+    told = [
+        f"{row.label} {settings_of(row)} ({row.score.text(2)})"
+        for row in chosen
+        if row is not None and row.score is not None
+    ]
+    return f"Best {summary.metric.label}: {', '.join(told)}."
 
 
 def _swept(section: Section, summary: Summary) -> str:
@@ -99,6 +118,13 @@ def notes(summary: Summary) -> list[str]:
     found += dict.fromkeys(remarks)
     if summary.sweep is None:
         found.append(_on_differences(summary))
+    elif summary.sweep == "tuning":
+        found.append(
+            "Each optimizer's settings are tried at the same places of its ranges, log-uniform, "
+            "and judged at the end of the run on data that it was not trained on, nor any "
+            "comparison's final metric is of. A learning rate takes the weight decay along, so "
+            "that their product stays (eq. 14). A choice at an end of what was tried may not be the best that there is."
+        )
     elif summary.sweep == "lr-robustness":
         found.append(
             "Each column multiplies the learning rates (and where Apollo's warmup begins) by a "
@@ -146,7 +172,7 @@ def _listed(numbers: set[int]) -> str:
 
 def _place(run: Run) -> str:
     """Where and how it was trained, as far as its times hang on that."""
-    machine, placement = run.manifest["machine"], run.directory.placement()
+    machine, placement = run.manifest["machine"], run.placement
     told = [machine["cpu"], f"{machine['cores']} cores"]
     if placement.accelerator == "gpu":
         told.insert(0, f"{placement.devices} x {machine.get('gpu', 'GPU')}")
@@ -174,12 +200,12 @@ def _on_differences(summary: Summary) -> str:
     ]
     if targets:
         text += (
-            f" Time to target: wall time to the first evaluation at which the "
+            f" Updates and time to a target: to the first evaluation at which the "
             f"{summary.curve.label} reaches {', '.join(targets)}"
         )
         if all(section.asked_target is None for section in summary.sections):
             text += ", which is what the best of the others has after three quarters of a run"
-        text += "."
+        text += "; over the runs that get there, of which there are as many as stated."
     return text
 
 
