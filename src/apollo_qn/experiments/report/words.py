@@ -123,7 +123,8 @@ def notes(summary: Summary) -> list[str]:
             "Each optimizer's settings are tried at the same places of its ranges, log-uniform, "
             "and judged at the end of the run on data that it was not trained on, nor any "
             "comparison's final metric is of. A learning rate takes the weight decay along, so "
-            "that their product stays (eq. 14). A choice at an end of what was tried may not be the best that there is."
+            "that their product stays (eq. 14). A choice at an end of what was tried may not be "
+            "the best that there is."
         )
     elif summary.sweep == "lr-robustness":
         found.append(
