@@ -92,7 +92,8 @@ def error_of(text: str, path: Path) -> str:
         (
             '"sgd"',
             '"sdg"',
-            "optimizers.sgd.method: is 'sdg', allowed are 'sgd', 'adam', 'radam', 'apollo'",
+            "optimizers.sgd.method: is 'sdg', allowed are 'sgd', 'adam', 'radam', 'nadamw', "
+            "'muon', 'apollo', 'apollow'",
         ),
         (
             "weight_decay = { equal_strength_to",
@@ -225,8 +226,8 @@ def test_runs_are_optimizers_times_seeds(recipe_file: Path) -> None:
 
 def test_optimizers_are_built_with_the_recipes_settings(recipe_file: Path) -> None:
     plan = recipe.load(str(recipe_file))
-    weight = torch.nn.Parameter(torch.ones(2))
-    made = {name: build(plan.run(name, 1).optimizer, [weight]) for name in plan.optimizers}
+    network = torch.nn.Linear(2, 2)
+    made = {name: build(plan.run(name, 1).optimizer, network) for name in plan.optimizers}
     assert [type(one) for one in made.values()] == [
         torch.optim.SGD,
         torch.optim.AdamW,
@@ -242,7 +243,7 @@ def test_optimizers_are_built_with_the_recipes_settings(recipe_file: Path) -> No
     assert (groups["apollo"]["warmup_steps"], groups["apollo"]["warmup_init_lr"]) == (6, 0.01)
     assert groups["apollo"]["weight_decay"] == 4e-4
     with pytest.raises(TypeError, match="not resolved"):
-        build(plan.optimizers["adam"], [weight])
+        build(plan.optimizers["adam"], network)
 
 
 def test_runs_of_several_schedules(recipe_file: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import ValidationError
@@ -45,8 +45,7 @@ def _locate(
     owner: type[Section] | None = schema
     there: Any = schema
     for part in location:
-        while get_origin(there) is Annotated:
-            there = get_args(there)[0]
+        there = _bare(there)
         if get_origin(there) in (Union, UnionType):
             there = next((one for one in get_args(there) if _is_branch(one, part)), None)
             continue
@@ -61,9 +60,22 @@ def _locate(
     return shown, owner
 
 
+def _bare(there: Any) -> Any:
+    """Without its annotations, and without the None that it may be."""
+    while True:
+        if get_origin(there) is Annotated:
+            there = get_args(there)[0]
+            continue
+        if get_origin(there) not in (Union, UnionType):
+            return there
+        kinds = [kind for kind in get_args(there) if kind is not NoneType]
+        if len(kinds) > 1:
+            return there
+        there = kinds[0]
+
+
 def _is_branch(member: Any, tag: int | str) -> bool:
-    while get_origin(member) is Annotated:
-        member = get_args(member)[0]
+    member = _bare(member)
     if not (isinstance(member, type) and issubclass(member, Section)):
         return False
     literals = [get_args(field.annotation) for field in member.model_fields.values()]

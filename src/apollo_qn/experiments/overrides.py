@@ -66,7 +66,9 @@ def _value(text: str) -> Any:
 def _put(table: dict[str, Any], keys: list[str], value: Any, setting: str) -> None:
     *way, last = keys
     for key in way:
-        table = table.setdefault(key, {})
+        if table.get(key) is None:  # a table that the recipe does not have
+            table[key] = {}
+        table = table[key]
         if not isinstance(table, dict):
             raise ExperimentError(f"--set {setting}: {key} is {table!r}, it has no keys of its own")
     table[last] = value

@@ -24,7 +24,7 @@ Count = Annotated[int, Field(ge=1)]
 def _rises(interval: list[float]) -> list[float]:
     low, high = interval
     if low >= high:
-        raise ValueError(f"{interval} is no range: the first is to be the smaller")
+        raise ValueError("the first is to be less than the second")
     return interval
 
 
