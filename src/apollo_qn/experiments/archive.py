@@ -128,9 +128,8 @@ def _table(lines: list[Record]) -> str:
     writer.writerow([*_PLACE, *metrics, *_TIMES])
     for line in lines:
         times = _rounded(line["time"])
-        # eight digits are more than any table shows
-        values = [f"{line[key]:.8g}" if key in line else "" for key in metrics]
-        place = [line["run"], line["step"], f"{line['epoch']:.8g}"]
+        values = [line.get(key, "") for key in metrics]
+        place = [line[key] for key in _PLACE]
         writer.writerow([*place, *values, *(times.get(key) for key in _TIMES)])
     return buffer.getvalue()
 
