@@ -1,0 +1,241 @@
+"""The tables of results/ and of the pages that show them, from the metrics that are committed.
+
+``python scripts/results.py`` writes them; with ``--check`` it says which of them are not what the
+metrics give, and whether the protocol was kept: as many tries for each optimizer, the settings of
+the best, seeds that no try has seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("MPLCONFIGDIR", str(ROOT / "build" / "matplotlib"))
+
+from apollo_qn.experiments import recipe, tuning  # noqa: E402
+from apollo_qn.experiments.archive import RUNS  # noqa: E402
+from apollo_qn.experiments.report import page, tables, words  # noqa: E402
+from apollo_qn.experiments.report.statistics import Spread  # noqa: E402
+from apollo_qn.experiments.report.summary import Section, Summary, collect  # noqa: E402
+
+RESULTS = ROOT / "results"
+FIGURES = ROOT / "docs" / "figures"
+PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")
+TASKS = ("cifar10", "wordnet", "multi30k")
+ANALYSES = ("tuning", "comparison", "lr-robustness", "weight-decay")
+KEPT = ("results.md", "results.csv")
+SHOWN = {  # which picture of an analysis the pages show
+    "tuning": "tuning",
+    "comparison": None,  # the task's curve
+    "lr-robustness": "learning_rate",
+    "weight-decay": "weight_decay",
+}
+LEFT_OUT = (
+    "weight decay",
+    "Apollo's lead",
+    "p",
+    "in the paper",
+    "share of",
+    "wall time",
+    "training",
+)
+PAPER = {  # the paper's experiment of the same kind, and its schedule
+    "cifar10": ("cifar10", "cosine", "CIFAR-10, ResNet-110, 200 epochs: accuracy (%)"),
+    "wordnet": ("one-billion-word", "milestone", "One Billion Words, 20 epochs: perplexity"),
+    "multi30k": ("wmt14-en-de", "paper", "WMT14, 500,000 updates: BLEU"),
+}
+OURS = {
+    "cifar10": "CIFAR-10, ResNet-8, 3 epochs: accuracy (%)",
+    "wordnet": "WordNet, 400 updates: perplexity",
+    "multi30k": "Multi30k, 600 updates: BLEU",
+}
+ROWS = {  # by the names that the recipes give the same optimizer
+    "SGD, momentum 0.9": ("sgd",),
+    "AdamW": ("adam-adj", "adamw"),
+    "RAdam": ("radam-adj", "radam"),
+    "NAdamW": ("nadamw",),
+    "Muon": ("muon",),
+    "Apollo": ("apollo",),
+    "Apollo, belief": ("apollo-belief",),
+    "ApolloW": ("apollow",),
+    "ApolloW, belief": ("apollow-belief",),
+}
+_BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main() -> int:
+    """Write, or check."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    faults = [fault for name in archives() for fault in remake(name, check)]
+    for task in TASKS:
+        faults += protocol(task)
+    for path in PAGES:
+        faults += blocks(path, check)
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    print(f"{len(archives())} archives, {'wrong' if faults else 'as the metrics give them'}")
+    return 1 if faults else 0
+
+
+def archives() -> list[str]:
+    """Their names, as cifar10/tuning."""
+    names = [f"{task}/{analysis}" for task in TASKS for analysis in ANALYSES]
+    return [name for name in names if (RESULTS / name / RUNS).exists()]
+
+
+def summary_of(name: str) -> Summary:
+    """Of an archive."""
+    [found] = collect([RESULTS / name])
+    return found
+
+
+def remake(name: str, check: bool) -> Iterator[str]:
+    """The report of an archive; yields what is not as it is committed."""
+    with tempfile.TemporaryDirectory() as made:
+        [summary] = page.write([RESULTS / name], Path(made))
+        for file in KEPT:
+            content = (Path(made) / file).read_text(encoding="utf-8")
+            yield from put(RESULTS / name / file, content, check)
+        task, analysis = name.split("/")
+        source = SHOWN[analysis] or summary.curve.label.replace(" ", "_")
+        target = FIGURES / f"results_{task}_{analysis}.png"
+        if not check:
+            target.write_bytes((Path(made) / f"{source}.png").read_bytes())
+        elif not target.exists():  # fonts differ: not compared
+            yield f"{target.relative_to(ROOT)}: missing"
+
+
+def put(path: Path, content: str, check: bool) -> Iterator[str]:
+    """Write a file; or yield how it differs."""
+    if not check:
+        path.write_text(content, encoding="utf-8")
+        return
+    there = path.read_text(encoding="utf-8") if path.exists() else ""
+    if there != content:
+        lines = difflib.unified_diff(there.splitlines(), content.splitlines(), lineterm="", n=0)
+        told = "\n  ".join([f"{path.relative_to(ROOT)} is not what the metrics give:", *lines])
+        yield told
+
+
+def protocol(task: str) -> Iterator[str]:
+    """What of the protocol was not kept."""
+    tried, compared = (RESULTS / task / analysis for analysis in ("tuning", "comparison"))
+    if not (tried / RUNS).exists() or not (compared / RUNS).exists():
+        yield f"results/{task}: no tuning or no comparison"
+        return
+    plan = recipe.load(str(RESULTS / task / "recipe.toml"))
+    searched = summary_of(f"{task}/tuning")
+    counts = Counter(row.name for row in searched.rows)
+    names = list(plan.optimizers)
+    if set(counts) != set(names) or len(set(counts.values())) != 1:
+        yield f"{task}: tries are {dict(counts)}, they should be as many for all"
+    if getattr(searched.runs[0].spec.data, "validation", 1) == 0:
+        yield f"{task}: the tuning has seen the test images"
+    made = tuning.apply(plan, tried, names)
+    seen = {run.spec.seed for run in searched.runs}
+    seeds: dict[str, set[int]] = {}
+    for run in summary_of(f"{task}/comparison").runs:
+        if run.spec != made.run(run.spec.name, run.spec.seed, run.spec.schedule):
+            yield f"{task}: {run.spec.label} has other settings than the best try"
+        seeds.setdefault(run.spec.name, set()).add(run.spec.seed)
+    for name in names:
+        own = seeds.get(name, set())
+        if len(own) < 5 or own & seen:
+            yield f"{task}: {name} has the seeds {sorted(own)}, five are needed that no try had"
+
+
+def blocks(path: Path, check: bool) -> Iterator[str]:
+    """The parts of a page that are tables of ours."""
+    text = path.read_text(encoding="utf-8")
+    if not _BLOCK.search(text):
+        yield f"{path.relative_to(ROOT)}: shows no results"
+    made = _BLOCK.sub(lambda found: f"{found[1]}\n{block(found[2])}\n{found[3]}", text)
+    yield from put(path, made, check)
+
+
+def block(name: str) -> str:
+    """What stands between the marks."""
+    if name == "overview":
+        return overview()
+    if name == "paper":
+        return beside_the_paper()
+    if not (RESULTS / name / RUNS).exists():
+        return f"(not measured: {name})\n"
+    summary = summary_of(name)
+    shown = [narrow(table) for table in tables.tables(summary)]
+    if summary.sweep == "tuning":
+        shown = shown[:1]
+    text = "\n".join(tables.as_markdown(table) for table in shown)
+    return f"{text}\n{words.finding(summary)}\n"
+
+
+def narrow(table: tables.Table) -> tables.Table:
+    """Without what the full table in results/ is for."""
+    kept = [
+        place
+        for place, column in enumerate(table.columns)
+        if not any(column.title == out or column.title.startswith(f"{out} ") for out in LEFT_OUT)
+        and not column.title.startswith(("Apollo's", "share"))
+    ]
+    columns = [table.columns[place] for place in kept]
+    return tables.Table("", columns, [[row[place] for place in kept] for row in table.rows])
+
+
+def overview() -> str:
+    """One row an optimizer, one column a task."""
+    found = {task: summary_of(f"{task}/comparison") for task in TASKS}
+    lines = [f"| | {' | '.join(OURS[task] for task in TASKS)} |", "|---|---|---|---|"]
+    for label, names in ROWS.items():
+        cells = [score(found[task].sections[0], names) for task in TASKS]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def score(section: Section, names: tuple[str, ...]) -> str:
+    """Mean and deviation, bold where it is the best."""
+    for row in section.rows:
+        if row.name in names:
+            if row.score is None:
+                return "diverged"
+            text = row.score.text(2)
+            text += f" ({row.diverged} of {len(row.runs)} diverged)" if row.diverged else ""
+            return f"**{text}**" if row is section.best else text
+    # without decay the two are one
+    return "= Apollo's" if names[0].startswith("apollow") else tables.NOTHING
+
+
+def beside_the_paper() -> str:
+    """Ours and the paper's, task by task."""
+    titles = [title for task in TASKS for title in (OURS[task], f"the paper: {PAPER[task][2]}")]
+    lines = [f"| | {' | '.join(titles)} |", "|---|" + "---|" * len(titles)]
+    sections = {task: summary_of(f"{task}/comparison").sections[0] for task in TASKS}
+    for label in ("SGD, momentum 0.9", "AdamW", "RAdam", "Apollo"):
+        cells = []
+        for task in TASKS:
+            cells += [score(sections[task], ROWS[label]), published(task, ROWS[label])]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def published(task: str, names: tuple[str, ...]) -> str:
+    """The paper's number."""
+    theirs, schedule, _ = PAPER[task]
+    numbers = recipe.load(theirs).paper[schedule]
+    for name in (*names, "adam" if "adamw" in names else ""):
+        if name in numbers:
+            return Spread(numbers[name].mean, numbers[name].std, 0).text(2)
+    return tables.NOTHING
+
+
+if __name__ == "__main__":
+    sys.exit(main())
