@@ -10,7 +10,7 @@ GPU_PYTHON ?= $(BIN)/python
 DATA ?= data
 RUNS ?= runs/results
 
-.PHONY: compare quick test lint build kernel bench gpu-check results docs clean
+.PHONY: compare quick test lint build kernel bench gpu-check results results-tables results-check docs clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.ready: requirements/dev.txt pyproject.toml setup.py
@@ -26,7 +26,7 @@ compare: $(VENV)/.ready  ## four optimizers on images, language and translation;
 quick: $(VENV)/.ready  ## a short look at the same
 	$(BIN)/apollo-qn compare --quick --out $(OUT)-quick $(ARGS)
 
-test: lint  ## format, lint, types, tests with coverage, wheel; with DEVICE=cuda the optimizer's tests there
+test: lint results-check  ## format, lint, types, tables, tests with coverage, wheel; with DEVICE=cuda the optimizer's tests there
 ifeq ($(DEVICE),cpu)
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
 	$(BIN)/python scripts/check_wheel.py
@@ -65,6 +65,12 @@ results: $(VENV)/.ready  ## run the evidence again; RUNS is where
 	for analysis in lr-robustness weight-decay; do \
 	  $(BIN)/apollo-qn sweep results/cifar10/recipe.toml $$analysis --seeds 1 --tuned $(RUNS)/cifar10-tuning --data data/cifar10 --out $(RUNS)/cifar10-$$analysis || exit 1; \
 	done
+
+results-tables: $(VENV)/.ready  ## write the tables of results/ and of the pages again
+	$(BIN)/python scripts/results.py
+
+results-check: $(VENV)/.ready  ## whether they are what the committed metrics give
+	$(BIN)/python scripts/results.py --check
 
 docs: $(VENV)/.ready  ## the documentation as a site; open site/index.html
 	$(BIN)/mkdocs build --strict
