@@ -93,7 +93,7 @@ def error_of(text: str, path: Path) -> str:
             '"sgd"',
             '"sdg"',
             "optimizers.sgd.method: is 'sdg', allowed are 'sgd', 'adam', 'radam', 'nadamw', "
-            "'muon', 'apollo', 'apollow'",
+            "'muon', 'apollo', 'apollow', 'apollo-averaged'",
         ),
         (
             "weight_decay = { equal_strength_to",

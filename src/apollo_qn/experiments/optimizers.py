@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from apollo_qn import Apollo
+from apollo_qn.experiments.averaged import AveragedApollo
 from apollo_qn.experiments.muon import MuonAndAdamW
 from apollo_qn.experiments.schema import (
     SGD,
     Adam,
     ApolloSettings,
+    AveragedSettings,
     Muon,
     NAdam,
     Optimizer,
@@ -49,6 +51,8 @@ def build(settings: Optimizer, network: nn.Module) -> torch.optim.Optimizer:
             warmup_steps=settings.warmup_steps,
             warmup_init_lr=settings.warmup_init_lr,
         )
+    if isinstance(settings, AveragedSettings):
+        return AveragedApollo(parameters, **settings.model_dump(exclude={"method"}))
     lr, betas, eps = settings.lr, (settings.betas[0], settings.betas[1]), settings.eps
     if isinstance(settings, Adam):
         return torch.optim.AdamW(parameters, lr, betas, eps, decay, fused=True)

@@ -18,7 +18,6 @@ from apollo_qn.experiments.errors import ExperimentError
 from apollo_qn.experiments.overrides import override
 from apollo_qn.experiments.schema import (
     Analysis,
-    ApolloSettings,
     Comparison,
     Data,
     EqualStrength,
@@ -271,7 +270,7 @@ def times_rate(settings: Any, factor: float) -> Any:
     Where Apollo's warmup begins rises with the rate.
     """
     update = {"lr": settings.lr * factor, "weight_decay": settings.weight_decay / factor}
-    if isinstance(settings, ApolloSettings) and settings.warmup_init_lr is not None:
+    if getattr(settings, "warmup_init_lr", None) is not None:
         update["warmup_init_lr"] = settings.warmup_init_lr * factor
     return settings.model_copy(update=update)
 

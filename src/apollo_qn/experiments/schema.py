@@ -348,8 +348,23 @@ class ApolloSettings(Section):
     warmup_init_lr: NotNegative | None = None
 
 
+class AveragedSettings(Section):
+    """Settings of Apollo with a moving average of B, an experiment; L2 decay."""
+
+    method: Literal["apollo-averaged"]
+    lr: Positive
+    beta: Share = 0.9
+    hessian_beta: Share = 0.9
+    eps: Positive = 1e-4
+    sigma: Positive = 1.0
+    weight_decay: NotNegative | EqualStrength = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 500
+    warmup_init_lr: NotNegative | None = None
+
+
 Optimizer = Annotated[
-    SGD | Adam | RAdam | NAdam | Muon | ApolloSettings, Field(discriminator="method")
+    SGD | Adam | RAdam | NAdam | Muon | ApolloSettings | AveragedSettings,
+    Field(discriminator="method"),
 ]
 
 

@@ -28,6 +28,7 @@ STYLES = {
     "muon": Style("Muon", "#000000", "x"),
     "apollow": Style("ApolloW", "#661100", "d"),
     "apollo-belief": Style("Apollo, belief", "#999933", "h"),
+    "apollo-averaged": Style("Apollo, averaged B", "#004488", "4"),
     "apollow-belief": Style("ApolloW, belief", "#AA4499", "*"),
 }
 
@@ -41,7 +42,6 @@ _MORE = (
     ("#6699CC", "1"),
     ("#997700", "2"),
     ("#EE99AA", "3"),
-    ("#004488", "4"),
 )
 _given: dict[str, int] = {}  # which of them a name has in this process
 

@@ -11,7 +11,7 @@ from apollo_qn.experiments.report import reading
 from apollo_qn.experiments.report.reading import Run
 from apollo_qn.experiments.report.statistics import Difference, Spread, difference, spread
 from apollo_qn.experiments.runs import Record
-from apollo_qn.experiments.schema import Analysis, ApolloSettings, Published, SweepPoint
+from apollo_qn.experiments.schema import Analysis, Published, SweepPoint
 from apollo_qn.experiments.styles import place, style
 from apollo_qn.experiments.tasks import TASKS
 from apollo_qn.experiments.tasks.base import Metric
@@ -128,7 +128,7 @@ class Row:
     @property
     def is_ours(self) -> bool:
         """Whether it is a form of Apollo."""
-        return isinstance(self.runs[0].spec.optimizer, ApolloSettings)
+        return self.runs[0].spec.optimizer.method.startswith("apollo")
 
 
 def best_of(rows: list[Row]) -> Row | None:

@@ -1,0 +1,136 @@
+"""The evidence is what its metrics give, and a change of either is noticed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from apollo_qn.experiments import recipe, tuning
+from apollo_qn.experiments.schema import ApolloSettings, Examples
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "results").glob("*/*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_recipe_gives_all_the_same_chance(path: Path) -> None:
+    plan = recipe.load(str(path))
+    held_out = ["data.validation=5000"] if isinstance(plan.data, Examples) else []
+    tried = tuning.tries(recipe.load(str(path), held_out))
+    assert plan.tuning is not None
+    assert {spec.name for spec in tried} == set(plan.optimizers)
+    assert len(tried) == plan.tuning.tries * len(plan.optimizers)
+    for ranges in plan.tuning.ranges.values():
+        assert set(ranges) == {"lr"}
+        low, high = ranges["lr"]
+        assert high / low == pytest.approx(100.0)
+    assert len(plan.seeds) >= 5
+    assert plan.tuning.seed not in plan.seeds
+    # all but RAdam warm up, and as long
+    for shape in plan.schedules.values():
+        if not shape.instead:
+            continue
+        warmups = {own.warmup_steps for own in shape.instead.values()}
+        warmups |= {
+            own.warmup_steps for own in plan.optimizers.values() if isinstance(own, ApolloSettings)
+        }
+        assert len(warmups) == 1
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, on a copy of what is committed."""
+    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / "cache"))
+    spec = importlib.util.spec_from_file_location("results", ROOT / "scripts" / "results.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    for name in ("results", "docs"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "README.md", tmp_path)
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    monkeypatch.setattr(script, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(script, "FIGURES", tmp_path / "docs" / "figures")
+    monkeypatch.setattr(script, "PAGES", (tmp_path / "docs" / "results.md", tmp_path / "README.md"))
+    # one archive is enough to notice that
+    monkeypatch.setattr(script, "archives", lambda: ["wordnet/comparison"])
+    monkeypatch.setattr(script, "TASKS", ("wordnet",))
+    monkeypatch.setattr("sys.argv", ["results.py", "--check"])
+    return script
+
+
+def without_pages(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "PAGES", ())
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_what_is_committed_is_right(
+    results: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_pages(results, monkeypatch)
+    assert results.main() == 0, capsys.readouterr().err
+
+
+def test_a_changed_metric_is_noticed(
+    results: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_pages(results, monkeypatch)
+
+    def better(content: dict[str, Any]) -> None:
+        content["runs"][0]["result"]["test_perplexity"] -= 1.0
+
+    edit(results.RESULTS / "wordnet" / "comparison" / "runs.json", better)
+    assert results.main() == 1
+    assert "results.md is not what the metrics give" in capsys.readouterr().err
+
+
+def test_a_changed_table_is_noticed(
+    results: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = results.PAGES[0]
+    page.write_text("<!-- results: wordnet/comparison -->\nApollo wins\n<!-- end -->\n")
+    monkeypatch.setattr(results, "PAGES", (page,))
+    assert results.main() == 1
+    assert "-Apollo wins" in capsys.readouterr().err
+
+
+def test_other_settings_than_the_tuned_ones_are_noticed(
+    results: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_pages(results, monkeypatch)
+
+    def other(content: dict[str, Any]) -> None:
+        for run in content["runs"]:
+            own = run["manifest"]["recipe"]
+            if own["name"] == "sgd":
+                own["optimizer"]["lr"] *= 1.5
+
+    edit(results.RESULTS / "wordnet" / "comparison" / "runs.json", other)
+    assert results.main() == 1
+    assert "has other settings than the best try" in capsys.readouterr().err
+
+
+def test_too_few_seeds_are_noticed(
+    results: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_pages(results, monkeypatch)
+
+    def fewer(content: dict[str, Any]) -> None:
+        del content["runs"][0]
+
+    edit(results.RESULTS / "wordnet" / "comparison" / "runs.json", fewer)
+    assert results.main() == 1
+    assert "five are needed that no try had" in capsys.readouterr().err
