@@ -30,11 +30,14 @@ RESULTS = ROOT / "results"
 FIGURES = ROOT / "docs" / "figures"
 PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")
 TASKS = ("cifar10", "wordnet", "multi30k")
-ANALYSES = ("tuning", "comparison", "lr-robustness", "weight-decay")
+PLANS = {"recipe": ("tuning", "comparison"), "forms": ("forms-tuning", "forms-comparison")}
+ANALYSES = (*PLANS["recipe"], "lr-robustness", "weight-decay", *PLANS["forms"])
 KEPT = ("results.md", "results.csv")
 SHOWN = {  # which picture of an analysis the pages show
     "tuning": "tuning",
     "comparison": None,  # the task's curve
+    "forms-tuning": "tuning",
+    "forms-comparison": None,
     "lr-robustness": "learning_rate",
     "weight-decay": "weight_decay",
 }
@@ -78,7 +81,7 @@ def main() -> int:
     check = parser.parse_args().check
     faults = [fault for name in archives() for fault in remake(name, check)]
     for task in TASKS:
-        faults += protocol(task)
+        faults += [fault for plan in PLANS for fault in protocol(task, plan)]
     for path in PAGES:
         faults += blocks(path, check)
     for fault in faults:
@@ -127,31 +130,34 @@ def put(path: Path, content: str, check: bool) -> Iterator[str]:
         yield told
 
 
-def protocol(task: str) -> Iterator[str]:
+def protocol(task: str, plan: str) -> Iterator[str]:
     """What of the protocol was not kept."""
-    tried, compared = (RESULTS / task / analysis for analysis in ("tuning", "comparison"))
-    if not (tried / RUNS).exists() or not (compared / RUNS).exists():
-        yield f"results/{task}: no tuning or no comparison"
+    names = [f"{task}/{analysis}" for analysis in PLANS[plan]]
+    there = [(RESULTS / name / RUNS).exists() for name in names]
+    if not all(there):
+        if any(there) or plan == "recipe":
+            yield f"results: {' or '.join(names)} is missing"
         return
-    plan = recipe.load(str(RESULTS / task / "recipe.toml"))
-    searched = summary_of(f"{task}/tuning")
+    tried, compared = names
+    known = recipe.load(str(RESULTS / task / f"{plan}.toml"))
+    searched = summary_of(tried)
+    optimizers = list(known.optimizers)
     counts = Counter(row.name for row in searched.rows)
-    names = list(plan.optimizers)
-    if set(counts) != set(names) or len(set(counts.values())) != 1:
-        yield f"{task}: tries are {dict(counts)}, they should be as many for all"
+    if set(counts) != set(optimizers) or len(set(counts.values())) != 1:
+        yield f"{tried}: tries are {dict(counts)}, they should be as many for all"
     if getattr(searched.runs[0].spec.data, "validation", 1) == 0:
-        yield f"{task}: the tuning has seen the test images"
-    made = tuning.apply(plan, tried, names)
+        yield f"{tried}: has seen the test images"
+    made = tuning.apply(known, RESULTS / tried, optimizers)
     seen = {run.spec.seed for run in searched.runs}
     seeds: dict[str, set[int]] = {}
-    for run in summary_of(f"{task}/comparison").runs:
+    for run in summary_of(compared).runs:
         if run.spec != made.run(run.spec.name, run.spec.seed, run.spec.schedule):
-            yield f"{task}: {run.spec.label} has other settings than the best try"
+            yield f"{compared}: {run.spec.label} has other settings than the best try"
         seeds.setdefault(run.spec.name, set()).add(run.spec.seed)
-    for name in names:
+    for name in optimizers:
         own = seeds.get(name, set())
         if len(own) < 5 or own & seen:
-            yield f"{task}: {name} has the seeds {sorted(own)}, five are needed that no try had"
+            yield f"{compared}: {name} has the seeds {sorted(own)}, five are needed that no try had"
 
 
 def blocks(path: Path, check: bool) -> Iterator[str]:
