@@ -52,19 +52,29 @@ gpu-check: $(VENV)/.ready  ## all that is to be known of a GPU, in nine minutes;
 	$(GPU_PYTHON) benchmarks/gpu.py --out runs/gpu $(ARGS)
 
 # all that results/ holds, anew: hours on two cores; DATA has what results/README.md names
-results: $(VENV)/.ready  ## run the evidence again; RUNS is where
-	$(BIN)/apollo-qn prepare cifar10 --raw $(DATA) --out data/cifar10
-	$(BIN)/apollo-qn prepare multi30k --raw $(DATA)/multi30k --subwords 2000 --out data/multi30k
-	$(BIN)/apollo-qn sweep results/wordnet/recipe.toml tuning --set train.evaluate_every=400 --data $(DATA) --out $(RUNS)/wordnet-tuning
-	$(BIN)/apollo-qn sweep results/multi30k/recipe.toml tuning --set train.evaluate_every=600 --data data/multi30k --out $(RUNS)/multi30k-tuning
-	$(BIN)/apollo-qn sweep results/cifar10/recipe.toml tuning --set train.evaluate_every=468 --set data.validation=5000 --data data/cifar10 --out $(RUNS)/cifar10-tuning
-	for task in wordnet multi30k cifar10; do \
-	  case $$task in wordnet) data=$(DATA) ;; *) data=data/$$task ;; esac; \
-	  $(BIN)/apollo-qn compare results/$$task/recipe.toml --tuned $(RUNS)/$$task-tuning --data $$data --out $(RUNS)/$$task-comparison || exit 1; \
+KEEP = $(BIN)/apollo-qn archive $(RUNS)/$$task-$$analysis --out results/$$task/$$analysis
+results: $(VENV)/.ready  ## run the evidence again, in $(RUNS), and write its tables
+	test -d data/cifar10 || $(BIN)/apollo-qn prepare cifar10 --raw $(DATA) --out data/cifar10
+	test -d data/multi30k || $(BIN)/apollo-qn prepare multi30k --raw $(DATA)/multi30k --subwords 2000 --out data/multi30k
+	set -e; for task in wordnet multi30k cifar10; do \
+	  case $$task in \
+	    wordnet) data=$(DATA); held="train.evaluate_every=400" ;; \
+	    multi30k) data=data/multi30k; held="train.evaluate_every=600" ;; \
+	    cifar10) data=data/cifar10; held="train.evaluate_every=468 --set data.validation=5000" ;; \
+	  esac; \
+	  for plan in recipe forms; do \
+	    case $$plan in recipe) name= ;; forms) name=forms- ;; esac; \
+	    test $$plan = recipe || test -d results/$$task/forms-tuning || continue; \
+	    analysis=$${name}tuning; \
+	    $(BIN)/apollo-qn sweep results/$$task/$$plan.toml tuning --set $$held --data $$data --out $(RUNS)/$$task-$$analysis; $(KEEP); \
+	    tuned=$(RUNS)/$$task-$$analysis; analysis=$${name}comparison; \
+	    $(BIN)/apollo-qn compare results/$$task/$$plan.toml --tuned $$tuned --data $$data --out $(RUNS)/$$task-$$analysis; $(KEEP); \
+	  done; \
 	done
-	for analysis in lr-robustness weight-decay; do \
-	  $(BIN)/apollo-qn sweep results/cifar10/recipe.toml $$analysis --seeds 1 --tuned $(RUNS)/cifar10-tuning --data data/cifar10 --out $(RUNS)/cifar10-$$analysis || exit 1; \
+	set -e; task=cifar10; for analysis in lr-robustness weight-decay; do \
+	  $(BIN)/apollo-qn sweep results/cifar10/recipe.toml $$analysis --seeds 2 --set train.evaluate_every=117 --tuned $(RUNS)/cifar10-tuning --data data/cifar10 --out $(RUNS)/cifar10-$$analysis; $(KEEP); \
 	done
+	$(MAKE) results-tables
 
 results-tables: $(VENV)/.ready  ## write the tables of results/ and of the pages again
 	$(BIN)/python scripts/results.py

@@ -7,6 +7,7 @@ common once; ``evaluations.csv`` has a line for each evaluation. No weights, no 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Iterable
@@ -69,10 +70,13 @@ def write(directories: Iterable[RunDirectory], out: Path) -> int:
     ]
     # a line a run, so that a change of one is one line
     told = ",\n".join(json.dumps(run, allow_nan=False) for run in runs)
-    head = json.dumps({"format": _FORMAT, "common": common}, indent=1)[:-2]
+    table = _table(lines).encode()
+    # the two belong together
+    head = {"format": _FORMAT, EVALUATIONS: hashlib.sha256(table).hexdigest(), "common": common}
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / EVALUATIONS, _table(lines).encode())
-    write_atomically(out / RUNS, f'{head},\n "runs": [\n{told}\n]}}\n'.encode())
+    write_atomically(out / EVALUATIONS, table)
+    begun = json.dumps(head, indent=1)[:-2]
+    write_atomically(out / RUNS, f'{begun},\n "runs": [\n{told}\n]}}\n'.encode())
     return len(runs)
 
 
@@ -91,7 +95,13 @@ def read(folder: Path) -> list[Archived]:
             raise ExperimentError(
                 f"{path}: format is {content['format']!r}, this version reads {_FORMAT}"
             )
-        lines = _evaluations(folder / EVALUATIONS)
+        table = (folder / EVALUATIONS).read_bytes()
+        if hashlib.sha256(table).hexdigest() != content[EVALUATIONS]:
+            raise ExperimentError(
+                f"{folder / EVALUATIONS}: not the table that {RUNS} was written with; "
+                "`apollo-qn archive` makes both"
+            )
+        lines = _evaluations(table.decode())
         return [
             Archived(
                 folder / run["run"],
@@ -117,6 +127,13 @@ def _anonymous(manifest: Record) -> Record:
     }
 
 
+def _anonymous_word(word: str) -> str:
+    """Of a path that tells where something lies, and of ``--option=path``, the last name."""
+    option, equals, value = word.rpartition("=")
+    path = Path(value)
+    return f"{option}{equals}{path.name}" if path.is_absolute() or ".." in path.parts else word
+
+
 def _rounded(times: Record) -> Record:
     return {key: None if value is None else round(value, 3) for key, value in times.items()}
 
@@ -134,14 +151,13 @@ def _table(lines: list[Record]) -> str:
     return buffer.getvalue()
 
 
-def _evaluations(path: Path) -> dict[str, list[Record]]:
+def _evaluations(table: str) -> dict[str, list[Record]]:
     found: dict[str, list[Record]] = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            numbers = {key: float(value) for key, value in row.items() if key != "run" and value}
-            times = {key: numbers.pop(key, None) for key in _TIMES}
-            record = {**numbers, "step": int(row["step"]), "time": times}
-            found.setdefault(row["run"], []).append(record)
+    for row in csv.DictReader(io.StringIO(table)):
+        numbers = {key: float(value) for key, value in row.items() if key != "run" and value}
+        times = {key: numbers.pop(key, None) for key in _TIMES}
+        record = {**numbers, "step": int(row["step"]), "time": times}
+        found.setdefault(row["run"], []).append(record)
     return found
 
 

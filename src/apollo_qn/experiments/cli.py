@@ -136,7 +136,7 @@ def compare(
         for one in _SMALL if task is None else (task,):
             plan, names, chosen = _plan(one, quick, settings, optimizers, schedules, tuned=tuned)
             specs += plan.runs(names, seeds, chosen)
-        failed = _train_and_report(specs, folder, data, where)
+        failed = _train_and_report(specs, folder, data, where, tuned)
     if failed:
         raise typer.Exit(1)
 
@@ -173,7 +173,6 @@ def sweep(
     """
     with _one_line_errors():
         where = _Where(accelerator, devices, jobs, threads, strategy, cluster)
-        name = f"sweep-{Path(task).stem}-{analysis}{'-quick' if quick else ''}"
         plan, names, chosen = _plan(task, quick, settings, optimizers, schedules, analysis, tuned)
         if analysis == "tuning":
             from apollo_qn.experiments import tuning
@@ -181,8 +180,9 @@ def sweep(
             specs = tuning.tries(plan, names, seeds, chosen)
         else:
             specs = plan.sweep(analysis, names, seeds, chosen)
+        name = f"sweep-{plan.task}-{analysis}{'-quick' if quick else ''}"
         folder = out or Path("runs") / name
-        failed = _train_and_report(specs, folder, data, where)
+        failed = _train_and_report(specs, folder, data, where, tuned)
     if failed:
         raise typer.Exit(1)
 
@@ -422,19 +422,20 @@ def _plan(
     """The recipe, and which of its optimizers (None: it says itself) and schedules are chosen."""
     from apollo_qn.experiments import recipe
 
-    if tuned is not None and analysis == "tuning":
-        raise ExperimentError(f"--tuned is {str(tuned)!r}, a tuning has none; leave it out")
-
     as_it_stands = recipe.load(task)
     names = _chosen("--optimizers", optimizers, as_it_stands.optimizers)
     chosen = _chosen("--schedules", schedules, as_it_stands.schedules)
     chosen = chosen or as_it_stands.default_schedules(analysis)
     plan = recipe.load(task, settings or (), names, chosen, quick)
-    if tuned is not None:
+    if analysis == "tuning":
+        if tuned is not None:
+            raise ExperimentError(f"--tuned is {str(tuned)!r}, a tuning has none; leave it out")
+    elif tuned is not None:
         from apollo_qn.experiments import tuning
 
-        own = None if analysis is None or analysis == "tuning" else plan.sweeps.get(analysis)
-        plan = tuning.apply(plan, tuned, names or (own.optimizers if own else None), chosen)
+        own = plan.compare if analysis is None else plan.sweeps.get(analysis)
+        trained = names or (own.optimizers if own else None) or list(plan.optimizers)
+        plan = tuning.apply(plan, tuned, trained, chosen, coupled=analysis == "weight-decay")
     return plan, names, chosen
 
 
@@ -448,8 +449,10 @@ def _chosen(option: str, value: str | None, there: Iterable[str]) -> list[str] |
     return names
 
 
-def _train_and_report(specs: list[RunSpec], folder: Path, data: Path | None, where: _Where) -> bool:
-    failed = _train(specs, folder, data, where, in_one_report=True)
+def _train_and_report(
+    specs: list[RunSpec], folder: Path, data: Path | None, where: _Where, tuned: Path | None
+) -> bool:
+    failed = _train(specs, folder, data, where, in_one_report=True, tuned=tuned)
     if ranks.speaks():
         _report([folder], folder)
     return failed
@@ -462,6 +465,7 @@ def _train(
     where: _Where,
     in_one_report: bool = False,
     diagnose_every: int | None = None,
+    tuned: Path | None = None,
 ) -> bool:
     """Train what is not finished; True: a run has failed."""
     from apollo_qn.experiments import cluster, curvature, matrix, together
@@ -490,7 +494,7 @@ def _train(
             return []
         keep_threads = where.threads is None
         return _prepared(
-            specs, folder, data, placement, keep_threads, in_one_report, diagnose_every
+            specs, folder, data, placement, keep_threads, in_one_report, diagnose_every, tuned
         )
 
     console = Console(stderr=True)
@@ -531,6 +535,7 @@ def _prepared(
     keep_threads: bool,
     in_one_report: bool,
     diagnose_every: int | None,
+    tuned: Path | None,
 ) -> list[RunState]:
     """The runs with their directories.
 
@@ -542,6 +547,10 @@ def _prepared(
 
     first = {spec.task: spec for spec in reversed(specs)}  # to read data takes a while
     made = {name: tasks.make(spec, data) for name, spec in first.items()}
+    if tuned is not None:
+        from apollo_qn.experiments import tuning
+
+        tuning.check_data(tuned, {name: task.fingerprint for name, task in made.items()})
     new = {}
     for spec in specs:
         directory = RunDirectory(_run_folder(folder, spec))

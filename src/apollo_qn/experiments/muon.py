@@ -63,7 +63,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for p, view in self._views:
-            view.grad = None if p.grad is None else as_matrix(p.grad)
+            view.grad = None if p.grad is None else as_matrix(p.grad, p)
         for inner, group in zip(self._inner, self.param_groups, strict=True):
             inner.param_groups[0]["lr"] = group["lr"]
             inner.param_groups[0]["weight_decay"] = group["weight_decay"]
@@ -100,10 +100,12 @@ def split(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     return matrices, others
 
 
-def as_matrix(x: Tensor) -> Tensor:
-    """One row for each output; a view, also of channels-last memory, whose order of columns is
-    another: orthogonalising does not depend on it.
+def as_matrix(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """One row for each output; of ``like``'s memory (None: its own) the order of columns.
+
+    A view where the two have one memory format: orthogonalising does not depend on the order.
     """
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+    like = x if like is None else like
+    if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
         x = x.permute(0, 2, 3, 1)
     return x.flatten(1)

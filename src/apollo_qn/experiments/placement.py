@@ -63,6 +63,11 @@ class Placement(Section):
 
     def check(self, spec: RunSpec) -> None:
         """Raise ExperimentError where this run cannot be trained so."""
+        if spec.optimizer.method == "muon" and not hasattr(torch.optim, "Muon"):
+            raise ExperimentError(
+                f"the optimizer {spec.name!r} (muon) needs torch 2.9 or newer, this is "
+                f"{torch.__version__}; leave it out with --optimizers"
+            )
         if self.strategy == "fsdp2" and spec.optimizer.method == "muon":
             raise ExperimentError(
                 f"--strategy is 'fsdp2', the optimizer {spec.name!r} (muon) needs whole matrices: "

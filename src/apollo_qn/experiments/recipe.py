@@ -92,6 +92,10 @@ class Recipe(Section):
     def _decay_can_be_coupled(self) -> Recipe:
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds: the same seed twice")
+        if self.tuning is not None and self.tuning.seed in self.seeds:
+            raise ValueError(
+                f"tuning.seed is {self.tuning.seed}, allowed are seeds that no comparison has"
+            )
         for name in self.optimizers:
             coupled_decay(name, self.optimizers)
         return self

@@ -11,10 +11,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from scipy.stats import qmc
 
+from apollo_qn.experiments.complaints import describe
 from apollo_qn.experiments.errors import ExperimentError
-from apollo_qn.experiments.recipe import Recipe, RunSpec, times_rate
+from apollo_qn.experiments.recipe import Recipe, RunSpec, coupled_decay, times_rate
 from apollo_qn.experiments.report import reading
 from apollo_qn.experiments.schema import EqualStrength, Examples, SweepPoint, Tuning
 from apollo_qn.experiments.tasks import TASKS
@@ -85,8 +87,8 @@ def _points(recipe: Recipe, plan: Tuning, name: str) -> list[dict[str, Any]]:
         values: dict[str, Any] = {}
         for share, (key, (low, high)) in zip(place.tolist(), ranges.items(), strict=True):
             value = math.exp(math.log(low) + share * math.log(high / low))
-            # three digits are what people write, and distinct enough
-            value = float(f"{value:.3g}")
+            if high >= 2 * low:  # three digits are what people write, and distinct enough
+                value = float(f"{value:.3g}")
             values[key] = round(value) if isinstance(getattr(own, key), int) else value
         found.append(values)
     return found
@@ -99,12 +101,10 @@ def _try(
     own = spec.optimizer
     if "lr" in values:
         own = times_rate(own, values["lr"] / own.lr)
-    changed = {**own.model_dump(), **values}
     try:
-        own = type(own).model_validate(changed)
-    except ValueError as error:
-        told = ", ".join(f"{key} = {value:g}" for key, value in values.items())
-        raise ExperimentError(f"tuning.ranges.{name}: {told} is not allowed ({error})") from None
+        own = type(own).model_validate({**own.model_dump(), **values})
+    except ValidationError as error:
+        raise ExperimentError(f"tuning.ranges.{name}.{describe(error, type(own))}") from None
     assert recipe.tuning is not None
     return spec.model_copy(
         update={
@@ -116,7 +116,11 @@ def _try(
 
 
 def apply(
-    recipe: Recipe, folder: Path, names: list[str] | None = None, schedules: list[str] | None = None
+    recipe: Recipe,
+    folder: Path,
+    names: list[str],
+    schedules: list[str] | None = None,
+    coupled: bool = False,
 ) -> Recipe:
     """The recipe with the settings of each optimizer's best try.
 
@@ -124,44 +128,82 @@ def apply(
     at the end of a run; a try of which a run diverged is never the best.
 
     Args:
-        recipe: of the same task, model, training, schedule and training examples.
-        folder: of the finished tuning, as of ``reading.find``.
-        names: optimizers that need one; None: those that the recipe compares.
-        schedules: that will be trained; there must be one, for which they were tuned.
+        recipe: of the same task, model, training and training examples.
+        folder: of the finished tuning, as of ``reading.find``; other tasks and schedules in it are
+            passed over.
+        names: optimizers that need one.
+        schedules: that will be trained, which must be one; None: those that the recipe compares.
+        coupled: decay that is coupled must stay so, for a sweep of it.
 
     Raises:
         ExperimentError: the tuning is of something else, is not finished, misses an optimizer, or
-            every try of one diverged.
+            every try of one diverged; decay that was tuned by itself where it must stay coupled.
     """
+    wanted = schedules or recipe.default_schedules()
+    if len(wanted) != 1:
+        raise ExperimentError(
+            f"a tuning serves one schedule, asked for are {', '.join(wanted)}; choose one with "
+            "--schedules"
+        )
+    tried = [run for run in _tries_in(folder) if run.spec.task == recipe.task]
+    runs = [run for run in tried if run.spec.schedule == wanted[0]]
+    if not runs:
+        there = ", ".join(dict.fromkeys(f"{r.spec.task} ({r.spec.schedule})" for r in tried))
+        raise ExperimentError(
+            f"{folder}: no tuning of {recipe.task} with the schedule {wanted[0]}"
+            + (f", only of {there}" if there else "")
+        )
+    for run in runs:
+        _check_same(recipe, run.spec, folder)
+    names = list(dict.fromkeys([*names, *_references(recipe, names)]))
+    chosen = {
+        name: best_try([run for run in runs if run.spec.name == name], f"{folder}: {name}")
+        for name in names
+    }
+    made = _with(recipe, chosen)
+    for name in names:
+        if isinstance(made.optimizers[name].weight_decay, EqualStrength) or not coupled:
+            continue
+        if isinstance(recipe.optimizers[name].weight_decay, EqualStrength):
+            raise ExperimentError(
+                f"{folder}: the weight decay of {name} was tuned by itself; a sweep of it needs "
+                "one that is coupled"
+            )
+    return made
+
+
+def check_data(folder: Path, fingerprints: dict[str, str]) -> None:
+    """Raise ExperimentError where a tuning was on other data, by task, than these."""
+    for run in _tries_in(folder):
+        wanted = fingerprints.get(run.spec.task)
+        if wanted not in (None, run.manifest["data"]["fingerprint"]):
+            raise ExperimentError(
+                f"{folder}: {run.spec.task} was tuned on other data; give the same --data"
+            )
+
+
+def _tries_in(folder: Path) -> list[reading.Run]:
     runs = [run for run in reading.find([folder]) if run.spec.is_try]
     if not runs:
         raise ExperimentError(f"{folder}: no tuning in it; `apollo-qn sweep TASK tuning` makes one")
-    names = names or recipe.compare.optimizers or list(recipe.optimizers)
-    wanted = schedules or recipe.default_schedules()
-    tuned = list(dict.fromkeys(run.spec.schedule for run in runs))
-    if tuned != wanted:
-        raise ExperimentError(
-            f"{folder}: tuned for the schedule {', '.join(tuned)}, asked for are "
-            f"{', '.join(wanted)}; choose one with --schedules"
-        )
-    _check_same(recipe, runs[0].spec, folder)
-    chosen = dict(recipe.optimizers)
-    for name in names:
-        best = best_try([run for run in runs if run.spec.name == name], f"{folder}: {name}")
-        chosen[name] = best
-    return _with(recipe, chosen, names, wanted[0])
+    return runs
+
+
+def _references(recipe: Recipe, names: list[str]) -> list[str]:
+    """The optimizers whose decay that of others is coupled to."""
+    decays = [recipe.optimizers[name].weight_decay for name in names if name in recipe.optimizers]
+    return [decay.equal_strength_to for decay in decays if isinstance(decay, EqualStrength)]
 
 
 def best_try(runs: list[reading.Run], origin: str) -> Any:
-    """The settings of the best of one optimizer's tries.
+    """The settings of the best of one optimizer's tries; of equals the first.
 
     Raises:
         ExperimentError: there is none, one is not finished, or all diverged.
     """
     by_try: dict[float, list[reading.Run]] = {}
-    for run in runs:
-        assert run.spec.sweep is not None
-        by_try.setdefault(run.spec.sweep.value, []).append(run)
+    for run in sorted(runs, key=_number):
+        by_try.setdefault(_number(run), []).append(run)
     if not by_try:
         raise ExperimentError(f"{origin} was not tuned")
     if any(run.verdict == "unfinished" for run in runs):
@@ -173,6 +215,11 @@ def best_try(runs: list[reading.Run], origin: str) -> Any:
         raise ExperimentError(f"{origin}: all tries diverged; give it other ranges")
     best = max(known, key=lambda number: known[number] * (1 if curve.higher_is_better else -1))
     return by_try[best][0].spec.optimizer
+
+
+def _number(run: reading.Run) -> float:
+    assert run.spec.sweep is not None
+    return run.spec.sweep.value
 
 
 def score_of(runs: list[reading.Run]) -> float | None:
@@ -204,18 +251,14 @@ def _steps(spec: RunSpec) -> dict[str, Any]:
     return own
 
 
-def _with(recipe: Recipe, chosen: dict[str, Any], names: list[str], schedule: str) -> Recipe:
+def _with(recipe: Recipe, chosen: dict[str, Any]) -> Recipe:
     """Decay that is coupled stays so where that gives what was tried: a sweep of decay needs it."""
-    coupled = {}
+    optimizers = {**recipe.optimizers, **chosen}
     for name, settings in chosen.items():
-        reference = recipe.optimizers[name].weight_decay
-        if name in names and isinstance(reference, EqualStrength):
-            coupled[name] = settings.model_copy(update={"weight_decay": reference})
-        else:
-            coupled[name] = settings
-    made = recipe.model_copy(update={"optimizers": coupled})
-    for name in names:
-        tried = chosen[name].weight_decay
-        if not math.isclose(float(made.run(name, 0, schedule).optimizer.weight_decay), tried):  # type: ignore[arg-type]
-            coupled[name] = chosen[name]
-    return recipe.model_copy(update={"optimizers": coupled})
+        own = recipe.optimizers[name].weight_decay
+        if not isinstance(own, EqualStrength):
+            continue
+        coupled = {**optimizers, name: settings.model_copy(update={"weight_decay": own})}
+        if math.isclose(coupled_decay(name, coupled), settings.weight_decay):
+            optimizers[name] = coupled[name]
+    return recipe.model_copy(update={"optimizers": optimizers})

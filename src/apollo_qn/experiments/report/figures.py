@@ -144,8 +144,8 @@ def _tuning(summary: Summary) -> list[Picture]:
     return [
         _picture(
             "tuning",
-            f"{summary.metric.label.capitalize()} of every try over its learning rate, as a "
-            "multiple of the best one; what diverged is not shown",
+            f"{summary.metric.label.capitalize()} of every try over the first setting that was "
+            "drawn, as a multiple of the best one; what diverged is not shown",
             _by_rate(summary),
         )
     ]
@@ -157,27 +157,30 @@ def _by_rate(summary: Summary) -> Figure:
     figure = Figure(figsize=(7.5 if len(sections) == 1 else 5.4 * len(sections), 4.8))
     panels = figure.subplots(1, len(sections), squeeze=False)[0]
     for axes, section in zip(panels, sections, strict=True):
-        scale = _Scale(axes, summary.metric.higher_is_better)
+        found: list[float] = []
         for name in dict.fromkeys(row.name for row in section.rows):
             tries = [row for row in section.rows if row.name == name and not row.diverged]
             best = best_of(tries)
             if best is None:
                 continue
-            own = _rate(best)
-            points = sorted((_rate(row) / own, row.score.mean) for row in tries if row.score)
+            own = _first_setting(best)
+            points = sorted(
+                (_first_setting(row) / own, row.score.mean) for row in tries if row.score
+            )
             values = [value for _, value in points]
             axes.plot(
                 [rate for rate, _ in points], values, color=style(name).color,
                 marker=style(name).marker, markersize=6, linewidth=1.8, label=best.label,
             )  # fmt: skip
-            scale.saw(values, values)
+            found += values
         axes.set_xscale("log")
-        axes.set_xlabel("learning rate, times the best one")
+        axes.set_xlabel(f"{_settings_drawn(section)}, times the best one")
         axes.set_ylabel(summary.metric.title)
         axes.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: short(value)))
         if len(sections) > 1:
             axes.set_title(f"{section.schedule} schedule")
-        scale.set()
+        if found and not summary.metric.higher_is_better and max(found) > 10 * min(found) > 0:
+            axes.set_yscale("log")
         if axes.lines:
             axes.legend(frameon=False, fontsize=10, ncols=2, loc="best")
         else:
@@ -185,8 +188,15 @@ def _by_rate(summary: Summary) -> Figure:
     return figure
 
 
-def _rate(row: Row) -> float:
-    return row.runs[0].spec.optimizer.lr
+def _first_setting(row: Row) -> float:
+    """Of those that were drawn, the learning rate in most cases."""
+    spec = row.runs[0].spec
+    return float(getattr(spec.optimizer, next(iter(spec.ranges or {"lr": []}))))
+
+
+def _settings_drawn(section: Section) -> str:
+    keys = dict.fromkeys(next(iter(row.runs[0].spec.ranges or {"lr": []})) for row in section.rows)
+    return " or ".join("learning rate" if key == "lr" else key for key in keys)
 
 
 def _sweep(summary: Summary) -> list[Picture]:

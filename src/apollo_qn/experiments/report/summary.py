@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from apollo_qn.experiments import recipe
 from apollo_qn.experiments.report import reading
 from apollo_qn.experiments.report.reading import Run
 from apollo_qn.experiments.report.statistics import Difference, Spread, difference, spread
-from apollo_qn.experiments.runs import Record
 from apollo_qn.experiments.schema import Analysis, Published, SweepPoint
 from apollo_qn.experiments.styles import place, style
 from apollo_qn.experiments.tasks import TASKS
@@ -18,6 +18,14 @@ from apollo_qn.experiments.tasks.base import Metric
 
 OURS = "apollo"
 _BUDGET = 0.75  # of a run; what the best other optimizer reaches by then is the target
+
+
+class Reached(NamedTuple):
+    """When a run reaches a target; of one that does not, the whole run: it takes at least that."""
+
+    updates: int
+    seconds: float
+    reached: bool
 
 
 @dataclass(frozen=True)
@@ -104,25 +112,26 @@ class Row:
         found = spread(values)
         return found.mean if found is not None and found.count == len(self.runs) else None
 
-    def time_to(self, target: float) -> Spread | None:
-        """Seconds until the first evaluation that reaches the target, over those that do."""
-        return spread(line["time"]["seconds"] for line in self._reaching(target))
+    def reaching(self, target: float) -> dict[int, Reached]:
+        """When each ended run first has an evaluation that reaches the target, by seed.
 
-    def updates_to(self, target: float) -> Spread | None:
-        """Likewise the updates."""
-        return spread(line["step"] for line in self._reaching(target))
-
-    def _reaching(self, target: float) -> list[Record]:
-        """Of each run that reaches the target its first evaluation that does."""
-        found = []
+        A run that diverged has not reached it, whatever it had before.
+        """
+        found = {}
         for run in self.runs:
-            reached = [
+            if run.verdict == "unfinished":
+                continue
+            lines = [
                 line
                 for line in run.evaluations
-                if line[self.curve.name] is not None
+                if run.finished
+                and line[self.curve.name] is not None
                 and not self.curve.better(target, line[self.curve.name])
             ]
-            found += reached[:1]
+            if lines:
+                found[run.spec.seed] = Reached(lines[0]["step"], lines[0]["time"]["seconds"], True)
+            else:
+                found[run.spec.seed] = Reached(int(run.result["steps"]), run.seconds, False)
         return found
 
     @property
@@ -186,6 +195,20 @@ class Section:
     def over_rival(self, row: Row) -> Difference | None:
         """By how much a row is better than the best of the others, paired by seed."""
         return self._between(row, self.rival)
+
+    def updates_saved(self, row: Row) -> Difference | None:
+        """By how many updates a row reaches the target before the best of the others, by seed.
+
+        A run that does not reach it counts with its whole length.
+        """
+        rival = self.rival
+        if self.target is None or rival is None or row is rival:
+            return None
+        one, other = row.reaching(self.target), rival.reaching(self.target)
+        return difference(
+            {seed: float(when.updates) for seed, when in other.items()},
+            {seed: float(when.updates) for seed, when in one.items()},
+        )
 
     def _between(self, one: Row | None, other: Row | None) -> Difference | None:
         if one is None or other is None or one is other:

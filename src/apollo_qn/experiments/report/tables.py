@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rich import table as rich
 
-from apollo_qn.experiments.report.statistics import Spread
+from apollo_qn.experiments.report.statistics import Difference, Spread, spread
 from apollo_qn.experiments.report.summary import Row, Section, Summary, best_of
 
 NOTHING = "-"
@@ -60,9 +60,15 @@ def _spread(value: Spread | None, digits: int) -> str:
 def _comparison(summary: Summary, section: Section) -> Table:
     target = section.target
 
+    def told(row: Row, found: Difference | None, digits: int = 2) -> str:
+        """With the number of pairs, where a run has none."""
+        if found is None:
+            return NOTHING
+        part = "" if found.pairs >= len(row.runs) else f" ({found.pairs} of {len(row.runs)} pairs)"
+        return found.text(digits) + part
+
     def lead(row: Row) -> str:
-        found = section.lead(row)
-        return NOTHING if found is None else found.text(2)
+        return told(row, section.lead(row))
 
     def p(row: Row) -> str:
         found = section.lead(row)
@@ -73,20 +79,20 @@ def _comparison(summary: Summary, section: Section) -> Table:
         return NOTHING if found is None else Spread(found.mean, found.std, 0).text(2)
 
     def over_rival(row: Row) -> str:
-        found = section.over_rival(row) if len(section.forms) > 1 else None
-        return NOTHING if found is None else found.text(2)
+        return told(row, section.over_rival(row)) if len(section.forms) > 1 else NOTHING
 
-    def reaching(row: Row, found: Spread | None, digits: int) -> str:
+    def reaching(row: Row, field: Literal["updates", "seconds"], digits: int) -> str:
+        when = {} if target is None else row.reaching(target)
+        found = spread(float(getattr(one, field)) for one in when.values())
         if found is None:
-            return NOTHING if target is None else f"never (0 of {len(row.runs)})"
-        part = "" if found.count == len(row.runs) else f" ({found.count} of {len(row.runs)})"
-        return found.text(digits) + part
+            return NOTHING
+        count = sum(one.reached for one in when.values())
+        if count == len(row.runs):
+            return found.text(digits)
+        return f"> {found.text(digits)} ({count} of {len(row.runs)})"
 
-    def time_to_target(row: Row) -> str:
-        return reaching(row, None if target is None else row.time_to(target), 1)
-
-    def updates_to_target(row: Row) -> str:
-        return reaching(row, None if target is None else row.updates_to(target), 0)
+    def saved(row: Row) -> str:
+        return told(row, section.updates_saved(row), 0) if len(section.forms) > 1 else NOTHING
 
     rival = section.rival
     columns: list[tuple[Column, Callable[[Row], str]]] = [
@@ -104,11 +110,15 @@ def _comparison(summary: Summary, section: Section) -> Table:
         (Column("training loss"), lambda row: _spread(row.train_loss, 4)),
         (
             Column(f"updates to {NOTHING if target is None else f'{target:.2f}'}", False),
-            updates_to_target,
+            lambda row: reaching(row, "updates", 0),
+        ),
+        (
+            Column(f"updates fewer than {rival.label if rival else NOTHING} [95 %]", False),
+            saved,
         ),
         (
             Column(f"time to {NOTHING if target is None else f'{target:.2f}'} (s)", False),
-            time_to_target,
+            lambda row: reaching(row, "seconds", 1),
         ),
         (Column("wall time (s)"), lambda row: _spread(row.seconds, 1)),
         (Column("optimizer step (ms)"), lambda row: _spread(row.optimizer_ms, 2)),
@@ -146,8 +156,12 @@ def _sweep(summary: Summary, section: Section) -> Table:
         cells = [Cell(there[0].label, color=name)]
         for value, row in zip(values, mine, strict=True):
             score = None if row is None else row.score
-            cells.append(Cell(_spread(score, 2), row is not None and row is best[value]))
-        cells.append(Cell(f"{max(means) - min(means):.2f}" if means else NOTHING))
+            text = NOTHING if row is None else _outcome(row)
+            cells.append(Cell(text, row is not None and score is not None and row is best[value]))
+        bad = sum(row.diverged > 0 for row in there)
+        span = f"{max(means) - min(means):.2f}" if means else NOTHING
+        # what diverged is worse than any number
+        cells.append(Cell("diverged" if bad else span))
         runs = [run for row in there for run in row.runs]
         done = sum(run.finished for run in runs)
         diverged = sum(row.diverged for row in there)
@@ -197,17 +211,19 @@ def _chosen(summary: Summary, section: Section) -> Table:
 def _tries(summary: Summary, section: Section) -> Table:
     """All that was tried, each optimizer's in the order of its first setting."""
     rows = []
+    keys = dict.fromkeys(key for row in section.rows for key in _ranges(row))
     for name in dict.fromkeys(row.name for row in section.rows):
         mine = _in_order([row for row in section.rows if row.name == name])
         best = best_of([row for row in mine if not row.diverged])
         cells = [
-            Cell(f"{settings_of(row, short=True)}: {_outcome(row)}", row is best) for row in mine
+            Cell(f"{settings_of(row, len(keys) == 1)}: {_outcome(row)}", row is best)
+            for row in mine
         ]
         rows.append([Cell(mine[0].label, color=name), *cells])
     longest = max(map(len, rows))
     rows = [[*cells, *[Cell("")] * (longest - len(cells))] for cells in rows]
     heading = _heading(summary, section)
-    title = f"all tries, {', '.join(_ranges(section.rows[0]))}: {summary.metric.title}"
+    title = f"all tries, {', '.join(keys)}: {summary.metric.title}"
     return Table(
         f"{heading}: {title}" if heading else f"{title[0].upper()}{title[1:]}",
         [Column("optimizer"), *(Column(str(i), False) for i in range(1, longest))],
@@ -217,7 +233,7 @@ def _tries(summary: Summary, section: Section) -> Table:
 
 def _outcome(row: Row) -> str:
     if row.score is None:
-        return "diverged" if row.diverged else "unfinished"
+        return "diverged" if row.diverged else NOTHING
     return _spread(row.score, 2) + (f" ({row.diverged} diverged)" if row.diverged else "")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from apollo_qn.experiments.recipe import Recipe, RunSpec
 from apollo_qn.experiments.report.reading import Run
 from apollo_qn.experiments.report.summary import Row, Section, Summary, best_of
@@ -69,7 +71,8 @@ def _compared(section: Section, summary: Summary) -> str:
     if len(section.forms) > 1:
         form = best_of(section.forms)
         if form is not None and form.score is not None:
-            text += f"; the best form of Apollo is {form.label}, {form.score.text(2)}{unit}"
+            text += f"; the form of Apollo with the best mean is {form.label}, {form.score.text(2)}"
+            text += unit
     return text + "."
 
 
@@ -88,14 +91,21 @@ def _tuned(section: Section, summary: Summary) -> str:
 
 
 def _swept(section: Section, summary: Summary) -> str:
-    means: dict[str, list[float]] = {}
+    rows: dict[str, list[Row]] = {}
     for row in section.rows:
-        if row.score is not None:
-            means.setdefault(row.label, []).append(row.score.mean)
-    spans = sorted((max(found) - min(found), label) for label, found in means.items())
+        rows.setdefault(row.label, []).append(row)
+    spans = []
+    for label, mine in rows.items():
+        means = [row.score.mean for row in mine if row.score is not None]
+        bad = any(row.diverged for row in mine)  # worse than any number
+        if means or bad:
+            spans.append((math.inf if bad else max(means) - min(means), label))
     if not spans:
         return "no run has finished."
-    told = ", ".join(f"{label} {span:.2f}" for span, label in spans)
+    told = ", ".join(
+        f"{label} {'diverged at one' if math.isinf(span) else f'{span:.2f}'}"
+        for span, label in sorted(spans)
+    )
     return f"Between its best and worst value the mean {summary.metric.label} differs by: {told}."
 
 
@@ -121,8 +131,8 @@ def notes(summary: Summary) -> list[str]:
     elif summary.sweep == "tuning":
         found.append(
             "Each optimizer's settings are tried at the same places of its ranges, log-uniform, "
-            "and judged at the end of the run on data that it was not trained on, nor any "
-            "comparison's final metric is of. A learning rate takes the weight decay along, so "
+            "and judged at the end of the run on data that are neither trained on nor those of a "
+            "comparison's final metric. A learning rate takes the weight decay along, so "
             "that their product stays (eq. 14). A choice at an end of what was tried may not be "
             "the best that there is."
         )
@@ -206,7 +216,11 @@ def _on_differences(summary: Summary) -> str:
         )
         if all(section.asked_target is None for section in summary.sections):
             text += ", which is what the best of the others has after three quarters of a run"
-        text += "; over the runs that get there, of which there are as many as stated."
+        text += (
+            "; it is found at an evaluation, and seconds count evaluations too. Where a run does "
+            "not get there, or diverges, its whole length counts, the mean is marked > and the "
+            "number of those that do stands beside it."
+        )
     return text
 
 
