@@ -51,30 +51,8 @@ bench: $(VENV)/.ready  ## step times against torch.optim; the table is in runs/b
 gpu-check: $(VENV)/.ready  ## all that is to be known of a GPU, in nine minutes; runs/gpu/summary.txt
 	$(GPU_PYTHON) benchmarks/gpu.py --out runs/gpu $(ARGS)
 
-# all that results/ holds, anew: hours on two cores; DATA has what results/README.md names
-KEEP = $(BIN)/apollo-qn archive $(RUNS)/$$task-$$analysis --out results/$$task/$$analysis
-results: $(VENV)/.ready  ## run the evidence again, in $(RUNS), and write its tables
-	test -d data/cifar10 || $(BIN)/apollo-qn prepare cifar10 --raw $(DATA) --out data/cifar10
-	test -d data/multi30k || $(BIN)/apollo-qn prepare multi30k --raw $(DATA)/multi30k --subwords 2000 --out data/multi30k
-	set -e; for task in wordnet multi30k cifar10; do \
-	  case $$task in \
-	    wordnet) data=$(DATA); held="train.evaluate_every=400" ;; \
-	    multi30k) data=data/multi30k; held="train.evaluate_every=600" ;; \
-	    cifar10) data=data/cifar10; held="train.evaluate_every=468 --set data.validation=5000" ;; \
-	  esac; \
-	  for plan in recipe forms; do \
-	    case $$plan in recipe) name= ;; forms) name=forms- ;; esac; \
-	    test $$plan = recipe || test -d results/$$task/forms-tuning || continue; \
-	    analysis=$${name}tuning; \
-	    $(BIN)/apollo-qn sweep results/$$task/$$plan.toml tuning --set $$held --data $$data --out $(RUNS)/$$task-$$analysis; $(KEEP); \
-	    tuned=$(RUNS)/$$task-$$analysis; analysis=$${name}comparison; \
-	    $(BIN)/apollo-qn compare results/$$task/$$plan.toml --tuned $$tuned --data $$data --out $(RUNS)/$$task-$$analysis; $(KEEP); \
-	  done; \
-	done
-	set -e; task=cifar10; for analysis in lr-robustness weight-decay; do \
-	  $(BIN)/apollo-qn sweep results/cifar10/recipe.toml $$analysis --seeds 2 --set train.evaluate_every=117 --tuned $(RUNS)/cifar10-tuning --data data/cifar10 --out $(RUNS)/cifar10-$$analysis; $(KEEP); \
-	done
-	$(MAKE) results-tables
+results: $(VENV)/.ready  ## measure the evidence again, hours on two cores; DATA is where results/run.sh says
+	results/run.sh $(DATA) $(RUNS)
 
 results-tables: $(VENV)/.ready  ## write the tables of results/ and of the pages again
 	$(BIN)/python scripts/results.py

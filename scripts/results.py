@@ -1,30 +1,33 @@
 """The tables of results/ and of the pages that show them, from the metrics that are committed.
 
 ``python scripts/results.py`` writes them; with ``--check`` it says which of them are not what the
-metrics give, and whether the protocol was kept: as many tries for each optimizer, the settings of
-the best, seeds that no try has seen.
+metrics give, and whether the protocol was kept: the tries of the recipe and no others, the settings
+of the best, all seeds for all, the same data.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import hashlib
 import os
 import re
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("MPLCONFIGDIR", str(ROOT / "build" / "matplotlib"))
 
 from apollo_qn.experiments import recipe, tuning  # noqa: E402
-from apollo_qn.experiments.archive import RUNS  # noqa: E402
+from apollo_qn.experiments.archive import EVALUATIONS, RUNS  # noqa: E402
 from apollo_qn.experiments.report import page, tables, words  # noqa: E402
 from apollo_qn.experiments.report.statistics import Spread  # noqa: E402
 from apollo_qn.experiments.report.summary import Section, Summary, collect  # noqa: E402
+from apollo_qn.experiments.schema import Examples  # noqa: E402
+from apollo_qn.experiments.tasks import TASKS as FAMILIES  # noqa: E402
 
 RESULTS = ROOT / "results"
 FIGURES = ROOT / "docs" / "figures"
@@ -82,8 +85,8 @@ def main() -> int:
     faults = [fault for name in archives() for fault in remake(name, check)]
     for task in TASKS:
         faults += [fault for plan in PLANS for fault in protocol(task, plan)]
-    for path in PAGES:
-        faults += blocks(path, check)
+    if all((RESULTS / task / "comparison" / RUNS).exists() for task in TASKS):
+        faults += [fault for path in PAGES for fault in blocks(path, check)]
     for fault in faults:
         print(fault, file=sys.stderr)
     print(f"{len(archives())} archives, {'wrong' if faults else 'as the metrics give them'}")
@@ -112,10 +115,15 @@ def remake(name: str, check: bool) -> Iterator[str]:
         task, analysis = name.split("/")
         source = SHOWN[analysis] or summary.curve.label.replace(" ", "_")
         target = FIGURES / f"results_{task}_{analysis}.png"
+        # another matplotlib draws other bytes: what is compared is what was drawn
+        drawn = RESULTS / name / "figure.sha256"
+        digest = hashlib.sha256((Path(made) / "results.csv").read_bytes())
+        digest.update((RESULTS / name / EVALUATIONS).read_bytes())
         if not check:
             target.write_bytes((Path(made) / f"{source}.png").read_bytes())
-        elif not target.exists():  # fonts differ: not compared
+        elif not target.exists():
             yield f"{target.relative_to(ROOT)}: missing"
+        yield from put(drawn, f"{digest.hexdigest()}  {target.name}\n", check)
 
 
 def put(path: Path, content: str, check: bool) -> Iterator[str]:
@@ -131,7 +139,7 @@ def put(path: Path, content: str, check: bool) -> Iterator[str]:
 
 
 def protocol(task: str, plan: str) -> Iterator[str]:
-    """What of the protocol was not kept."""
+    """What of the protocol was not kept: other runs than it asks for, or of other data."""
     names = [f"{task}/{analysis}" for analysis in PLANS[plan]]
     there = [(RESULTS / name / RUNS).exists() for name in names]
     if not all(there):
@@ -141,23 +149,56 @@ def protocol(task: str, plan: str) -> Iterator[str]:
     tried, compared = names
     known = recipe.load(str(RESULTS / task / f"{plan}.toml"))
     searched = summary_of(tried)
+    held_out = known
+    if isinstance(known.data, Examples):
+        size = getattr(searched.runs[0].spec.data, "validation", 0)
+        held_out = known.model_copy(
+            update={"data": known.data.model_copy(update={"validation": size})}
+        )
     optimizers = list(known.optimizers)
-    counts = Counter(row.name for row in searched.rows)
-    if set(counts) != set(optimizers) or len(set(counts.values())) != 1:
-        yield f"{tried}: tries are {dict(counts)}, they should be as many for all"
-    if getattr(searched.runs[0].spec.data, "validation", 1) == 0:
-        yield f"{tried}: has seen the test images"
+    yield from unlike(tried, searched, tuning.tries(held_out, optimizers))
+    final = FAMILIES[task].final.name
+    if final != FAMILIES[task].curve.name and any(final in run.result for run in searched.runs):
+        yield f"{tried}: has seen the test data"
     made = tuning.apply(known, RESULTS / tried, optimizers)
-    seen = {run.spec.seed for run in searched.runs}
-    seeds: dict[str, set[int]] = {}
-    for run in summary_of(compared).runs:
-        if run.spec != made.run(run.spec.name, run.spec.seed, run.spec.schedule):
-            yield f"{compared}: {run.spec.label} has other settings than the best try"
-        seeds.setdefault(run.spec.name, set()).add(run.spec.seed)
-    for name in optimizers:
-        own = seeds.get(name, set())
-        if len(own) < 5 or own & seen:
-            yield f"{compared}: {name} has the seeds {sorted(own)}, five are needed that no try had"
+    yield from unlike(compared, summary_of(compared), made.runs(optimizers))
+    analyses = [*names]
+    for kind in made.sweeps if plan == "recipe" else ():
+        if (RESULTS / task / kind / RUNS).exists():
+            found = summary_of(f"{task}/{kind}")
+            seeds = len({run.spec.seed for run in found.runs})
+            yield from unlike(f"{task}/{kind}", found, made.sweep(kind, seeds=seeds))
+            analyses.append(f"{task}/{kind}")
+    steps = [run.result["steps"] for run in summary_of(compared).runs]
+    every = known.train.evaluate_every
+    if every and any(0.75 * count % every for count in steps):
+        yield f"{compared}: there is no evaluation after 75 % of a run, but every {every} updates"
+    data = {
+        run.manifest["data"]["fingerprint"] for name in analyses for run in summary_of(name).runs
+    }
+    if len(data) > 1:
+        yield f"{', '.join(analyses)}: not all of the same data"
+    if len(made.seeds) < 5 or known.tuning is None or known.tuning.seed in made.seeds:
+        yield f"{compared}: five seeds are needed that no try had"
+
+
+def unlike(name: str, summary: Summary, wanted: list[recipe.RunSpec]) -> Iterator[str]:
+    """What of an archive is not what should have been run; how often is evaluated is free."""
+
+    def bare(spec: recipe.RunSpec) -> dict[str, Any]:
+        return spec.model_copy(
+            update={"train": spec.train.model_copy(update={"evaluate_every": None})}
+        ).model_dump()
+
+    there = {run.spec.label: bare(run.spec) for run in summary.runs}
+    asked = {spec.label: bare(spec) for spec in wanted}
+    for label in asked.keys() | there.keys():
+        if label not in there:
+            yield f"{name}: {label} is missing"
+        elif label not in asked:
+            yield f"{name}: {label} is none of the protocol's"
+        elif there[label] != asked[label]:
+            yield f"{name}: {label} has other settings than the protocol's"
 
 
 def blocks(path: Path, check: bool) -> Iterator[str]:
@@ -216,8 +257,10 @@ def score(section: Section, names: tuple[str, ...]) -> str:
             text = row.score.text(2)
             text += f" ({row.diverged} of {len(row.runs)} diverged)" if row.diverged else ""
             return f"**{text}**" if row is section.best else text
-    # without decay the two are one
-    return "= Apollo's" if names[0].startswith("apollow") else tables.NOTHING
+    # with hardly any decay, or none, the two are one
+    if names[0].startswith("apollow"):
+        return f"as {names[0].replace('apollow', 'Apollo').replace('-', ', ')}"
+    return tables.NOTHING
 
 
 def beside_the_paper() -> str:

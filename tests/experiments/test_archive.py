@@ -24,11 +24,8 @@ def ended(finished: Path) -> Path:
     for directory in comparable.directories(finished):
         manifest = directory.read()
         manifest["command"] = [
-            "/opt/bin/apollo-qn",
-            "compare",
-            "--data",
-            "/home/me/data",
-            "--quick",
+            *("/opt/bin/apollo-qn", "compare", "--data", "/home/me/data", "--out=/home/me/out"),
+            *("--tuned", "../../home/me/tuned", "--set", "optimizer.lr=0.5"),
         ]
         manifest["data"]["folder"] = "/home/me/data"
         directory.manifest.write_text(json.dumps(manifest))
@@ -58,7 +55,10 @@ def test_nothing_tells_of_the_machines_paths(ended: Path, tmp_path: Path) -> Non
         assert str(tmp_path) not in path.read_text()
         assert "/opt" not in path.read_text()
     [one, *_] = archive.read(tmp_path / "kept")
-    assert one.manifest["command"] == ["apollo-qn", "compare", "--data", "data", "--quick"]
+    assert one.manifest["command"] == [
+        *("apollo-qn", "compare", "--data", "data", "--out=out"),
+        *("--tuned", "tuned", "--set", "optimizer.lr=0.5"),
+    ]
     assert one.manifest["versions"]["torch"]
     assert one.manifest["machine"]["cores"]
 
@@ -97,6 +97,15 @@ def test_damage_is_named(ended: Path, tmp_path: Path, damage: str) -> None:
     archive.write(comparable.directories(ended), tmp_path / "kept")
     (tmp_path / "kept" / archive.RUNS).write_text(damage)
     with pytest.raises(ExperimentError, match="kept"):
+        page.write([tmp_path / "kept"], tmp_path / "report")
+
+
+def test_a_table_of_other_runs_is_named(ended: Path, tmp_path: Path) -> None:
+    archive.write(comparable.directories(ended), tmp_path / "kept")
+    table = tmp_path / "kept" / archive.EVALUATIONS
+    lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join(lines[:-1]))
+    with pytest.raises(ExperimentError, match=r"evaluations.csv: not the table that runs.json was"):
         page.write([tmp_path / "kept"], tmp_path / "report")
 
 

@@ -38,25 +38,30 @@ def test_without_an_average_it_is_apollo() -> None:
 
 
 def test_the_average_is_the_average_of_b() -> None:
+    """Against the formulas, written down once more."""
     torch.manual_seed(0)
     p = nn.Parameter(torch.randn(5, dtype=torch.float64))
-    settings = {**SETTINGS, "sigma": 0.01, "eps": 1e-6}
-    optimizer = AveragedApollo([p], hessian_beta=0.8, **settings)  # type: ignore[arg-type]
-    average, history = torch.zeros_like(p), []
-    for step in range(6):
-        p.grad = 5.0**step * torch.randn(5, dtype=torch.float64)
-        before = p.detach().clone()
+    own, sigma, eps = 0.8, 0.01, 1e-6
+    settings = {**SETTINGS, "sigma": sigma, "eps": eps, "weight_decay": 0.0}
+    optimizer = AveragedApollo([p], hessian_beta=own, **settings)  # type: ignore[arg-type]
+    theta, m, b, average = p.detach().clone(), *(torch.zeros(5, dtype=torch.float64),) * 3
+    corrected = average
+    largest = 0.0
+    for t in range(6):
+        g = 5.0**t * torch.randn(5, dtype=torch.float64)
+        p.grad = g.clone()
         optimizer.step()
-        state = optimizer.state[p]
-        history.append(state["hessian_diag"].clone())
-        average = 0.8 * average + 0.2 * history[-1]
-        torch.testing.assert_close(state["hessian_avg"], average)
-        corrected = average / (1 - 0.8 ** len(history))
-        m = state["exp_avg"]
-        t = len(history) - 1
-        rate = 0.02 + (2.0 - 0.02) * min(1.0, t / 7)
-        torch.testing.assert_close(p.detach(), before - rate * m / corrected.abs().clamp(min=0.01))
-    assert any(b.abs().max() > 0.01 for b in history), "sigma rectifies everything"
+        d = m / corrected.abs().clamp(min=sigma)
+        new = m + (1 - 0.9) / (1 - 0.9 ** (t + 1)) * (g - m)
+        a = (d @ (new - m) + d @ (b * d)) / (d.pow(4).sum() ** 0.25 + eps / sigma) ** 4
+        m, b = new, b - a * d**2
+        average = own * average + (1 - own) * b
+        corrected = average / (1 - own ** (t + 1))
+        theta = theta - (0.02 + 1.98 * t / 7) * m / corrected.abs().clamp(min=sigma)
+        torch.testing.assert_close(p.detach(), theta)
+        torch.testing.assert_close(optimizer.state[p]["hessian_avg"], average)
+        largest = max(largest, float(corrected.abs().max()))
+    assert largest > sigma, "sigma rectifies everything"
 
 
 def test_a_wrong_average_is_named() -> None:

@@ -50,11 +50,18 @@ def test_a_filter_as_a_matrix_is_the_same_memory(layout: torch.memory_format) ->
     assert not x.any()
 
 
-def network() -> nn.Module:
+def test_a_gradient_follows_the_layout_of_its_filter() -> None:
+    p = torch.randn(6, 3, 5, 5).to(memory_format=torch.channels_last)
+    g = torch.randn(6, 3, 5, 5)
+    assert torch.equal(as_matrix(g, p), as_matrix(g.to(memory_format=torch.channels_last)))
+    assert not torch.equal(as_matrix(g, p), as_matrix(g))
+
+
+def network(layout: torch.memory_format = torch.contiguous_format) -> nn.Module:
     torch.manual_seed(0)
     made = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 12))
     made.output = "2"  # type: ignore[assignment]
-    return made
+    return made.to(memory_format=layout)  # type: ignore[call-overload, no-any-return]
 
 
 def steps(made: nn.Module, optimizers: list[torch.optim.Optimizer], count: int) -> None:
@@ -68,8 +75,9 @@ def steps(made: nn.Module, optimizers: list[torch.optim.Optimizer], count: int) 
             optimizer.step()
 
 
-def test_a_step_is_muons_and_adamws() -> None:
-    ours, theirs = network(), network()
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_step_is_muons_and_adamws(layout: torch.memory_format) -> None:
+    ours, theirs = network(layout), network()
     steps(ours, [MuonAndAdamW(ours, 0.01, 0.1)], 3)
 
     # torch's Muon takes matrices: a filter is made one outside

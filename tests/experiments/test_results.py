@@ -33,15 +33,19 @@ def test_a_recipe_gives_all_the_same_chance(path: Path) -> None:
         assert high / low == pytest.approx(100.0)
     assert len(plan.seeds) >= 5
     assert plan.tuning.seed not in plan.seeds
+    if path.stem == "forms":
+        return
     # all but RAdam warm up, and as long
     for shape in plan.schedules.values():
-        if not shape.instead:
-            continue
-        warmups = {own.warmup_steps for own in shape.instead.values()}
-        warmups |= {
-            own.warmup_steps for own in plan.optimizers.values() if isinstance(own, ApolloSettings)
+        warmups = {
+            own.warmup_steps
+            if isinstance(own, ApolloSettings)
+            else shape.instead.get(name, shape).warmup_steps
+            for name, own in plan.optimizers.items()
+            if own.method != "radam"
         }
         assert len(warmups) == 1
+        assert None not in warmups
 
 
 @pytest.fixture
@@ -121,10 +125,40 @@ def test_other_settings_than_the_tuned_ones_are_noticed(
 
     edit(results.RESULTS / "wordnet" / "comparison" / "runs.json", other)
     assert results.main() == 1
-    assert "has other settings than the best try" in capsys.readouterr().err
+    assert "has other settings than the protocol's" in capsys.readouterr().err
 
 
-def test_too_few_seeds_are_noticed(
+def test_other_data_are_noticed(
+    results: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_pages(results, monkeypatch)
+
+    def other(content: dict[str, Any]) -> None:
+        content["common"]["data"]["fingerprint"] = "0" * 64
+
+    edit(results.RESULTS / "wordnet" / "comparison" / "runs.json", other)
+    assert results.main() == 1
+    assert "not all of the same data" in capsys.readouterr().err
+
+
+def test_a_try_too_many_is_noticed(
+    results: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_pages(results, monkeypatch)
+
+    def more(content: dict[str, Any]) -> None:
+        [*_, last] = (run for run in content["runs"] if "apollo-cosine" in run["run"])
+        again = json.loads(json.dumps(last))
+        again["run"] += "-again"
+        again["manifest"]["recipe"]["sweep"]["value"] = 8.0
+        content["runs"].append(again)
+
+    edit(results.RESULTS / "wordnet" / "tuning" / "runs.json", more)
+    assert results.main() == 1
+    assert "is none of the protocol's" in capsys.readouterr().err
+
+
+def test_a_missing_run_is_noticed(
     results: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     without_pages(results, monkeypatch)
@@ -134,4 +168,4 @@ def test_too_few_seeds_are_noticed(
 
     edit(results.RESULTS / "wordnet" / "comparison" / "runs.json", fewer)
     assert results.main() == 1
-    assert "five are needed that no try had" in capsys.readouterr().err
+    assert " is missing" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -98,7 +99,8 @@ def test_fresh_seeds_and_names(tuned_recipe: Path) -> None:
     [
         (["data.validation=0"], "held out of the training data.*data.validation=5000"),
         (["tuning.ranges.sgd.beta=[0.1, 0.2]"], "ranges.sgd.beta: not a number .*lr, momentum"),
-        (["tuning.ranges.sgd.momentum=[0.5, 5]"], "tuning.ranges.sgd: lr = .* is not allowed"),
+        (["tuning.ranges.sgd.momentum=[0.5, 5]"], r"ranges.sgd.momentum: is 1.08.*less than 1$"),
+        (["tuning.seed=3"], "tuning.seed is 3, allowed are seeds that no comparison has"),
         (["tuning.ranges.sgd.lr=[1, 0.1]"], r"tuning.ranges.sgd.lr: is \[1, 0.1\]: the first is"),
         (["tuning.ranges.adagrad.lr=[0.1, 1]"], "tuning.ranges is .*adagrad.*allowed are some of"),
         (["tuning.schedules=[step]"], "tuning.schedules"),
@@ -151,6 +153,10 @@ def test_decay_that_is_coupled_stays_so(tuned_recipe: Path, tmp_path: Path) -> N
     swept = {spec.name: spec.optimizer for spec in made.sweep("weight-decay", ["adam", "apollo"])}
     assert swept["apollo"].weight_decay == 1e-3
     assert swept["adam"].weight_decay == pytest.approx(1e-3 * apollo.lr / adam.lr)
+    # its reference is tuned along, whoever is asked for
+    alone = tuning.apply(plan, out, ["adam"], coupled=True)
+    [only] = alone.sweep("weight-decay", ["adam"], seeds=1)
+    assert only.optimizer == swept["adam"]
 
 
 def test_a_tuning_of_something_else_is_refused(searched: Path, tuned_recipe: Path) -> None:
@@ -168,8 +174,15 @@ def test_a_tuning_of_something_else_is_refused(searched: Path, tuned_recipe: Pat
     with pytest.raises(ExperimentError, match="adam was not tuned"):
         tuning.apply(recipe.load(str(tuned_recipe)), searched, ["adam"])
     other = ["schedules.long.kind=constant", "schedules.long.epochs=2"]
-    with pytest.raises(ExperimentError, match="tuned for the schedule cosine, asked for are"):
-        tuning.apply(recipe.load(str(tuned_recipe), other), searched, names, ["long"])
+    plan = recipe.load(str(tuned_recipe), other)
+    with pytest.raises(ExperimentError, match=r"with the schedule long, only of .* \(cosine\)"):
+        tuning.apply(plan, searched, names, ["long"])
+    with pytest.raises(ExperimentError, match="one schedule, asked for are cosine, long; choose"):
+        tuning.apply(plan, searched, names)
+    assert tuning.apply(plan, searched, names, ["cosine"]).optimizers["sgd"].lr
+    with pytest.raises(ExperimentError, match="was tuned on other data; give the same --data"):
+        tuning.check_data(searched, {"fashion-mnist": "0" * 64})
+    tuning.check_data(searched, {"wordnet": "0" * 64})
 
 
 def test_what_is_not_finished_or_all_diverged_has_no_best(
@@ -184,6 +197,21 @@ def test_what_is_not_finished_or_all_diverged_has_no_best(
         result.write_text('{"verdict": "diverged", "step": 3, "steps": 9, "time": {"seconds": 1}}')
     with pytest.raises(ExperimentError, match="sgd: all tries diverged; give it other ranges"):
         tuning.apply(plan, searched, ["sgd"])
+
+
+def test_the_mean_over_seeds_decides(tuned_recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "searched"
+    scores = {(1.0, 101): 30.0, (1.0, 102): 30.0, (2.0, 101): 50.0, (2.0, 102): 5.0}
+    scores |= {(3.0, 101): 31.0, (3.0, 102): 30.0}
+    for spec in tuning.tries(load(tuned_recipe), ["sgd"], seeds=2):
+        directory, _ = prepared(out / "runs" / spec.label, spec)
+        assert spec.sweep is not None
+        verdict = {"verdict": "finished", "step": 12, "steps": 12, "time": {"seconds": 1.0}}
+        verdict["accuracy"] = scores[spec.sweep.value, spec.seed]
+        directory.result.write_text(json.dumps(verdict))
+    plan = load(tuned_recipe)
+    best = tuning.apply(plan, out, ["sgd"]).optimizers["sgd"]
+    assert best.lr == rates(plan, "sgd")[2]
 
 
 def test_a_try_never_sees_the_test_text(tmp_path: Path) -> None:

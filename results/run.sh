@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# All that results/ holds, measured again: two hours on two cores. Stop it, and it goes on where it was.
+#   results/run.sh DATA [RUNS]
+# DATA has CIFAR-10 as parquet, wordnet_{train,valid,test}.txt.gz and multi30k/.
+set -euo pipefail
+data=$(realpath "$1") runs=${2:-runs/results}
+cd "$(dirname "$0")/.."
+PATH="$PWD/.venv/bin:$PATH"
+
+[ -d data/cifar10 ] || apollo-qn prepare cifar10 --raw "$data" --out data/cifar10
+[ -d data/multi30k ] || apollo-qn prepare multi30k --raw "$data/multi30k" --subwords 2000 --out data/multi30k
+
+# tune TASK PLAN FOLDER OPTION...: the search, the comparison of what it chose, and what is kept of both
+tune() {
+  local task=$1 plan=$2 folder=$3 prefix="" options=("${@:4}")
+  [ "$plan" = recipe ] || prefix="$plan-"
+  local tuning="$runs/$task-${prefix}tuning" comparison="$runs/$task-${prefix}comparison"
+  apollo-qn sweep "results/$task/$plan.toml" tuning --data "$folder" --out "$tuning" "${options[@]}"
+  apollo-qn compare "results/$task/$plan.toml" --data "$folder" --out "$comparison" --tuned "$tuning"
+  apollo-qn archive "$tuning" --out "results/$task/${prefix}tuning"
+  apollo-qn archive "$comparison" --out "results/$task/${prefix}comparison"
+}
+
+# a try is evaluated once, at its end
+tune wordnet recipe "$data" --set train.evaluate_every=400
+tune multi30k recipe data/multi30k --set train.evaluate_every=600
+tune cifar10 recipe data/cifar10 --set train.evaluate_every=468 --set data.validation=5000
+
+for analysis in lr-robustness weight-decay; do
+  apollo-qn sweep results/cifar10/recipe.toml $analysis --data data/cifar10 --seeds 2 \
+    --set train.evaluate_every=117 --tuned "$runs/cifar10-tuning" --out "$runs/cifar10-$analysis"
+  apollo-qn archive "$runs/cifar10-$analysis" --out "results/cifar10/$analysis"
+done
+
+tune wordnet forms "$data" --set train.evaluate_every=400
+
+make results-tables
