@@ -182,11 +182,90 @@ def test_time_to_target(recipe_file: Path, tmp_path: Path) -> None:
         made_up(tmp_path, plan.run(name, seed), list(values))
     # the best of the others has 62 after three of four epochs
     times = cells(collect([tmp_path])[0], "time to 62.00 (s)")
-    assert times == {"SGD": "35.0 ± 7.1", "Adam": "40.0 (1 of 2)", "Apollo": "15.0 ± 7.1"}
+    # a run that does not get there counts with its whole length
+    assert times == {
+        "SGD": "35.0 ± 7.1",
+        "Adam": "> 40.0 ± 0.0 (1 of 2)",
+        "Apollo": "15.0 ± 7.1",
+    }
     times = cells(collect([tmp_path], target=69.5)[0], "time to 69.50 (s)")
-    assert times == {"SGD": "40.0 ± 0.0", "Adam": "-", "Apollo": "-"}
+    missed = "> 40.0 ± 0.0 (0 of 2)"
+    assert times == {"SGD": "40.0 ± 0.0", "Adam": missed, "Apollo": missed}
     assert "time to" not in tables.tables(collect([tmp_path])[0])[0].heading
     assert cells(collect([tmp_path])[0], "share of a step (%)")["SGD"] == "4.0 ± 0.0"
+
+
+FORMS = """
+[optimizers.apollow]
+method = "apollow"
+lr = 0.5
+
+[optimizers.apollo-belief]
+method = "apollo"
+rebound = "belief"
+lr = 0.5
+
+[quick]
+"""
+
+
+def test_forms_of_apollo_are_laid_beside_the_best_of_the_others(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    recipe_file.write_text(TINY.replace("[quick]", FORMS).replace("epochs = 2", "epochs = 4"))
+    plan = recipe.load(str(recipe_file))
+    for name, seed, values in (
+        ("sgd", 1, [10.0, 20.0, 60.0, 70.0]),
+        ("sgd", 2, [10.0, 20.0, 64.0, 74.0]),
+        ("apollo", 1, [10.0, 65.0, 66.0, 68.0]),
+        ("apollo", 2, [63.0, 65.0, 66.0, 76.0]),
+        ("apollow", 1, [10.0, 20.0, 30.0, 40.0]),
+        ("apollow", 2, [10.0, 65.0, 30.0, 40.0]),
+    ):
+        made_up(tmp_path, plan.run(name, seed), list(values))
+    for seed in (1, 2):  # past the target, and then no more
+        made_up(tmp_path, plan.run("apollo-belief", seed), [70.0, None], "diverged")
+    summary = collect([tmp_path])[0]
+    updates = cells(summary, "updates to 62.00")
+    assert updates["SGD"] == "4 ± 1"
+    assert updates["Apollo"] == "2 ± 1"
+    assert updates["ApolloW"] == "> 3 ± 1 (1 of 2)"
+    assert updates["Apollo, belief"] == "> 2 ± 0 (0 of 2)"
+    fewer = cells(summary, "updates fewer than SGD [95 %]")
+    assert fewer["SGD"] == "-"
+    assert fewer["Apollo"].startswith("+2 [")
+    leads = cells(summary, "lead over SGD [95 % interval]")
+    assert leads["Apollo"].startswith("+0.00 [-2.00, +2.00]")
+    assert leads["ApolloW"].startswith("-32.00 [")
+    assert leads["Apollo, belief"] == "-"
+    assert summary.sections[0].rival is not None
+    assert summary.sections[0].rival.name == "sgd"
+    assert "the form of Apollo with the best mean is Apollo, 72.00" in words.finding(summary)
+
+
+def test_a_pair_that_is_missing_is_told(recipe_file: Path, tmp_path: Path) -> None:
+    plan = recipe.load(str(recipe_file))
+    for seed, value in enumerate([80.0, 81.0, 82.0]):
+        made_up(tmp_path, plan.run("sgd", seed), [50.0, value])
+        verdict = "diverged" if seed else "finished"
+        made_up(tmp_path, plan.run("apollo", seed), [50.0, 90.0], verdict)
+    assert cells(collect([tmp_path])[0], "Apollo's lead [95 % interval]")["SGD"] == (
+        "+10.00 (1 of 3 pairs)"
+    )
+
+
+def test_divergence_is_no_robustness(recipe_file: Path, tmp_path: Path) -> None:
+    """What diverges at one rate has not the smallest span of those that did not."""
+    settings = ["sweeps.lr-robustness.values=[1, 10]"]
+    plan = recipe.load(str(recipe_file), settings)
+    for spec in plan.sweep("lr-robustness", ["sgd", "apollo"], 1):
+        assert spec.sweep is not None
+        bad = spec.name == "apollo" and spec.sweep.value == 10
+        made_up(tmp_path, spec, [50.0, 60.0 + spec.sweep.value], "diverged" if bad else "finished")
+    [summary] = collect([tmp_path])
+    assert cells(summary, "lr × 10") == {"SGD": "70.00", "Apollo": "diverged"}
+    assert cells(summary, "best - worst") == {"SGD": "9.00", "Apollo": "diverged"}
+    assert "differs by: SGD 9.00, Apollo diverged at one." in words.finding(summary)
 
 
 def test_divergent_and_unfinished_runs_are_told(recipe_file: Path, tmp_path: Path) -> None:
@@ -355,11 +434,11 @@ def test_runs_that_do_not_compare(recipe_file: Path, tmp_path: Path) -> None:
 
 def test_colours_differ_and_belong_to_the_optimizer() -> None:
     styles = STYLES.values()
-    assert len({one.color for one in styles}) == len({one.marker for one in styles}) == 6
+    assert len({one.color for one in styles}) == len({one.marker for one in styles}) == len(styles)
     unknown = [f"mine-{i}" for i in range(3)]
     found = [*styles, *map(style, unknown)]
-    assert len({one.color for one in found}) == len({one.marker for one in found}) == 9
-    assert list(map(style, reversed(unknown)))[::-1] == found[6:]
+    assert len({one.color for one in found}) == len({one.marker for one in found}) == len(found)
+    assert list(map(style, reversed(unknown)))[::-1] == found[-3:]
 
 
 def test_values_on_an_axis() -> None:

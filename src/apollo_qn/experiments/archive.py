@@ -117,9 +117,7 @@ def read(folder: Path) -> list[Archived]:
 
 def _anonymous(manifest: Record) -> Record:
     """Without the paths of the machine that it was trained on."""
-    command = [
-        Path(word).name if Path(word).is_absolute() else word for word in manifest["command"]
-    ]
+    command = [_anonymous_word(word) for word in manifest["command"]]
     return {
         **manifest,
         "data": {**manifest["data"], "folder": None},

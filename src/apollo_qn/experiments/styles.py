@@ -23,8 +23,8 @@ STYLES = {
     "radam-adj": Style("RAdam-adj", "#E69F00", "P"),
     "apollo": Style("Apollo", "#D55E00", "o"),
     # not the paper's
-    "adamw": Style("AdamW", "#009E73", "^"),
-    "nadamw": Style("NAdamW", "#332288", "<"),
+    "adamw": Style("AdamW", "#117733", "<"),
+    "nadamw": Style("NAdamW", "#332288", "X"),
     "muon": Style("Muon", "#000000", "x"),
     "apollow": Style("ApolloW", "#661100", "d"),
     "apollo-belief": Style("Apollo, belief", "#999933", "h"),
@@ -34,14 +34,13 @@ STYLES = {
 
 # of optimizers that are none of the paper's: of Tol's palettes what the first leaves
 _MORE = (
-    ("#117733", "<"),
     ("#882255", ">"),
     ("#44AA99", "p"),
     ("#888888", "8"),
-    ("#CC6677", "X"),
-    ("#6699CC", "1"),
-    ("#997700", "2"),
-    ("#EE99AA", "3"),
+    ("#CC6677", "1"),
+    ("#6699CC", "2"),
+    ("#997700", "3"),
+    ("#EE99AA", "H"),
 )
 _given: dict[str, int] = {}  # which of them a name has in this process
 
