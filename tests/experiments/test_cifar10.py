@@ -17,8 +17,10 @@ import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from apollo_qn.experiments import recipe, schema, tasks
+from apollo_qn.experiments.cli import app
 from apollo_qn.experiments.data import cifar10
 from apollo_qn.experiments.data.image_set import ImageSet
 from apollo_qn.experiments.data.unpickle import unpickle_arrays
@@ -132,6 +134,18 @@ def test_every_form_is_the_same_set(tmp_path: Path) -> None:
     for images in sets:
         assert_is_the_set(images)
     assert len({images.fingerprint for images in sets}) == 1
+
+
+def test_prepared_it_is_the_same_set(tmp_path: Path) -> None:
+    raw, out = write_parquet(tmp_path / "raw"), tmp_path / "out"
+    command = ["prepare", "cifar10", "--raw", str(raw), "--out", str(out)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert f"Prepared: --data {out / cifar10.FOLDER}" in done.output
+    for place in (out, out / cifar10.FOLDER):
+        images = cifar10.load(place)
+        assert_is_the_set(images)
+        assert images.fingerprint == cifar10.load(raw).fingerprint
 
 
 def test_fingerprint_is_of_pixels_and_labels(tmp_path: Path) -> None:

@@ -172,6 +172,18 @@ def test_a_directory_with_another_recipe_is_refused(recipe_file: Path, tmp_path:
     assert directory.manifest.read_bytes() == before
 
 
+def test_a_setting_younger_than_the_run_has_its_default(recipe_file: Path, tmp_path: Path) -> None:
+    spec = spec_of(recipe_file, "apollo")
+    directory, task = prepared(tmp_path / "run", spec)
+    manifest = directory.read()
+    del manifest["recipe"]["optimizer"]["rebound"], manifest["recipe"]["ranges"]
+    directory.manifest.write_text(json.dumps(manifest))
+    directory.prepare(spec, task.fingerprint, None, [])
+    other = spec.optimizer.model_copy(update={"rebound": "belief"})
+    with pytest.raises(ExperimentError, match="rebound: 'constant' there, 'belief' asked for"):
+        directory.prepare(spec.model_copy(update={"optimizer": other}), task.fingerprint, None, [])
+
+
 class InterruptedHereError(Exception):
     pass
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from rich import table as rich
 
+from apollo_qn.experiments.recipe import RunSpec
 from apollo_qn.experiments.report.statistics import Difference, Spread, spread
 from apollo_qn.experiments.report.summary import Row, Section, Summary, best_of
 
@@ -243,8 +244,11 @@ def _ranges(row: Row) -> dict[str, list[float]]:
 
 def settings_of(row: Row, short: bool = False) -> str:
     """Of a try those settings that were drawn."""
-    own = row.runs[0].spec.optimizer
-    values = [(key, f"{getattr(own, key):g}") for key in _ranges(row)]
+    return _drawn(row.runs[0].spec, short)
+
+
+def _drawn(spec: RunSpec, short: bool = False) -> str:
+    values = [(key, f"{getattr(spec.optimizer, key):g}") for key in spec.ranges or {}]
     return ", ".join(value if short else f"{key} {value}" for key, value in values)
 
 
@@ -302,7 +306,8 @@ def as_csv(summaries: list[Summary]) -> str:
     metrics = list(dict.fromkeys(summary.metric.name for summary in summaries))
     writer.writerow(
         [
-            *("task", "optimizer", "schedule", "sweep", "value", "lr", "weight_decay", "seed"),
+            *("task", "optimizer", "schedule", "sweep", "value", "lr", "weight_decay", "settings"),
+            "seed",
             *("verdict", "done", *metrics, "train_loss"),
             *("seconds", "optimizer_ms", "optimizer_share"),
         ]
@@ -313,7 +318,7 @@ def as_csv(summaries: list[Summary]) -> str:
         writer.writerow(
             [
                 *(spec.task, spec.name, spec.schedule, *point),
-                *(spec.optimizer.lr, spec.optimizer.weight_decay, spec.seed),
+                *(spec.optimizer.lr, spec.optimizer.weight_decay, _drawn(spec), spec.seed),
                 *(run.verdict, run.progress, *(run.final(name) for name in metrics)),
                 *(run.final("train_loss"), round(run.seconds, 3)),
                 *(run.optimizer_ms, run.optimizer_share),
