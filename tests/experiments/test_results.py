@@ -72,34 +72,11 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return script
 
 
-def without_pages(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(script, "PAGES", ())
-
-
-def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
 def test_what_is_committed_is_right(
     results: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    without_pages(results, monkeypatch)
+    monkeypatch.setattr(results, "PAGES", ())
     assert results.main() == 0, capsys.readouterr().err
-
-
-def test_a_changed_metric_is_noticed(
-    results: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    without_pages(results, monkeypatch)
-
-    def better(content: dict[str, Any]) -> None:
-        content["runs"][0]["result"]["test_perplexity"] -= 1.0
-
-    edit(results.RESULTS / "wordnet" / "comparison" / "runs.json", better)
-    assert results.main() == 1
-    assert "results.md is not what the metrics give" in capsys.readouterr().err
 
 
 def test_a_changed_table_is_noticed(
@@ -112,60 +89,60 @@ def test_a_changed_table_is_noticed(
     assert "-Apollo wins" in capsys.readouterr().err
 
 
-def test_other_settings_than_the_tuned_ones_are_noticed(
-    results: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def better(content: dict[str, Any]) -> None:
+    content["runs"][0]["result"]["test_perplexity"] -= 1.0
+
+
+def other_rate(content: dict[str, Any]) -> None:
+    for run in content["runs"]:
+        own = run["manifest"]["recipe"]
+        if own["name"] == "sgd":
+            own["optimizer"]["lr"] *= 1.5
+
+
+def other_data(content: dict[str, Any]) -> None:
+    content["common"]["data"]["fingerprint"] = "0" * 64
+
+
+def one_less(content: dict[str, Any]) -> None:
+    del content["runs"][0]
+
+
+def one_more(content: dict[str, Any]) -> None:
+    [*_, last] = (run for run in content["runs"] if "-apollo-cosine" in run["run"])
+    again = json.loads(json.dumps(last))
+    again["run"] += "-again"
+    again["manifest"]["recipe"]["sweep"]["value"] = 8.0
+    content["runs"].append(again)
+
+
+def tested(content: dict[str, Any]) -> None:
+    content["runs"][0]["result"]["test_perplexity"] = 100.0
+
+
+@pytest.mark.parametrize(
+    ("analysis", "change", "message"),
+    [
+        ("comparison", better, "results.md is not what the metrics give"),
+        ("comparison", other_rate, "has other settings than the protocol's"),
+        ("comparison", other_data, "not all of the same data"),
+        ("comparison", one_less, " is missing"),
+        ("tuning", one_more, "is none of the protocol's"),
+        ("tuning", tested, "has seen the test data"),
+    ],
+)
+def test_a_change_of_the_evidence_is_noticed(
+    results: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    analysis: str,
+    change: Callable[[dict[str, Any]], None],
+    message: str,
 ) -> None:
-    without_pages(results, monkeypatch)
-
-    def other(content: dict[str, Any]) -> None:
-        for run in content["runs"]:
-            own = run["manifest"]["recipe"]
-            if own["name"] == "sgd":
-                own["optimizer"]["lr"] *= 1.5
-
-    edit(results.RESULTS / "wordnet" / "comparison" / "runs.json", other)
+    monkeypatch.setattr(results, "PAGES", ())
+    path = results.RESULTS / "wordnet" / analysis / "runs.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
     assert results.main() == 1
-    assert "has other settings than the protocol's" in capsys.readouterr().err
-
-
-def test_other_data_are_noticed(
-    results: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    without_pages(results, monkeypatch)
-
-    def other(content: dict[str, Any]) -> None:
-        content["common"]["data"]["fingerprint"] = "0" * 64
-
-    edit(results.RESULTS / "wordnet" / "comparison" / "runs.json", other)
-    assert results.main() == 1
-    assert "not all of the same data" in capsys.readouterr().err
-
-
-def test_a_try_too_many_is_noticed(
-    results: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    without_pages(results, monkeypatch)
-
-    def more(content: dict[str, Any]) -> None:
-        [*_, last] = (run for run in content["runs"] if "apollo-cosine" in run["run"])
-        again = json.loads(json.dumps(last))
-        again["run"] += "-again"
-        again["manifest"]["recipe"]["sweep"]["value"] = 8.0
-        content["runs"].append(again)
-
-    edit(results.RESULTS / "wordnet" / "tuning" / "runs.json", more)
-    assert results.main() == 1
-    assert "is none of the protocol's" in capsys.readouterr().err
-
-
-def test_a_missing_run_is_noticed(
-    results: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    without_pages(results, monkeypatch)
-
-    def fewer(content: dict[str, Any]) -> None:
-        del content["runs"][0]
-
-    edit(results.RESULTS / "wordnet" / "comparison" / "runs.json", fewer)
-    assert results.main() == 1
-    assert " is missing" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
