@@ -49,7 +49,8 @@ def show(summaries: list[Summary], console: Console) -> None:
         if len(summaries) > 1:
             console.print(f"\n[bold]{summary.task}[/bold]")
         for table in tables.tables(summary):
-            console.print(tables.for_console(table))
+            if sum(column.on_console for column in table.columns) > 1:
+                console.print(tables.for_console(table))
         console.print(words.finding(summary), highlight=False)
 
 
