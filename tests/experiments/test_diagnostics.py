@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from apollo_qn.diagnostics import TensorDiagnostics, overall
-from apollo_qn.experiments import curvature, recipe
+from apollo_qn.experiments import archive, curvature, recipe
 from apollo_qn.experiments.cli import app
 from apollo_qn.experiments.engine import train
 from apollo_qn.experiments.errors import ExperimentError
@@ -190,8 +190,27 @@ def test_every_step_measured_is_reported(recipe_file: Path, tmp_path: Path) -> N
     [summary] = page.write([tmp_path], tmp_path)
     assert [len(run.curvature) for run in summary.runs] == [4] * 4
     assert all(run.optimizer_ms is None for run in summary.runs)
-    assert (tmp_path / "curvature.svg").exists()
     page.show([summary], Console(quiet=True))
+
+    kept = tmp_path / "kept"
+    assert archive.write([RunDirectory(run.path) for run in summary.runs], kept) == 4
+    [again] = page.write([kept], kept)
+    # by repr, as NaN is not NaN
+    assert {run.path.name: repr(run.curvature) for run in again.runs} == {
+        run.path.name: repr(run.curvature) for run in summary.runs
+    }
+    drawn = (tmp_path / "curvature.svg").read_bytes()
+    assert (kept / "curvature.svg").read_bytes() == drawn
+    table = kept / archive.CURVATURE
+    table.write_bytes(table.read_bytes()[:-9])
+    with pytest.raises(ExperimentError, match=r"curvature.csv: not the table that runs.json was"):
+        archive.read(kept)
+    plain = RunDirectory(summary.runs[0].path)
+    plain.diagnostics.unlink()
+    archive.write([plain], kept)
+    assert not table.exists(), "of runs that are no longer there"
+    [one] = archive.read(kept)
+    assert one.curvature == []
 
 
 def test_another_optimizer_is_refused(recipe_file: Path, tmp_path: Path) -> None:

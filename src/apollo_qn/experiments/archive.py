@@ -1,7 +1,9 @@
 """Ended runs, compactly: what a report reads of them, as text that can be kept with the code.
 
 ``runs.json`` holds what ``run.json`` and ``result.json`` of every run say, what they all have in
-common once; ``evaluations.csv`` has a line for each evaluation. No weights, no paths of a machine.
+common once; ``evaluations.csv`` has a line for each evaluation; ``curvature.csv``, where some were
+trained with ``--diagnostics``, one for each measurement of all tensors together. No weights, no
+paths of a machine.
 """
 
 from __future__ import annotations
@@ -11,14 +13,17 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from apollo_qn.diagnostics import TensorDiagnostics
+from apollo_qn.experiments.curvature import Curvature, measured
 from apollo_qn.experiments.errors import ExperimentError
 from apollo_qn.experiments.files import write_atomically
 from apollo_qn.experiments.runs import Record, RunDirectory
 
-RUNS, EVALUATIONS = "runs.json", "evaluations.csv"
+RUNS, EVALUATIONS, CURVATURE = "runs.json", "evaluations.csv", "curvature.csv"
 _FORMAT = 1
 _PLACE = ("run", "step", "epoch")  # first columns of the table
 _TIMES = ("seconds", "optimizer_ms", "step_ms")  # its last ones
@@ -31,6 +36,7 @@ class Archived(NamedTuple):
     manifest: Record
     result: Record
     evaluations: list[Record]
+    curvature: list[Curvature]
 
 
 def write(directories: Iterable[RunDirectory], out: Path) -> int:
@@ -47,6 +53,7 @@ def write(directories: Iterable[RunDirectory], out: Path) -> int:
         ExperimentError: a run has not ended, or is damaged.
     """
     manifests, results, lines = {}, {}, []
+    curvature: dict[str, list[Curvature]] = {}
     for directory in directories:
         label = directory.spec().label
         result = directory.verdict()
@@ -63,6 +70,8 @@ def write(directories: Iterable[RunDirectory], out: Path) -> int:
             for record in directory.records()
             if record["kind"] == "evaluation"
         ]
+        if found := measured(directory.diagnosed()):
+            curvature[label] = found
     common = _common(list(manifests.values()))
     runs = [
         {"run": label, "manifest": _without(manifest, common), "result": results[label]}
@@ -70,13 +79,19 @@ def write(directories: Iterable[RunDirectory], out: Path) -> int:
     ]
     # a line a run, so that a change of one is one line
     told = ",\n".join(json.dumps(run, allow_nan=False) for run in runs)
-    table = _table(lines).encode()
-    # the two belong together
-    head = {"format": _FORMAT, EVALUATIONS: hashlib.sha256(table).hexdigest(), "common": common}
+    tables = {EVALUATIONS: _table(lines).encode()}
+    if curvature:
+        tables[CURVATURE] = _curvature_table(curvature).encode()
+    # they belong together
+    sums = {name: hashlib.sha256(table).hexdigest() for name, table in tables.items()}
+    head = {"format": _FORMAT, **sums, "common": common}
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / EVALUATIONS, table)
+    for name, table in tables.items():
+        write_atomically(out / name, table)
     begun = json.dumps(head, indent=1)[:-2]
     write_atomically(out / RUNS, f'{begun},\n "runs": [\n{told}\n]}}\n'.encode())
+    if not curvature:
+        (out / CURVATURE).unlink(missing_ok=True)
     return len(runs)
 
 
@@ -95,24 +110,31 @@ def read(folder: Path) -> list[Archived]:
             raise ExperimentError(
                 f"{path}: format is {content['format']!r}, this version reads {_FORMAT}"
             )
-        table = (folder / EVALUATIONS).read_bytes()
-        if hashlib.sha256(table).hexdigest() != content[EVALUATIONS]:
-            raise ExperimentError(
-                f"{folder / EVALUATIONS}: not the table that {RUNS} was written with; "
-                "`apollo-qn archive` makes both"
-            )
-        lines = _evaluations(table.decode())
+        lines = _evaluations(_whole(folder / EVALUATIONS, content[EVALUATIONS]))
+        curvature: dict[str, list[Curvature]] = {}
+        if CURVATURE in content:
+            curvature = _curvatures(_whole(folder / CURVATURE, content[CURVATURE]))
         return [
             Archived(
                 folder / run["run"],
                 _merged(content["common"], run["manifest"]),
                 run["result"],
                 lines.get(run["run"], []),
+                curvature.get(run["run"], []),
             )
             for run in content["runs"]
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ExperimentError(f"{folder}: damaged archive ({error!r})") from None
+
+
+def _whole(path: Path, digest: str) -> str:
+    table = path.read_bytes()
+    if hashlib.sha256(table).hexdigest() != digest:
+        raise ExperimentError(
+            f"{path}: not the table that {RUNS} was written with; `apollo-qn archive` makes all"
+        )
+    return table.decode()
 
 
 def _anonymous(manifest: Record) -> Record:
@@ -156,6 +178,33 @@ def _evaluations(table: str) -> dict[str, list[Record]]:
         times = {key: numbers.pop(key, None) for key in _TIMES}
         record = {**numbers, "step": int(row["step"]), "time": times}
         found.setdefault(row["run"], []).append(record)
+    return found
+
+
+def _curvature_table(found: dict[str, list[Curvature]]) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(
+        ["run", "at_step", "epoch", *(field.name for field in fields(TensorDiagnostics))]
+    )
+    for label, curvature in found.items():
+        for one in curvature:
+            # repr of a float is all of it
+            writer.writerow([label, one.step, one.epoch, *asdict(one.tensors).values()])
+    return buffer.getvalue()
+
+
+def _curvatures(table: str) -> dict[str, list[Curvature]]:
+    found: dict[str, list[Curvature]] = {}
+    for row in csv.DictReader(io.StringIO(table)):
+        label, step, epoch = row.pop("run"), int(row.pop("at_step")), float(row.pop("epoch"))
+        numbers: dict[str, Any] = {
+            key: float(value) if value else None for key, value in row.items() if key != "name"
+        }
+        tensors = TensorDiagnostics(
+            **{**numbers, "numel": int(row["numel"]), "step": int(row["step"])}, name=row["name"]
+        )
+        found.setdefault(label, []).append(Curvature(step, epoch, tensors))
     return found
 
 

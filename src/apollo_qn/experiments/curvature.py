@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from torch import nn
 
 from apollo_qn import Apollo
-from apollo_qn.diagnostics import Recorder, TensorDiagnostics, to_tensorboard
+from apollo_qn.diagnostics import Recorder, TensorDiagnostics, overall, to_tensorboard
 from apollo_qn.experiments.errors import ExperimentError
 from apollo_qn.experiments.recipe import RunSpec
 from apollo_qn.experiments.runs import Record
@@ -20,6 +20,14 @@ from apollo_qn.experiments.schema import ApolloSettings
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+
+class Curvature(NamedTuple):
+    """Apollo's at a step."""
+
+    step: int
+    epoch: float
+    tensors: TensorDiagnostics  # all together
 
 
 def check(spec: RunSpec) -> None:
@@ -101,6 +109,11 @@ def read(line: Record) -> list[TensorDiagnostics]:
         numbers: dict[str, Any] = {k: math.nan if x is None else x for k, x in tensor.items()}
         found.append(TensorDiagnostics(**numbers))
     return found
+
+
+def measured(lines: Iterable[Record]) -> list[Curvature]:
+    """What a run's lines say of all tensors together."""
+    return [Curvature(line["step"], float(line["epoch"]), overall(read(line))) for line in lines]
 
 
 def _jsonable(numbers: dict[str, Any]) -> dict[str, Any]:

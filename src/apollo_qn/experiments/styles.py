@@ -29,6 +29,8 @@ STYLES = {
     "apollow": Style("ApolloW", "#661100", "d"),
     "apollo-belief": Style("Apollo, belief", "#999933", "h"),
     "apollo-averaged": Style("Apollo, averaged B", "#004488", "4"),
+    "apollo-short-warmup": Style("Apollo, short warmup", "#6699CC", "2"),
+    "apollo-long-warmup": Style("Apollo, long warmup", "#CC6677", "1"),
     "apollow-belief": Style("ApolloW, belief", "#AA4499", "*"),
 }
 
@@ -37,8 +39,6 @@ _MORE = (
     ("#882255", ">"),
     ("#44AA99", "p"),
     ("#888888", "8"),
-    ("#CC6677", "1"),
-    ("#6699CC", "2"),
     ("#997700", "3"),
     ("#EE99AA", "H"),
 )

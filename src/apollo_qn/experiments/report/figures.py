@@ -19,6 +19,7 @@ from apollo_qn.experiments.report.summary import Row, Section, Summary, best_of
 from apollo_qn.experiments.styles import SETTINGS, style
 
 _BAND = "band: ± one standard deviation over seeds"
+_TOO_FAR = 10  # times the best value of all tries: what is beyond would press the rest into a line
 _FEW = 5  # points of a curve, of which all are shown
 _LINES = ("-", "--", "-.", ":")
 
@@ -141,11 +142,12 @@ def _measured_over_time(
 
 
 def _tuning(summary: Summary) -> list[Picture]:
+    far = "" if summary.metric.higher_is_better else f", nor what is over {_TOO_FAR} times the best"
     return [
         _picture(
             "tuning",
             f"{summary.metric.label.capitalize()} of every try over the first setting that was "
-            "drawn, as a multiple of the best one; what diverged is not shown",
+            f"drawn, as a multiple of the best one; what diverged is not shown{far}",
             _by_rate(summary),
         )
     ]
@@ -179,8 +181,8 @@ def _by_rate(summary: Summary) -> Figure:
         axes.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: short(value)))
         if len(sections) > 1:
             axes.set_title(f"{section.schedule} schedule")
-        if found and not summary.metric.higher_is_better and max(found) > 10 * min(found) > 0:
-            axes.set_yscale("log")
+        if found and not summary.metric.higher_is_better and max(found) > _TOO_FAR * min(found) > 0:
+            _logarithmic(axes, min(found), _TOO_FAR * min(found))
         if axes.lines:
             axes.legend(frameon=False, fontsize=10, ncols=2, loc="best")
         else:
@@ -399,12 +401,16 @@ class _Scale:
             self._axes.set_ylim(min(self._late) - 1.0, most + 1.5)
         # a logarithmic axis says nothing, and has hardly a label, over less than a decade
         elif 0 < 10 * least < most:
-            self._axes.set_yscale("log")
-            axis = self._axes.yaxis
-            axis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
-            axis.set_minor_formatter(mpl.ticker.NullFormatter())
-            axis.set_major_locator(mpl.ticker.LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0)))
-            self._axes.set_ylim(0.92 * least, 1.08 * most)
+            _logarithmic(self._axes, least, most)
+
+
+def _logarithmic(axes: Any, least: float, most: float) -> None:
+    axes.set_yscale("log")
+    axis = axes.yaxis
+    axis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
+    axis.set_minor_formatter(mpl.ticker.NullFormatter())
+    axis.set_major_locator(mpl.ticker.LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0)))
+    axes.set_ylim(0.92 * least, 1.08 * most)
 
 
 def _value(row: Row) -> str:

@@ -5,24 +5,15 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from pydantic import ValidationError
 
-from apollo_qn.diagnostics import TensorDiagnostics, overall
-from apollo_qn.experiments import archive, comparable, curvature
+from apollo_qn.experiments import archive, comparable
+from apollo_qn.experiments.curvature import Curvature, measured
 from apollo_qn.experiments.errors import ExperimentError
 from apollo_qn.experiments.placement import Placement
 from apollo_qn.experiments.recipe import RunSpec
 from apollo_qn.experiments.runs import Record, RunDirectory
-
-
-class Curvature(NamedTuple):
-    """Apollo's at a step."""
-
-    step: int
-    epoch: float
-    tensors: TensorDiagnostics
 
 
 @dataclass(frozen=True)
@@ -116,7 +107,7 @@ def _unpacked(run: archive.Archived) -> Run:
             run.result["verdict"],
             run.result,
             run.evaluations,
-            [],
+            run.curvature,
             run.result["time"]["seconds"],
         )
     except (ValidationError, KeyError) as error:
@@ -135,9 +126,6 @@ def _read(directory: RunDirectory) -> Run:
         "unfinished" if verdict is None else verdict["verdict"],
         verdict or {},
         [record for record in records if record["kind"] == "evaluation"],
-        [
-            Curvature(line["step"], line["epoch"], overall(curvature.read(line)))
-            for line in directory.diagnosed()
-        ],
+        measured(directory.diagnosed()),
         seconds if verdict is None else verdict["time"]["seconds"],
     )
