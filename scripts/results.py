@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("MPLCONFIGDIR", str(ROOT / "build" / "matplotlib"))
 
 from apollo_qn.experiments import recipe, tuning  # noqa: E402
-from apollo_qn.experiments.archive import EVALUATIONS, RUNS  # noqa: E402
+from apollo_qn.experiments.archive import CURVATURE, EVALUATIONS, RUNS  # noqa: E402
 from apollo_qn.experiments.report import page, tables, words  # noqa: E402
 from apollo_qn.experiments.report.statistics import Spread  # noqa: E402
 from apollo_qn.experiments.report.summary import Section, Summary, collect  # noqa: E402
@@ -33,16 +33,24 @@ RESULTS = ROOT / "results"
 FIGURES = ROOT / "docs" / "figures"
 PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")
 TASKS = ("cifar10", "wordnet", "multi30k")
-PLANS = {"recipe": ("tuning", "comparison"), "forms": ("forms-tuning", "forms-comparison")}
-ANALYSES = (*PLANS["recipe"], "lr-robustness", "weight-decay", *PLANS["forms"])
+PLANS = {  # the recipes of a task, and what was made of each
+    "recipe": ("tuning", "comparison"),
+    "forms": ("forms-tuning", "forms-comparison"),
+    "warmup": ("warmup-tuning", "warmup-comparison"),
+}
+SINGLE = ("lr-robustness", "weight-decay", "curvature")
+ANALYSES = (*PLANS["recipe"], *SINGLE, *PLANS["forms"], *PLANS["warmup"])
 KEPT = ("results.md", "results.csv")
 SHOWN = {  # which picture of an analysis the pages show
     "tuning": "tuning",
     "comparison": None,  # the task's curve
     "forms-tuning": "tuning",
     "forms-comparison": None,
+    "warmup-tuning": "tuning",
+    "warmup-comparison": None,
     "lr-robustness": "learning_rate",
     "weight-decay": "weight_decay",
+    "curvature": "curvature",
 }
 LEFT_OUT = (
     "weight decay",
@@ -118,7 +126,9 @@ def remake(name: str, check: bool) -> Iterator[str]:
         # another matplotlib draws other bytes: what is compared is what was drawn
         drawn = RESULTS / name / "figure.sha256"
         digest = hashlib.sha256((Path(made) / "results.csv").read_bytes())
-        digest.update((RESULTS / name / EVALUATIONS).read_bytes())
+        for table in (EVALUATIONS, CURVATURE):
+            if (RESULTS / name / table).exists():
+                digest.update((RESULTS / name / table).read_bytes())
         if not check:
             target.write_bytes((Path(made) / f"{source}.png").read_bytes())
         elif not target.exists():
@@ -169,6 +179,11 @@ def protocol(task: str, plan: str) -> Iterator[str]:
             seeds = len({run.spec.seed for run in found.runs})
             yield from unlike(f"{task}/{kind}", found, made.sweep(kind, seeds=seeds))
             analyses.append(f"{task}/{kind}")
+    if plan == "recipe" and (RESULTS / task / "curvature" / RUNS).exists():
+        analyses.append(f"{task}/curvature")
+        yield from unlike(
+            analyses[-1], summary_of(analyses[-1]), [made.run("apollo", made.seeds[0], "cosine")]
+        )
     steps = [run.result["steps"] for run in summary_of(compared).runs]
     every = known.train.evaluate_every
     if every and any(0.75 * count % every for count in steps):
@@ -216,6 +231,8 @@ def block(name: str) -> str:
         return overview()
     if name == "paper":
         return beside_the_paper()
+    if name == "curvature":
+        return curvature()
     if not (RESULTS / name / RUNS).exists():
         return f"(not measured: {name})\n"
     summary = summary_of(name)
@@ -273,6 +290,28 @@ def beside_the_paper() -> str:
         for task in TASKS:
             cells += [score(sections[task], ROWS[label]), published(task, ROWS[label])]
         lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def curvature() -> str:
+    """How much of Apollo is SGD: one row a task, at three times of the run of the first seed."""
+    times = {"after the warmup": 0.1, "half-way": 0.5, "at the end": 1.0}
+    titles = [f"elements below sigma {time} (%)" for time in times]
+    lines = [f"| | {' | '.join(titles)} | RMS of B at the end | B < 0 at the end (%) |"]
+    lines.append("|---" * (len(times) + 3) + "|")
+    for task in TASKS:
+        name = f"{task}/curvature"
+        if not (RESULTS / name / RUNS).exists():
+            continue
+        [run] = summary_of(name).runs
+        steps = run.result["steps"]
+        found = [
+            min(run.curvature, key=lambda one: abs(one.step - share * steps)).tensors
+            for share in times.values()
+        ]
+        cells = [f"{100 * tensors.rectified:.2f}" for tensors in found]
+        cells += [f"{found[-1].curvature_rms:.2f}", f"{100 * found[-1].negative:.0f}"]
+        lines.append(f"| {OURS[task].partition(':')[0]} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -439,6 +439,11 @@ def test_colours_differ_and_belong_to_the_optimizer() -> None:
     found = [*styles, *map(style, unknown)]
     assert len({one.color for one in found}) == len({one.marker for one in found}) == len(found)
     assert list(map(style, reversed(unknown)))[::-1] == found[-3:]
+    assert [style(name).label for name in ("mine-0", "sgd-no-warmup", "apollo-belief-2")] == [
+        "mine-0",
+        "SGD, no warmup",
+        "Apollo, belief, 2",
+    ]
 
 
 def test_values_on_an_axis() -> None:

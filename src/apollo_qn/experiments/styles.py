@@ -29,8 +29,6 @@ STYLES = {
     "apollow": Style("ApolloW", "#661100", "d"),
     "apollo-belief": Style("Apollo, belief", "#999933", "h"),
     "apollo-averaged": Style("Apollo, averaged B", "#004488", "4"),
-    "apollo-short-warmup": Style("Apollo, short warmup", "#6699CC", "2"),
-    "apollo-long-warmup": Style("Apollo, long warmup", "#CC6677", "1"),
     "apollow-belief": Style("ApolloW, belief", "#AA4499", "*"),
 }
 
@@ -39,6 +37,8 @@ _MORE = (
     ("#882255", ">"),
     ("#44AA99", "p"),
     ("#888888", "8"),
+    ("#CC6677", "1"),
+    ("#6699CC", "2"),
     ("#997700", "3"),
     ("#EE99AA", "H"),
 )
@@ -62,7 +62,8 @@ SETTINGS: Any = {
 def style(name: str) -> Style:
     """Of an optimizer of a recipe; one that is none of the paper's is written as it is named.
 
-    Its colour is a function of the name, or the next one where another name has that.
+    A form of a known one, as ``apollo-long-warmup``, is "Apollo, long warmup". The colour is a
+    function of the name, or the next one where another name has that.
     """
     if name in STYLES:
         return STYLES[name]
@@ -70,7 +71,15 @@ def style(name: str) -> Style:
         first = zlib.crc32(name.encode())
         places = [(first + i) % len(_MORE) for i in range(len(_MORE))]
         _given[name] = next((p for p in places if p not in _given.values()), places[0])
-    return Style(name, *_MORE[_given[name]])
+    return Style(_label(name), *_MORE[_given[name]])
+
+
+def _label(name: str) -> str:
+    for known in sorted(STYLES, key=len, reverse=True):
+        if name.startswith(f"{known}-"):
+            form = name.removeprefix(f"{known}-").replace("-", " ")
+            return f"{STYLES[known].label}, {form}"
+    return name
 
 
 def place(name: str) -> tuple[int, str]:
