@@ -33,7 +33,7 @@ def test_a_recipe_gives_all_the_same_chance(path: Path) -> None:
         assert high / low == pytest.approx(100.0)
     assert len(plan.seeds) >= 5
     assert plan.tuning.seed not in plan.seeds
-    if path.stem == "forms":
+    if path.stem in ("forms", "warmup"):
         return
     # all but RAdam warm up, and as long
     for shape in plan.schedules.values():
@@ -116,7 +116,7 @@ def one_more(content: dict[str, Any]) -> None:
     content["runs"].append(again)
 
 
-def tested(content: dict[str, Any]) -> None:
+def saw_the_test_data(content: dict[str, Any]) -> None:
     content["runs"][0]["result"]["test_perplexity"] = 100.0
 
 
@@ -128,7 +128,7 @@ def tested(content: dict[str, Any]) -> None:
         ("comparison", other_data, "not all of the same data"),
         ("comparison", one_less, " is missing"),
         ("tuning", one_more, "is none of the protocol's"),
-        ("tuning", tested, "has seen the test data"),
+        ("tuning", saw_the_test_data, "has seen the test data"),
     ],
 )
 def test_a_change_of_the_evidence_is_noticed(
