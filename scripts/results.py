@@ -38,6 +38,7 @@ PLANS = {  # the recipes of a task, and what was made of each
     "forms": ("forms-tuning", "forms-comparison"),
     "warmup": ("warmup-tuning", "warmup-comparison"),
 }
+SWEEP_SEEDS = 3  # of those of figures 2 and 4
 SINGLE = ("lr-robustness", "weight-decay", "curvature")
 ANALYSES = (*PLANS["recipe"], *SINGLE, *PLANS["forms"], *PLANS["warmup"])
 KEPT = ("results.md", "results.csv")
@@ -54,11 +55,10 @@ SHOWN = {  # which picture of an analysis the pages show
 }
 LEFT_OUT = (
     "weight decay",
-    "Apollo's lead",
-    "p",
+    "lead over",
+    "updates fewer",
     "in the paper",
     "share of",
-    "wall time",
     "training",
 )
 PAPER = {  # the paper's experiment of the same kind, and its schedule
@@ -67,7 +67,7 @@ PAPER = {  # the paper's experiment of the same kind, and its schedule
     "multi30k": ("wmt14-en-de", "paper", "WMT14, 500,000 updates: BLEU"),
 }
 OURS = {
-    "cifar10": "CIFAR-10, ResNet-8, 3 epochs: accuracy (%)",
+    "cifar10": "CIFAR-10 (10,000 images), ResNet-8, 3 epochs: accuracy (%)",
     "wordnet": "WordNet, 400 updates: perplexity",
     "multi30k": "Multi30k, 600 updates: BLEU",
 }
@@ -129,10 +129,11 @@ def remake(name: str, check: bool) -> Iterator[str]:
         for table in (EVALUATIONS, CURVATURE):
             if (RESULTS / name / table).exists():
                 digest.update((RESULTS / name / table).read_bytes())
-        if not check:
-            target.write_bytes((Path(made) / f"{source}.png").read_bytes())
-        elif not target.exists():
-            yield f"{target.relative_to(ROOT)}: missing"
+        if f"figures/{target.name}" in (ROOT / "docs" / "results.md").read_text(encoding="utf-8"):
+            if not check:
+                target.write_bytes((Path(made) / f"{source}.png").read_bytes())
+            elif not target.exists():
+                yield f"{target.relative_to(ROOT)}: missing"
         yield from put(drawn, f"{digest.hexdigest()}  {target.name}\n", check)
 
 
@@ -153,7 +154,7 @@ def protocol(task: str, plan: str) -> Iterator[str]:
     names = [f"{task}/{analysis}" for analysis in PLANS[plan]]
     there = [(RESULTS / name / RUNS).exists() for name in names]
     if not all(there):
-        if any(there) or plan == "recipe":
+        if any(there) or (RESULTS / task / f"{plan}.toml").exists():
             yield f"results: {' or '.join(names)} is missing"
         return
     tried, compared = names
@@ -173,17 +174,15 @@ def protocol(task: str, plan: str) -> Iterator[str]:
     made = tuning.apply(known, RESULTS / tried, optimizers)
     yield from unlike(compared, summary_of(compared), made.runs(optimizers))
     analyses = [*names]
-    for kind in made.sweeps if plan == "recipe" else ():
-        if (RESULTS / task / kind / RUNS).exists():
-            found = summary_of(f"{task}/{kind}")
-            seeds = len({run.spec.seed for run in found.runs})
-            yield from unlike(f"{task}/{kind}", found, made.sweep(kind, seeds=seeds))
-            analyses.append(f"{task}/{kind}")
-    if plan == "recipe" and (RESULTS / task / "curvature" / RUNS).exists():
-        analyses.append(f"{task}/curvature")
-        yield from unlike(
-            analyses[-1], summary_of(analyses[-1]), [made.run("apollo", made.seeds[0], "cosine")]
-        )
+    if plan == "recipe":
+        asked = {f"{task}/{kind}": made.sweep(kind, seeds=SWEEP_SEEDS) for kind in made.sweeps}
+        asked[f"{task}/curvature"] = [made.run("apollo", made.seeds[0], "cosine")]
+        for name, runs in asked.items():
+            if (RESULTS / name / RUNS).exists():
+                analyses.append(name)
+                yield from unlike(name, summary_of(name), runs)
+            else:
+                yield f"results: {name} is missing"
     steps = [run.result["steps"] for run in summary_of(compared).runs]
     every = known.train.evaluate_every
     if every and any(0.75 * count % every for count in steps):
@@ -246,10 +245,7 @@ def block(name: str) -> str:
 def narrow(table: tables.Table) -> tables.Table:
     """Without what the full table in results/ is for."""
     kept = [
-        place
-        for place, column in enumerate(table.columns)
-        if not any(column.title == out or column.title.startswith(f"{out} ") for out in LEFT_OUT)
-        and not column.title.startswith(("Apollo's", "share"))
+        place for place, column in enumerate(table.columns) if not column.title.startswith(LEFT_OUT)
     ]
     columns = [table.columns[place] for place in kept]
     return tables.Table("", columns, [[row[place] for place in kept] for row in table.rows])

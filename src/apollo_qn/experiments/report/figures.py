@@ -249,7 +249,7 @@ def _curves_by_schedule(summary: Summary, metric: str, label: str) -> Figure:
             low = [value.mean - (value.std or 0.0) for value in found.values()]
             high = [value.mean + (value.std or 0.0) for value in found.values()]
             axes.fill_between(times, low, high, color=color, alpha=0.15, linewidth=0)
-            scale.saw(means, low)
+            scale.saw(means, low, high)
         if len(sections) > 1:
             axes.set_title(f"{section.schedule} schedule")
         axes.set_xlabel(_unit(section.rows[0]))
@@ -284,7 +284,7 @@ def _curves_by_value(summary: Summary, section: Section) -> Figure:
                     list(found), means, linewidth=1.8, linestyle=_LINES[place % len(_LINES)],
                     color=_shade(style(name).color, place, len(mine)), label=_value(row),
                 )  # fmt: skip
-                scale.saw(means, means)
+                scale.saw(means, means, means)
             if line == 0:
                 axes.set_title(style(name).label)
             else:
@@ -385,10 +385,12 @@ class _Scale:
         self._axes, self._rises = axes, rises
         self._values: list[float] = []
         self._late: list[float] = []  # lower ends of the bands in the second half
+        self._top = 0.0  # of the bands
 
-    def saw(self, means: list[float], low: list[float]) -> None:
-        """A curve, and the lower end of its band."""
+    def saw(self, means: list[float], low: list[float], high: list[float]) -> None:
+        """A curve, and the ends of its band."""
         self._values += means
+        self._top = max(self._top, *high)
         self._late += low[len(low) // 2 :] if len(low) > _FEW else low
 
     def set(self) -> None:
@@ -400,7 +402,7 @@ class _Scale:
             # the wild first epochs would press the rest into a line
             self._axes.set_ylim(min(self._late) - 1.0, most + 1.5)
         # a logarithmic axis says nothing, and has hardly a label, over less than a decade
-        elif 0 < 10 * least < most:
+        elif 0 < 10 * least < max(most, self._top):
             _logarithmic(self._axes, least, most)
 
 
