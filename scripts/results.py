@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import hashlib
 import os
 import re
@@ -107,6 +108,7 @@ def archives() -> list[str]:
     return [name for name in names if (RESULTS / name / RUNS).exists()]
 
 
+@functools.cache
 def summary_of(name: str) -> Summary:
     """Of an archive."""
     [found] = collect([RESULTS / name])

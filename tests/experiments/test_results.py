@@ -146,3 +146,12 @@ def test_a_change_of_the_evidence_is_noticed(
     path.write_text(json.dumps(content))
     assert results.main() == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_missing_archive_is_noticed(
+    results: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(results, "PAGES", ())
+    shutil.rmtree(results.RESULTS / "wordnet" / "curvature")
+    assert results.main() == 1
+    assert "wordnet/curvature is missing" in capsys.readouterr().err
