@@ -10,7 +10,7 @@ GPU_PYTHON ?= $(BIN)/python
 DATA ?= data
 RUNS ?= runs/results
 
-.PHONY: compare quick test lint build kernel bench gpu-check results results-tables results-check docs clean
+.PHONY: compare quick test test-all lint build kernel bench gpu-check results results-tables results-check docs clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.ready: requirements/dev.txt pyproject.toml setup.py
@@ -26,13 +26,20 @@ compare: $(VENV)/.ready  ## four optimizers on images, language and translation;
 quick: $(VENV)/.ready  ## a short look at the same
 	$(BIN)/apollo-qn compare --quick --out $(OUT)-quick $(ARGS)
 
-test: lint results-check  ## format, lint, types, tables, tests with coverage, wheel; with DEVICE=cuda the optimizer's tests there
+# One thread per process: the tests run in two processes, and a sum's order of additions is fixed.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test: lint results-check  ## format, lint, types, tables, the fast tests, wheel; with DEVICE=cuda the optimizer's tests there
 ifeq ($(DEVICE),cpu)
-	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
+	$(PYTEST) -m "not slow" --durations=10 $(ARGS)
 	$(BIN)/python scripts/check_wheel.py
 else
 	APOLLO_QN_TEST_DEVICE=$(DEVICE) PYTHONPATH=src:. $(GPU_PYTHON) -m pytest $(ARGS)
 endif
+
+test-all: lint results-check  ## the same with the slow tests and coverage
+	$(PYTEST) --cov --cov-report=term-missing:skip-covered --durations=10 $(ARGS)
+	$(BIN)/python scripts/check_wheel.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .

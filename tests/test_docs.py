@@ -215,6 +215,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_reference_has_the_signatures(site: Path) -> None:
     pages = {
         "optimizer": [Apollo, Apollo.load_state_dict, apollo_qn.apollo],
@@ -230,6 +231,7 @@ def test_the_reference_has_the_signatures(site: Path) -> None:
             ), f"{page}: no signature of {thing.__name__}"
 
 
+@pytest.mark.slow
 def test_the_site_is_whole(site: Path) -> None:
     pages = list(site.rglob("*.html"))
     assert len(pages) > 10

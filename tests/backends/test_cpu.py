@@ -76,6 +76,7 @@ def test_sizes_around_blocks_and_chunks(
     follow(optimizer, params, wanted, 4, torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
 @pytest.mark.parametrize("spread", [0.5, 0.0], ids=["spread", "alike"])
 def test_sixteen_million_elements(

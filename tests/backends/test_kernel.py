@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src/apollo_qn/backends/kernel.c"
 COMPILER = shutil.which(os.environ.get("CC", "gcc"))
 NEEDS_COMPILER = pytest.mark.skipif(COMPILER is None, reason="no C compiler here")
-pytestmark = [NEEDS_KERNEL, NEEDS_CPU, NEEDS_COMPILER]
+pytestmark = [NEEDS_KERNEL, NEEDS_CPU, NEEDS_COMPILER, pytest.mark.slow]
 X86 = platform.machine() in ("x86_64", "AMD64")
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from tests.distributed.ranks import on_ranks
 
+pytestmark = pytest.mark.slow
+
 WORK = (
     "sharded_as_whole float32",
     "sharded_as_whole float64",

@@ -23,6 +23,7 @@ NEEDS = {
 OPTIONS = {"compiled_step": ("--backend", "eager")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_loss_falls(page: Path, tmp_path: Path) -> None:
     for module in NEEDS.get(page.stem, ()):

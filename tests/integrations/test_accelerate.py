@@ -17,6 +17,7 @@ from tests.helpers import same, snapshot
 from tests.integrations.data import images, loss_of, network
 
 accelerate = pytest.importorskip("accelerate")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from tests.helpers import same, snapshot
 from tests.integrations.data import images, loss_of, network
 
 lightning = pytest.importorskip("lightning.pytorch")
+pytestmark = pytest.mark.slow
 ModelCheckpoint = lightning.callbacks.ModelCheckpoint
 
 STEPS = 12

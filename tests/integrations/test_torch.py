@@ -441,6 +441,7 @@ def test_steps_may_be_differentiated_by_torch_func() -> None:
     torch.testing.assert_close(found, wanted, rtol=tolerances.DIFFERENCE, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_the_default_compiler_follows_eager() -> None:
     """Inductor fuses the rule; of a 16-bit parameter it must keep what the rounding cuts off."""

@@ -16,6 +16,7 @@ from tests.helpers import same, snapshot
 
 pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow
 
 WORDS, LENGTH, STEPS = 300, 12, 8
 SETTINGS = {"lr": 2.0, "warmup_steps": 3}
