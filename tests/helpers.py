@@ -16,6 +16,7 @@ from torch import Tensor
 from apollo_qn import Apollo
 from apollo_qn.backends import cpu, triton
 from tests import tolerances
+from tests.modes import pairs
 from tests.numpy_reference import Array, ReferenceApollo, Settings
 
 # Where the parameters lie: `make test DEVICE=cuda`. What is compared is compared on the host.
@@ -29,14 +30,12 @@ NEEDS_GPU = pytest.mark.skipif(not ON_GPU, reason="needs a GPU: make test DEVICE
 WHY_NOT_FUSED = triton.why_not() if ON_GPU else cpu.why_not()
 NEEDS_KERNEL = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 NEEDS_FUSED = pytest.mark.skipif(WHY_NOT_FUSED is not None, reason=str(WHY_NOT_FUSED))
-BACK_ENDS = pytest.mark.parametrize(
-    "back_end",
-    [
-        pytest.param({"foreach": False}, id="rule"),
-        pytest.param({"foreach": True}, id="foreach"),
-        pytest.param({"fused": True}, id="fused", marks=NEEDS_FUSED),
-    ],
-)
+BACK_END_OPTIONS: dict[str, Any] = {
+    "rule": {"foreach": False},
+    "foreach": {"foreach": True},
+    "fused": pytest.param({"fused": True}, marks=NEEDS_FUSED),
+}
+BACK_ENDS = pairs(back_end=BACK_END_OPTIONS)
 
 # 0-dim, empty, around ROW = 256 of the foreach back end, larger than a (patched) block
 SHAPES: tuple[tuple[int, ...], ...] = (

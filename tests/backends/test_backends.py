@@ -1,8 +1,7 @@
-"""All back ends against the float64 NumPy reference, in every combination of options."""
+"""All back ends against the float64 NumPy reference, in every pair of options."""
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from apollo_qn.backends import cpu
 from apollo_qn.backends import foreach as foreach_module
 from tests import tolerances
 from tests.helpers import (
+    BACK_END_OPTIONS,
     BACK_ENDS,
     ON_GPU,
     SHAPES,
@@ -33,34 +33,30 @@ from tests.helpers import (
     snapshot,
     step_references,
 )
+from tests.modes import (
+    MODE_IDS,
+    MODE_OPTIONS,
+    MODES,
+    STORING_OPTIONS,
+    Storing,
+    pairs,
+)
 from tests.numpy_reference import Settings
 
 STEPS = 20
-DECAY = {
-    "none": {},
-    "zero-decoupled": {"decoupled_weight_decay": True},
-    "L2": {"weight_decay": 0.05},
-    "decoupled": {"weight_decay": 0.05, "decoupled_weight_decay": True},
-}
-# belief's threshold nears 0 in tensors of one element: a larger eps keeps them well-conditioned
-REBOUND: list[dict[str, Any]] = [{"rebound": "constant"}, {"rebound": "belief", "eps": 0.1}]
-MODES: list[dict[str, Any]] = [
-    {**rebound, **decay} for rebound, decay in itertools.product(REBOUND, DECAY.values())
-]
-MODE_IDS = [f"{r}-{d}" for r, d in itertools.product(("constant", "belief"), DECAY)]
 
 SetBlock = Callable[[int], None]
 
 
-@BACK_ENDS
-@pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+@pairs(
+    back_end=BACK_END_OPTIONS,
+    dtype={str(x): x for x in (torch.float64, torch.float32, torch.bfloat16, torch.float16)},
+    warmup_steps={"no warmup": 0, "warmup": 7},
+    capturable={"host": False, "capturable": True},
+    maximize={"min": False, "max": True},
+    mode=MODE_OPTIONS,
 )
-@pytest.mark.parametrize("warmup_steps", [0, 7])
-@pytest.mark.parametrize("capturable", [False, True], ids=["host", "capturable"])
-@pytest.mark.parametrize("maximize", [False, True], ids=["min", "max"])
-@pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
-def test_every_combination_follows_the_reference(
+def test_every_pair_of_options_follows_the_reference(
     mode: dict[str, Any],
     maximize: bool,
     capturable: bool,
@@ -96,39 +92,27 @@ def test_every_combination_follows_the_reference(
             compare.check((i, "B"), state["hessian_diag"], reference.B, limit)
 
 
-STORING = [
-    (torch.bfloat16, "nearest", torch.bfloat16),
-    (torch.bfloat16, "stochastic", None),
-    (torch.bfloat16, "stochastic", torch.bfloat16),
-    (torch.bfloat16, "kahan", None),
-    (torch.bfloat16, "kahan", torch.bfloat16),
-    (torch.float16, "stochastic", torch.bfloat16),
-    (torch.float16, "kahan", None),
-    (torch.float32, "kahan", torch.bfloat16),
-]
-
-
-@BACK_ENDS
-@pytest.mark.parametrize(("dtype", "rounding", "state_dtype"), STORING)
-@pytest.mark.parametrize("capturable", [False, True], ids=["host", "capturable"])
-@pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
+@pairs(
+    back_end=BACK_END_OPTIONS,
+    storing=STORING_OPTIONS,
+    capturable={"host": False, "capturable": True},
+    mode=MODE_OPTIONS,
+)
 def test_sixteen_bits_follow_the_reference(
     mode: dict[str, Any],
     capturable: bool,
-    dtype: torch.dtype,
-    rounding: Any,
-    state_dtype: torch.dtype | None,
+    storing: Storing,
     back_end: dict[str, Any],
     set_block: SetBlock,
 ) -> None:
     set_block(600)
-    check_sixteen_bits(mode, capturable, (dtype, rounding, state_dtype), back_end)
+    check_sixteen_bits(mode, capturable, storing, back_end)
 
 
 def check_sixteen_bits(
     mode: dict[str, Any],
     capturable: bool,
-    storing: tuple[torch.dtype, Any, torch.dtype | None],
+    storing: Storing,
     back_end: dict[str, Any],
     shapes: Sequence[tuple[int, ...]] = SHAPES,
     steps: int = 5,
@@ -196,7 +180,7 @@ def test_what_is_stored_has_the_same_bits_everywhere(
 
 
 def stored_bits(
-    storing: tuple[torch.dtype, Any, torch.dtype | None],
+    storing: Storing,
     back_end: dict[str, Any],
     shapes: Sequence[tuple[int, ...]] = SHAPES,
 ) -> list[Tensor]:
@@ -251,9 +235,11 @@ def test_sizes_around_blocks(mode: dict[str, Any], block: int, set_block: SetBlo
     follow(optimizer, params, wanted, 4, torch.float64)
 
 
-@BACK_ENDS
-@pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+@pairs(
+    back_end=BACK_END_OPTIONS,
+    dtype={str(x): x for x in (torch.complex64, torch.complex128)},
+    mode=MODE_OPTIONS,
+)
 def test_complex_parameters_are_viewed_as_real(
     dtype: torch.dtype, mode: dict[str, Any], back_end: dict[str, Any], set_block: SetBlock
 ) -> None:
@@ -334,9 +320,11 @@ def test_types_and_layouts_may_be_mixed(back_end: dict[str, Any]) -> None:
         compare.check_all(optimizer, params, wanted, torch.float32)
 
 
-@BACK_ENDS
-@pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pairs(
+    back_end=BACK_END_OPTIONS,
+    bad={bad: float(bad) for bad in ("nan", "inf", "-inf")},
+    mode=MODE_OPTIONS,
+)
 def test_a_bad_gradient_stays_in_its_tensor(
     bad: float, mode: dict[str, Any], back_end: dict[str, Any], set_block: SetBlock
 ) -> None:

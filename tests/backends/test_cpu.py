@@ -24,7 +24,7 @@ from torch import Tensor
 from apollo_qn import Apollo, ApolloW, apollo
 from apollo_qn.backends import cpu, kernel, memory
 from tests import tolerances
-from tests.backends.test_backends import MODE_IDS, MODES, Watched
+from tests.backends.test_backends import Watched
 from tests.helpers import (
     NEEDS_CPU,
     NEEDS_KERNEL,
@@ -39,6 +39,7 @@ from tests.helpers import (
     same,
     snapshot,
 )
+from tests.modes import MODE_IDS, MODES
 from tests.numpy_reference import Settings
 
 pytestmark = [NEEDS_KERNEL, NEEDS_CPU]

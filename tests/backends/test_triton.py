@@ -19,13 +19,7 @@ from apollo_qn.backends import kernel, triton
 from tests import tolerances
 from tests.backends import interpreter
 from tests.backends.interpreter import BLOCK, RUN, RUNS
-from tests.backends.test_backends import (
-    MODE_IDS,
-    MODES,
-    STORING,
-    check_sixteen_bits,
-    stored_bits,
-)
+from tests.backends.test_backends import check_sixteen_bits, stored_bits
 from tests.backends.test_parts import MODES as MODES_OF_PARTS
 from tests.backends.test_parts import check_parts
 from tests.helpers import (
@@ -44,6 +38,7 @@ from tests.helpers import (
     snapshot,
     step_references,
 )
+from tests.modes import MODE_IDS, MODES, STORING
 from tests.numpy_reference import ReferenceApollo, Settings
 from tests.test_rule import EXTREMES
 from tests.test_rule import follow as follow_extremes

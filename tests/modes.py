@@ -1,0 +1,103 @@
+"""The modes that the tests of all back ends share, and tables of pairs of options."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+DECAY: dict[str, dict[str, Any]] = {
+    "none": {},
+    "zero-decoupled": {"decoupled_weight_decay": True},
+    "L2": {"weight_decay": 0.05},
+    "decoupled": {"weight_decay": 0.05, "decoupled_weight_decay": True},
+}
+REBOUND: dict[str, dict[str, Any]] = {
+    "constant": {"rebound": "constant"},
+    # the threshold nears 0 in tensors of one element: a larger eps keeps them well-conditioned
+    "belief": {"rebound": "belief", "eps": 0.1},
+}
+MODE_OPTIONS: dict[str, dict[str, Any]] = {
+    f"{rebound}-{decay}": {**REBOUND[rebound], **DECAY[decay]}
+    for rebound, decay in itertools.product(REBOUND, DECAY)
+}
+MODES = list(MODE_OPTIONS.values())
+MODE_IDS = list(MODE_OPTIONS)
+
+# dtype of the parameter, its rounding, dtype of the state
+Storing = tuple[torch.dtype, Any, torch.dtype | None]
+STORING: list[Storing] = [
+    (torch.bfloat16, "nearest", torch.bfloat16),
+    (torch.bfloat16, "stochastic", None),
+    (torch.bfloat16, "stochastic", torch.bfloat16),
+    (torch.bfloat16, "kahan", None),
+    (torch.bfloat16, "kahan", torch.bfloat16),
+    (torch.float16, "stochastic", torch.bfloat16),
+    (torch.float16, "kahan", None),
+    (torch.float32, "kahan", torch.bfloat16),
+]
+STORING_OPTIONS = {
+    " ".join(str(part).removeprefix("torch.") for part in storing): storing for storing in STORING
+}
+
+
+def pairs(**options: Mapping[str, Any]) -> pytest.MarkDecorator:
+    """Parametrize a test so that every two values of different options meet in some row.
+
+    Most faults need at most two options to show. The full product of six options has hundreds of
+    rows, the pairs have a few dozen.
+
+    Args:
+        options: for each argument of the test its values by id. A value may be a ``pytest.param``
+            with marks.
+    """
+    rows = []
+    for row in covering_rows([list(values) for values in options.values()]):
+        values: list[Any] = []
+        marks: list[Any] = []
+        for name, id_ in zip(options, row, strict=True):
+            value = options[name][id_]
+            if isinstance(value, _WITH_MARKS):
+                marks.extend(value.marks)
+                (value,) = value.values
+            values.append(value)
+        rows.append(pytest.param(*values, id="-".join(row), marks=marks))
+    return pytest.mark.parametrize(list(options), rows)
+
+
+_WITH_MARKS = type(pytest.param())
+
+
+def covering_rows(columns: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """Return rows, one value from each column, in which every pair of values occurs.
+
+    Greedy: a row begins with the first pair that is missing. Each other column then adds the value
+    that covers most of the missing pairs.
+    """
+    if len(columns) == 1:
+        return [(value,) for value in columns[0]]
+    cells = [[(i, value) for value in column] for i, column in enumerate(columns)]
+    missing = {
+        frozenset(pair): None
+        for one, other in itertools.combinations(cells, 2)
+        for pair in itertools.product(one, other)
+    }
+    rows = []
+    while missing:
+        row = dict(sorted(next(iter(missing))))
+        for i, column in enumerate(cells):
+            if i not in row:
+                chosen = max(
+                    column,
+                    key=lambda cell: sum(
+                        frozenset([cell, there]) in missing for there in row.items()
+                    ),
+                )
+                row[i] = chosen[1]
+        for pair in itertools.combinations(row.items(), 2):
+            missing.pop(frozenset(pair), None)
+        rows.append(tuple(row[i] for i in range(len(columns))))
+    return rows
