@@ -13,18 +13,18 @@ RUNS ?= runs/results
 .PHONY: compare quick test test-all lint build kernel bench gpu-check results results-tables results-check docs clean
 .DELETE_ON_ERROR:
 
-$(VENV)/.ready: requirements/dev.txt pyproject.toml setup.py
+$(VENV)/.ready: requirements/dev.txt pyproject.toml setup.py bench/pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . -e bench
 	touch $@
 
 compare: $(VENV)/.ready  ## four optimizers on images, language and translation; the report is in $(OUT)
-	$(BIN)/apollo-qn compare --out $(OUT) $(ARGS)
+	$(BIN)/apollo-bench compare --out $(OUT) $(ARGS)
 
 quick: $(VENV)/.ready  ## a short look at the same
-	$(BIN)/apollo-qn compare --quick --out $(OUT)-quick $(ARGS)
+	$(BIN)/apollo-bench compare --quick --out $(OUT)-quick $(ARGS)
 
 # One thread per process: the tests run in two processes, and a sum's order of additions is fixed.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -34,7 +34,7 @@ ifeq ($(DEVICE),cpu)
 	$(PYTEST) -m "not slow" --durations=10 $(ARGS)
 	$(BIN)/python scripts/check_wheel.py
 else
-	APOLLO_QN_TEST_DEVICE=$(DEVICE) PYTHONPATH=src:. $(GPU_PYTHON) -m pytest $(ARGS)
+	APOLLO_QN_TEST_DEVICE=$(DEVICE) PYTHONPATH=src:bench/src:. $(GPU_PYTHON) -m pytest $(ARGS)
 endif
 
 test-all: lint results-check  ## the same with the slow tests and coverage
@@ -46,14 +46,15 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-build: $(VENV)/.ready  ## wheel and sdist
+build: $(VENV)/.ready  ## wheels and sdists of both distributions
 	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m build --no-isolation --outdir dist bench
 
 kernel: $(VENV)/.ready  ## compile the fused kernel again
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
-bench: $(VENV)/.ready  ## step times against torch.optim; the table is in runs/bench
-	$(BIN)/apollo-qn bench $(ARGS)
+bench: $(VENV)/.ready  ## step times against torch.optim; the table is in runs/steptime
+	$(BIN)/apollo-bench steptime $(ARGS)
 
 gpu-check: $(VENV)/.ready  ## all that is to be known of a GPU, in nine minutes; runs/gpu/summary.txt
 	$(GPU_PYTHON) benchmarks/gpu.py --out runs/gpu $(ARGS)
@@ -71,4 +72,4 @@ docs: $(VENV)/.ready  ## the documentation as a site; open site/index.html
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf build dist site src/*.egg-info src/apollo_qn/backends/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf build dist site src/*.egg-info bench/build bench/src/*.egg-info src/apollo_qn/backends/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 
-from apollo_qn.experiments import recipe, tasks
-from apollo_qn.experiments.engine import train
-from apollo_qn.experiments.optimizers import build, rate_factor
-from apollo_qn.experiments.recipe import RunSpec
-from apollo_qn.experiments.runs import RunDirectory
-from apollo_qn.experiments.tasks.base import Task
+from apollo_bench.config import recipe
+from apollo_bench.config.recipe import RunSpec
+from apollo_bench.optimizers.registry import build, rate_factor
+from apollo_bench.runs.run_directory import RunDirectory
+from apollo_bench.training.loop import train
+from apollo_bench.workloads import tasks
+from apollo_bench.workloads.workload import Task
 
 
 def bare(spec: RunSpec, task: Task) -> None:

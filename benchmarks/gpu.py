@@ -86,14 +86,14 @@ def about(device: str, _quick: bool, out: Path) -> None:
     import torch
 
     import apollo_qn
+    from apollo_bench.steptime import timing
     from apollo_qn.backends import cpu, triton
-    from apollo_qn.experiments.bench import place
 
     write(
         out / "about.json",
         {
             "command": " ".join(sys.argv),
-            "device": place.at(device).about(),
+            "device": timing.at(device).about(),
             "torch": torch.__version__,
             "apollo_qn": apollo_qn.__version__,
             "python": platform.python_version(),
@@ -107,13 +107,13 @@ def about(device: str, _quick: bool, out: Path) -> None:
 def bench(device: str, name: str, out: Path, optimizers: list[str], seconds: float) -> None:
     import torch
 
-    from apollo_qn.experiments.bench import contenders, measure, parameter_sets, place
+    from apollo_bench.steptime import candidates, measurement, parameter_sets, timing
 
-    where = place.at(device)
+    where = timing.at(device)
     (chosen,) = parameter_sets.choose([name], where.device.type)
-    result = measure.measure(
+    result = measurement.measure(
         chosen,
-        contenders.choose(optimizers, where.device.type),
+        candidates.choose(optimizers, where.device.type),
         repeats=100,
         budget=seconds,
         dtype=torch.float32,
@@ -146,11 +146,11 @@ def bench(device: str, name: str, out: Path, optimizers: list[str], seconds: flo
 def sweep(device: str, name: str, out: Path) -> None:
     import torch
 
+    from apollo_bench.steptime import parameter_sets, timing
     from apollo_qn import Apollo
     from apollo_qn.backends import triton_kernel, triton_launch
-    from apollo_qn.experiments.bench import parameter_sets, place
 
-    where = place.at(device)
+    where = timing.at(device)
     (chosen,) = parameter_sets.choose([name], where.device.type)
     draw = torch.Generator(where.device).manual_seed(0)
 

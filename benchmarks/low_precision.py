@@ -31,11 +31,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import apollo_qn
+from apollo_bench.config.recipe import RunSpec, load
+from apollo_bench.config.schema import ApolloSettings
+from apollo_bench.optimizers.registry import rate_factor
+from apollo_bench.workloads import tasks
 from apollo_qn import Apollo
-from apollo_qn.experiments import tasks
-from apollo_qn.experiments.optimizers import rate_factor
-from apollo_qn.experiments.recipe import RunSpec, load
-from apollo_qn.experiments.schema import ApolloSettings
 
 F32, BF16 = torch.float32, torch.bfloat16
 # name: type of the model, Apollo's settings; the first is what the others are compared with

@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy
 
-from apollo_qn.experiments.data.one_billion_word import HELD_OUT, TRAIN
-from apollo_qn.experiments.runs import machine
+from apollo_bench.runs.run_directory import machine
+from apollo_bench.workloads.language_modeling.one_billion_word import HELD_OUT, TRAIN
 
 WORDS = 793_471  # of the standard vocabulary
 WHOLE = 0.8e9  # tokens of the benchmark
@@ -35,7 +35,7 @@ SENTENCE = 25  # words
 CHILD = """
 import sys
 from pathlib import Path
-from apollo_qn.experiments.data.one_billion_word import prepare
+from apollo_bench.workloads.language_modeling.one_billion_word import prepare
 
 if __name__ == "__main__":
     raw, out, words = map(Path, sys.argv[1:4])

@@ -23,8 +23,8 @@ import torch
 from torch.nn import functional
 
 import apollo_qn
+from apollo_bench.workloads.image_classification.resnet import resnet
 from apollo_qn import Apollo
-from apollo_qn.experiments.models.resnet import resnet
 
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 CONTENDERS: dict[str, Make | None] = {

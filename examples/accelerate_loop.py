@@ -1,6 +1,6 @@
 """Apollo in a loop of Hugging Face Accelerate, with accumulation and clipping.
 
-    pip install '.[experiments]' accelerate
+    pip install . ./bench accelerate
     python examples/accelerate_loop.py      # or: accelerate launch examples/accelerate_loop.py
 
 A step is that of an update: with accumulation Apollo's warmup counts updates, not batches.
@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
+from apollo_bench.workloads.image_classification import fashion_mnist
 from apollo_qn import Apollo
-from apollo_qn.experiments.data import fashion_mnist
 
 
 def main() -> None:

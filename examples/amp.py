@@ -1,6 +1,6 @@
 """Mixed precision: torch.autocast, and a torch.amp.GradScaler where gradients are float16.
 
-    pip install '.[experiments]'
+    pip install . ./bench
     python examples/amp.py
 
 A step that the scaler skips, because a gradient is infinite, leaves Apollo's state and its warmup
@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from apollo_bench.workloads.image_classification import fashion_mnist
 from apollo_qn import Apollo
-from apollo_qn.experiments.data import fashion_mnist
 
 
 def main() -> None:

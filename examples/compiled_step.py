@@ -1,6 +1,6 @@
 """A training step that torch.compile has compiled: the passes and Apollo's step in one function.
 
-    pip install '.[experiments]'
+    pip install . ./bench
     python examples/compiled_step.py [--backend inductor]
 
 In eager mode Apollo's own fused kernel serves CPU tensors; under a compiler the plain rule is
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from apollo_bench.workloads.image_classification import fashion_mnist
 from apollo_qn import Apollo
-from apollo_qn.experiments.data import fashion_mnist
 
 
 def main() -> None:

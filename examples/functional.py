@@ -1,6 +1,6 @@
 """torch.func with the functional form of Apollo: gradients by torch.func, an ensemble by vmap.
 
-    pip install '.[experiments]'
+    pip install . ./bench
     python examples/functional.py
 
 The state is the caller's. Apollo's sums run over each tensor, so that of the stacked weights of an
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 from torch.nn import functional
 
+from apollo_bench.workloads.image_classification import fashion_mnist
 from apollo_qn import apollo
-from apollo_qn.experiments.data import fashion_mnist
 
 MODELS = 3
 

@@ -1,6 +1,6 @@
 """Steps in the backward pass: the gradients are never all in memory, the numbers are the same.
 
-    pip install '.[experiments]'
+    pip install . ./bench
     python examples/gradient_release.py
 
 The loop stays as it is. Not with it: clipping over the whole model, GradScaler, several processes;
@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from apollo_bench.workloads.image_classification import fashion_mnist
 from apollo_qn import Apollo, GradientRelease
-from apollo_qn.experiments.data import fashion_mnist
 
 MICRO = 2  # batches whose gradients make one step
 

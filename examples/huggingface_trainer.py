@@ -1,6 +1,6 @@
 """Apollo in the Hugging Face Trainer: a small GPT-2 on definitions of WordNet.
 
-    pip install '.[experiments]' transformers accelerate
+    pip install . ./bench transformers accelerate
     python examples/huggingface_trainer.py
 
 The Trainer clips gradients to a norm of 1 unless it is told otherwise, and has a schedule of its
@@ -14,8 +14,8 @@ import tempfile
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
+from apollo_bench.workloads.language_modeling import wordnet
 from apollo_qn import Apollo
-from apollo_qn.experiments.data import wordnet
 
 STEPS, BATCH, LENGTH = 60, 8, 32
 

@@ -1,6 +1,6 @@
 """Apollo in Lightning's Trainer: a small convolutional network on Fashion-MNIST.
 
-pip install '.[experiments]'
+pip install . ./bench
 python examples/lightning_trainer.py
 """
 
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
+from apollo_bench.workloads.image_classification import fashion_mnist
 from apollo_qn import Apollo
-from apollo_qn.experiments.data import fashion_mnist
 
 STEPS = 60
 

@@ -1,6 +1,6 @@
 """Apollo's settings tuned by Optuna: the rate and the decay, on held-out images.
 
-    pip install '.[experiments]' optuna
+    pip install . ./bench optuna
     python examples/optuna_tuning.py
 
 Only lr is searched, not sigma: (lr, sigma) and (c lr, c sigma) give the same training (Theorem 1 of
@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from apollo_bench.workloads.image_classification import fashion_mnist
 from apollo_qn import Apollo
-from apollo_qn.experiments.data import fashion_mnist
 
 STEPS, TRIALS = 40, 8
 

@@ -1,6 +1,6 @@
 """A schedule, then averaged weights: torch.optim.lr_scheduler and torch.optim.swa_utils.
 
-    pip install '.[experiments]'
+    pip install . ./bench
     python examples/schedulers_and_swa.py
 
 Apollo's warmup multiplies what the scheduler sets, so the schedule has no warmup of its own. The
@@ -15,8 +15,8 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.optim.swa_utils import SWALR, AveragedModel, update_bn
 
+from apollo_bench.workloads.image_classification import fashion_mnist
 from apollo_qn import Apollo
-from apollo_qn.experiments.data import fashion_mnist
 
 STEPS, AVERAGE_FROM = 100, 60
 

@@ -1,6 +1,6 @@
-"""Build sdist and wheel, install the wheel in a fresh environment and train with it.
+"""Build both distributions, install their wheels in a fresh environment and train there.
 
-Once as it is, and once as where there is no compiler.
+Once as it is, and once as on a machine without a compiler.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+LARGEST = 1_500_000  # bytes of the optimizer's wheel: no data, no evaluation
 TRIAL = """
 import sys
 import torch
@@ -44,30 +45,55 @@ def main() -> None:
 
 
 def try_out(folder: Path, kind: str, environment: dict[str, str]) -> str:
-    """Build, install, train; returns what training wrote to stderr."""
-    # the wheel is built from the sdist, so both are tried, with the pinned setuptools
-    run(
-        *(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)),
-        **environment,
-    )
-    (wheel,) = folder.glob("*.whl")
-    (sdist,) = folder.glob("*.tar.gz")
-    # torch is taken from this environment: only our own files are on trial
+    """Build, install and train; return what training wrote to stderr."""
+    qn = build(ROOT, folder / "apollo-qn", environment)
+    bench = build(ROOT / "bench", folder / "apollo-bench", environment)
+    if qn.stat().st_size > LARGEST:
+        sys.exit(f"{qn.name} has {qn.stat().st_size:,} bytes, allowed are {LARGEST:,}")
+    # the other packages are taken from this environment: only our own files are on trial
     venv.create(folder / "venv", with_pip=False)
     python = folder / "venv" / "bin" / "python"
     site = next((folder / "venv" / "lib").glob("python*/site-packages"))
     (site / "torch.pth").write_text(f"{Path(__import__('torch').__file__).parent.parent}\n")
+    install(qn, site)
+    said = run(str(python), "-c", TRIAL, kind, cwd=folder)
+    if (site / "apollo_bench").exists():
+        sys.exit(f"{qn.name} holds apollo_bench")
+    install(bench, site)
+    command = site / "bin" / "apollo-bench"
+    if not command.exists():
+        sys.exit(f"{bench.name} installs no command apollo-bench")
+    run(str(python), str(command), "tasks", cwd=folder)
+    run(
+        *(str(python), "-m", "apollo_bench", "train", "fashion-mnist", "--optimizer", "apollo"),
+        *("--set", "data.train_examples=128", "--set", "schedule.epochs=1"),
+        cwd=folder,
+    )
+    print(f"{kind}: {told(qn)} and {told(bench)} build, install and train")
+    return said
+
+
+def build(project: Path, out: Path, environment: dict[str, str]) -> Path:
+    """Build sdist and wheel, the wheel from the sdist; return the wheel."""
+    # --no-isolation: with the pinned setuptools
+    run(
+        *(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(project)),
+        **environment,
+    )
+    (wheel,) = out.glob("*.whl")
+    (_,) = out.glob("*.tar.gz")
+    return wheel
+
+
+def install(wheel: Path, site: Path) -> None:
     run(
         *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"),
         *("--disable-pip-version-check", "--target", str(site), str(wheel)),
     )
-    said = run(str(python), "-c", TRIAL, kind, cwd=folder)
-    run(str(python), "-m", "apollo_qn.experiments.cli", "tasks", cwd=folder)
-    print(
-        f"{kind}: {sdist.name} ({sdist.stat().st_size:,} bytes) and {wheel.name} "
-        f"({wheel.stat().st_size:,} bytes) build, install and train"
-    )
-    return said
+
+
+def told(wheel: Path) -> str:
+    return f"{wheel.name} ({wheel.stat().st_size:,} bytes)"
 
 
 def run(*command: str, cwd: Path | None = None, **environment: str) -> str:

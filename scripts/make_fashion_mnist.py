@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
 ROOT = Path(__file__).resolve().parent.parent
-TARGET = ROOT / "src/apollo_qn/experiments/data/embedded/fashion_mnist"
+TARGET = ROOT / "bench/src/apollo_bench/workloads/image_classification/embedded/fashion_mnist"
 SOURCE = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = 10
 # 8000 + 2000 images come to about 4.4 MB, below the 5 MB that the repository allows itself

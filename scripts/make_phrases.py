@@ -23,7 +23,7 @@ from babel import dates, numbers, units
 from num2words import num2words
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGET = ROOT / "src/apollo_qn/experiments/data/embedded/phrases"
+TARGET = ROOT / "bench/src/apollo_bench/workloads/translation/embedded/phrases"
 SIZES = {"train": 20_000, "valid": 1_000, "test": 1_000}
 LANGUAGES = ("en", "de")
 EN, DE = "en_US", "de_DE"

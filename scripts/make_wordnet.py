@@ -21,7 +21,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGET = ROOT / "src/apollo_qn/experiments/data/embedded/wordnet"
+TARGET = ROOT / "bench/src/apollo_bench/workloads/language_modeling/embedded/wordnet"
 SOURCE = Path("/usr/share/wordnet")
 PARTS = ("noun", "verb", "adj", "adv")
 SEED = "apollo-qn wordnet"

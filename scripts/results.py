@@ -22,13 +22,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("MPLCONFIGDIR", str(ROOT / "build" / "matplotlib"))
 
-from apollo_qn.experiments import recipe, tuning  # noqa: E402
-from apollo_qn.experiments.archive import CURVATURE, EVALUATIONS, RUNS  # noqa: E402
-from apollo_qn.experiments.report import page, tables, words  # noqa: E402
-from apollo_qn.experiments.report.statistics import Spread  # noqa: E402
-from apollo_qn.experiments.report.summary import Section, Summary, collect  # noqa: E402
-from apollo_qn.experiments.schema import Examples  # noqa: E402
-from apollo_qn.experiments.tasks import TASKS as FAMILIES  # noqa: E402
+from apollo_bench.config import recipe  # noqa: E402
+from apollo_bench.config.schema import Examples  # noqa: E402
+from apollo_bench.report import narrative, page, tables  # noqa: E402
+from apollo_bench.report.statistics import Spread  # noqa: E402
+from apollo_bench.report.summary import Section, Summary, collect  # noqa: E402
+from apollo_bench.runs.archive import CURVATURE, EVALUATIONS, RUNS  # noqa: E402
+from apollo_bench.search import trials  # noqa: E402
+from apollo_bench.workloads.tasks import TASKS as FAMILIES  # noqa: E402
 
 RESULTS = ROOT / "results"
 FIGURES = ROOT / "docs" / "figures"
@@ -169,11 +170,11 @@ def protocol(task: str, plan: str) -> Iterator[str]:
             update={"data": known.data.model_copy(update={"validation": size})}
         )
     optimizers = list(known.optimizers)
-    yield from unlike(tried, searched, tuning.tries(held_out, optimizers))
+    yield from unlike(tried, searched, trials.tries(held_out, optimizers))
     final = FAMILIES[task].final.name
     if final != FAMILIES[task].curve.name and any(final in run.result for run in searched.runs):
         yield f"{tried}: has seen the test data"
-    made = tuning.apply(known, RESULTS / tried, optimizers)
+    made = trials.apply(known, RESULTS / tried, optimizers)
     yield from unlike(compared, summary_of(compared), made.runs(optimizers))
     analyses = [*names]
     if plan == "recipe":
@@ -241,7 +242,7 @@ def block(name: str) -> str:
     if summary.sweep == "tuning":
         shown = shown[:1]
     text = "\n".join(tables.as_markdown(table) for table in shown)
-    return f"{text}\n{words.finding(summary)}\n"
+    return f"{text}\n{narrative.finding(summary)}\n"
 
 
 def narrow(table: tables.Table) -> tables.Table:

@@ -14,7 +14,7 @@ from apollo_qn.backends import foreach
 # The optimizer's tests run there; tests.helpers reads it too.
 _DEVICE = os.environ.get("APOLLO_QN_TEST_DEVICE", "cpu")
 # their models, processes and files stay on the CPU
-collect_ignore = [] if _DEVICE == "cpu" else ["distributed", "experiments"]
+collect_ignore = [] if _DEVICE == "cpu" else ["distributed"]
 
 
 def pytest_configure() -> None:

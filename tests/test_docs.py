@@ -49,7 +49,7 @@ loss_of = torch.nn.functional.cross_entropy
 """
 
 _COMMENT = re.compile(r"<!--\s*(prelude\n|from:|not run:|needs:)(.*?)-->", re.DOTALL)
-_COMMANDS = ("apollo-qn", "apollo_qn.experiments.cli")
+_COMMANDS = ("apollo-bench", "apollo_bench")
 
 
 class Block(NamedTuple):
@@ -166,7 +166,7 @@ def commands() -> list[tuple[str, list[str], bool]]:
 
 def test_commands_are_those_of_the_command_line() -> None:
     typer = pytest.importorskip("typer")
-    from apollo_qn.experiments import cli
+    from apollo_bench import cli
 
     group = typer.main.get_command(cli.app)
     usage_error: Any = typer.BadParameter.__base__
@@ -175,7 +175,7 @@ def test_commands_are_those_of_the_command_line() -> None:
     assert len(shown) > 20
     wrong = []
     for where, words, whole in shown:
-        context = group.make_context("apollo-qn", list(words[:1]), resilient_parsing=True)
+        context = group.make_context("apollo-bench", list(words[:1]), resilient_parsing=True)
         try:
             if not words:
                 continue

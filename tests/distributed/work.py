@@ -24,9 +24,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+from apollo_bench.training.sync_batch_norm import over_all_processes
+from apollo_bench.workloads.image_classification.resnet import ResNet
 from apollo_qn import Apollo, GradientRelease, diagnostics
-from apollo_qn.experiments.models.batch_norm import over_all_processes
-from apollo_qn.experiments.models.resnet import ResNet
 from tests import tolerances
 from tests.helpers import gradient, normal
 

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "examples").glob("*.py"))
-# what a page needs beside torch and the extra [experiments]
+# what a page needs beside torch and apollo-bench
 NEEDS = {
     "huggingface_trainer": ("transformers", "accelerate"),
     "lightning_trainer": ("lightning",),

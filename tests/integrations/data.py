@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from apollo_qn.experiments.data import fashion_mnist
+from apollo_bench.workloads.image_classification import fashion_mnist
 
 
 @cache

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from apollo_bench.workloads.language_modeling import wordnet
 from apollo_qn import Apollo, ApolloW, GradientRelease
-from apollo_qn.experiments.data import wordnet
 from tests.helpers import same, snapshot
 
 pytest.importorskip("accelerate")

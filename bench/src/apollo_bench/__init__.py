@@ -1,0 +1,1 @@
+"""The evaluation: recipe -> workload -> training -> run directory -> report; nothing flows back."""

@@ -1,0 +1,1 @@
+"""Recipes: their schema, the paper's numbers, overrides, and errors in them."""

@@ -1,0 +1,167 @@
+"""Many runs as tasks of a Ray cluster, which finds each its cores or GPUs on some machine.
+
+The runs' directories, on a file system that all machines share, are all that driver and tasks have
+in common: there a run that Ray starts anew goes on, and there its progress is read.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from apollo_bench.config.execution import cores
+from apollo_bench.errors import ExperimentError
+from apollo_bench.interrupts import Interrupted, signals
+from apollo_bench.launch import run_scheduler, worker
+from apollo_bench.launch.run_scheduler import Display, RunState
+from apollo_bench.optional_imports import library
+from apollo_bench.runs.run_directory import RunDirectory
+
+ENGINES = ("ray",)
+
+_RETRIES = 10  # of a run whose machine or Ray worker has died; its own errors are not tried again
+_CONNECT = 10.0  # seconds
+_CANCEL_EVERY = 5.0  # seconds
+_RELEASE = 120.0  # seconds that a lost task's lock may take to be released
+
+
+def run_all(runs: list[RunState], jobs: int | None, display: Display) -> None:
+    """Train all runs that are not finished on the cluster of RAY_ADDRESS, or on this machine's own.
+
+    Args:
+        runs: prepared; their status says at the end what became of them.
+        jobs: tasks at a time; None: as many as the cluster finds room for.
+        display: told several times a second.
+
+    Raises:
+        ExperimentError: Ray is missing, or there is no such cluster.
+        Interrupted: on SIGINT or SIGTERM, after the tasks have stopped.
+    """
+    ray = library("ray", "--cluster ray")
+    for run in runs:
+        run.refresh()
+        run.settle()
+    _join(ray)
+    tasks: dict[int, Any] = {}
+    before: dict[int, float] = {}
+    with signals() as received:
+        try:
+            while any(run.status in ("waiting", "running") for run in runs):
+                for i, run in enumerate(runs):
+                    if run.status == "waiting" and i not in tasks and len(tasks) < (jobs or 10**6):
+                        before[i] = _begun(run)
+                        tasks[i] = _submit(ray, run.directory)
+                display.update(runs, max(1, sum(run.status == "running" for run in runs)))
+                waiting = list(tasks.values())
+                done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=run_scheduler.POLL)
+                for i, reference in list(tasks.items()):
+                    runs[i].refresh()
+                    if reference in done:
+                        del tasks[i]
+                        _settle(ray, runs[i], reference)
+                    elif runs[i].status == "waiting" and _begun(runs[i]) != before[i]:
+                        runs[i].status = "running"
+                if received:
+                    raise Interrupted(received[0])
+        finally:
+            _stop(ray, tasks, runs, received)
+            display.update(runs, 1)
+            ray.shutdown()
+
+
+def _submit(ray: Any, directory: RunDirectory) -> Any:
+    placement = directory.placement()
+    resources = {"num_cpus": placement.devices * placement.threads}
+    if placement.accelerator == "gpu":
+        resources["num_gpus"] = placement.devices
+    task = ray.remote(**resources, max_retries=_RETRIES)(train_run)
+    return task.remote(str(directory.path.resolve()))
+
+
+def train_run(path: str) -> int:
+    """The task: train a prepared run in processes of its own; how they ended."""
+    directory = RunDirectory(Path(path))
+    _wait_for_lock(directory)
+    process = run_scheduler.start(directory)
+    try:
+        while process.poll() is None:
+            time.sleep(run_scheduler.POLL)  # wait() could not be interrupted
+        return process.returncode
+    except BaseException:  # cancelled
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(run_scheduler.GRACE)
+        process.kill()
+        raise
+
+
+def _wait_for_lock(directory: RunDirectory) -> None:
+    """Until the processes of a task that was lost are gone; they notice it after their step."""
+    deadline = time.monotonic() + _RELEASE
+    while time.monotonic() < deadline:
+        try:
+            worker.exclusive(directory).close()
+        except ExperimentError:
+            time.sleep(0.2)
+        else:
+            return
+
+
+def _join(ray: Any) -> None:
+    quiet = {"logging_level": "error", "log_to_driver": False}
+    given = os.environ.get("RAY_ADDRESS")
+    host, _, port = (given or "").rpartition(":")
+    if host and "/" not in host and port.isdecimal():  # Ray tries for minutes
+        try:
+            socket.create_connection((host, int(port)), _CONNECT).close()
+        except OSError as error:
+            raise ExperimentError(
+                f"--cluster ray: RAY_ADDRESS is {given!r}, where no cluster answers ({error}); "
+                "start one there (ray start --head), or unset it for one on this machine"
+            ) from None
+    try:
+        if given:
+            ray.init(**quiet)
+        else:
+            ray.init(num_cpus=cores(), include_dashboard=False, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        where = f"at {given}" if given else "on this machine"
+        raise ExperimentError(f"--cluster ray: no cluster {where} ({first})") from None
+
+
+def _begun(run: RunState) -> float:
+    """When the run's lock was last taken."""
+    try:
+        return run.directory.lock.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _settle(ray: Any, run: RunState, reference: Any) -> None:
+    try:
+        run.settle(ray.get(reference))
+    except ray.exceptions.RayError as error:
+        run.settle(worker.STOPPED)
+        if run.status == "stopped":
+            run.status, run.reason = "failed", str(error).splitlines()[0]
+
+
+def _stop(ray: Any, tasks: dict[int, Any], runs: list[RunState], received: list[int]) -> None:
+    deadline = time.monotonic() + run_scheduler.GRACE
+    left, again = list(tasks.values()), 0.0
+    # a second Ctrl-C means: now
+    while left and time.monotonic() < deadline and len(received) < 2:
+        if time.monotonic() > again:  # one that is just starting does not notice it
+            again = time.monotonic() + _CANCEL_EVERY
+            for reference in left:
+                ray.cancel(reference)
+        _, left = ray.wait(left, num_returns=len(left), timeout=run_scheduler.POLL)
+    for i in tasks:
+        runs[i].refresh()
+        runs[i].settle(worker.STOPPED)

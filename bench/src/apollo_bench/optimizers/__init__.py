@@ -1,0 +1,1 @@
+"""The registry of optimizers, and those that PyTorch does not have."""

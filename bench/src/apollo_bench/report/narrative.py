@@ -1,0 +1,271 @@
+"""The outcome and what the numbers stand for, in words."""
+
+from __future__ import annotations
+
+import math
+
+from apollo_bench.config.recipe import Recipe, RunSpec
+from apollo_bench.report.summary import Row, Section, Summary, best_of
+from apollo_bench.report.tables import settings_of
+from apollo_bench.runs.loading import Run
+
+
+def finding(summary: Summary) -> str:
+    """The outcome, whoever wins."""
+    unfinished = any(run.verdict == "unfinished" for run in summary.runs)
+    diverged = _diverged(summary)
+    if all(row.score is None for row in summary.rows):
+        return f"No run has finished{' yet' if unfinished else ''}.{diverged}"
+    one = len(summary.sections) == 1
+    say = {None: _compared, "tuning": _tuned}.get(summary.sweep, _swept)
+    texts = [say(section, summary) for section in summary.sections]
+    if not one:
+        texts = [
+            f"Schedule {section.schedule}: {text}"
+            for section, text in zip(summary.sections, texts, strict=True)
+        ]
+    if unfinished:
+        texts.append("Not all runs have finished: see the last column of the table.")
+    return " ".join(texts) + diverged
+
+
+def _diverged(summary: Summary) -> str:
+    """Whose runs have."""
+    told = []
+    for label, rows in _by_label(summary).items():
+        count, total = sum(row.diverged for row in rows), sum(len(row.runs) for row in rows)
+        if count:
+            told.append(f"{label} ({count} of {total} runs)")
+    return f" Diverged: {', '.join(told)}." if told else ""
+
+
+def _by_label(summary: Summary) -> dict[str, list[Row]]:
+    """The rows of each optimizer and, where there are several, schedule."""
+    found: dict[str, list[Row]] = {}
+    for section in summary.sections:
+        for row in section.rows:
+            one = len(summary.sections) == 1
+            label = row.label if one else f"{row.label}, {section.schedule}"
+            found.setdefault(label, []).append(row)
+    return found
+
+
+def _compared(section: Section, summary: Summary) -> str:
+    best, rival, ours = section.best, section.rival, section.ours
+    if best is None or best.score is None:
+        return "no run has finished."
+    unit = f" {summary.metric.unit}".rstrip()
+    text = f"Best mean {summary.metric.label}: {best.label}, {best.score.text(2)}{unit}."
+    lead = None if rival is None else section.lead(rival)
+    if ours is None or rival is None or lead is None:
+        return text
+    gap = f"{abs(lead.mean):.2f}"
+    way = (
+        "level with" if float(gap) == 0 else f"{gap} {'better' if lead.mean > 0 else 'worse'} than"
+    )
+    text += f" {ours.label} is {way} {rival.label}"
+    if lead.low is not None and lead.high is not None:
+        text += f" (95 % interval of its lead {lead.low:+.2f} to {lead.high:+.2f}"
+        text += "" if lead.p is None else f", p = {lead.p:.2g}"
+        text += f", {lead.pairs} seeds)"
+    if len(section.forms) > 1:
+        form = best_of(section.forms)
+        if form is not None and form.score is not None:
+            text += f"; the form of Apollo with the best mean is {form.label}, {form.score.text(2)}"
+            text += unit
+    return text + "."
+
+
+def _tuned(section: Section, summary: Summary) -> str:
+    names = dict.fromkeys(row.name for row in section.rows)
+    chosen = [
+        best_of([row for row in section.rows if row.name == name and not row.diverged])
+        for name in names
+    ]
+    told = [
+        f"{row.label} {settings_of(row)} ({row.score.text(2)})"
+        for row in chosen
+        if row is not None and row.score is not None
+    ]
+    return f"Best {summary.metric.label}: {', '.join(told)}."
+
+
+def _swept(section: Section, summary: Summary) -> str:
+    rows: dict[str, list[Row]] = {}
+    for row in section.rows:
+        rows.setdefault(row.label, []).append(row)
+    spans = []
+    for label, mine in rows.items():
+        means = [row.score.mean for row in mine if row.score is not None]
+        bad = any(row.diverged for row in mine)  # worse than any number
+        if means or bad:
+            spans.append((math.inf if bad else max(means) - min(means), label))
+    if not spans:
+        return "no run has finished."
+    told = ", ".join(
+        f"{label} {'diverged at one' if math.isinf(span) else f'{span:.2f}'}"
+        for span, label in sorted(spans)
+    )
+    return f"Between its best and worst value the mean {summary.metric.label} differs by: {told}."
+
+
+def notes(summary: Summary) -> list[str]:
+    """What the numbers stand for."""
+    spec = summary.runs[0].spec
+    examples = spec.data.train_examples
+    part = f", the first {examples} training examples" if examples else ""
+    schedules = ", ".join(f"{section.schedule} ({section.length})" for section in summary.sections)
+    found = [
+        f"{spec.task}{part}; {spec.model}; batch {spec.train.batch_size}; "
+        f"schedule {schedules}; {_seeds(summary)}.",
+        "Mean ± standard deviation over the seeds of the runs that finished, of the trained model; "
+        "an optimizer of which runs diverged is best only where that holds for all. "
+        "Wall time is that of training and evaluation in one process of several; optimizer step: "
+        "the median of optimizer.step() alone, and its share of forward pass, backward pass and "
+        "step together.",
+    ]
+    remarks = [text for run in summary.runs for text in run.manifest["data"].get("remarks", [])]
+    found += dict.fromkeys(remarks)
+    if summary.sweep is None:
+        found.append(_on_differences(summary))
+    elif summary.sweep == "tuning":
+        found.append(
+            "Each optimizer's settings are tried at the same places of its ranges, log-uniform, "
+            "and judged at the end of the run on data that are neither trained on nor those of a "
+            "comparison's final metric. A learning rate takes the weight decay along, so "
+            "that their product stays (eq. 14). A choice at an end of what was tried may not be "
+            "the best that there is."
+        )
+    elif summary.sweep == "lr-robustness":
+        found.append(
+            "Each column multiplies the learning rates (and where Apollo's warmup begins) by a "
+            "factor and divides weight decay by it, so that their product stays (eq. 14)."
+        )
+    else:
+        found.append(
+            "Each column is the weight decay of the optimizers that state a number; those whose "
+            "decay is coupled have the decay of equal strength (eq. 14)."
+        )
+    if summary.paper is not None:
+        found.append(_on_paper(summary, spec))
+    places = list(dict.fromkeys(_place(run) for run in summary.runs))
+    versions = summary.runs[0].manifest["versions"]
+    found.append(
+        f"Measured on {'; '.join(places)}; torch {versions['torch']}, "
+        f"apollo-qn {versions['apollo_qn']}."
+    )
+    if len(places) > 1:
+        found.append("The runs were not all trained in one such way: their times do not compare.")
+    return found
+
+
+def _seeds(summary: Summary) -> str:
+    by_row = {
+        (label, str(row.point)): {run.spec.seed for run in row.runs}
+        for label, rows in _by_label(summary).items()
+        for row in rows
+    }
+    common = set.intersection(*by_row.values())
+    told = f"seeds {_listed(common)}" if common else "no seed that all have"
+    more: dict[str, set[int]] = {}
+    for (label, _), seeds in by_row.items():
+        if seeds - common:
+            more.setdefault(label, set()).update(seeds - common)
+    if not more:
+        return told
+    beyond = "; ".join(f"{_listed(seeds)} of {label}" for label, seeds in more.items())
+    return f"{told}{' of all' if common else ''}, beyond them {beyond}"
+
+
+def _listed(numbers: set[int]) -> str:
+    return ", ".join(str(number) for number in sorted(numbers))
+
+
+def _place(run: Run) -> str:
+    """Where and how it was trained, as far as its times hang on that."""
+    machine, placement = run.manifest["machine"], run.placement
+    told = [machine["cpu"], f"{machine['cores']} cores"]
+    if placement.accelerator == "gpu":
+        told.insert(0, f"{placement.devices} x {machine.get('gpu', 'GPU')}")
+    elif placement.devices > 1:
+        told.append(f"{placement.devices} processes a run")
+    if placement.nodes > 1:
+        told.append(f"{placement.nodes} such machines")
+    if placement.accelerator == "cpu":
+        threads = placement.threads
+        told.append(f"{threads} thread{'s' if threads > 1 else ''} a process")
+    told.append(f"precision {run.spec.train.precision}")
+    return ", ".join(told)
+
+
+def _on_differences(summary: Summary) -> str:
+    text = (
+        "Apollo's lead: by how much its metric is better, paired by seed, with a 95 % bootstrap "
+        "interval (percentiles; of a few seeds it is too narrow) and the p-value of a two-sided "
+        "paired t-test, not corrected for the number of rows."
+    )
+    targets = [
+        f"{section.target:.2f}" + (f" ({section.schedule})" if len(summary.sections) > 1 else "")
+        for section in summary.sections
+        if section.target is not None
+    ]
+    if targets:
+        text += (
+            f" Updates and time to a target: to the first evaluation at which the "
+            f"{summary.curve.label} reaches {', '.join(targets)}"
+        )
+        if all(section.asked_target is None for section in summary.sections):
+            text += ", which is what the best of the others has after three quarters of a run"
+        text += (
+            "; it is found at an evaluation, and seconds count evaluations too. Where a run does "
+            "not get there, or diverges, its whole length counts, the mean is marked > and the "
+            "number of those that do stands beside it."
+        )
+    return text
+
+
+def _on_paper(summary: Summary, spec: RunSpec) -> str:
+    assert summary.paper is not None
+    theirs = summary.paper
+    lengths = ", ".join(
+        f"{theirs.schedules[name]} ({name})" for name in theirs.paper if name in theirs.schedules
+    )
+    text = (
+        f"The paper's numbers are of {theirs.model}, batch {theirs.train.batch_size}, {lengths}, "
+        f"{len(theirs.seeds)} runs."
+    )
+    differing = _differing(summary, spec, theirs)
+    if not differing:
+        return text
+    *most, last = differing
+    told = f"{', '.join(most)} and {last}" if most else last
+    return f"{text} Ours differ in {told}: they do not compare with them."
+
+
+def _differing(summary: Summary, spec: RunSpec, theirs: Recipe) -> list[str]:
+    """In what our runs are not the paper's."""
+    steps = theirs.train
+    shapes = [
+        theirs.schedules.get(section.schedule) == section.rows[0].runs[0].spec.train.schedule
+        for section in summary.sections
+    ]
+    settings = {
+        row.label
+        for row in summary.rows
+        if summary.published(row) is not None
+        for run in row.runs
+        if run.spec.optimizer != theirs.run(row.name, run.spec.seed, row.schedule).optimizer
+    }
+    labels = [row.label for row in summary.rows if row.label in settings]
+    same = {
+        "model": spec.model == theirs.model,
+        "data": spec.data == theirs.data,
+        "batch size": all(run.spec.train.batch_size == steps.batch_size for run in summary.runs),
+        "schedule": all(shapes),
+        "gradient clipping": all(
+            run.spec.train.clip_norm == steps.clip_norm for run in summary.runs
+        ),
+        "averaging": all(run.spec.train.average_last == steps.average_last for run in summary.runs),
+        f"the settings of {', '.join(dict.fromkeys(labels))}": not labels,
+    }
+    return [what for what, equal in same.items() if not equal]

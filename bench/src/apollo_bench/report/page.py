@@ -1,0 +1,104 @@
+"""The files of a report: one page, Markdown, CSV and the pictures."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import jinja2
+from rich.console import Console
+
+from apollo_bench.atomic_write import write_atomically
+from apollo_bench.optimizers.plot_style import style
+from apollo_bench.report import figures, narrative, tables
+from apollo_bench.report.summary import Row, Summary, collect
+
+
+def write(paths: list[Path], out: Path, target: float | None = None) -> list[Summary]:
+    """Write report.html, results.md, results.csv and the figures (PNG, SVG) into a folder.
+
+    Args:
+        paths: as of ``collect``.
+        out: made where it is missing; a report that is there is replaced.
+        target: as of ``collect``.
+
+    Raises:
+        ExperimentError: as ``collect`` does.
+    """
+    summaries = collect(paths, target)
+    several = len(summaries) > 1
+    pictures = [figures.draw(summary) for summary in summaries]
+    files = {
+        "results.csv": tables.as_csv(summaries).encode(),
+        "results.md": _markdown(summaries).encode(),
+        "report.html": _page(summaries, pictures).encode(),
+    }
+    for summary, drawn in zip(summaries, pictures, strict=True):
+        for picture in drawn:
+            name = f"{summary.task}_{picture.name}" if several else picture.name
+            files[f"{name}.png"], files[f"{name}.svg"] = picture.png, picture.svg
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_atomically(out / name, content)
+    return summaries
+
+
+def show(summaries: list[Summary], console: Console) -> None:
+    """Print the tables and the outcome."""
+    for summary in summaries:
+        if len(summaries) > 1:
+            console.print(f"\n[bold]{summary.task}[/bold]")
+        for table in tables.tables(summary):
+            if sum(column.on_console for column in table.columns) > 1:
+                console.print(tables.for_console(table))
+        console.print(narrative.finding(summary), highlight=False)
+
+
+def _markdown(summaries: list[Summary]) -> str:
+    parts = []
+    for summary in summaries:
+        if len(summaries) > 1:
+            parts.append(f"## {summary.task}\n")
+        parts += [tables.as_markdown(table) for table in tables.tables(summary)]
+        parts += [narrative.finding(summary), "", *narrative.notes(summary), ""]
+    return "\n".join(parts)
+
+
+def _page(summaries: list[Summary], pictures: list[list[figures.Picture]]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["color"] = lambda name: style(name).color
+    environment.filters["base64"] = lambda content: base64.b64encode(content).decode("ascii")
+    return environment.get_template("report.html").render(
+        tasks=[
+            {
+                "name": summary.task,
+                "finding": narrative.finding(summary),
+                "tables": tables.tables(summary),
+                "notes": narrative.notes(summary),
+                "pictures": drawn,
+                "metric": summary.metric,
+                "runs": summary.runs,
+                "settings": [(_label(row), _settings(row)) for row in summary.rows],
+            }
+            for summary, drawn in zip(summaries, pictures, strict=True)
+        ],
+    )
+
+
+def _label(row: Row) -> str:
+    point = [] if row.point is None else [str(row.point)]
+    return " ".join([row.label, row.schedule, *point])
+
+
+def _settings(row: Row) -> str:
+    settings = row.runs[0].spec.optimizer.model_dump(exclude={"method"})
+    return ", ".join(
+        f"{key} = {value:.6g}" if isinstance(value, float) else f"{key} = {value}"
+        for key, value in settings.items()
+    )

@@ -1,0 +1,327 @@
+"""The tables of a report, as cells; and what a console, Markdown and CSV make of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+from rich import table as rich
+
+from apollo_bench.config.recipe import RunSpec
+from apollo_bench.report.statistics import Difference, Spread, spread
+from apollo_bench.report.summary import Row, Section, Summary, best_of
+
+NOTHING = "-"
+
+
+class Cell(NamedTuple):
+    """Text in a table."""
+
+    text: str
+    best: bool = False  # of its column
+    color: str | None = None  # of a key before it
+
+
+class Column(NamedTuple):
+    """A column; not all fit on a console."""
+
+    title: str
+    on_console: bool = True
+
+
+class Table(NamedTuple):
+    """Rows of cells under titles."""
+
+    heading: str  # "" where there is but one table
+    columns: list[Column]
+    rows: list[list[Cell]]
+
+
+def tables(summary: Summary) -> list[Table]:
+    """One or two for each schedule."""
+    if summary.sweep == "tuning":
+        return [
+            make(summary, section) for section in summary.sections for make in (_chosen, _tries)
+        ]
+    make = _comparison if summary.sweep is None else _sweep
+    return [make(summary, section) for section in summary.sections]
+
+
+def _heading(summary: Summary, section: Section) -> str:
+    several = len(summary.sections) > 1
+    return f"Schedule {section.schedule}, {section.length}" if several else ""
+
+
+def _spread(value: Spread | None, digits: int) -> str:
+    return NOTHING if value is None else value.text(digits)
+
+
+def _comparison(summary: Summary, section: Section) -> Table:
+    target = section.target
+
+    def told(row: Row, found: Difference | None, digits: int = 2) -> str:
+        """With the number of pairs, where a run has none."""
+        if found is None:
+            return NOTHING
+        part = "" if found.pairs >= len(row.runs) else f" ({found.pairs} of {len(row.runs)} pairs)"
+        return found.text(digits) + part
+
+    def lead(row: Row) -> str:
+        return told(row, section.lead(row))
+
+    def p(row: Row) -> str:
+        found = section.lead(row)
+        return NOTHING if found is None or found.p is None else f"{found.p:.2g}"
+
+    def published(row: Row) -> str:
+        found = summary.published(row)
+        return NOTHING if found is None else Spread(found.mean, found.std, 0).text(2)
+
+    def over_rival(row: Row) -> str:
+        return told(row, section.over_rival(row)) if len(section.forms) > 1 else NOTHING
+
+    def reaching(row: Row, field: Literal["updates", "seconds"], digits: int) -> str:
+        when = {} if target is None else row.reaching(target)
+        found = spread(float(getattr(one, field)) for one in when.values())
+        if found is None:
+            return NOTHING
+        count = sum(one.reached for one in when.values())
+        if count == len(row.runs):
+            return found.text(digits)
+        return f"> {found.text(digits)} ({count} of {len(row.runs)})"
+
+    def saved(row: Row) -> str:
+        return told(row, section.updates_saved(row), 0) if len(section.forms) > 1 else NOTHING
+
+    rival = section.rival
+    columns: list[tuple[Column, Callable[[Row], str]]] = [
+        (Column("optimizer"), lambda row: row.label),
+        (Column("learning rate", False), lambda row: f"{row.runs[0].spec.optimizer.lr:g}"),
+        (Column("weight decay", False), lambda row: f"{row.runs[0].spec.optimizer.weight_decay:g}"),
+        (Column(summary.metric.title), lambda row: _spread(row.score, 2)),
+        (Column("Apollo's lead [95 % interval]", False), lead),
+        (Column("p", False), p),
+        (
+            Column(f"lead over {rival.label if rival else NOTHING} [95 % interval]", False),
+            over_rival,
+        ),
+        (Column("in the paper", False), published),
+        (Column("training loss"), lambda row: _spread(row.train_loss, 4)),
+        (
+            Column(f"updates to {NOTHING if target is None else f'{target:.2f}'}", False),
+            lambda row: reaching(row, "updates", 0),
+        ),
+        (
+            Column(f"updates fewer than {rival.label if rival else NOTHING} [95 %]", False),
+            saved,
+        ),
+        (
+            Column(f"time to {NOTHING if target is None else f'{target:.2f}'} (s)", False),
+            lambda row: reaching(row, "seconds", 1),
+        ),
+        (Column("wall time (s)"), lambda row: _spread(row.seconds, 1)),
+        (Column("optimizer step (ms)"), lambda row: _spread(row.optimizer_ms, 2)),
+        (Column("share of a step (%)", False), lambda row: _spread(row.optimizer_share, 1)),
+        (Column("runs"), lambda row: row.remark),
+    ]
+    shown = [
+        (column, texts)
+        for column, make in columns
+        for texts in [[make(row) for row in section.rows]]
+        if column.on_console or any(text != NOTHING for text in texts)
+    ]
+    rows = []
+    for place, row in enumerate(section.rows):
+        cells = [Cell(texts[place]) for _, texts in shown]
+        cells[0] = cells[0]._replace(color=row.name)
+        score = [column.title for column, _ in shown].index(summary.metric.title)
+        cells[score] = cells[score]._replace(best=row is section.best)
+        rows.append(cells)
+    return Table(_heading(summary, section), [column for column, _ in shown], rows)
+
+
+def _sweep(summary: Summary, section: Section) -> Table:
+    factor = summary.sweep == "lr-robustness"
+    values = sorted({row.point.value for row in section.rows if row.point is not None})
+    at = {(row.name, row.point.value): row for row in section.rows if row.point is not None}
+    best = {
+        value: best_of([row for (_, own), row in at.items() if own == value]) for value in values
+    }
+    rows = []
+    for name in dict.fromkeys(row.name for row in section.rows):
+        mine = [at.get((name, value)) for value in values]
+        there = [row for row in mine if row is not None]
+        means = [row.score.mean for row in there if row.score is not None]
+        cells = [Cell(there[0].label, color=name)]
+        for value, row in zip(values, mine, strict=True):
+            score = None if row is None else row.score
+            text = NOTHING if row is None else _outcome(row)
+            cells.append(Cell(text, row is not None and score is not None and row is best[value]))
+        bad = sum(row.diverged > 0 for row in there)
+        span = f"{max(means) - min(means):.2f}" if means else NOTHING
+        # what diverged is worse than any number
+        cells.append(Cell("diverged" if bad else span))
+        runs = [run for row in there for run in row.runs]
+        done = sum(run.finished for run in runs)
+        diverged = sum(row.diverged for row in there)
+        remark = str(done) if done == len(runs) else f"{done} of {len(runs)} finished"
+        cells.append(Cell(f"{remark}, {diverged} diverged" if diverged else remark))
+        rows.append(cells)
+    columns = [Column(f"lr × {value:g}" if factor else f"decay {value:g}") for value in values]
+    ends = [Column("best - worst", False), Column("runs")]
+    heading = _heading(summary, section)
+    metric = summary.metric.title
+    title = f"{metric[0].upper()}{metric[1:]}"
+    return Table(
+        f"{heading}: {metric}" if heading else title,
+        [Column("optimizer"), *columns, *ends],
+        rows,
+    )
+
+
+def _chosen(summary: Summary, section: Section) -> Table:
+    """What the tuning found."""
+    rows = []
+    for name in dict.fromkeys(row.name for row in section.rows):
+        mine = [row for row in section.rows if row.name == name]
+        best = best_of([row for row in mine if not row.diverged])
+        diverged = sum(row.diverged > 0 for row in mine)
+        rows.append(
+            [
+                Cell(mine[0].label, color=name),
+                Cell(NOTHING if best is None else settings_of(best)),
+                Cell(NOTHING if best is None else _spread(best.score, 2)),
+                Cell(
+                    ", ".join(f"{key} {a:g} to {b:g}" for key, (a, b) in _ranges(mine[0]).items())
+                ),
+                Cell("" if best is None else _at_an_end(best, mine)),
+                Cell(f"{len(mine)}, {diverged} diverged" if diverged else str(len(mine))),
+            ]
+        )
+    titles = ("optimizer", "chosen", summary.metric.title, "range", "at an end", "tries")
+    heading = _heading(summary, section)
+    return Table(
+        f"{heading}: chosen" if heading else "Chosen",
+        [Column(title, title not in ("range", "at an end")) for title in titles],
+        rows,
+    )
+
+
+def _tries(summary: Summary, section: Section) -> Table:
+    """All that was tried, each optimizer's in the order of its first setting."""
+    rows = []
+    keys = dict.fromkeys(key for row in section.rows for key in _ranges(row))
+    for name in dict.fromkeys(row.name for row in section.rows):
+        mine = _in_order([row for row in section.rows if row.name == name])
+        best = best_of([row for row in mine if not row.diverged])
+        cells = [
+            Cell(f"{settings_of(row, len(keys) == 1)}: {_outcome(row)}", row is best)
+            for row in mine
+        ]
+        rows.append([Cell(mine[0].label, color=name), *cells])
+    longest = max(map(len, rows))
+    rows = [[*cells, *[Cell("")] * (longest - len(cells))] for cells in rows]
+    heading = _heading(summary, section)
+    title = f"all tries, {', '.join(keys)}: {summary.metric.title}"
+    return Table(
+        f"{heading}: {title}" if heading else f"{title[0].upper()}{title[1:]}",
+        [Column("optimizer"), *(Column(str(i), False) for i in range(1, longest))],
+        rows,
+    )
+
+
+def _outcome(row: Row) -> str:
+    if row.score is None:
+        return "diverged" if row.diverged else NOTHING
+    return _spread(row.score, 2) + (f" ({row.diverged} diverged)" if row.diverged else "")
+
+
+def _ranges(row: Row) -> dict[str, list[float]]:
+    return row.runs[0].spec.ranges or {}
+
+
+def settings_of(row: Row, short: bool = False) -> str:
+    """Of a try those settings that were drawn."""
+    return _drawn(row.runs[0].spec, short)
+
+
+def _drawn(spec: RunSpec, short: bool = False) -> str:
+    values = [(key, f"{getattr(spec.optimizer, key):g}") for key in spec.ranges or {}]
+    return ", ".join(value if short else f"{key} {value}" for key, value in values)
+
+
+def _in_order(rows: list[Row]) -> list[Row]:
+    key = next(iter(_ranges(rows[0])), None)
+    if key is None:
+        return rows
+    return sorted(rows, key=lambda row: float(getattr(row.runs[0].spec.optimizer, key)))
+
+
+def _at_an_end(best: Row, rows: list[Row]) -> str:
+    """Which of the settings has nothing tried beyond it on one side."""
+    found = []
+    for key in _ranges(best):
+        values = sorted({getattr(row.runs[0].spec.optimizer, key) for row in rows})
+        own = getattr(best.runs[0].spec.optimizer, key)
+        if len(values) > 1 and own in (values[0], values[-1]):
+            found.append(f"{key}, the {'least' if own == values[0] else 'greatest'}")
+    return ", ".join(found)
+
+
+def for_console(table: Table) -> rich.Table:
+    """As wide as 80 columns take; the best is bold."""
+    made = rich.Table(pad_edge=False, box=None, title=table.heading or None, title_justify="left")
+    shown = [place for place, column in enumerate(table.columns) if column.on_console]
+    for place in shown:
+        made.add_column(table.columns[place].title, justify="left" if place == 0 else "right")
+    for row in table.rows:
+        unbroken = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
+        texts = [row[place].text.replace(" ± ", unbroken) for place in shown]
+        made.add_row(
+            *(
+                f"[bold]{text}[/bold]" if row[place].best else text
+                for place, text in zip(shown, texts, strict=True)
+            )
+        )
+    return made
+
+
+def as_markdown(table: Table) -> str:
+    """A table of GitHub's Markdown."""
+    lines = [f"**{table.heading}**\n"] if table.heading else []
+    lines.append(f"| {' | '.join(column.title for column in table.columns)} |")
+    lines.append(f"|{'|'.join('---' for _ in table.columns)}|")
+    for row in table.rows:
+        cells = [f"**{cell.text}**" if cell.best else cell.text for cell in row]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def as_csv(summaries: list[Summary]) -> str:
+    """A line for each run, its numbers in full."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    metrics = list(dict.fromkeys(summary.metric.name for summary in summaries))
+    writer.writerow(
+        [
+            *("task", "optimizer", "schedule", "sweep", "value", "lr", "weight_decay", "settings"),
+            "seed",
+            *("verdict", "done", *metrics, "train_loss"),
+            *("seconds", "optimizer_ms", "optimizer_share"),
+        ]
+    )
+    for run in (run for summary in summaries for run in summary.runs):
+        spec = run.spec
+        point: list[Any] = ["", ""] if spec.sweep is None else [spec.sweep.kind, spec.sweep.value]
+        writer.writerow(
+            [
+                *(spec.task, spec.name, spec.schedule, *point),
+                *(spec.optimizer.lr, spec.optimizer.weight_decay, _drawn(spec), spec.seed),
+                *(run.verdict, run.progress, *(run.final(name) for name in metrics)),
+                *(run.final("train_loss"), round(run.seconds, 3)),
+                *(run.optimizer_ms, run.optimizer_share),
+            ]
+        )
+    return buffer.getvalue()

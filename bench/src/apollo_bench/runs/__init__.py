@@ -1,0 +1,1 @@
+"""Run directories and archives: written, checked and loaded."""

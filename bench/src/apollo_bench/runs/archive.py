@@ -1,0 +1,242 @@
+"""Ended runs, compactly: what a report reads of them, as text that can be kept with the code.
+
+``runs.json`` holds what ``run.json`` and ``result.json`` of every run say, what they all have in
+common once; ``evaluations.csv`` has a line for each evaluation; ``curvature.csv``, where some were
+trained with ``--diagnostics``, one for each measurement of all tensors together. No weights, no
+paths of a machine.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from apollo_bench.atomic_write import write_atomically
+from apollo_bench.errors import ExperimentError
+from apollo_bench.runs.curvature_log import Curvature, measured
+from apollo_bench.runs.run_directory import Record, RunDirectory
+from apollo_qn.diagnostics import TensorDiagnostics
+
+RUNS, EVALUATIONS, CURVATURE = "runs.json", "evaluations.csv", "curvature.csv"
+_FORMAT = 1
+_PLACE = ("run", "step", "epoch")  # first columns of the table
+_TIMES = ("seconds", "optimizer_ms", "step_ms")  # its last ones
+
+
+class Archived(NamedTuple):
+    """A run of an archive."""
+
+    path: Path  # of the archive, and the run's name
+    manifest: Record
+    result: Record
+    evaluations: list[Record]
+    curvature: list[Curvature]
+
+
+def write(directories: Iterable[RunDirectory], out: Path) -> int:
+    """Write an archive, in place of one that is there.
+
+    Args:
+        directories: of runs that have ended.
+        out: folder of the archive.
+
+    Returns:
+        How many runs are in it.
+
+    Raises:
+        ExperimentError: a run has not ended, or is damaged.
+    """
+    manifests, results, lines = {}, {}, []
+    curvature: dict[str, list[Curvature]] = {}
+    for directory in directories:
+        label = directory.spec().label
+        result = directory.verdict()
+        if result is None:
+            raise ExperimentError(
+                f"{directory.path}: not finished; the command that began it goes on with it"
+            )
+        if label in manifests:
+            raise ExperimentError(f"{directory.path}: a second run of the name {label}")
+        manifests[label] = _anonymous(directory.read())
+        results[label] = {**result, "time": _rounded(result["time"])}
+        lines += [
+            {"run": label, **{key: value for key, value in record.items() if key != "kind"}}
+            for record in directory.records()
+            if record["kind"] == "evaluation"
+        ]
+        if found := measured(directory.diagnosed()):
+            curvature[label] = found
+    common = _common(list(manifests.values()))
+    runs = [
+        {"run": label, "manifest": _without(manifest, common), "result": results[label]}
+        for label, manifest in manifests.items()
+    ]
+    # a line a run, so that a change of one is one line
+    told = ",\n".join(json.dumps(run, allow_nan=False) for run in runs)
+    tables = {EVALUATIONS: _table(lines).encode()}
+    if curvature:
+        tables[CURVATURE] = _curvature_table(curvature).encode()
+    # they belong together
+    sums = {name: hashlib.sha256(table).hexdigest() for name, table in tables.items()}
+    head = {"format": _FORMAT, **sums, "common": common}
+    out.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        write_atomically(out / name, table)
+    begun = json.dumps(head, indent=1)[:-2]
+    write_atomically(out / RUNS, f'{begun},\n "runs": [\n{told}\n]}}\n'.encode())
+    if not curvature:
+        (out / CURVATURE).unlink(missing_ok=True)
+    return len(runs)
+
+
+def read(folder: Path) -> list[Archived]:
+    """The runs of an archive; none where the folder is none.
+
+    Raises:
+        ExperimentError: it is damaged, or of a later version.
+    """
+    path = folder / RUNS
+    if not path.exists():
+        return []
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != _FORMAT:
+            raise ExperimentError(
+                f"{path}: format is {content['format']!r}, this version reads {_FORMAT}"
+            )
+        lines = _evaluations(_whole(folder / EVALUATIONS, content[EVALUATIONS]))
+        curvature: dict[str, list[Curvature]] = {}
+        if CURVATURE in content:
+            curvature = _curvatures(_whole(folder / CURVATURE, content[CURVATURE]))
+        return [
+            Archived(
+                folder / run["run"],
+                _merged(content["common"], run["manifest"]),
+                run["result"],
+                lines.get(run["run"], []),
+                curvature.get(run["run"], []),
+            )
+            for run in content["runs"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ExperimentError(f"{folder}: damaged archive ({error!r})") from None
+
+
+def _whole(path: Path, digest: str) -> str:
+    table = path.read_bytes()
+    if hashlib.sha256(table).hexdigest() != digest:
+        raise ExperimentError(
+            f"{path}: not the table that {RUNS} was written with; `apollo-bench archive` makes all"
+        )
+    return table.decode()
+
+
+def _anonymous(manifest: Record) -> Record:
+    """Without the paths of the machine that it was trained on."""
+    command = [_anonymous_word(word) for word in manifest["command"]]
+    return {
+        **manifest,
+        "data": {**manifest["data"], "folder": None},
+        "command": ["apollo-bench", *command[1:]],
+    }
+
+
+def _anonymous_word(word: str) -> str:
+    """Of a path that tells where something lies, and of ``--option=path``, the last name."""
+    option, equals, value = word.rpartition("=")
+    path = Path(value)
+    return f"{option}{equals}{path.name}" if path.is_absolute() or ".." in path.parts else word
+
+
+def _rounded(times: Record) -> Record:
+    return {key: None if value is None else round(value, 3) for key, value in times.items()}
+
+
+def _table(lines: list[Record]) -> str:
+    metrics = dict.fromkeys(key for line in lines for key in line if key not in (*_PLACE, "time"))
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([*_PLACE, *metrics, *_TIMES])
+    for line in lines:
+        times = _rounded(line["time"])
+        values = [line.get(key, "") for key in metrics]
+        place = [line[key] for key in _PLACE]
+        writer.writerow([*place, *values, *(times.get(key) for key in _TIMES)])
+    return buffer.getvalue()
+
+
+def _evaluations(table: str) -> dict[str, list[Record]]:
+    found: dict[str, list[Record]] = {}
+    for row in csv.DictReader(io.StringIO(table)):
+        numbers = {key: float(value) for key, value in row.items() if key != "run" and value}
+        times = {key: numbers.pop(key, None) for key in _TIMES}
+        record = {**numbers, "step": int(row["step"]), "time": times}
+        found.setdefault(row["run"], []).append(record)
+    return found
+
+
+def _curvature_table(found: dict[str, list[Curvature]]) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(
+        ["run", "at_step", "epoch", *(field.name for field in fields(TensorDiagnostics))]
+    )
+    for label, curvature in found.items():
+        for one in curvature:
+            # repr of a float is all of it
+            writer.writerow([label, one.step, one.epoch, *asdict(one.tensors).values()])
+    return buffer.getvalue()
+
+
+def _curvatures(table: str) -> dict[str, list[Curvature]]:
+    found: dict[str, list[Curvature]] = {}
+    for row in csv.DictReader(io.StringIO(table)):
+        label, step, epoch = row.pop("run"), int(row.pop("at_step")), float(row.pop("epoch"))
+        numbers: dict[str, Any] = {
+            key: float(value) if value else None for key, value in row.items() if key != "name"
+        }
+        tensors = TensorDiagnostics(
+            **{**numbers, "numel": int(row["numel"]), "step": int(row["step"])}, name=row["name"]
+        )
+        found.setdefault(label, []).append(Curvature(step, epoch, tensors))
+    return found
+
+
+def _common(records: list[Record]) -> Record:
+    """What is the same in all."""
+    if not records:
+        return {}
+    same: dict[str, Any] = {}
+    for key, value in records[0].items():
+        if not all(key in record for record in records):
+            continue
+        values = [record[key] for record in records]
+        if all(one == value for one in values):
+            same[key] = value
+        elif all(isinstance(one, dict) for one in values):
+            same[key] = _common(values)
+    return same
+
+
+def _without(record: Record, common: Record) -> Record:
+    own = {}
+    for key, value in record.items():
+        if key not in common:
+            own[key] = value
+        elif value != common[key]:
+            own[key] = _without(value, common[key])
+    return own
+
+
+def _merged(common: Record, own: Record) -> Record:
+    merged = dict(common)
+    for key, value in own.items():
+        shared = common.get(key)
+        merged[key] = _merged(shared, value) if isinstance(shared, dict) else value
+    return merged

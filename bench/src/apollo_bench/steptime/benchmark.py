@@ -1,0 +1,119 @@
+"""A benchmark from its options to its files."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import apollo_qn
+from apollo_bench.atomic_write import write_atomically
+from apollo_bench.config.execution import cores
+from apollo_bench.errors import ExperimentError
+from apollo_bench.interrupts import Interrupted, signals
+from apollo_bench.runs.run_directory import machine
+from apollo_bench.steptime import presentation, timing
+from apollo_bench.steptime.candidates import choose as choose_contenders
+from apollo_bench.steptime.measurement import Result, measure
+from apollo_bench.steptime.parameter_sets import choose as choose_sets
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured; None for sets or optimizers means all."""
+
+    sets: list[str] | None
+    optimizers: list[str] | None
+    repeats: int
+    seconds: float  # for each set
+    threads: int | None  # None: torch's own choice
+    dtype: str
+    seed: int
+    device: str = "cpu"
+
+
+def run(
+    options: Options,
+    out: Path,
+    command: str,
+    tell: Callable[[str, int, int], None],
+    finished: Callable[[Result], None],
+) -> None:
+    """Measure set after set; after each, all files in ``out`` are written anew.
+
+    Args:
+        options: checked before anything is measured.
+        out: the folder; made where it is missing.
+        command: the command line, for the record.
+        tell: is told what is going on, and how many rounds of how many are done.
+        finished: is given each result.
+
+    Raises:
+        ExperimentError: an option that is not possible.
+        Interrupted: on SIGINT or SIGTERM; what was complete has been written.
+    """
+    where = timing.at(options.device)
+    kind = where.device.type
+    sets, contenders = choose_sets(options.sets, kind), choose_contenders(options.optimizers, kind)
+    if options.dtype not in DTYPES:
+        raise ExperimentError(f"--dtype is {options.dtype!r}, allowed are {', '.join(DTYPES)}")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    about = _about(options, command, where)
+    out.mkdir(parents=True, exist_ok=True)
+    results: list[Result] = []
+    with signals() as received:
+        for chosen in sets:
+            result = measure(
+                chosen,
+                contenders,
+                repeats=options.repeats,
+                budget=options.seconds,
+                dtype=DTYPES[options.dtype],
+                seed=options.seed,
+                tell=tell,
+                stop=lambda: bool(received),
+                where=where,
+            )
+            if result.copy_times:
+                results.append(result)
+                _write(results, about, out)
+                finished(result)
+            if received:
+                raise Interrupted(received[0])
+
+
+def _write(results: list[Result], about: dict[str, Any], out: Path) -> None:
+    record = {**about, "sets": [result.as_record() for result in results]}
+    files = {
+        "steptime.json": json.dumps(record, indent=1).encode() + b"\n",
+        "steptime.md": presentation.markdown(results, about).encode(),
+        "steptime.png": presentation.draw(results, about, "png"),
+        "steptime.svg": presentation.draw(results, about, "svg"),
+    }
+    for name, content in files.items():
+        write_atomically(out / name, content)
+
+
+def _about(options: Options, command: str, where: timing.Host) -> dict[str, Any]:
+    its, device = machine(), where.about()
+    on_gpu = f"{device.pop('title')}; " if device else ""
+    return {
+        "command": command,
+        **({"device": device} if device else {}),
+        "machine": f"{on_gpu}{its['cpu']}, {torch.get_num_threads()} of {cores()} cores, "
+        f"{torch.backends.cpu.get_cpu_capability()}, {options.dtype}",
+        "platform": its["platform"],
+        "torch": torch.__version__,
+        "apollo_qn": apollo_qn.__version__,
+        "python": platform.python_version(),
+        "seed": options.seed,
+        "unit": "milliseconds",
+    }

@@ -1,0 +1,108 @@
+"""The optimizers that are timed: each back end of each, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer
+
+from apollo_bench.errors import ExperimentError
+from apollo_qn import Apollo, ApolloW
+
+Make: TypeAlias = Callable[[list[nn.Parameter]], Optimizer]
+
+PEER = "AdamW fused"
+RULE = "Apollo rule"
+COMPILED = "AdamW compiled"
+_MOST_COMPILED = 1000  # tensors; the compiler unrolls the loop over them
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An optimizer that can be made for any parameters.
+
+    ``family`` gives its colour. ``words`` is how many numbers of a parameter's or a state's type a
+    step reads and writes at least for each parameter: what the algorithm asks for, not what this
+    implementation does.
+    """
+
+    name: str
+    family: str
+    words: int
+    make: Make
+
+
+def _torch(family: str, cls: Any, words: int, fused: bool, **settings: Any) -> list[Contender]:
+    back_ends = {"loop": {"foreach": False}, "foreach": {"foreach": True}}
+    if fused:
+        back_ends["fused"] = {"fused": True}
+    return [
+        Contender(f"{cls.__name__} {name}", family, words, partial(cls, **settings, **back_end))
+        for name, back_end in back_ends.items()
+    ]
+
+
+def _apollo(name: str, cls: Any = Apollo, **settings: Any) -> Contender:
+    return Contender(name, "apollo", 7, partial(cls, **settings))
+
+
+def _compiled_adamw(params: list[nn.Parameter]) -> Optimizer:
+    if len(params) > _MOST_COMPILED:
+        raise RuntimeError(f"{len(params):,} tensors would take long to compile")
+    made = torch.optim.AdamW(params, capturable=not params[0].is_cpu)
+    made.step = torch.compile(made.step)  # type: ignore[method-assign]
+    return made
+
+
+def _pytorch_optimizer(params: list[nn.Parameter]) -> Optimizer:
+    from pytorch_optimizer import ApolloDQN  # type: ignore[import-not-found, unused-ignore]
+
+    made: Optimizer = ApolloDQN(params, lr=1e-2)
+    return made
+
+
+CONTENDERS = {
+    contender.name: contender
+    for contender in [
+        # reads g, momentum and theta, writes the two last
+        *_torch("sgd", torch.optim.SGD, 5, True, lr=1e-3, momentum=0.9),
+        # reads g, m, v and theta, writes the three last
+        *_torch("adam", torch.optim.Adam, 7, True),
+        *_torch("adam", torch.optim.AdamW, 7, True),
+        Contender(COMPILED, "adam", 7, _compiled_adamw),
+        *_torch("radam", torch.optim.RAdam, 7, False),
+        _apollo(RULE, foreach=False, fused=False),
+        _apollo("Apollo foreach", foreach=True),
+        _apollo("Apollo fused", fused=True),
+        _apollo("Apollo fused L2", fused=True, weight_decay=5e-4),
+        _apollo("ApolloW fused", ApolloW, fused=True, weight_decay=5e-4),
+        _apollo("Apollo fused belief", fused=True, rebound="belief"),
+        Contender("pytorch-optimizer ApolloDQN", "other", 7, _pytorch_optimizer),
+    ]
+}
+
+
+def choose(names: list[str] | None, device: str = "cpu") -> list[Contender]:
+    """The named contenders, always with the peer; None: all that are installed.
+
+    On the CPU the compiled one must be named, for it takes minutes to compile.
+
+    Raises:
+        ExperimentError: a name that is none.
+    """
+    for name in names or []:
+        if name not in CONTENDERS:
+            raise ExperimentError(f"no optimizer {name!r}; there are {', '.join(CONTENDERS)}")
+    if names is None:
+        names = [name for name in CONTENDERS if "pytorch-optimizer" not in name]
+        if device == "cpu":
+            names.remove(COMPILED)
+        if find_spec("pytorch_optimizer") is not None:
+            names.append("pytorch-optimizer ApolloDQN")
+    return [c for c in CONTENDERS.values() if c.name in names or c.name == PEER]

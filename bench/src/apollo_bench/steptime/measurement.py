@@ -1,0 +1,297 @@
+"""Steps of many optimizers on one set of parameters, taken in turn in one process."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from apollo_bench.errors import ExperimentError
+from apollo_bench.steptime.candidates import PEER, RULE, Contender
+from apollo_bench.steptime.parameter_sets import ParameterSet, numel
+from apollo_bench.steptime.timing import HOST, Host
+
+COPY = "copy"
+WARM_UP = 3  # steps before the first that counts
+FEWEST = 5  # rounds, whatever they take
+_WORDS = 3  # that every optimizer moves: the gradient, and the parameter twice
+_SLOW = 8  # times the peer's step: such a contender takes part in FEWEST rounds only
+_SHARE_OF_MEMORY = 0.7  # of what is free, that may be used at once
+
+
+@dataclass
+class Taken:
+    """What was measured of one contender on one set; times in milliseconds.
+
+    ``peer`` has the peer's time in the same rounds. ``state_bytes`` are of all tensors of the
+    state together, ``peak_bytes`` what one step made the process grow by, None where the system
+    does not tell. ``unavailable`` says why nothing was measured.
+    """
+
+    name: str
+    family: str
+    words: int
+    times: list[float] = field(default_factory=list)
+    peer: list[float] = field(default_factory=list)
+    state_bytes: int | None = None
+    peak_bytes: int | None = None
+    unavailable: str | None = None
+
+    @property
+    def milliseconds(self) -> float:
+        """Median step time."""
+        return statistics.median(self.times)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """First and third quartile of the step times."""
+        if len(self.times) < 2:
+            return self.times[0], self.times[0]
+        first, _, third = statistics.quantiles(self.times, n=4)
+        return first, third
+
+    @property
+    def ratio(self) -> float:
+        """Median of the ratios to the peer's step of the same round."""
+        return statistics.median(a / b for a, b in zip(self.times, self.peer, strict=True))
+
+
+@dataclass
+class Result:
+    """All contenders on one set.
+
+    ``copied`` is how large the tensor is that each of ``copy_times`` copied, in bytes.
+    ``reads_twice`` says that the set has a tensor whose gradient and state no cache of the device
+    holds: Apollo, which must read them twice, then reads them twice from memory.
+    """
+
+    name: str
+    title: str
+    tensors: int
+    parameters: int
+    element_bytes: int
+    copy_times: list[float]
+    taken: list[Taken]
+    interrupted: bool = False
+    copied: int = HOST.copied
+    reads_twice: bool = False
+
+    @property
+    def copy_bandwidth(self) -> float:
+        """Bytes read and written a second by a large copy."""
+        return 2 * self.copied / (statistics.median(self.copy_times) / 1e3)
+
+    def bandwidth(self, taken: Taken, twice: bool = False) -> float:
+        """Bytes a second that a contender moved, if it moved no more than it must.
+
+        That is gradient and parameter read, the parameter written, all of the state both; with
+        ``twice`` gradient and state are read once more.
+        """
+        moved = _WORDS * self.parameters * self.element_bytes
+        if taken.state_bytes is None:
+            moved += (taken.words - _WORDS) * self.parameters * self.element_bytes
+        else:
+            moved += 2 * taken.state_bytes
+        if twice:
+            states = (taken.words - _WORDS) // 2 * self.parameters * self.element_bytes
+            moved += self.parameters * self.element_bytes + (taken.state_bytes or states)
+        return moved / (taken.milliseconds / 1e3)
+
+    def faster_than_rule(self, taken: Taken) -> float | None:
+        """How many times faster than a Python loop of the rule; None: that was not measured."""
+        rule = next((t for t in self.taken if t.name == RULE and t.times), None)
+        return None if rule is None else rule.milliseconds / taken.milliseconds
+
+    def as_record(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+class _Entry:
+    """A contender with parameters of its own and the gradients of all."""
+
+    def __init__(
+        self, contender: Contender, values: list[Tensor], gradients: list[Tensor], where: Host
+    ) -> None:
+        self._where = where
+        self.taken = Taken(contender.name, contender.family, contender.words)
+        self.optimizer: Optimizer | None = None
+        params = [nn.Parameter(value.clone()) for value in values]
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = g
+        try:
+            self.optimizer = contender.make(params)
+            for _ in range(WARM_UP):
+                self.milliseconds = self.step()
+        except (RuntimeError, ValueError, ImportError) as error:
+            self.optimizer = None
+            self.taken.unavailable = str(error).splitlines()[0]
+
+    def step(self) -> float:
+        """Milliseconds of a step."""
+        assert self.optimizer is not None
+        return self._where.milliseconds(self.optimizer.step)
+
+    def weigh(self) -> None:
+        """Measure the memory."""
+        assert self.optimizer is not None
+        self.taken.state_bytes = sum(
+            x.numel() * x.element_size()
+            for state in self.optimizer.state.values()
+            for x in state.values()
+            if isinstance(x, Tensor)
+        )
+        self.taken.peak_bytes = self._where.growth(self.optimizer.step)
+
+
+def measure(
+    chosen: ParameterSet,
+    contenders: list[Contender],
+    *,
+    repeats: int,
+    budget: float,
+    dtype: torch.dtype,
+    seed: int,
+    tell: Callable[[str, int, int], None],
+    stop: Callable[[], bool],
+    where: Host = HOST,
+) -> Result:
+    """Step all contenders in turn, round after round, each round from another one on.
+
+    A contender that takes more than 8 times as long as the peer takes part in 5 rounds only. Where
+    not all fit into memory at once they come in several lots, each with the peer.
+
+    Args:
+        chosen: the shapes; a part of them where the whole does not fit into memory.
+        contenders: the peer among them.
+        repeats: rounds at most.
+        budget: seconds after which no round is begun, but for the first 5.
+        dtype: of parameters and gradients.
+        seed: of the random parameters and gradients.
+        tell: is told what is going on, and how many rounds of how many are done.
+        stop: is asked after each step; True ends the measurement with what there is.
+        where: the device.
+
+    Raises:
+        ExperimentError: not even two contenders fit into memory.
+    """
+    chosen, lots = fitting(chosen, contenders, dtype, where)
+    shapes = chosen.shapes()
+    generator = torch.Generator(where.device).manual_seed(seed)
+
+    def drawn(size: float) -> list[Tensor]:
+        made = (torch.randn(s, generator=generator, device=where.device) for s in shapes)
+        return [one.mul_(size).to(dtype) for one in made]
+
+    values, gradients = drawn(0.05), drawn(0.01)
+    result = Result(chosen.name, chosen.title, len(shapes), numel(shapes), dtype.itemsize, [], [])
+    result.copied = where.copied
+    largest = max(map(math.prod, shapes)) * (dtype.itemsize + 2 * max(4, dtype.itemsize))
+    result.reads_twice = bool(where.cache) and largest > where.cache
+    source = torch.ones(where.copied // 4, device=where.device)
+    target = torch.empty_like(source)
+    for number, lot in enumerate(lots):
+        tell(f"{chosen.title}: making", 0, 0)
+        entries = []
+        for contender in lot:
+            entries.append(_Entry(contender, values, gradients, where))
+            if stop():
+                result.interrupted = True
+                return result
+        done = _rounds(
+            chosen.title,
+            [entry for entry in entries if entry.optimizer is not None],
+            lambda: where.milliseconds(lambda: target.copy_(source)),
+            result.copy_times,
+            repeats=repeats,
+            budget=budget / len(lots),
+            tell=tell,
+            stop=stop,
+        )
+        for entry in entries:
+            if done and entry.optimizer is not None:
+                entry.weigh()
+            measured = bool(entry.taken.times or entry.taken.unavailable)
+            # the peer is in all lots: its times of the first are its own
+            if measured and (number == 0 or entry.taken.name != PEER):
+                result.taken.append(entry.taken)
+        del entries, entry
+        where.give_back()
+        if not done:
+            result.interrupted = True
+            break
+    order = [contender.name for contender in contenders]
+    result.taken.sort(key=lambda taken: order.index(taken.name))
+    return result
+
+
+def _rounds(
+    title: str,
+    entries: list[_Entry],
+    copy: Callable[[], float],
+    copy_times: list[float],
+    *,
+    repeats: int,
+    budget: float,
+    tell: Callable[[str, int, int], None],
+    stop: Callable[[], bool],
+) -> bool:
+    """False: it was stopped; the round that was going on is not counted."""
+    peer = next(entry for entry in entries if entry.taken.name == PEER)
+    start = time.perf_counter()
+    for done in range(repeats):
+        if done >= FEWEST and time.perf_counter() - start > budget:
+            break
+        tell(title, done, repeats)
+        part = [e for e in entries if done < FEWEST or e.milliseconds <= _SLOW * peer.milliseconds]
+        first = done % len(part)
+        times: dict[str, float] = {}
+        for entry in part[first:] + part[:first]:
+            times[entry.taken.name] = entry.step()
+            if stop():
+                return False
+        copy_times.append(copy())
+        for entry in part:
+            entry.taken.times.append(times[entry.taken.name])
+            entry.taken.peer.append(times[PEER])
+    return True
+
+
+def fitting(
+    chosen: ParameterSet, contenders: list[Contender], dtype: torch.dtype, where: Host = HOST
+) -> tuple[ParameterSet, list[list[Contender]]]:
+    """The set, or the largest part of it of which two optimizers fit into memory, and lots that do.
+
+    Raises:
+        ExperimentError: not even the smallest part fits.
+    """
+    available = where.available()
+    if available is None:
+        return chosen, [contenders]
+    while True:
+        parameters = numel(chosen.shapes())
+        # parameter and two states of at least 4 bytes; the values and gradients that all share
+        each = parameters * (dtype.itemsize + 2 * max(4, dtype.itemsize))
+        shared = parameters * 2 * max(4, dtype.itemsize) + 2 * where.copied
+        fit = int((_SHARE_OF_MEMORY * available - shared) // each)
+        if fit >= 2:
+            break
+        smaller = chosen.smaller()
+        if smaller is None:
+            raise ExperimentError(
+                f"{chosen.title}: two optimizers need {(shared + 2 * each) / 1e9:.2g} GB, "
+                f"{available / 1e9:.2g} GB are free"
+            )
+        chosen = smaller
+    if fit >= len(contenders):
+        return chosen, [contenders]
+    peer = [contender for contender in contenders if contender.name == PEER]
+    others = [contender for contender in contenders if contender.name != PEER]
+    return chosen, [peer + others[i : i + fit - 1] for i in range(0, len(others), fit - 1)]

@@ -1,0 +1,179 @@
+"""The shapes that are stepped: those of real models, and two extremes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import nn
+
+from apollo_bench.errors import ExperimentError
+from apollo_bench.workloads.image_classification.resnet import resnet
+
+Shape: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Sets of one kind, in several scales where ``scaled`` says what the scale divides."""
+
+    title: str
+    shapes: Callable[[int], list[Shape]]
+    scaled: str = ""
+    default_scale: int = 1
+    largest_scale: int = 4096  # below it every set has an element, every cut-off its words
+
+
+@dataclass(frozen=True)
+class ParameterSet:
+    """Shapes with a name; ``name`` makes the same set again."""
+
+    family: str
+    scale: int = 1
+
+    @property
+    def name(self) -> str:
+        """As ``--sets`` takes it."""
+        return f"{self.family}/{self.scale}" if FAMILIES[self.family].scaled else self.family
+
+    @property
+    def title(self) -> str:
+        """The name for people, with the scale."""
+        family = FAMILIES[self.family]
+        return family.title if self.scale == 1 else f"{family.title}, {self.remark}"
+
+    @property
+    def remark(self) -> str:
+        """What the scale has done; empty where it is 1."""
+        return "" if self.scale == 1 else f"1/{self.scale} of the {FAMILIES[self.family].scaled}"
+
+    def shapes(self) -> list[Shape]:
+        """One for each tensor."""
+        return FAMILIES[self.family].shapes(self.scale)
+
+    def smaller(self) -> ParameterSet | None:
+        """The set with half of what the scale divides; None: there is none."""
+        if not FAMILIES[self.family].scaled:
+            return None
+        half = ParameterSet(self.family, 2 * self.scale)
+        return half if half.scale <= FAMILIES[self.family].largest_scale else None
+
+
+def numel(shapes: Iterable[Shape]) -> int:
+    """Elements in all tensors."""
+    return sum(map(math.prod, shapes))
+
+
+def choose(names: list[str] | None, device: str = "cpu") -> list[ParameterSet]:
+    """The named sets; None: those for this type of device.
+
+    Args:
+        names: a family each, with ``/8`` behind it for an eighth where the family has scales.
+
+    Raises:
+        ExperimentError: a name that is none, or a scale that cannot be.
+    """
+    chosen = [_set(name) for name in (_DEFAULT[device] if names is None else names)]
+    return list(dict.fromkeys(chosen))
+
+
+def _set(name: str) -> ParameterSet:
+    family, slash, scale = name.partition("/")
+    if family not in FAMILIES:
+        raise ExperimentError(f"no parameter set {name!r}; there are {', '.join(FAMILIES)}")
+    if not slash:
+        return ParameterSet(family, FAMILIES[family].default_scale)
+    if not FAMILIES[family].scaled:
+        raise ExperimentError(f"parameter set {name!r}: {family} has one size only")
+    most = FAMILIES[family].largest_scale
+    if not (scale.isdecimal() and 1 <= int(scale) <= most):
+        raise ExperimentError(
+            f"parameter set {name!r}: the scale must be a whole number from 1 to {most}, "
+            f"as in {family}/8"
+        )
+    return ParameterSet(family, int(scale))
+
+
+def _of(module: nn.Module) -> list[Shape]:
+    return [tuple(p.shape) for p in module.parameters()]
+
+
+def _resnet110(scale: int) -> list[Shape]:
+    with torch.device("meta"):
+        return _of(resnet(110))
+
+
+def _resnext50(scale: int) -> list[Shape]:
+    """ResNeXt-50 32x4d (Xie et al., 2017, table 1)."""
+
+    def norm(channels: int) -> list[Shape]:
+        return [(channels,), (channels,)]
+
+    shapes: list[Shape] = [(64, 3, 7, 7), *norm(64)]
+    before = 64
+    for width, blocks in ((128, 3), (256, 4), (512, 6), (1024, 3)):
+        after = 2 * width
+        for block in range(blocks):
+            shapes += [(width, before, 1, 1), *norm(width)]
+            shapes += [(width, width // 32, 3, 3), *norm(width)]
+            shapes += [(after, width, 1, 1), *norm(after)]
+            if block == 0:
+                shapes += [(after, before, 1, 1), *norm(after)]
+            before = after
+    return [*shapes, (1000, before), (1000,)]
+
+
+def _one_billion_word(scale: int) -> list[Shape]:
+    """Embedding, LSTM and adaptive softmax of the paper's language model."""
+    vocabulary, cutoffs = 793_471 // scale, [60_000, 100_000, 640_000]
+    with torch.device("meta"):
+        return [
+            *_of(nn.Embedding(vocabulary, 300)),
+            *_of(nn.LSTM(300, 2048, num_layers=2)),
+            *_of(
+                nn.AdaptiveLogSoftmaxWithLoss(
+                    2048, vocabulary, [cutoff // scale for cutoff in cutoffs], div_value=4.0
+                )
+            ),
+        ]
+
+
+def _transformer_base(scale: int) -> list[Shape]:
+    """Vaswani et al., 2017, one embedding of 37,000 tokens shared by all; q, k and v apart."""
+    attention: list[Shape] = [(512, 512), (512,)] * 4
+    feed_forward: list[Shape] = [(2048, 512), (2048,), (512, 2048), (512,)]
+    encoder = [*attention, *feed_forward, *[(512,)] * 4]
+    decoder = [*attention * 2, *feed_forward, *[(512,)] * 6]
+    return [(37_000, 512), *encoder * 6, *decoder * 6]
+
+
+def _decoder(scale: int) -> list[Shape]:
+    """As LLaMA (Touvron et al., 2023): SwiGLU, no biases; one embedding, shared by the output."""
+    width, hidden = 2048, 5504
+    attention: list[Shape] = [(width, width)] * 4
+    layer = [*attention, *[(hidden, width)] * 2, (width, hidden), *[(width,)] * 2]
+    return [(50_304 // scale, width), *layer * (24 // scale), (width,)]
+
+
+FAMILIES = {
+    "resnet-110": Family("ResNet-110", _resnet110),
+    "resnext-50": Family("ResNeXt-50 32x4d", _resnext50),
+    # whole it takes 2 GB, and 8 GB with AdamW's state: more time and memory than a default run has
+    "one-billion-word": Family("One Billion Words LSTM", _one_billion_word, "vocabulary", 8),
+    "transformer-base": Family("Transformer-base", _transformer_base),
+    "decoder-1.3b": Family(
+        "Decoder of 1.3 B", _decoder, "layers and the vocabulary", largest_scale=8
+    ),
+    "one-tensor": Family("One tensor of 64 M", lambda scale: [(64_000_000 // scale,)], "elements"),
+    "many-tensors": Family(
+        "10,000 tensors of 64", lambda scale: [(64,)] * (10_000 // scale), "tensors"
+    ),
+}
+# What is stepped where no set is named.
+_DEFAULT = {
+    "cpu": [name for name in FAMILIES if name != "decoder-1.3b"],
+    "cuda": ["resnet-110", "resnext-50", "transformer-base", "decoder-1.3b"],
+}

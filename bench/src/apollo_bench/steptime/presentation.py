@@ -1,0 +1,152 @@
+"""What was measured, as a table on a terminal, Markdown, and bars."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from apollo_bench.optimizers.plot_style import SETTINGS, style
+from apollo_bench.steptime.candidates import PEER
+from apollo_bench.steptime.measurement import Result, Taken
+
+HEADINGS = (
+    "optimizer",
+    "step, ms",
+    "quartiles",
+    f"/ {PEER}",
+    "times the rule's speed",
+    "of a copy's bandwidth",
+    "state, bytes a parameter",
+    "growth in a step, MB",
+    "rounds",
+)
+
+
+def heading(result: Result) -> str:
+    """What the set is, and what the machine can do."""
+    return (
+        f"{_size(result)}, {result.parameters:,} parameters; "
+        f"a copy moves {result.copy_bandwidth / 1e9:.1f} GB/s"
+    )
+
+
+def _size(result: Result) -> str:
+    return f"{result.title}: {result.tensors:,} tensor{'s' * (result.tensors != 1)}"
+
+
+def cells(result: Result, taken: Taken) -> list[str]:
+    """One row of the table."""
+    if taken.unavailable is not None:
+        return [f"{taken.name}: not available, {taken.unavailable}", *[""] * (len(HEADINGS) - 1)]
+    low, high = taken.quartiles
+    faster = result.faster_than_rule(taken)
+    state, peak = taken.state_bytes, taken.peak_bytes
+    return [
+        taken.name,
+        f"{taken.milliseconds:.2f}",
+        f"{low:.2f} - {high:.2f}",
+        f"{taken.ratio:.2f}",
+        "" if faster is None else f"{faster:.1f}",
+        _share_of_a_copy(result, taken),
+        "" if state is None else f"{state / result.parameters:.2f}",
+        "" if peak is None else f"{peak / 1e6:.1f}",
+        str(len(taken.times)),
+    ]
+
+
+def _share_of_a_copy(result: Result, taken: Taken) -> str:
+    """At the words that the algorithm moves and, where Apollo reads some twice, with these."""
+    share = f"{result.bandwidth(taken) / result.copy_bandwidth:.0%}"
+    if not (result.reads_twice and taken.family == "apollo"):
+        return share
+    more = result.bandwidth(taken, twice=True) / result.copy_bandwidth
+    return f"{share} ({more:.0%} at 10 words)"
+
+
+def table(result: Result) -> Table:
+    """For a terminal."""
+    shown = Table(title=heading(result), title_justify="left", box=None, pad_edge=False)
+    for i, name in enumerate(HEADINGS):
+        shown.add_column(name, justify="left" if i == 0 else "right", no_wrap=i < 3)
+    for taken in result.taken:
+        shown.add_row(*cells(result, taken), style="bold" if "Apollo" in taken.name else "")
+    return shown
+
+
+def markdown(results: list[Result], about: dict[str, Any]) -> str:
+    """All tables."""
+    lines = [f"# Step times\n\n`{about['command']}`, {about['machine']}, torch {about['torch']}.\n"]
+    for result in results:
+        lines += [f"## {heading(result)}\n", f"| {' | '.join(HEADINGS)} |"]
+        lines += ["|---" * len(HEADINGS) + "|"]
+        lines += [f"| {' | '.join(cells(result, taken))} |" for taken in result.taken]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def draw(results: list[Result], about: dict[str, Any], kind: str) -> bytes:
+    """Bars of the step times, relative to the peer's, with quartiles; one panel a set.
+
+    Args:
+        results: with at least one contender's times.
+        about: what the title says of the machine.
+        kind: of the file, as ``"png"``.
+    """
+    shown = [result for result in results if any(taken.times for taken in result.taken)]
+    rows = [[taken for taken in result.taken if taken.times] for result in shown]
+    with mpl.rc_context({**SETTINGS, "font.size": 10.0}):
+        height = sum(0.28 * len(taken) + 0.9 for taken in rows) + 0.5
+        figure = Figure(figsize=(9.0, height))
+        axes = figure.subplots(
+            len(shown), 1, squeeze=False, height_ratios=[len(taken) + 1 for taken in rows]
+        )[:, 0]
+        for axis, result, taken in zip(axes, shown, rows, strict=True):
+            _panel(axis, result, taken)
+        axes[-1].set_xlabel(f"step time / {PEER} (logarithmic; whiskers: quartiles)")
+        figure.suptitle(about["machine"], fontsize=9.0)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    return buffer.getvalue()
+
+
+def _panel(axis: Any, result: Result, rows: list[Taken]) -> None:
+    peer = next(taken for taken in rows if taken.name == PEER).milliseconds
+    places = list(range(len(rows)))
+    ratios = [taken.ratio for taken in rows]
+    low = [r - min(r, t.quartiles[0] / peer) for r, t in zip(ratios, rows, strict=True)]
+    high = [max(r, t.quartiles[1] / peer) - r for r, t in zip(ratios, rows, strict=True)]
+    axis.barh(
+        places,
+        ratios,
+        xerr=[low, high],
+        color=[style(taken.family).color for taken in rows],
+        height=0.7,
+        error_kw={"elinewidth": 1.2, "capsize": 2.5, "ecolor": "#444444"},
+    )
+    for place, taken, above in zip(places, rows, high, strict=True):
+        text = f" {taken.ratio:.2f}  ({taken.milliseconds:.2f} ms)"
+        axis.text(
+            taken.ratio + above,
+            place,
+            text,
+            va="center",
+            fontsize=8.5,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        )
+    axis.set_yticks(places, [taken.name for taken in rows])
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.set_xscale("log")
+    smallest, largest = min(ratios), max(ratios)
+    axis.set_xlim(min(smallest / 1.5, 0.5), largest * 6)
+    axis.axvline(1.0, color="#444444", linewidth=1.0)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.grid(visible=False, axis="y")
+    axis.set_title(
+        f"{_size(result)}, {result.parameters / 1e6:.2f} M parameters",
+        loc="left",
+        fontsize=10.0,
+    )

@@ -1,0 +1,184 @@
+"""Where a benchmark runs: how time and memory are taken there, and how its caches are emptied."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+import time
+from collections.abc import Callable
+from functools import cached_property, partial
+from importlib import metadata
+from pathlib import Path
+from subprocess import SubprocessError, run
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apollo_bench.errors import ExperimentError
+
+Work = Callable[[], object]
+
+
+class Host:
+    """The CPU and its memory."""
+
+    device = torch.device("cpu")
+    copied = 64 << 20  # bytes of the tensor whose copying measures the bandwidth
+    cache = 0  # bytes of the last cache; 0: not asked
+
+    def milliseconds(self, work: Work) -> float:
+        """How long it takes."""
+        start = time.perf_counter()
+        work()
+        return 1e3 * (time.perf_counter() - start)
+
+    def available(self) -> int | None:
+        """Bytes of memory that are free, or None where the system does not tell."""
+        return _kilobytes("/proc/meminfo", "MemAvailable")
+
+    def growth(self, work: Work) -> int | None:
+        """Bytes by which memory grows at most while it works; None where it is not known.
+
+        What the allocator keeps from before is given back first, for it would hide what is asked
+        for.
+        """
+        gc.collect()
+        try:
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+        except (OSError, AttributeError):
+            return None
+        before = _kilobytes("/proc/self/status", "VmRSS")
+        work()
+        after = _kilobytes("/proc/self/status", "VmHWM")
+        return None if before is None or after is None else max(after - before, 0)
+
+    def give_back(self) -> None:
+        """Give back the memory of what is no longer needed."""
+        gc.collect()
+
+    def about(self) -> dict[str, Any]:
+        """For the record; ``title`` in one line."""
+        return {}
+
+
+class Gpu(Host):
+    """A CUDA (or ROCm) device.
+
+    A step begins on an idle device, with caches that hold nothing of what it reads, and ends when
+    its last kernel has: events on the device say when. So the time to launch kernels counts where
+    it is longer than theirs, as it does in a training loop that is bound by launches.
+    """
+
+    copied = 1 << 30
+
+    def __init__(self, device: torch.device) -> None:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", index)
+        self._properties = torch.cuda.get_device_properties(self.device)
+        self.cache = int(getattr(self._properties, "L2_cache_size", 0)) or 40 << 20
+
+    @cached_property
+    def _spoiler(self) -> Tensor:
+        return torch.empty(2 * self.cache // 4, device=self.device)
+
+    def milliseconds(self, work: Work) -> float:
+        """How long the device takes, launches with it."""
+        event = partial(torch.cuda.Event, enable_timing=True)
+        start, end = event(), event()
+        self._spoiler.zero_()
+        torch.cuda.synchronize(self.device)
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+    def available(self) -> int | None:
+        """Bytes of the device's memory that are free or kept by the allocator."""
+        free, _ = torch.cuda.mem_get_info(self.device)
+        kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return free + kept
+
+    def growth(self, work: Work) -> int | None:
+        """Bytes by which the tensors on the device grow at most while it works."""
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        work()
+        torch.cuda.synchronize(self.device)
+        peak = torch.cuda.memory_stats(self.device)["allocated_bytes.all.peak"]
+        return max(int(peak) - before, 0)
+
+    def give_back(self) -> None:
+        """Give back the memory of what is no longer needed."""
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def about(self) -> dict[str, Any]:
+        """Card, driver and versions; ``title`` in one line."""
+        driver = _driver()
+        version = torch.version.cuda or torch.version.hip
+        found = {
+            "gpu": self._properties.name,
+            "gpu_memory": self._properties.total_memory,
+            "multiprocessors": self._properties.multi_processor_count,
+            "L2": self.cache,
+            "driver": driver,
+            "cuda": version,
+            "triton": _triton(),
+        }
+        title = f"{found['gpu']}, driver {driver}, CUDA {version}, Triton {found['triton']}"
+        return {"title": title, **found}
+
+
+HOST = Host()
+
+
+def at(name: str) -> Host:
+    """The place of a device's name, which becomes the current one.
+
+    Raises:
+        ExperimentError: it is none, or there is no such device here.
+    """
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+        raise ExperimentError(f"--device is {name!r}, allowed are cpu, cuda, cuda:1 and so on")
+    if kind == "cpu":
+        return HOST
+    if torch.cuda.device_count() <= int(number or 0):
+        raise ExperimentError(
+            f"--device is {name!r}, but torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} GPUs here"
+        )
+    device = torch.device(name)
+    torch.cuda.set_device(device)
+    return Gpu(device)
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, SubprocessError):
+        return None
+    return said.split()[0] if said.split() else None
+
+
+def _triton() -> str | None:
+    for name in ("triton", "pytorch-triton-rocm"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _kilobytes(path: str, name: str) -> int | None:
+    try:
+        found = re.search(rf"^{name}:\s+(\d+) kB", Path(path).read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return None if found is None else int(found.group(1)) * 1024

@@ -1,0 +1,1 @@
+"""The workloads: one package each, behind the contract in `workload`."""

@@ -1,0 +1,200 @@
+"""CIFAR-10: python pickles, parquet with image files in it, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import pickle
+import tarfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from apollo_bench.atomic_write import write_atomically
+from apollo_bench.errors import ExperimentError, first_line
+from apollo_bench.workloads import arrow_tables
+from apollo_bench.workloads.image_classification.image_decoding import decode_equal
+from apollo_bench.workloads.image_classification.image_set import ImageSet, checked_labels
+from apollo_bench.workloads.image_classification.safe_unpickle import unpickle_arrays
+
+HUB = "uoft-cs/cifar10"
+CLASSES = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+)
+ARCHIVE = "cifar-10-python.tar.gz"
+FOLDER = "cifar-10-batches-py"
+TRAIN = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5")
+TEST = ("test_batch",)
+_SIDE = 32  # pixels
+_GZIP = b"\x1f\x8b"
+_REMEDY = (
+    f"--data needs {ARCHIVE}, the folder {FOLDER}, or a folder with the parquet files of "
+    "the splits train and test"
+)
+
+_Split = tuple[Tensor, Tensor]
+
+
+def load(place: Path | None = None, hub: str = HUB) -> ImageSet:
+    """Read and check the whole set.
+
+    Args:
+        place: the archive of python pickles, the folder that it unpacks to, a folder that holds
+            either, or one of parquet files; None: the hub.
+        hub: the set's name there.
+
+    Raises:
+        ExperimentError: a file is missing, corrupt or truncated.
+    """
+    if place is None:
+        return _from_hub(hub)
+    if not place.exists():
+        raise ExperimentError(f"{place}: no such file or folder; {_REMEDY}")
+    if place.is_file():
+        return _from_archive(place)
+    for folder in (place, place / FOLDER):
+        if any((folder / name).exists() for name in TRAIN + TEST):
+            return _from_pickles(folder)
+    if (place / ARCHIVE).exists():
+        return _from_archive(place / ARCHIVE)
+    shards = {split: arrow_tables.find_shards(place, split) for split in ("train", "test")}
+    if not any(shards.values()):
+        raise ExperimentError(f"{place}: no CIFAR-10 in it; {_REMEDY}")
+    for split, paths in shards.items():
+        if not paths:
+            raise ExperimentError(f"{place}: no parquet file of the split {split}; {_REMEDY}")
+    return _image_set(*(_from_parquet(paths) for paths in shards.values()))
+
+
+def prepare(images: ImageSet, out: Path) -> Path:
+    """Write a set decoded, as the official python pickles are, which ``load`` reads in a second.
+
+    Args:
+        images: all of it.
+        out: folder that gets the folder of pickles.
+
+    Returns:
+        That folder.
+    """
+    folder = out / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = zip(images.train_images.chunk(5), images.train_labels.chunk(5), strict=True)
+    batches = dict(zip(TRAIN, parts, strict=False))
+    batches[TEST[0]] = (images.test_images, images.test_labels)
+    for name, (pixels, labels) in batches.items():
+        table = {b"data": pixels.flatten(1).numpy(), b"labels": labels.tolist()}
+        write_atomically(folder / name, pickle.dumps(table, protocol=4))
+    return folder
+
+
+def _image_set(train: _Split, test: _Split) -> ImageSet:
+    for name, (images, _) in (("train", train), ("test", test)):
+        if not len(images):
+            raise ExperimentError(f"CIFAR-10: the split {name} is empty; {_REMEDY}")
+    return ImageSet.of_pixels(*train, *test)
+
+
+def _from_hub(name: str) -> ImageSet:
+    splits = arrow_tables.open_hub(name, _REMEDY)
+    both = []
+    for split in ("train", "test"):
+        where = f"{name}, split {split}"
+        if split not in splits:
+            raise ExperimentError(f"{where}: not there, only {', '.join(splits)}; {_REMEDY}")
+        both.append(_from_table(splits[split].with_format("arrow")[:], where))
+    return _image_set(*both)
+
+
+def _from_parquet(paths: list[Path]) -> _Split:
+    parts = [_from_table(arrow_tables.read_parquet(path), str(path)) for path in paths]
+    images, labels = zip(*parts, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def _from_table(table: Any, where: str) -> _Split:
+    labels = arrow_tables.labels(table, len(CLASSES), where)
+    contents = arrow_tables.image_bytes(table, where)
+    return decode_equal(contents, (_SIDE, _SIDE), where), labels
+
+
+def _from_pickles(folder: Path) -> ImageSet:
+    def read(name: str) -> bytes:
+        try:
+            return (folder / name).read_bytes()
+        except FileNotFoundError:
+            raise ExperimentError(f"{folder / name}: no such file; {_REMEDY}") from None
+        except OSError as error:
+            raise ExperimentError(
+                f"{folder / name}: cannot be read ({error.strerror}); {_REMEDY}"
+            ) from None
+
+    return _from_batches(read, folder)
+
+
+def _from_archive(path: Path) -> ImageSet:
+    contents: dict[str, bytes] = {}
+    try:
+        content = path.read_bytes()
+        if content.startswith(_GZIP):
+            # to its end, where the checksum stands
+            content = gzip.decompress(content)
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
+            for member in archive:
+                name = member.name.rpartition("/")[2]
+                file = archive.extractfile(member) if name in TRAIN + TEST else None
+                if file is not None:
+                    contents[name] = file.read()
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        raise ExperimentError(
+            f"{path}: not a whole archive ({first_line(error)}); {_REMEDY}"
+        ) from None
+
+    def read(name: str) -> bytes:
+        if name not in contents:
+            raise ExperimentError(f"{path}: no {name} in it; {_REMEDY}")
+        return contents[name]
+
+    return _from_batches(read, path)
+
+
+def _from_batches(read: Callable[[str], bytes], place: Path) -> ImageSet:
+    both = []
+    for names in (TRAIN, TEST):
+        parts = [_batch(read(name), str(place / name)) for name in names]
+        images, labels = zip(*parts, strict=True)
+        both.append((torch.cat(images), torch.cat(labels)))
+    return _image_set(*both)
+
+
+def _batch(content: bytes, where: str) -> _Split:
+    """One pickled dict of ``data``, (n, 3072) bytes, and ``labels``, n numbers."""
+    try:
+        table = unpickle_arrays(content)
+    except Exception as error:  # damaged pickles raise errors of almost every type
+        raise ExperimentError(
+            f"{where}: not a whole pickle ({first_line(error)}); {_REMEDY}"
+        ) from None
+    if isinstance(table, dict):
+        # Python 3 writes the keys as bytes where it has read them so
+        table = {key.decode() if isinstance(key, bytes) else key: table[key] for key in table}
+    else:
+        table = {}
+    data, labels = table.get("data"), table.get("labels")
+    if (
+        not isinstance(data, numpy.ndarray)
+        or data.dtype != numpy.uint8
+        or data.ndim != 2
+        or data.shape[1] != 3 * _SIDE * _SIDE
+    ):
+        raise ExperimentError(f"{where}: holds no rows of {3 * _SIDE * _SIDE} bytes; {_REMEDY}")
+    if not isinstance(labels, list) or len(labels) != len(data):
+        count = len(labels) if isinstance(labels, list) else "no"
+        raise ExperimentError(f"{where}: {count} labels for {len(data)} images; {_REMEDY}")
+    images = torch.from_numpy(data.reshape(-1, 3, _SIDE, _SIDE).copy())
+    return images, checked_labels(labels, len(CLASSES), where)

@@ -1,0 +1,92 @@
+"""Labelled images as files hold them, read when they are needed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy
+from numpy.typing import NDArray
+from torch import Tensor
+
+from apollo_bench.errors import ExperimentError
+
+
+class EncodedImages(Protocol):
+    """One split; whole processes read it at the same time."""
+
+    labels: Tensor  # shape=(n,), dtype=int64
+
+    def where(self, index: int) -> str:
+        """What an error calls an image."""
+
+    def read(self, index: int) -> bytes:
+        """The content of its file; raises ExperimentError."""
+
+
+class EncodedSet(NamedTuple):
+    """Two splits and what they show."""
+
+    train: EncodedImages
+    test: EncodedImages
+    classes: int
+    fingerprint: str  # which data a run has seen
+
+
+class ImageFiles:
+    """Images in files below a folder.
+
+    Args:
+        folder: where the names begin.
+        names: of the files, in one array of bytes: as many strings would be counted, and so
+            copied, in every process that looks at them.
+        labels: of the files.
+    """
+
+    def __init__(self, folder: Path, names: list[str], labels: Tensor) -> None:
+        self.labels = labels
+        self._folder = folder
+        self._names: NDArray[numpy.bytes_] = numpy.array([os.fsencode(name) for name in names])
+
+    def where(self, index: int) -> str:
+        """Its path."""
+        return str(self._path(index))
+
+    def read(self, index: int) -> bytes:
+        """The whole file."""
+        try:
+            return self._path(index).read_bytes()
+        except OSError as error:
+            raise ExperimentError(
+                f"{self.where(index)}: cannot be read ({error.strerror})"
+            ) from None
+
+    def _path(self, index: int) -> Path:
+        return self._folder / os.fsdecode(self._names[index])
+
+
+class HubImages:
+    """Images in a split of a hub's data set.
+
+    Args:
+        rows: a ``datasets.Dataset`` whose column of images is not decoded.
+        column: of the images.
+        labels: of the rows.
+        name: what an error calls the split.
+    """
+
+    def __init__(self, rows: Any, column: str, labels: Tensor, name: str) -> None:
+        self.labels = labels
+        self._rows, self._column, self._name = rows, column, name
+
+    def where(self, index: int) -> str:
+        """Its row."""
+        return f"{self._name}, row {index}"
+
+    def read(self, index: int) -> bytes:
+        """The file that the row holds."""
+        content = (self._rows[index][self._column] or {}).get("bytes")
+        if not isinstance(content, bytes):
+            raise ExperimentError(f"{self.where(index)}: holds no image")
+        return content

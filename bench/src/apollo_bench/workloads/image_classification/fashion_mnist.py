@@ -1,0 +1,69 @@
+"""Fashion-MNIST: the embedded subset, or the whole set from a folder of the four IDX files."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from torch import Tensor
+
+from apollo_bench.errors import ExperimentError
+from apollo_bench.workloads.checksums import checksums, verify
+from apollo_bench.workloads.image_classification.idx_format import read_idx
+from apollo_bench.workloads.image_classification.image_set import ImageSet
+
+EMBEDDED = Path(__file__).parent / "embedded" / "fashion_mnist"
+CLASSES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+FILES = (
+    *("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
+    *("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
+)
+
+
+def load(folder: Path | None = None) -> ImageSet:
+    """Read the four files and check them.
+
+    Args:
+        folder: where the four gzipped IDX files lie, as Debian's package ships them;
+            None: the embedded subset, whose checksums are verified.
+
+    Raises:
+        ExperimentError: a file is missing, corrupt or truncated, or the four do not fit together.
+    """
+    embedded = folder is None
+    folder = EMBEDDED if folder is None else folder
+    remedy = (
+        "reinstall apollo-bench, or make it anew with scripts/make_fashion_mnist.py"
+        if embedded
+        else f"--data needs the four files {', '.join(FILES)}, as in Debian's dataset-fashion-mnist"
+    )
+    digests = checksums(folder, FILES, remedy)
+    if embedded:
+        verify(folder, digests, remedy)
+    train_images, train_labels = _split(folder, FILES[0], FILES[1], remedy)
+    test_images, test_labels = _split(folder, FILES[2], FILES[3], remedy)
+    if train_images.shape[1:] != test_images.shape[1:]:
+        raise ExperimentError(
+            f"{folder}: training images are {tuple(train_images.shape[1:])}, "
+            f"test images {tuple(test_images.shape[1:])}; {remedy}"
+        )
+    fingerprint = hashlib.sha256("".join(digests[name] for name in FILES).encode()).hexdigest()
+    return ImageSet(train_images, train_labels, test_images, test_labels, fingerprint)
+
+
+def _split(folder: Path, images: str, labels: str, remedy: str) -> tuple[Tensor, Tensor]:
+    pixels = read_idx(folder / images, 3, remedy)
+    classes = read_idx(folder / labels, 1, remedy)
+    if len(pixels) != len(classes):
+        raise ExperimentError(
+            f"{folder / labels}: {len(classes)} labels for {len(pixels)} images; {remedy}"
+        )
+    if int(classes.max()) >= len(CLASSES):
+        raise ExperimentError(
+            f"{folder / labels}: label {int(classes.max())}, allowed are 0 to "
+            f"{len(CLASSES) - 1}; {remedy}"
+        )
+    return pixels.unsqueeze(1), classes.long()

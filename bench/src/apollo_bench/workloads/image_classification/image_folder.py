@@ -1,0 +1,178 @@
+"""A folder tree of images, one folder a class, looked through before anything is trained.
+
+What was found good is remembered for each folder, with the names, sizes and times of its files, and
+checked again only when one of these has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.progress import Progress
+
+from apollo_bench.errors import ExperimentError
+from apollo_bench.workloads.image_classification.encoded_images import EncodedImages
+from apollo_bench.workloads.image_classification.image_validation import fault_in, find_fault
+from apollo_bench.workloads.validation_cache import Remembered
+
+_SUFFIXES = (".jpeg", ".jpg", ".png")
+_THREADS = 16  # they wait for the disk, and decoding leaves Python to the others
+_TOLD = 3  # bad files that an error names
+_CHUNK = 256  # images that a thread checks at a time
+_LARGE = 10_000  # files; fewer are checked before anyone asks what is going on
+
+
+class Folder(NamedTuple):
+    """The images of one class."""
+
+    name: str  # relative to the root, with slashes
+    files: tuple[str, ...]  # sorted
+    sizes: tuple[int, ...]  # bytes
+    digest: str  # changes when a file does
+
+
+def index_tree(root: Path, splits: tuple[str, ...], cache: Path | None = None) -> list[Folder]:
+    """List and check the images of some splits.
+
+    Args:
+        root: holds a folder for each split, which holds one for each class.
+        splits: their folders' names.
+        cache: folder for what is remembered; None: below the user's cache.
+
+    Returns:
+        The folders of the classes, sorted, split by split.
+
+    Raises:
+        ExperimentError: a folder or its images are missing, or files are bad: the first are named.
+    """
+    place = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
+    remembered = Remembered(f"tree-{place}.json", cache)
+    names = [name for split in splits for name in _classes(root, split)]
+    faults: list[str] = []
+
+    def look(name: str) -> tuple[Folder, list[str]]:
+        folder = _list(root, name)
+        if remembered.knows(name, folder.digest):
+            return folder, []
+        paths = (root / name / file for file in folder.files)
+        return folder, [f"{path}: {fault}" for path in paths if (fault := find_fault(path))]
+
+    found = []
+    pool = ThreadPoolExecutor(_THREADS)
+    try:
+        waiting: list[Future[tuple[Folder, list[str]]]] = [
+            pool.submit(look, name) for name in names
+        ]
+        with _shown(root, len(names)) as advance:
+            for done in as_completed(waiting):
+                folder, bad = done.result()
+                advance(len(folder.files))
+                found.append(folder)
+                faults += bad
+                if not bad:
+                    remembered.add(folder.name, folder.digest)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        remembered.save()
+    _complain(sorted(faults))
+    order = {name: place for place, name in enumerate(names)}
+    return sorted(found, key=lambda folder: order[folder.name])
+
+
+def check_images(images: EncodedImages, name: str, digest: str, remembered: Remembered) -> None:
+    """Check the images of a split that lies in no tree.
+
+    Args:
+        images: the split.
+        name: under which it is remembered.
+        digest: changes when an image does.
+        remembered: what was found good before.
+
+    Raises:
+        ExperimentError: images are bad: the first are named.
+    """
+    if remembered.knows(name, digest):
+        return
+    count = len(images.labels)
+    faults = []
+
+    def look(rows: range) -> list[str]:
+        read = ((row, fault_in(images.read(row))) for row in rows)
+        return [f"{images.where(row)}: {fault}" for row, fault in read if fault]
+
+    chunks = [range(i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK)]
+    with ThreadPoolExecutor(_THREADS) as pool, _shown(name, len(chunks)) as advance:
+        for rows, bad in zip(chunks, pool.map(look, chunks), strict=True):
+            advance(len(rows))
+            faults += bad
+    _complain(faults)
+    remembered.add(name, digest)
+    remembered.save()
+
+
+def _complain(faults: list[str]) -> None:
+    if faults:
+        more = f"; and {len(faults) - _TOLD} more" if len(faults) > _TOLD else ""
+        raise ExperimentError("; ".join(faults[:_TOLD]) + more)
+
+
+def _classes(root: Path, split: str) -> list[str]:
+    folder = root / split
+    try:
+        with os.scandir(folder) as entries:
+            listed = [(entry.name, entry.is_dir()) for entry in entries]
+    except OSError as error:
+        raise ExperimentError(f"{folder}: cannot be listed ({error.strerror})") from None
+    names = sorted(name for name, is_folder in listed if is_folder)
+    if not names:
+        loose = any(name.lower().endswith(_SUFFIXES) for name, _ in listed)
+        what = "images, but no folders of classes" if loose else "no folders of classes"
+        raise ExperimentError(f"{folder}: {what}; each image must lie in its class's folder")
+    return [f"{split}/{name}" for name in names]
+
+
+def _list(root: Path, name: str) -> Folder:
+    digest = hashlib.sha256()
+    files = []
+    try:
+        with os.scandir(root / name) as entries:
+            for entry in entries:
+                if entry.name.lower().endswith(_SUFFIXES):
+                    status = entry.stat()
+                    files.append((entry.name, status.st_size, status.st_mtime_ns))
+    except FileNotFoundError as error:  # a link to nowhere
+        raise ExperimentError(f"{error.filename}: no such file") from None
+    except OSError as error:
+        raise ExperimentError(f"{root / name}: cannot be listed ({error.strerror})") from None
+    if not files:
+        raise ExperimentError(f"{root / name}: no images ({', '.join(_SUFFIXES)}) in it")
+    files.sort()
+    digest.update(repr(files).encode(errors="surrogateescape"))
+    listed, sizes, _ = zip(*files, strict=True)
+    return Folder(name, listed, sizes, digest.hexdigest())
+
+
+@contextmanager
+def _shown(root: Path | str, folders: int) -> Iterator[Callable[[int], None]]:
+    """Show on standard error how far a large tree is looked through."""
+    console = Console(stderr=True)
+    files = 0
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(f"Checking the images in {root}", total=folders, visible=False)
+
+        def advance(count: int) -> None:
+            nonlocal files
+            files += count
+            progress.update(task, advance=1, visible=files > _LARGE)
+
+        yield advance
+    if files > _LARGE and not console.is_terminal:
+        print(f"{root}: {files} images checked", file=sys.stderr)

@@ -1,0 +1,133 @@
+"""Images of any size that are decoded when they are needed, in processes of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from random import Random
+from typing import NamedTuple
+
+import numpy
+import torch
+from torch import Generator, Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from apollo_bench.config.schema import Photographs
+from apollo_bench.errors import ExperimentError
+from apollo_bench.seeds import derived_seed
+from apollo_bench.workloads.image_classification.cropping import centre_square, random_square
+from apollo_bench.workloads.image_classification.encoded_images import EncodedImages, EncodedSet
+from apollo_bench.workloads.image_classification.image_decoding import decode
+from apollo_bench.workloads.image_classification.image_source import ImageBatch, Step, divide
+
+_EVALUATION_PIXELS = 1 << 23  # in a batch: 167 images of 224 x 224
+
+
+class DecodedPhotographs:
+    """A set of encoded images, decoded and cropped by ``workers`` processes.
+
+    What an image becomes is a function of seed, epoch and image alone, whoever decodes it.
+
+    Args:
+        images: the set.
+        mean: of each channel of the training images, in units of the brightest pixel.
+        std: their standard deviation.
+        data: which part of the set, and the augmentation.
+        device: where the batches come out.
+        workers: processes; 0: this one.
+    """
+
+    channels = 3
+
+    def __init__(
+        self,
+        images: EncodedSet,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        data: Photographs,
+        device: torch.device,
+        workers: int,
+    ) -> None:
+        count = len(images.train.labels)
+        self.train_size, held_out = divide(count, data)
+        self.fingerprint = images.fingerprint
+        self.classes = images.classes
+        self._data, self._device, self._workers = data, device, workers
+        self._mean, self._std = (
+            torch.tensor(values, device=device).reshape(1, -1, 1, 1) for values in (mean, std)
+        )
+        self._train = images.train
+        # they lie class by class: mixed once, the first or the last so many are a fair sample
+        mixed = torch.randperm(count, generator=Generator().manual_seed(0))
+        self._order = mixed[: self.train_size]
+        if data.validation:
+            self._evaluated, self._evaluation_order = images.train, mixed[held_out:]
+        else:
+            self._evaluated, self._evaluation_order = (
+                images.test,
+                torch.arange(len(images.test.labels)),
+            )
+
+    def training(self, steps: Iterable[Step]) -> Iterator[ImageBatch]:
+        """Random crops, resized and mirrored at random."""
+        requests = (
+            _Request(self._order[step.examples[step.part]].tolist(), step.seed[:2])
+            for step in steps
+        )
+        return self._decoded(self._train, requests)
+
+    def evaluation(self, rank: int, world: int) -> Iterator[ImageBatch]:
+        """The centres of the test images, or of the held-out training images."""
+        images = self._evaluation_order[rank::world].tolist()
+        count = max(1, _EVALUATION_PIXELS // self._data.size**2)
+        requests = (
+            _Request(images[start : start + count], None) for start in range(0, len(images), count)
+        )
+        return self._decoded(self._evaluated, requests)
+
+    def _decoded(self, images: EncodedImages, requests: Iterator[_Request]) -> Iterator[ImageBatch]:
+        loader = DataLoader(
+            _Decoder(images, self._data),
+            batch_size=None,
+            sampler=requests,
+            num_workers=self._workers,
+            pin_memory=self._device.type == "cuda",
+            # its own, for it draws from torch's global one otherwise
+            generator=Generator(),
+        )
+        for pixels, labels, fault in loader:
+            if fault:
+                raise ExperimentError(fault)
+            batch = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+            normalised = (batch.float().div(255) - self._mean) / self._std
+            yield normalised, labels.to(self._device, non_blocking=True)
+
+
+class _Request(NamedTuple):
+    """Images to decode together."""
+
+    images: list[int]
+    seed: tuple[int, ...] | None  # of the crops; None: their centres
+
+
+class _Decoder(Dataset[tuple[Tensor, Tensor, str]]):
+    def __init__(self, images: EncodedImages, data: Photographs) -> None:
+        self._images, self._data = images, data
+
+    def __getitem__(self, request: _Request) -> tuple[Tensor, Tensor, str]:
+        """Pixels, shape (n, size, size, 3), labels, and what is wrong with them."""
+        data = self._data
+        pixels = numpy.zeros((len(request.images), data.size, data.size, 3), dtype=numpy.uint8)
+        fault = ""
+        try:
+            for row, index in enumerate(request.images):
+                image = decode(self._images.read(index), self._images.where(index))
+                if request.seed is None:
+                    square = centre_square(image, data.test_resize, data.size)
+                else:
+                    random = Random(derived_seed(*request.seed, index))
+                    square = random_square(image, data.size, data.smallest_area, data.flip, random)
+                pixels[row] = numpy.asarray(square)
+        except ExperimentError as error:
+            # an exception would come out of the worker with its whole traceback for a message
+            fault = str(error)
+        return torch.from_numpy(pixels), self._images.labels[request.images], fault

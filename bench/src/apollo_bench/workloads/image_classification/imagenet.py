@@ -1,0 +1,88 @@
+"""ImageNet: a folder tree of JPEG files, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from apollo_bench.errors import ExperimentError
+from apollo_bench.workloads import arrow_tables
+from apollo_bench.workloads.image_classification.encoded_images import (
+    EncodedSet,
+    HubImages,
+    ImageFiles,
+)
+from apollo_bench.workloads.image_classification.image_folder import (
+    Folder,
+    check_images,
+    index_tree,
+)
+from apollo_bench.workloads.validation_cache import Remembered
+
+HUB = "ILSVRC/imagenet-1k"
+# of the training images' channels, in units of the brightest pixel; the values that all pipelines
+# for ImageNet share, for measuring them would take a pass over the whole set
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+_REMEDY = "--data needs a folder with train/CLASS/*.JPEG and val/CLASS/*.JPEG"
+
+
+def load(place: Path | None = None, hub: str = HUB, cache: Path | None = None) -> EncodedSet:
+    """Find and check all images.
+
+    Args:
+        place: the folder that holds ``train`` and ``val``; None: the hub.
+        hub: the set's name there.
+        cache: folder where it is remembered which files were found good; None: the user's.
+
+    Raises:
+        ExperimentError: the data are not there, or files are missing, cut short or no images.
+    """
+    if place is None:
+        return _from_hub(hub, cache)
+    for split in ("train", "val"):
+        if not (place / split).is_dir():
+            raise ExperimentError(f"{place / split}: no such folder; {_REMEDY}")
+    folders = index_tree(place, ("train", "val"), cache)
+    classes: dict[str, dict[str, Folder]] = {"train": {}, "val": {}}
+    for folder in folders:
+        split, _, name = folder.name.partition("/")
+        classes[split][name] = folder
+    for here, there in (("val", "train"), ("train", "val")):
+        for name in classes[there].keys() - classes[here].keys():
+            raise ExperimentError(
+                f"{place / here / name}: no such folder, there is {place / there / name}; {_REMEDY}"
+            )
+    digest = hashlib.sha256()
+    for folder in folders:
+        digest.update(repr((folder.name, folder.files, folder.sizes)).encode("utf-8", "replace"))
+    numbers = {name: number for number, name in enumerate(classes["train"])}
+    train, val = (_files(place, classes[split], numbers) for split in ("train", "val"))
+    return EncodedSet(train, val, len(numbers), digest.hexdigest())
+
+
+def _files(root: Path, folders: dict[str, Folder], numbers: dict[str, int]) -> ImageFiles:
+    names = [f"{folder.name}/{file}" for folder in folders.values() for file in folder.files]
+    labels = [numbers[name] for name, folder in folders.items() for _ in folder.files]
+    return ImageFiles(root, names, torch.tensor(labels, dtype=torch.int64))
+
+
+def _from_hub(name: str, cache: Path | None) -> EncodedSet:
+    splits = arrow_tables.open_hub(name, _REMEDY)
+    digest = hashlib.sha256()
+    key = hashlib.sha256(name.encode()).hexdigest()[:16]
+    both = []
+    for split in ("train", "validation"):
+        where = f"{name}, split {split}"
+        if split not in splits:
+            raise ExperimentError(f"{where}: not there, only {', '.join(splits)}; {_REMEDY}")
+        rows = splits[split]
+        table = rows.select_columns("label").with_format("arrow")[:]
+        labels = arrow_tables.labels(table, None, where)
+        digest.update(labels.numpy().data)
+        both.append(HubImages(rows, arrow_tables.image_column(rows, where), labels, where))
+        check_images(both[-1], split, rows._fingerprint, Remembered(f"hub-{key}.json", cache))
+    classes = 1 + max(int(images.labels.max()) for images in both)
+    return EncodedSet(both[0], both[1], classes, digest.hexdigest())

@@ -1,0 +1,142 @@
+"""Batches of parallel streams, for truncated back-propagation through time.
+
+The tokens are cut into as many streams of equal length as a batch has rows. Step t of an epoch
+takes the t-th piece of every stream, so that row i goes on where row i of the step before ended,
+and the state of a network is carried over.
+
+The paper says that the state is not reset. The code released with it shuffles the shards, and the
+sentences within each, anew in every epoch, cuts each shard into its own streams and resets the
+state with each shard. Here the whole corpus makes the streams, in the order of its (shuffled)
+sentences: a plain pass, or with a seed one that begins at another token in each epoch, going round
+the corpus as a ring, so that streams and pieces are cut elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from apollo_bench.errors import ExperimentError
+from apollo_bench.seeds import derived_seed
+from apollo_bench.workloads.language_modeling.token_corpus import Tokens
+
+IGNORED = -100  # a target that stands for nothing
+
+Pair = tuple[Tensor, Tensor]  # tokens and targets, both shape (streams, steps), int64
+_Rows = NDArray[numpy.int64]
+
+
+class Sequences:
+    """A corpus as ``batch`` parallel streams, read ``steps`` tokens at a time.
+
+    What is left when all streams have the same number of whole pieces, fewer than batch * (steps
+    + 1) tokens, is not read in an epoch that begins at the first token.
+
+    Args:
+        tokens: of the training split.
+        batch: streams.
+        steps: tokens of a stream in a batch.
+
+    Raises:
+        ExperimentError: the tokens do not fill one batch.
+    """
+
+    def __init__(self, tokens: Tokens, batch: int, steps: int) -> None:
+        if batch < 1 or steps < 1:
+            raise ValueError(f"batch is {batch} and steps is {steps}; both must be 1 at least")
+        self._tokens, self._batch, self._steps = tokens, batch, steps
+        self._length = (len(tokens) - 1) // batch  # the last token is a target only
+        self.batches = self._length // steps  # in an epoch
+        if not self.batches:
+            raise ExperimentError(
+                f"{len(tokens)} tokens do not fill a batch of {batch} streams of {steps} tokens; "
+                f"{batch * steps + 1} do; check train.batch_size, data.steps and "
+                "data.train_examples"
+            )
+
+    def epoch(
+        self, start: int = 0, offset: int = 0, rank: int = 0, world: int = 1
+    ) -> Iterator[Pair]:
+        """The batches from step ``start`` on: tokens and, one place further on, targets.
+
+        Args:
+            start: batches that are left out, because they are done.
+            offset: token of the corpus at which the first stream begins, as from ``offset``.
+            rank: which process of ``world`` this is; each has as many neighbouring streams.
+            world: processes.
+
+        Raises:
+            ExperimentError: the processes cannot share the streams equally.
+        """
+        if self._batch % world:
+            raise ExperimentError(
+                f"train.batch_size is {self._batch}, which {world} processes cannot share "
+                "equally; choose a multiple of them"
+            )
+        share = self._batch // world
+        streams = range(rank * share, (rank + 1) * share)
+        return self._pieces(start, offset, streams)
+
+    def offset(self, seed: int, epoch: int) -> int:
+        """Where an epoch begins, a token drawn from all as a function of seed and epoch."""
+        return derived_seed(seed, epoch) % len(self._tokens)
+
+    def _pieces(self, start: int, offset: int, streams: range) -> Iterator[Pair]:
+        for step in range(start, self.batches):
+            rows: _Rows = numpy.empty((len(streams), self._steps + 1), numpy.int64)
+            for row, stream in zip(rows, streams, strict=True):
+                self._read(offset + stream * self._length + step * self._steps, row)
+            yield _pair(rows)
+
+    def _read(self, first: int, row: _Rows) -> None:
+        """Fill the row with the tokens from ``first`` on, after the last one from the beginning."""
+        first %= len(self._tokens)
+        piece = self._tokens[first : first + len(row)]
+        row[: len(piece)] = piece
+        if len(piece) < len(row):
+            row[len(piece) :] = self._tokens[: len(row) - len(piece)]
+
+
+def held_out(
+    tokens: Tokens, batch: int, steps: int, end: int, rank: int = 0, world: int = 1
+) -> Iterator[Pair]:
+    """Every token once as a target, in pieces of parallel streams, to carry the state over.
+
+    The first token's input is the END before it, that of each other stream the token before. Only
+    the state is fresh where a stream begins, so few streams are nearest to reading the text in one.
+
+    Args:
+        tokens: of a held-out split.
+        batch: streams.
+        steps: tokens of a stream in a piece; the last piece may be shorter.
+        end: number of END.
+        rank: which process of ``world`` this is; each has neighbouring streams, perhaps none.
+        world: processes.
+
+    Returns:
+        Tokens and targets, both shape (streams, steps), int64; targets beyond the end are IGNORED.
+    """
+    if batch < 1 or steps < 1:
+        raise ValueError(f"batch is {batch} and steps is {steps}; both must be 1 at least")
+    length = -(-len(tokens) // batch)
+    streams = range(rank * batch // world, (rank + 1) * batch // world)
+    for first in range(0, length if streams else 0, steps):
+        width = min(steps, length - first)
+        rows = numpy.full((len(streams), width + 1), IGNORED, numpy.int64)
+        for row, stream in zip(rows, streams, strict=True):
+            begin = stream * length + first
+            piece = tokens[max(0, begin - 1) : begin + width]
+            lead = int(begin == 0)
+            row[:lead] = end
+            row[lead : lead + len(piece)] = piece
+        inputs, targets = _pair(rows)
+        yield inputs.masked_fill(inputs == IGNORED, end), targets
+
+
+def _pair(rows: _Rows) -> Pair:
+    tensor = torch.from_numpy(rows)
+    return tensor[:, :-1].contiguous(), tensor[:, 1:].contiguous()

@@ -1,0 +1,161 @@
+"""Language modelling: each next word of a stream of text (section 4.2 of the paper)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from apollo_bench.config.recipe import RunSpec
+from apollo_bench.config.schema import LSTMModel, Text
+from apollo_bench.errors import ExperimentError
+from apollo_bench.workloads.language_modeling import bptt_batches, one_billion_word, wordnet
+from apollo_bench.workloads.language_modeling.bptt_batches import IGNORED, Sequences
+from apollo_bench.workloads.language_modeling.lstm import LanguageModel
+from apollo_bench.workloads.language_modeling.token_corpus import Corpus, Tokens
+from apollo_bench.workloads.workload import Batch, Carried, Metric, Resources
+
+VALIDATION = Metric("valid_perplexity", "validation perplexity", "", higher_is_better=False)
+TEST = Metric("test_perplexity", "test perplexity", "", higher_is_better=False)
+_ROWS = 64  # streams of an evaluation
+
+
+class LanguageTask:
+    """Truncated back-propagation through time with the state carried over.
+
+    Perplexity is that of every token, the ends of sentences counted; during training on the
+    validation text, at the end on the test text too.
+
+    Args:
+        corpus: the text.
+        model: which network.
+        data: how it is cut.
+        batch_size: streams, over all processes.
+        device: where the batches come out.
+
+    Raises:
+        ExperimentError: the text is too short for one step, or a cut-off lies beyond the
+            vocabulary.
+    """
+
+    curve, final = VALIDATION, TEST
+    examines = True
+    unit = "words"
+
+    def __init__(
+        self, corpus: Corpus, model: LSTMModel, data: Text, batch_size: int, device: torch.device
+    ) -> None:
+        words = len(corpus.vocabulary)
+        if model.cutoffs and model.cutoffs[-1] >= words:
+            raise ExperimentError(
+                f"model.cutoffs is {model.cutoffs}, allowed are numbers below the vocabulary's "
+                f"size, {words}"
+            )
+        train = corpus.train
+        if data.train_examples is not None:
+            train = Tokens([train[: data.train_examples]])
+        self._sequences = Sequences(train, batch_size, data.steps)
+        self.steps_per_epoch = self._sequences.batches
+        self.fingerprint = corpus.fingerprint
+        empty = f"; {corpus.empty_lines:,} empty lines passed over" if corpus.empty_lines else ""
+        self.remarks = [
+            f"A vocabulary of {words:,} words; perplexity is that of every word and every "
+            f"sentence's end, {len(corpus.test):,} in the test text{empty}."
+        ]
+        self.units_per_step = float(batch_size * data.steps)
+        self._corpus, self._model, self._data, self._device = corpus, model, data, device
+
+    def model(self) -> nn.Module:
+        """A new network, initialised as the authors' release does."""
+        settings = self._model.model_dump(exclude={"family"})
+        return LanguageModel(len(self._corpus.vocabulary), **settings)
+
+    def batches(
+        self, seed: int, epoch: int, start: int, rank: int = 0, world: int = 1
+    ) -> Iterator[Batch]:
+        """Tokens and the tokens after them, each shape=(batch / world, steps), int64.
+
+        Each epoch begins at another token, which seed and epoch say.
+
+        Raises:
+            ExperimentError: the processes cannot share a batch equally.
+        """
+        offset = self._sequences.offset(seed, epoch)
+        for pair in self._sequences.epoch(start, offset, rank, world):
+            yield tuple(x.to(self._device, non_blocking=True) for x in pair)
+
+    def loss(
+        self, model: nn.Module, part: Batch, batch: Batch, carried: Carried
+    ) -> tuple[Tensor, Carried]:
+        """Mean negative log likelihood; it carries over the state, shape=(rows, layers, hidden)."""
+        tokens, targets = part
+        if carried:
+            hidden, cell = (x.transpose(0, 1).contiguous() for x in carried)
+        else:
+            hidden, cell = self._begin(len(tokens))
+        losses, after = model(tokens, targets, (hidden, cell))
+        share = len(tokens) / len(batch[0])
+        return losses.mean() * share, tuple(x.transpose(0, 1) for x in after)
+
+    def _begin(self, rows: int) -> tuple[Tensor, Tensor]:
+        shape = (self._model.layers, rows, self._model.hidden)
+        return torch.zeros(shape, device=self._device), torch.zeros(shape, device=self._device)
+
+    def tally(self, model: nn.Module, rank: int = 0, world: int = 1, final: bool = False) -> Tensor:
+        """Summed negative log likelihood and words of each text that is evaluated."""
+        texts = [self._corpus.valid, self._corpus.test] if final else [self._corpus.valid]
+        sums = [self._sums(model, text, rank, world) for text in texts]
+        return torch.cat(sums).to(self._device)
+
+    def _sums(self, model: nn.Module, text: Tokens, rank: int, world: int) -> Tensor:
+        total = torch.zeros(2, dtype=torch.float64)
+        state = None
+        end = self._corpus.vocabulary.end
+        for pair in bptt_batches.held_out(text, _ROWS, self._data.steps, end, rank, world):
+            tokens, targets = (x.to(self._device) for x in pair)
+            counts = targets != IGNORED
+            state = self._begin(len(tokens)) if state is None else state
+            losses, state = model(tokens, targets.masked_fill(~counts, end), state)
+            found = torch.stack([losses.double()[counts].sum(), counts.sum().double()])
+            total = total.to(found.device) + found
+        return total
+
+    def metrics(self, tally: Tensor, final: bool = False) -> dict[str, float]:
+        """Perplexity of the validation text and, of the trained model, of the test text."""
+        found = {}
+        names = (VALIDATION.name, TEST.name) if final else (VALIDATION.name,)
+        for name, (nats, words) in zip(names, tally.view(-1, 2).tolist(), strict=True):
+            mean = nats / words
+            found[name] = math.exp(mean) if mean < 700 else math.inf
+        return found
+
+
+def of_wordnet(spec: RunSpec, resources: Resources) -> LanguageTask:
+    """WordNet, embedded or from a folder; raises ExperimentError for bad files."""
+    return _task(spec, resources, wordnet.load)
+
+
+def of_one_billion_words(spec: RunSpec, resources: Resources) -> LanguageTask:
+    """The prepared benchmark; raises ExperimentError where it is not, or is damaged."""
+    if resources.folder is None:
+        raise ExperimentError(
+            "one-billion-word needs --data with the prepared text; "
+            "`apollo-bench prepare one-billion-word --raw DIR --out DIR` makes it"
+        )
+    folder = resources.folder
+    return _task(spec, resources, lambda _: one_billion_word.load(folder))
+
+
+def _task(
+    spec: RunSpec, resources: Resources, load: Callable[[Path | None], Corpus]
+) -> LanguageTask:
+    if not isinstance(spec.data, Text) or not isinstance(spec.model, LSTMModel):
+        raise ExperimentError(
+            f"data.kind is {spec.data.kind!r} and model.family {spec.model.family!r}, the task "
+            f"{spec.task} needs 'text' and 'lstm'"
+        )
+    corpus = load(resources.folder)
+    return LanguageTask(corpus, spec.model, spec.data, spec.train.batch_size, resources.device)

@@ -1,0 +1,374 @@
+"""The One Billion Word benchmark: from its shards of text to token files.
+
+The archive 1-billion-word-language-modeling-benchmark-r13output holds 99 shards of training text
+(news.en-00001-of-00100 to -00099; number 0 is what the other folder holds) and 50 of held-out text.
+As is usual, ``heldout-00000`` is the test set, on which published perplexities are measured; the
+other 49 are the validation set.
+
+Every sentence is followed by </S> and preceded by nothing: the end of one sentence is what the next
+begins after. So each word and each </S> is predicted once and counted once, which is word-level
+perplexity as Chelba et al. and Jozefowicz et al. measure it. The code released with the paper puts
+<S> before each sentence too and counts it, though it is certain after </S>; it also tests on all
+held-out shards.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import heapq
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy
+
+from apollo_bench.atomic_write import replacing, write_atomically
+from apollo_bench.errors import ExperimentError
+from apollo_bench.workloads.language_modeling import text_files, token_files
+from apollo_bench.workloads.language_modeling import vocabulary as vocabularies
+from apollo_bench.workloads.language_modeling.token_corpus import Corpus, Numbers, Tokens
+from apollo_bench.workloads.language_modeling.token_files import Description
+from apollo_bench.workloads.language_modeling.vocabulary import END, START, Vocabulary
+from apollo_bench.workloads.validation_cache import Remembered
+
+ARCHIVE = "1-billion-word-language-modeling-benchmark-r13output"
+TRAIN = "training-monolingual.tokenized.shuffled"
+HELD_OUT = "heldout-monolingual.tokenized.shuffled"
+TEST = 0  # the held-out shard of the test set
+LEAST = 3  # occurrences of a word of the standard vocabulary, and of one made from the text
+EMPTY, UNKNOWNS, SENTENCES = "empty_lines", "unknown_words", "sentences"
+FORMAT = 1
+_CHECKED = "checked.json"  # beside the token files: those whose checksums were found right
+_REMEDY = "run apollo-bench prepare one-billion-word again; what is finished is kept"
+
+Tell = Callable[[str, int, int], None]  # what is done, how much of it, of how much
+_Job = TypeVar("_Job", bound=Hashable)
+_Result = TypeVar("_Result")
+
+
+def prepare(raw: Path, out: Path, vocabulary: Path | None, workers: int, tell: Tell) -> None:
+    """Turn the benchmark's text into token files, one a shard, in parallel.
+
+    Interrupted at any moment, the next call goes on with the shards that are missing. A shard is
+    done anew when its text, the vocabulary or its token file is not what it was.
+
+    Args:
+        raw: the unpacked archive, or the folder that holds it.
+        out: folder for the token files; made if need be.
+        vocabulary: the standard 1b_word_vocab.txt; None: the words that occur LEAST times.
+        workers: processes; 1 works in this one.
+        tell: is told how far it is.
+
+    Raises:
+        ExperimentError: a shard is missing, truncated or not UTF-8, the vocabulary is unusable,
+            or ``out`` cannot be written or is in use.
+    """
+    if workers < 1:
+        raise ExperimentError(f"{workers} workers; at least 1 is right")
+    raw = raw / ARCHIVE if (raw / ARCHIVE).is_dir() else raw
+    shards = {
+        "train": _shards(raw / TRAIN, "news.en-", 1),
+        "heldout": _shards(raw / HELD_OUT, "news.en.heldout-", 0),
+    }
+    with _folder(out), _Workers(workers) as pool:
+        _manifest(out).unlink(missing_ok=True)
+        words = (
+            _count(list(shards["train"].values()), out / "counts", pool, tell)
+            if vocabulary is None
+            else vocabularies.read(vocabulary)
+        )
+        digest = words.digest
+        encode = partial(_encode_shard, out, digest, words.end, words.unknown)
+        vocabularies.write(out / "vocabulary.txt", words)
+        del words  # each worker has its own
+        jobs = {}
+        for split, paths in shards.items():
+            (out / split).mkdir(exist_ok=True)
+            for number, path in paths.items():
+                jobs[f"{split}/{number:05}.tokens"] = path
+        made = pool.do(encode, list(jobs.items()), partial(tell, "Tokenising shards"))
+        files = {name: made[name, path] for name, path in jobs.items()}
+        told = _summary(files, digest)
+        write_atomically(_manifest(out), json.dumps(told, indent=1).encode() + b"\n")
+        _remove(out / "counts")
+        _kept.clear()
+    counts = told["counts"]
+    tell(
+        f"Prepared {len(jobs)} shards: {told['tokens']:,} tokens, {counts[SENTENCES]:,} sentences, "
+        f"{counts[UNKNOWNS]:,} unknown words, {counts[EMPTY]:,} empty lines passed over",
+        len(jobs),
+        len(jobs),
+    )
+
+
+def load(folder: Path) -> Corpus:
+    """What ``prepare`` has made, mapped from the disk.
+
+    Raises:
+        ExperimentError: it was not prepared to the end, or a file is missing, damaged, truncated
+            or made with another vocabulary.
+    """
+    place = _manifest(folder)
+    try:
+        told: dict[str, Any] = json.loads(place.read_bytes())
+        if told["format"] != FORMAT:
+            raise ExperimentError(f"{place}: format {told['format']!r}, not {FORMAT}; {_REMEDY}")
+        files, digest, empty = told["files"], told["vocabulary"], told["counts"][EMPTY]
+        splits: dict[str, list[Numbers]] = {"train": [], "valid": [], "test": []}
+        sums = [digest]
+        remembered = Remembered(_CHECKED, folder)
+        for name, expected in files.items():
+            path = folder / name
+            described = token_files.describe(path).sha256 == expected
+            if not described or not remembered.holds(path, expected):
+                raise ExperimentError(f"{path}: not the file that was prepared; {_REMEDY}")
+            splits[_split_of(name)].append(token_files.read(path, digest))
+            sums.append(expected)
+        remembered.save()
+    except FileNotFoundError:
+        raise ExperimentError(
+            f"{place}: no such file, not prepared to the end; {_REMEDY}"
+        ) from None
+    except OSError as error:
+        raise ExperimentError(f"{place}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ExperimentError(f"{place}: damaged; {_REMEDY}") from None
+    words = vocabularies.read(folder / "vocabulary.txt")
+    if words.digest != digest:
+        raise ExperimentError(f"{folder / 'vocabulary.txt'}: changed since; {_REMEDY}")
+    fingerprint = hashlib.sha256("".join(sums).encode()).hexdigest()
+    train, valid, test = (Tokens(parts) for parts in splits.values())
+    return Corpus(train, valid, test, words, fingerprint, empty)
+
+
+def _split_of(name: str) -> str:
+    split, _, file = name.partition("/")
+    if split == "train":
+        return "train"
+    return "test" if file == f"{TEST:05}.tokens" else "valid"
+
+
+def _manifest(folder: Path) -> Path:
+    return folder / "corpus.json"
+
+
+def _summary(files: dict[str, Description], digest: str) -> dict[str, Any]:
+    counts: Counter[str] = Counter()
+    for description in files.values():
+        counts.update(description.counts)
+    return {
+        "format": FORMAT,
+        "vocabulary": digest,
+        "tokens": sum(description.tokens for description in files.values()),
+        "counts": {name: counts[name] for name in (SENTENCES, UNKNOWNS, EMPTY)},
+        "files": {name: description.sha256 for name, description in files.items()},
+    }
+
+
+def _shards(folder: Path, prefix: str, first: int) -> dict[int, Path]:
+    """The shards by number; those before the ``first`` may be missing."""
+    if not folder.is_dir():
+        raise ExperimentError(
+            f"{folder}: no such folder; the unpacked benchmark has {TRAIN} and {HELD_OUT}"
+        )
+    found, totals = {}, set()
+    for path in sorted(folder.iterdir()):
+        if match := re.fullmatch(re.escape(prefix) + r"(\d{5})-of-(\d{5})", path.name):
+            found[int(match[1])] = path
+            totals.add(match[2])
+    if not found:
+        raise ExperimentError(f"{folder}: no shards {prefix}00000-of-00000 in it")
+    if len(totals) > 1:
+        raise ExperimentError(f"{folder}: shards of {' and of '.join(sorted(totals))} mixed")
+    total = totals.pop()
+    for number in range(first, int(total)):
+        if number not in found:
+            raise ExperimentError(
+                f"{folder / f'{prefix}{number:05}-of-{total}'}: no such file; "
+                f"{len(found)} shards of {total} are there"
+            )
+    return found
+
+
+def _encode_shard(
+    out: Path, digest: str, end: int, unknown: int, job: tuple[str, Path]
+) -> Description:
+    name, path = job
+    target = out / name
+    source = token_files.source(path)
+    if token_files.is_made_from(target, digest, [source]):
+        return token_files.describe(target)
+    counts = Counter({SENTENCES: 0, UNKNOWNS: 0, EMPTY: 0})
+    blocks = _encode(path, _numbers(out / "vocabulary.txt", digest), end, unknown, counts)
+    return token_files.write(target, blocks, digest, [source], counts)
+
+
+_kept: dict[str, dict[bytes, int]] = {}  # the numbers of one vocabulary, by its digest
+
+
+def _numbers(path: Path, digest: str) -> dict[bytes, int]:
+    """The number of each word; read once a process, and without what a Vocabulary has beside."""
+    if digest not in _kept:
+        with path.open("rb") as file:
+            numbers = {line[:-1]: number for number, line in enumerate(file)}
+        # the ends of sentences are ours to set
+        for marker in (START, END):
+            numbers.pop(marker.encode(), None)
+        _kept.clear()
+        _kept[digest] = numbers
+    return _kept[digest]
+
+
+def _encode(
+    path: Path, numbers: dict[bytes, int], end: int, unknown: int, counts: Counter[str]
+) -> Iterator[Numbers]:
+    number_of, missing = numbers.get, itertools.repeat(unknown)
+    for lines in text_files.blocks(path):
+        found: list[int] = []
+        for words in lines:
+            if words:
+                found += map(number_of, words, missing)
+                found.append(end)
+            else:
+                counts[EMPTY] += 1
+        tokens = numpy.array(found, numpy.int32)
+        counts[SENTENCES] += int((tokens == end).sum())
+        counts[UNKNOWNS] += int((tokens == unknown).sum())
+        yield tokens
+
+
+def _count(paths: list[Path], folder: Path, pool: _Workers, tell: Tell) -> Vocabulary:
+    """The vocabulary of the training text, from sorted counts of each shard on the disk."""
+    folder.mkdir(exist_ok=True)
+    made = pool.do(partial(_count_shard, folder), paths, partial(tell, "Counting words"))
+    merged = heapq.merge(*(_counts(made[path]) for path in paths))
+    words = (
+        (word.decode(), sum(count for _, count in pairs))
+        for word, pairs in itertools.groupby(merged, itemgetter(0))
+    )
+    return vocabularies.from_counts(words, LEAST, place=f"{paths[0].parent}")
+
+
+def _count_shard(folder: Path, path: Path) -> Path:
+    target = folder / f"{path.name}.{token_files.source(path).sha256[:16]}"
+    if not target.exists():
+        counts: Counter[bytes] = Counter()
+        for lines in text_files.blocks(path):
+            counts.update(itertools.chain.from_iterable(lines))
+        with _written(target), replacing(target) as file:
+            for word in sorted(counts):
+                file.write(b"%s %d\n" % (word, counts[word]))
+    return target
+
+
+def _counts(path: Path) -> Iterator[tuple[bytes, int]]:
+    with path.open("rb") as file:
+        for line in file:
+            word, count = line.split()
+            yield word, int(count)
+
+
+class _Workers:
+    """Processes that share jobs; ``count`` 1: this one does them all."""
+
+    def __init__(self, count: int) -> None:
+        # copies of a server, which has imported for all what they share; never of this process:
+        # a copy of one whose threads hold locks may hang
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        self._pool = None if count == 1 else ProcessPoolExecutor(count, context, _end_with_parent)
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def do(
+        self, work: Callable[[_Job], _Result], jobs: list[_Job], tell: Callable[[int, int], None]
+    ) -> dict[_Job, _Result]:
+        """The result of each job; the first error ends all."""
+        tell(0, len(jobs))
+        done: dict[_Job, _Result] = {}
+        for job, result in self._results(work, jobs):
+            done[job] = result
+            tell(len(done), len(jobs))
+        return done
+
+    def _results(
+        self, work: Callable[[_Job], _Result], jobs: list[_Job]
+    ) -> Iterator[tuple[_Job, _Result]]:
+        if self._pool is None:
+            for job in jobs:
+                yield job, work(job)
+            return
+        try:
+            waiting = {self._pool.submit(work, job): job for job in jobs}
+            for future in as_completed(waiting):
+                yield waiting[future], future.result()
+        except BrokenProcessPool:
+            raise ExperimentError(
+                f"a process that prepared a shard was killed, perhaps for want of memory; {_REMEDY}"
+            ) from None
+
+
+def _end_with_parent() -> None:
+    """See to it that no worker outlives a killed parent and writes beside the next one.
+
+    Interrupted from the keyboard, the parent lets each worker end its shard.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def _folder(out: Path) -> Iterator[None]:
+    """The folder for the result, for this process alone."""
+    with _written(out):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / "lock").open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ExperimentError(f"{out}: another process is preparing it") from None
+        with _written(out):
+            yield
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or path
+        raise ExperimentError(f"{where}: cannot be written ({error.strerror})") from None
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_dir():
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()

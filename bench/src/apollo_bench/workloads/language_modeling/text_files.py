@@ -1,0 +1,78 @@
+"""Lines of words from text, whatever is wrong with them told with file and line."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from apollo_bench.errors import ExperimentError, first_line
+
+_BLOCK = 1 << 21  # bytes
+
+
+def blocks(path: Path) -> Iterator[list[list[bytes]]]:
+    """The words of a file's lines, some thousand lines at a time, checked to be UTF-8.
+
+    Words are what stands between spaces, as bytes: half the work of characters. An empty line is
+    an empty list.
+
+    Raises:
+        ExperimentError: the file cannot be read, is cut short within a line, or is not UTF-8.
+    """
+    line = 1
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                block += file.readline()
+                check_encoding(block, path, line)
+                if not block.endswith(b"\n"):
+                    last = line + block.count(b"\n")
+                    raise ExperimentError(
+                        f"{path}, line {last}: the file ends within it, truncated; unpack it anew"
+                    )
+                lines = [text.split() for text in block[:-1].split(b"\n")]
+                line += len(lines)
+                yield lines
+    except OSError as error:
+        raise ExperimentError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def gzipped_lines(path: Path, remedy: str) -> list[list[str]]:
+    """The words of each line of a gzipped text, empty lines as empty lists.
+
+    Raises:
+        ExperimentError: the file cannot be read, is damaged or truncated, or is not UTF-8.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except FileNotFoundError:
+        raise ExperimentError(f"{path}: no such file; {remedy}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise ExperimentError(
+            f"{path}: not a whole gzip file ({first_line(error)}); {remedy}"
+        ) from None
+    check_encoding(content, path, 1)
+    lines = content.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    return [line.decode().split() for line in lines]
+
+
+def check_encoding(content: bytes, path: Path, line: int) -> None:
+    """Make sure that bytes are UTF-8 text; ``line`` is the number of their first line.
+
+    Raises:
+        ExperimentError: they are not, or hold a zero byte as a broken copy does; names the line.
+    """
+    if b"\0" in content:
+        line += content.count(b"\n", 0, content.index(b"\0"))
+        raise ExperimentError(f"{path}, line {line}: a zero byte, damaged; unpack it anew")
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        line += content.count(b"\n", 0, error.start)
+        raise ExperimentError(
+            f"{path}, line {line}: not UTF-8 (byte 0x{content[error.start]:02x}); convert the file"
+        ) from None

@@ -1,0 +1,135 @@
+"""Words and their numbers, the frequent ones first."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from apollo_bench.atomic_write import write_atomically
+from apollo_bench.errors import ExperimentError
+
+START = "<S>"  # in the standard vocabulary; no stream of ours holds it
+END = "</S>"
+UNKNOWN = "<UNK>"
+
+
+class Vocabulary:
+    """Words by number and numbers by word.
+
+    Args:
+        words: in the order of their numbers; the cut-offs of an adaptive softmax take the
+            frequent ones to come first.
+        place: what the words come from, named in errors.
+
+    Raises:
+        ExperimentError: a word is there twice, or END or UNKNOWN is missing.
+    """
+
+    def __init__(self, words: Sequence[str], place: str = "vocabulary") -> None:
+        self.words = tuple(words)
+        if len(set(self.words)) != len(self.words):
+            raise ExperimentError(
+                f"{place}, {_duplicate(self.words)}; each word must be there once"
+            )
+        for marker, meaning in ((END, "ends a sentence"), (UNKNOWN, "stands for unknown words")):
+            if marker not in self.words:
+                raise ExperimentError(f"{place}: no {marker}, which {meaning}; add it as a line")
+        self.end = self.words.index(END)
+        self.unknown = self.words.index(UNKNOWN)
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the words in their order."""
+        digest = hashlib.sha256()
+        for word in self.words:
+            digest.update(word.encode() + b"\n")
+        return digest.hexdigest()
+
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """The number of each word."""
+        return {word: number for number, word in enumerate(self.words)}
+
+    def encode(self, sentence: Iterable[str]) -> list[int]:
+        """Numbers of a sentence's words, END last."""
+        numbers, unknown = self.numbers, self.unknown
+        return [*(numbers.get(word, unknown) for word in sentence), self.end]
+
+    def decode(self, numbers: Iterable[int]) -> list[str]:
+        """The words of these numbers."""
+        return [self.words[number] for number in numbers]
+
+
+def from_counts(
+    counts: Mapping[str, int] | Iterable[tuple[str, int]],
+    least: int,
+    size: int | None = None,
+    place: str = "vocabulary",
+) -> Vocabulary:
+    """The words that occur often enough, by falling frequency, equal ones by their letters.
+
+    END and UNKNOWN come first, for nearly every text has many of both. Markers among the words are
+    passed over.
+
+    Args:
+        counts: how often each word occurs.
+        least: occurrences that a word needs.
+        size: the most words there may be, END and UNKNOWN among them; None: no limit.
+        place: named in errors.
+
+    Raises:
+        ExperimentError: no word occurs often enough.
+    """
+    if size is not None and size < 3:
+        raise ValueError(f"size is {size}; END, UNKNOWN and a word make 3")
+    pairs = counts.items() if isinstance(counts, Mapping) else counts
+    kept = [(-count, word) for word, count in pairs if count >= least]
+    kept = [pair for pair in kept if pair[1] not in (START, END, UNKNOWN)]
+    if not kept:
+        raise ExperimentError(f"{place}: no word occurs {least} times; more text is needed")
+    kept.sort()
+    words = [END, UNKNOWN, *(word for _, word in kept)]
+    return Vocabulary(words[:size], place)
+
+
+def read(path: Path) -> Vocabulary:
+    """A file with a word a line, such as the standard 1b_word_vocab.txt of 793,471 words.
+
+    Raises:
+        ExperimentError: the file cannot be read, or a line is not one word in UTF-8, or a word is
+            there twice, or END or UNKNOWN is missing.
+    """
+    words = []
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                parts = line.split()
+                if len(parts) != 1:
+                    raise ExperimentError(
+                        f"{path}, line {number}: {len(parts)} words; one a line is right"
+                    )
+                words.append(parts[0].decode())
+    except UnicodeDecodeError as error:
+        raise ExperimentError(f"{path}, line {number}: not UTF-8 ({error.reason})") from None
+    except OSError as error:
+        raise ExperimentError(f"{path}: cannot be read ({error.strerror})") from None
+    return Vocabulary(words, str(path))
+
+
+def write(path: Path, vocabulary: Vocabulary) -> None:
+    """A word a line, whole or not at all."""
+    write_atomically(path, "".join(f"{word}\n" for word in vocabulary.words).encode())
+
+
+def _duplicate(words: Iterable[str]) -> str:
+    lines: dict[str, int] = {}
+    for line, word in enumerate(words, 1):
+        if word in lines:
+            return f"lines {lines[word]} and {line}: both {word!r}"
+        lines[word] = line
+    raise AssertionError("each word is there once")

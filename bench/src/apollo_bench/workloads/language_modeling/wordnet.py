@@ -1,0 +1,62 @@
+"""WordNet's definitions and examples: the embedded part, or the whole from a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections import Counter
+from pathlib import Path
+
+import numpy
+
+from apollo_bench.errors import ExperimentError
+from apollo_bench.workloads.checksums import checksums, verify
+from apollo_bench.workloads.language_modeling import vocabulary as vocabularies
+from apollo_bench.workloads.language_modeling.text_files import gzipped_lines
+from apollo_bench.workloads.language_modeling.token_corpus import Corpus, Tokens
+from apollo_bench.workloads.language_modeling.vocabulary import Vocabulary
+
+EMBEDDED = Path(__file__).parent / "embedded" / "wordnet"
+FILES = tuple(f"wordnet_{split}.txt.gz" for split in ("train", "valid", "test"))
+LEAST = 2  # occurrences in the training text that a word needs to be known
+
+
+def load(folder: Path | None = None, size: int | None = None) -> Corpus:
+    """Read the three splits; the training text gives the vocabulary.
+
+    Args:
+        folder: holds FILES, gzipped text of a tokenised sentence a line; None: the embedded part,
+            whose checksums are verified.
+        size: the most words of the vocabulary, END and UNKNOWN among them; None: every word that
+            occurs LEAST times.
+
+    Raises:
+        ExperimentError: a file is missing, damaged, truncated, not UTF-8 or without words.
+    """
+    embedded = folder is None
+    folder = EMBEDDED if folder is None else folder
+    remedy = (
+        "reinstall apollo-bench, or make it anew with scripts/make_wordnet.py"
+        if embedded
+        else f"--data needs {', '.join(FILES)}"
+    )
+    digests = checksums(folder, FILES, remedy)
+    if embedded:
+        verify(folder, digests, remedy)
+    texts = [gzipped_lines(folder / name, remedy) for name in FILES]
+    for name, lines in zip(FILES, texts, strict=True):
+        if not any(lines):
+            raise ExperimentError(f"{folder / name}: no words in it; {remedy}")
+    counts = Counter(itertools.chain.from_iterable(texts[0]))
+    words = vocabularies.from_counts(counts, LEAST, size, str(folder / FILES[0]))
+    train, valid, test = (_encode(lines, words) for lines in texts)
+    empty = sum(not line for lines in texts for line in lines)
+    fingerprint = hashlib.sha256(
+        "".join([*(digests[name] for name in FILES), words.digest]).encode()
+    ).hexdigest()
+    return Corpus(train, valid, test, words, fingerprint, empty)
+
+
+def _encode(lines: list[list[str]], words: Vocabulary) -> Tokens:
+    numbers = itertools.chain.from_iterable(words.encode(line) for line in lines if line)
+    return Tokens([numpy.fromiter(numbers, numpy.int32)])

@@ -1,0 +1,112 @@
+"""One module a task family: data in, model, loss, metric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from apollo_bench.config.recipe import RunSpec
+from apollo_bench.errors import ExperimentError
+from apollo_bench.workloads.image_classification import image_workload
+from apollo_bench.workloads.language_modeling import language_workload
+from apollo_bench.workloads.translation import translation_workload
+from apollo_bench.workloads.workload import Metric, Resources, Task
+
+
+class TaskFamily(NamedTuple):
+    """How a task is made, and what ``apollo-bench tasks`` says of it."""
+
+    make: Callable[[RunSpec, Resources], Task]
+    curve: Metric  # during training
+    final: Metric  # of the trained model
+    data: str
+    source: str
+
+
+TASKS = {
+    "fashion-mnist": TaskFamily(
+        image_workload.fashion,
+        image_workload.ACCURACY,
+        image_workload.ACCURACY,
+        "8000 + 2000 grey images 28 x 28, 10 classes (whole set: 60000 + 10000)",
+        "embedded; whole set: --data /usr/share/datasets/fashion-mnist "
+        "(Debian's dataset-fashion-mnist)",
+    ),
+    "cifar10": TaskFamily(
+        image_workload.cifar,
+        image_workload.ACCURACY,
+        image_workload.ACCURACY,
+        "50000 + 10000 colour images 32 x 32, 10 classes",
+        "Hugging Face hub (uoft-cs/cifar10), or --data with cifar-10-python.tar.gz, its folder, "
+        "or parquet files",
+    ),
+    "imagenet": TaskFamily(
+        image_workload.photographs,
+        image_workload.ACCURACY,
+        image_workload.ACCURACY,
+        "1281167 + 50000 photographs, 1000 classes",
+        "Hugging Face hub (ILSVRC/imagenet-1k), or --data with train/CLASS/*.JPEG and "
+        "val/CLASS/*.JPEG",
+    ),
+    "wordnet": TaskFamily(
+        language_workload.of_wordnet,
+        language_workload.VALIDATION,
+        language_workload.TEST,
+        "765 thousand words of WordNet's definitions (the larger set: 1.36 million)",
+        "embedded; larger: --data with wordnet_{train,valid,test}.txt.gz",
+    ),
+    "one-billion-word": TaskFamily(
+        language_workload.of_one_billion_words,
+        language_workload.VALIDATION,
+        language_workload.TEST,
+        "0.8 billion words of news, a vocabulary of 793471",
+        "statmt.org/lm-benchmark; `apollo-bench prepare` makes what --data needs",
+    ),
+    "phrases": TaskFamily(
+        translation_workload.of_phrases,
+        translation_workload.VALIDATION,
+        translation_workload.TEST,
+        "20000 + 1000 + 1000 pairs of English and German dates, numbers, amounts and times",
+        "embedded",
+    ),
+    "multi30k": TaskFamily(
+        translation_workload.of_multi30k,
+        translation_workload.VALIDATION,
+        translation_workload.TEST,
+        "29000 + 1014 + 1000 pairs of English and German captions",
+        "Hugging Face hub (bentrevett/multi30k), or --data with {train,val,test_2016_flickr}."
+        "{en,de}.gz",
+    ),
+    "wmt14-en-de": TaskFamily(
+        translation_workload.of_wmt14,
+        translation_workload.VALIDATION,
+        translation_workload.TEST,
+        "4.5 million + 3000 + 3003 pairs of English and German sentences",
+        "Hugging Face hub (wmt/wmt14), or --data with {train,newstest2013,newstest2014}.{en,de}",
+    ),
+}
+
+
+def make(
+    spec: RunSpec,
+    folder: Path | None = None,
+    device: torch.device | str = "cpu",
+    workers: int | None = None,
+) -> Task:
+    """Make the task of a run.
+
+    Args:
+        spec: the run.
+        folder: local data; None: what the task has by itself.
+        device: where the batches come out, and small data sets live.
+        workers: processes that decode images, for tasks that do; None: one a core.
+
+    Raises:
+        ExperimentError: no such task, or bad data.
+    """
+    if spec.task not in TASKS:
+        raise ExperimentError(f"task is {spec.task!r}, allowed are {', '.join(TASKS)}")
+    return TASKS[spec.task].make(spec, Resources(folder, torch.device(device), workers))

@@ -1,0 +1,1 @@
+"""Translation: parallel text, the Transformer, beam search, BLEU."""

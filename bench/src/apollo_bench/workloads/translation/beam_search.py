@@ -1,0 +1,158 @@
+"""Beam search as fairseq's: the best translations of a batch of sentences."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from apollo_bench.workloads.translation.transformer import Transformer
+
+
+@torch.no_grad()
+def search(
+    model: Transformer,
+    source: Tensor,
+    *,
+    begin: int,
+    end: int,
+    beams: int = 5,
+    length_penalty: float = 0.6,
+    longest: tuple[float, int] = (1.0, 50),
+) -> list[list[int]]:
+    """Translate, without dropout, by the hypotheses of the highest score.
+
+    A hypothesis has one word or more, neither padding nor ``begin``. Its score is its log
+    probability, divided by its length with the end word to the power ``length_penalty``. A
+    sentence is done when ``beams`` hypotheses of it have ended, which need not be the best of all.
+    A sentence's result does not depend on the others of its batch.
+
+    Args:
+        model: in training or not; it stays as it is.
+        source: (n, S), int64, filled up with the model's padding.
+        begin: the word that a target begins with.
+        end: the word that ends a target.
+        beams: hypotheses that are followed at a time.
+        length_penalty: 0 for the likeliest; the higher, the longer.
+        longest: (a, b), at most a S + b words of a source of S, padding not counted; Vaswani et
+            al. (2017), section 6.1, have 1 and 50. Nor more than the model's longest allows.
+
+    Returns:
+        The words of each sentence's best hypothesis, without begin and end; none where the model's
+        logits are not numbers.
+
+    Raises:
+        ValueError: fewer than one beam or one word, or a source longer than the model's longest.
+    """
+    if beams < 1:
+        raise ValueError(f"beams is {beams}, allowed are 1 and more")
+    factor, more = longest
+    lengths = (source != model.padding).sum(1).tolist()
+    limits = [min(int(factor * length + more), model.longest - 1) for length in lengths]
+    if min(limits, default=1) < 1:
+        raise ValueError(
+            f"longest is {longest}, which leaves {min(limits)} words to a source of "
+            f"{lengths[limits.index(min(limits))]}, allowed are 1 and more"
+        )
+    training = model.training
+    model.eval()
+    try:
+        ended = _Search(model, source, limits, begin, end, beams, length_penalty).run()
+    finally:
+        model.train(training)
+    # the first of equals
+    return [max(each, key=lambda pair: pair[0], default=(0.0, []))[1] for each in ended]
+
+
+class _Search:
+    """The live sentences of a batch, each a row, with their beams; n shrinks as they are done."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        source: Tensor,
+        limits: list[int],
+        begin: int,
+        end: int,
+        beams: int,
+        length_penalty: float,
+    ) -> None:
+        self.model, self.beams, self.end, self.length_penalty = model, beams, end, length_penalty
+        self.never = [word for word in {model.padding, begin} if word != end]
+        self.cache = model.start(source)
+        n = len(limits)
+        self.limits = limits  # of every row, words without the end
+        self.words = source.new_full((n, beams, 1), begin)  # (n, beams, 1 + words so far)
+        # (n, beams), log probabilities; at first there is one beam, and the others are dead
+        self.scores = torch.full((n, beams), -math.inf, device=source.device)
+        self.scores[:, 0] = 0.0
+        self.sentences = list(range(n))  # of every row
+        # score and words of the hypotheses of every sentence
+        self.ended: list[list[tuple[float, list[int]]]] = [[] for _ in limits]
+
+    def run(self) -> list[list[tuple[float, list[int]]]]:
+        """Follow the beams until every sentence is done."""
+        while self.sentences:
+            scores, beams, words = self._candidates()
+            ends = words == self.end
+            # an end counts only among the first so many
+            self._finish(scores[:, : self.beams], beams, ends[:, : self.beams])
+            # each beam has one end, so that at least half of the candidates go on
+            going = ends.int().argsort(dim=1, stable=True)[:, : self.beams]
+            self._follow(scores.gather(1, going), beams.gather(1, going), words.gather(1, going))
+            self._drop_done()
+        return self.ended
+
+    def _candidates(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores, beams and words of the best continuations, best first, (n, 2 beams) each."""
+        logits = self.model.step(self.words[..., -1], self.cache)
+        chances = logits.float().log_softmax(-1)
+        chances[..., self.never] = -math.inf
+        length = self.words.shape[-1] - 1
+        if length == 0:
+            chances[..., self.end] = -math.inf
+        vocabulary = chances.shape[-1]
+        others = torch.arange(vocabulary, device=chances.device) != self.end
+        full = torch.tensor([limit <= length for limit in self.limits], device=chances.device)
+        chances.masked_fill_(full[:, None, None] & others, -math.inf)
+        scores = self.scores[..., None] + chances
+        best, index = scores.flatten(1).topk(2 * self.beams)
+        return best, index // vocabulary, index % vocabulary
+
+    def _finish(self, scores: Tensor, beams: Tensor, ends: Tensor) -> None:
+        """Put aside the hypotheses that end; (n, beams) each."""
+        rows, columns = (ends & scores.isfinite()).nonzero(as_tuple=True)
+        length = self.words.shape[-1]  # with the end in place of the beginning
+        found = zip(
+            rows.tolist(),
+            (scores[rows, columns] / length**self.length_penalty).tolist(),
+            self.words[rows, beams[rows, columns], 1:].tolist(),
+            strict=True,
+        )
+        for row, score, words in found:
+            # it may become more than the beams: of one length, in order, none changes the best
+            self.ended[self.sentences[row]].append((score, words))
+
+    def _follow(self, scores: Tensor, beams: Tensor, words: Tensor) -> None:
+        """Go on with these continuations, (n, beams) each."""
+        self.cache.reorder(beams)
+        past = self.words.gather(1, beams[..., None].expand_as(self.words))
+        self.words = torch.cat([past, words[..., None]], -1)
+        self.scores = scores
+
+    def _drop_done(self) -> None:
+        """Forget the rows of sentences that have enough hypotheses or as many words as allowed."""
+        words = self.words.shape[-1] - 1
+        rows = [
+            row
+            for row, (sentence, limit) in enumerate(zip(self.sentences, self.limits, strict=True))
+            if len(self.ended[sentence]) < self.beams and words <= limit
+        ]
+        if len(rows) == len(self.sentences):
+            return
+        self.sentences = [self.sentences[row] for row in rows]
+        self.limits = [self.limits[row] for row in rows]
+        kept = torch.tensor(rows, dtype=torch.int64, device=self.scores.device)
+        self.words, self.scores = self.words[kept], self.scores[kept]
+        self.cache.keep(kept, self.beams)

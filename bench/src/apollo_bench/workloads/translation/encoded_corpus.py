@@ -1,0 +1,160 @@
+"""A parallel corpus as subwords: made for each run where it is small, prepared where it is not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+from numpy.typing import DTypeLike, NDArray
+
+from apollo_bench.atomic_write import write_atomically
+from apollo_bench.errors import ExperimentError
+from apollo_bench.workloads.translation.encoded_pairs import EncodedPairs, Sentences
+from apollo_bench.workloads.translation.parallel_text import FAIRSEQ, NOT_EMPTY, ParallelCorpus
+from apollo_bench.workloads.translation.subwords import Subwords
+from apollo_bench.workloads.validation_cache import Remembered
+
+_FORMAT = 1
+_LIST = "corpus.json"
+_SUBWORDS = "subwords.json"
+_REFERENCES = "references.txt"
+_CHECKED = "checked.json"  # those whose checksums were found right
+_SPLITS = ("train", "valid", "test")
+Tell = Callable[[str, int, int], None]  # what is done, how much, of how much
+
+
+class EncodedCorpus(NamedTuple):
+    """Sentences of three splits, and what their translations are compared with."""
+
+    subwords: Subwords
+    train: EncodedPairs
+    valid: EncodedPairs
+    test: EncodedPairs
+    references: list[str]  # of the test set
+    fingerprint: str
+    counts: str  # what became of the training pairs
+
+
+def encode(corpus: ParallelCorpus, size: int, clean: bool) -> EncodedCorpus:
+    """Learn ``size`` subwords from the training text and encode everything.
+
+    Args:
+        corpus: the text.
+        size: of the subwords of both languages.
+        clean: whether training pairs must be within fairseq's limits of length and ratio.
+    """
+    subwords = Subwords.learned(corpus.train, size)
+    train, valid, test = (
+        EncodedPairs.of(pairs, subwords) for pairs in (corpus.train, corpus.valid, corpus.test)
+    )
+    train, counts = train.cleaned(FAIRSEQ if clean else NOT_EMPTY)
+    counts = counts._replace(read=corpus.counts.read, empty=corpus.counts.empty + counts.empty)
+    references, fingerprint = corpus.test.target, corpus.fingerprint
+    return EncodedCorpus(subwords, train, valid, test, references, fingerprint, str(counts))
+
+
+def prepare(corpus: EncodedCorpus, out: Path, tell: Tell) -> None:
+    """Write an encoded corpus into files that are memory-mapped; each is written atomically.
+
+    Args:
+        corpus: as of ``encode``.
+        out: made where it is missing.
+        tell: progress.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    (out / _LIST).unlink(missing_ok=True)
+    corpus.subwords.save(out / _SUBWORDS)
+    about: dict[str, Any] = {
+        "format": _FORMAT,
+        "subwords": corpus.subwords.size,
+        "fingerprint": corpus.fingerprint,
+        "counts": corpus.counts,
+        "files": {},  # numbers and SHA-256 of each
+        "subwords_sha256": hashlib.sha256((out / _SUBWORDS).read_bytes()).hexdigest(),
+    }
+    for done, split in enumerate(_SPLITS, 1):
+        pairs: EncodedPairs = getattr(corpus, split)
+        for name, side in zip(("source", "target"), pairs, strict=True):
+            for part, values, dtype in (
+                ("tokens", side.tokens, "<i4"),
+                ("offsets", side.offsets, "<i8"),
+            ):
+                file = f"{split}.{name}.{part}"
+                content = values.astype(dtype, copy=False).tobytes()
+                write_atomically(out / file, content)
+                about["files"][file] = [len(values), hashlib.sha256(content).hexdigest()]
+        tell("Writing sentences", done, len(_SPLITS))
+    references = "".join(f"{text}\n" for text in corpus.references)
+    write_atomically(out / _REFERENCES, references.encode())
+    about["files"][_REFERENCES] = [
+        len(corpus.references),
+        hashlib.sha256(references.encode()).hexdigest(),
+    ]
+    # last: where it is, all the others are whole
+    write_atomically(out / _LIST, json.dumps(about, indent=2).encode() + b"\n")
+
+
+def is_prepared(folder: Path | None) -> bool:
+    """Whether ``prepare`` has been at work there."""
+    return folder is not None and (folder / _LIST).exists()
+
+
+def load(folder: Path, size: int) -> EncodedCorpus:
+    """What ``prepare`` wrote.
+
+    Raises:
+        ExperimentError: a file is damaged, or has another number of subwords than ``size``.
+    """
+    remedy = "prepare it anew"
+    try:
+        about = json.loads((folder / _LIST).read_text())
+        files, counts, there = about["files"], about["counts"], about["subwords"]
+        fits = (about["format"], about["subwords_sha256"])
+        fingerprint = hashlib.sha256((about["fingerprint"] + fits[1]).encode()).hexdigest()
+        digest = hashlib.sha256((folder / _SUBWORDS).read_bytes()).hexdigest()
+    except OSError as error:
+        raise ExperimentError(f"{error.filename}: {error.strerror}; {remedy}") from None
+    except (ValueError, KeyError, TypeError):
+        raise ExperimentError(f"{folder / _LIST}: damaged; {remedy}") from None
+    if fits != (_FORMAT, digest):
+        raise ExperimentError(f"{folder / _LIST}: does not fit {_SUBWORDS}; {remedy}")
+    if there != size:
+        raise ExperimentError(
+            f"data.subwords is {size}, {folder} was prepared for {there}; {remedy}, "
+            f"or --set data.subwords={there}"
+        )
+
+    remembered = Remembered(_CHECKED, folder)
+
+    def check(file: str) -> int:
+        """How many numbers or lines it has, if it is the file that was written."""
+        try:
+            count, sha256 = files[file]
+            if not remembered.holds(folder / file, sha256):
+                raise ExperimentError(f"{folder / file}: not the file that was prepared; {remedy}")
+        except OSError as error:
+            raise ExperimentError(f"{folder / file}: {error.strerror}; {remedy}") from None
+        except (LookupError, TypeError, ValueError):
+            raise ExperimentError(f"{folder / _LIST}: damaged; {remedy}") from None
+        return int(count)
+
+    def column(file: str, dtype: DTypeLike) -> NDArray[Any]:
+        return numpy.memmap(folder / file, dtype, "r", shape=(check(file),))
+
+    def side(split: str, name: str) -> Sentences:
+        return Sentences(
+            column(f"{split}.{name}.tokens", "<i4"), column(f"{split}.{name}.offsets", "<i8")
+        )
+
+    train, valid, test = (
+        EncodedPairs(side(split, "source"), side(split, "target")) for split in _SPLITS
+    )
+    check(_REFERENCES)
+    references = (folder / _REFERENCES).read_text(encoding="utf-8").split("\n")[:-1]
+    remembered.save()
+    subwords = Subwords.load(folder / _SUBWORDS)
+    return EncodedCorpus(subwords, train, valid, test, references, fingerprint, counts)

@@ -1,0 +1,115 @@
+"""Sentence pairs as numbers, held flat: four bytes a token and sixteen a pair, no Python lists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy
+from numpy.typing import NDArray
+
+from apollo_bench.errors import ExperimentError
+from apollo_bench.workloads.translation.parallel_text import (
+    FAIRSEQ,
+    Counts,
+    Limits,
+    TextPairs,
+    within,
+)
+from apollo_bench.workloads.translation.subwords import Subwords
+
+Tokens = NDArray[numpy.int32]
+Lengths = NDArray[numpy.int64]
+_CHUNK = 20_000  # sentences encoded at once
+
+
+class Sentences(NamedTuple):
+    """Encoded sentences of one language, without begin and end."""
+
+    tokens: Tokens  # shape=(all tokens,): one sentence after the other
+    offsets: Lengths  # shape=(n + 1,): sentence i is tokens[offsets[i]:offsets[i + 1]]
+
+    @classmethod
+    def joined(cls, parts: Iterable[tuple[Tokens, Lengths]]) -> Sentences:
+        """From parts of tokens and the lengths of their sentences."""
+        tokens, lengths = [numpy.zeros(0, numpy.int32)], [numpy.zeros(1, numpy.int64)]
+        for some, their in parts:
+            tokens.append(some)
+            lengths.append(their)
+        return cls(numpy.concatenate(tokens), numpy.cumsum(numpy.concatenate(lengths)))
+
+    @property
+    def lengths(self) -> Lengths:
+        """Of each sentence, shape (n,)."""
+        return numpy.diff(self.offsets)
+
+    def sentence(self, number: int) -> Tokens:
+        """The tokens of one sentence, a view."""
+        return self.tokens[self.offsets[number] : self.offsets[number + 1]]
+
+    def chosen(self, numbers: Lengths) -> Sentences:
+        """A copy of some sentences, in the order given."""
+        lengths = self.lengths[numbers]
+        offsets = numpy.concatenate([numpy.zeros(1, numpy.int64), numpy.cumsum(lengths)])
+        places = numpy.arange(offsets[-1])
+        places += numpy.repeat(self.offsets[:-1][numbers] - offsets[:-1], lengths)
+        return Sentences(self.tokens[places], offsets)
+
+
+class EncodedPairs(NamedTuple):
+    """Encoded sentence pairs."""
+
+    source: Sentences
+    target: Sentences
+
+    @classmethod
+    def of(cls, pairs: TextPairs, subwords: Subwords) -> EncodedPairs:
+        """Encode all pairs."""
+        return cls(*(Sentences.joined(_encoded(side, subwords)) for side in pairs))
+
+    @property
+    def size(self) -> int:
+        """How many pairs."""
+        return len(self.source.offsets) - 1
+
+    def chosen(self, numbers: Lengths) -> EncodedPairs:
+        """A copy of some pairs, in the order given."""
+        return EncodedPairs(self.source.chosen(numbers), self.target.chosen(numbers))
+
+    def cleaned(self, limits: Limits = FAIRSEQ) -> tuple[EncodedPairs, Counts]:
+        """The pairs within limits, counted in subwords as fairseq's script does; for training."""
+        kept, counts = within(self.source.lengths, self.target.lengths, limits)
+        return (self if kept.all() else self.chosen(numpy.flatnonzero(kept))), counts
+
+    def fitting(self, longest: int) -> tuple[EncodedPairs, int]:
+        """The pairs that the model can take, and how many it cannot; for training.
+
+        Args:
+            longest: sequence of the model, with the token for begin or end.
+        """
+        fits = self._padded() <= longest
+        skipped = self.size - int(fits.sum())
+        return (self.chosen(numpy.flatnonzero(fits)) if skipped else self), skipped
+
+    def check_fitting(self, longest: int, where: str) -> None:
+        """Raise ExperimentError where a pair is longer than the model takes; for tests.
+
+        Args:
+            longest: sequence of the model, with the token for begin or end.
+            where: what the error calls the pairs; it adds the line.
+        """
+        wanted = self._padded()
+        for number in numpy.flatnonzero(wanted > longest)[:1].tolist():
+            raise ExperimentError(
+                f"model.longest is {longest}, but line {number + 1} of {where} has "
+                f"{wanted[number]} subwords with its end; none of these is left out, so allowed is "
+                f"{wanted.max()} or more"
+            )
+
+    def _padded(self) -> Lengths:
+        return 1 + numpy.maximum(self.source.lengths, self.target.lengths)
+
+
+def _encoded(side: list[str], subwords: Subwords) -> Iterable[tuple[Tokens, Lengths]]:
+    for start in range(0, len(side), _CHUNK):
+        yield subwords.encode_all(side[start : start + _CHUNK])

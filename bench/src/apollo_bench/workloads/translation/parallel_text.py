@@ -1,0 +1,227 @@
+"""Parallel text: two files of which line n of one translates line n of the other."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, NamedTuple, cast
+
+import numpy
+from numpy.typing import NDArray
+
+from apollo_bench.errors import ExperimentError, first_line
+
+_GZIP = b"\x1f\x8b"
+_MARK = b"\xef\xbb\xbf"  # the byte order mark that some editors put before UTF-8
+
+
+class TextPairs(NamedTuple):
+    """Sentences of two languages; pair n is ``source[n]``, ``target[n]``."""
+
+    source: list[str]
+    target: list[str]
+
+    @property
+    def size(self) -> int:
+        """How many pairs."""
+        return len(self.source)
+
+
+class Limits(NamedTuple):
+    """Which pairs are worth training on; lengths in whatever units the caller counts."""
+
+    shortest: int = 1
+    longest: int | None = 250  # None: any
+    ratio: float | None = 1.5  # of the longer to the shorter, at most; None: any
+
+
+# as fairseq's prepare-wmt14en2de.sh calls Moses's clean-corpus-n: on subwords, training data only
+FAIRSEQ = Limits()
+NOT_EMPTY = Limits(1, None, None)
+
+
+class Counts(NamedTuple):
+    """What became of the pairs that were read; a skipped one counts once, under the first."""
+
+    read: int
+    empty: int = 0  # shorter than the shortest on either side
+    long: int = 0
+    ratio: int = 0
+
+    @property
+    def kept(self) -> int:
+        """How many are left."""
+        return self.read - self.empty - self.long - self.ratio
+
+    def __str__(self) -> str:
+        skipped = {"empty": self.empty, "too long": self.long, "of unlike lengths": self.ratio}
+        told = ", ".join(f"{count:,} {what}" for what, count in skipped.items() if count)
+        return f"{self.kept:,} of {self.read:,} pairs" + (f", without {told}" if told else "")
+
+
+class ParallelCorpus(NamedTuple):
+    """A corpus as it is read: text, white space made even, otherwise as it lies on the disk."""
+
+    train: TextPairs  # without the pairs that are empty on a side
+    valid: TextPairs  # whole, as the test set
+    test: TextPairs
+    source_language: str  # as "en"
+    target_language: str
+    fingerprint: str  # of all sentences, whatever files they came from
+    counts: Counts  # of the training pairs
+
+
+def corpus(
+    train: TextPairs,
+    valid: TextPairs,
+    test: TextPairs,
+    languages: tuple[str, str],
+    where: str,
+) -> ParallelCorpus:
+    """Drop the empty training pairs, check what is left.
+
+    Args:
+        train, valid, test: as they were read.
+        languages: of the source and the target.
+        where: what an error calls the corpus.
+
+    Raises:
+        ExperimentError: a split is empty, or a line of one that is held out.
+    """
+    cleaned, counts = clean(train, NOT_EMPTY)
+    for name, pairs in (("train", cleaned), ("valid", valid), ("test", test)):
+        if not pairs.size:
+            raise ExperimentError(f"{where}: no sentence pairs in the split {name}")
+    for name, pairs in (("valid", valid), ("test", test)):
+        for language, side in zip(languages, pairs, strict=True):
+            if "" in side:
+                raise ExperimentError(
+                    f"{where}: line {1 + side.index('')} of the split {name} is empty in "
+                    f"{language}; what a model is measured on must be whole"
+                )
+    digest = hashlib.sha256()
+    for pairs in (cleaned, valid, test):
+        for side in pairs:
+            digest.update(f"{len(side)}\n".encode())
+            for sentence in side:
+                digest.update(sentence.encode() + b"\n")
+    return ParallelCorpus(cleaned, valid, test, *languages, digest.hexdigest(), counts)
+
+
+def read_pairs(source: Path, target: Path, remedy: str) -> TextPairs:
+    """Read two files of one sentence a line, every line, empty ones too.
+
+    Args:
+        source, target: UTF-8, plain or gzipped, whatever their names say.
+        remedy: what to do about a bad file; ends the error message.
+
+    Raises:
+        ExperimentError: a file is missing, damaged or not UTF-8, or the two differ in lines.
+    """
+    pairs = TextPairs(read_lines(source, remedy), read_lines(target, remedy))
+    check_aligned(pairs, str(source), str(target), remedy)
+    return pairs
+
+
+def read_named(folder: Path, name: str, languages: tuple[str, str], remedy: str) -> TextPairs:
+    """Read ``name.en`` and ``name.de``, say, plain or gzipped; errors as of ``read_pairs``."""
+    source, target = (find_text(folder, f"{name}.{language}", remedy) for language in languages)
+    return read_pairs(source, target, remedy)
+
+
+def find_text(folder: Path, name: str, remedy: str) -> Path:
+    """A file of text in a folder, plain or with ``.gz`` after its name.
+
+    Raises:
+        ExperimentError: neither is there.
+    """
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.is_file():
+            return path
+    raise ExperimentError(f"{folder / name}: no such file, nor {name}.gz; {remedy}")
+
+
+def check_aligned(pairs: TextPairs, source: str, target: str, remedy: str) -> None:
+    """Raise ExperimentError where the sides, called ``source`` and ``target``, differ in size."""
+    if len(pairs.source) != len(pairs.target):
+        raise ExperimentError(
+            f"{source} has {len(pairs.source):,} lines, {target} has {len(pairs.target):,}: "
+            f"line n of one must translate line n of the other; {remedy}"
+        )
+
+
+def read_lines(path: Path, remedy: str) -> list[str]:
+    """Every line of a file of UTF-8, plain or gzipped, its white space made even.
+
+    Raises:
+        ExperimentError: the file is missing, damaged or not UTF-8; the message has the line.
+    """
+    lines = []
+    try:
+        with _opened(path) as file:
+            # at line feeds alone: str.splitlines would also cut at marks within sentences
+            for number, row in enumerate(file, 1):
+                lines.append(even(row.removeprefix(_MARK if number == 1 else b"").decode()))
+    except UnicodeDecodeError as error:
+        bad = error.object[error.start]
+        raise ExperimentError(
+            f"{path}, line {len(lines) + 1}: not UTF-8, byte 0x{bad:02x}; {remedy}"
+        ) from None
+    except FileNotFoundError:
+        raise ExperimentError(f"{path}: no such file; {remedy}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise ExperimentError(
+            f"{path}: cannot be read whole ({first_line(error)}); {remedy}"
+        ) from None
+    return lines
+
+
+def _opened(path: Path) -> IO[bytes]:
+    with path.open("rb") as file:
+        zipped = file.read(len(_GZIP)) == _GZIP
+    return cast(IO[bytes], gzip.open(path)) if zipped else path.open("rb")
+
+
+def even(text: str) -> str:
+    """The text with one blank for each run of white space, and none around it."""
+    return " ".join(text.split())
+
+
+def clean(pairs: TextPairs, limits: Limits = FAIRSEQ) -> tuple[TextPairs, Counts]:
+    """The pairs within limits on words between blanks, for text that is tokenised already."""
+    source, target = (
+        numpy.fromiter((len(text.split()) for text in side), numpy.int64, len(side))
+        for side in pairs
+    )
+    kept, counts = within(source, target, limits)
+    if counts.kept == counts.read:
+        return pairs, counts
+    chosen = numpy.flatnonzero(kept).tolist()
+    return TextPairs(*([side[place] for place in chosen] for side in pairs)), counts
+
+
+def within(
+    source: NDArray[numpy.int64], target: NDArray[numpy.int64], limits: Limits
+) -> tuple[NDArray[numpy.bool_], Counts]:
+    """Which pairs are within limits, judged as Moses's clean-corpus-n does.
+
+    Args:
+        source, target: lengths of the pairs' sides, shape (n,).
+        limits: of lengths and their ratio; what equals a limit is within.
+
+    Returns:
+        A mask of shape (n,), and the counts.
+    """
+    shorter, longer = numpy.minimum(source, target), numpy.maximum(source, target)
+    empty = shorter < max(1, limits.shortest)
+    long = ~empty & (longer > limits.longest) if limits.longest else numpy.zeros_like(empty)
+    kept = ~(empty | long)
+    if limits.ratio is None:
+        unlike = numpy.zeros_like(empty)
+    else:
+        unlike = kept & (longer > limits.ratio * shorter)
+    skipped: Sequence[NDArray[numpy.bool_]] = (empty, long, unlike)
+    return kept & ~unlike, Counts(len(source), *(int(mask.sum()) for mask in skipped))

@@ -1,0 +1,135 @@
+"""Batches of like many tokens: pairs of like length together, so that little of it is padding."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy
+import torch
+from numpy.typing import NDArray
+from torch import Generator, Tensor
+
+from apollo_bench.errors import ExperimentError
+from apollo_bench.seeds import derived_seed
+from apollo_bench.workloads.translation.encoded_pairs import EncodedPairs, Sentences
+from apollo_bench.workloads.translation.subwords import BEGIN, END, PADDING
+
+Numbers = NDArray[numpy.int64]
+
+
+class TokenBatch(NamedTuple):
+    """Sentence pairs side by side, filled up with ``PADDING``; all int64."""
+
+    source: Tensor  # shape=(pairs, longest source + 1): ends with END
+    target_in: Tensor  # shape=(pairs, longest target + 1): begins with BEGIN
+    target_out: Tensor  # the same shape: ends with END, what is to be foretold at each place
+    examples: Numbers  # shape=(pairs,): which pairs of the data these are
+
+
+class TokenBatches:
+    """Encoded pairs in batches that never change; what changes is their order.
+
+    A batch is shared by giving each of ``world`` processes every ``world``-th pair of it. Each
+    gets one at least, because every batch has ``world`` pairs or more: where the next longer pair
+    no longer fits, a batch has ``max_tokens // longest`` pairs or more, and the last one, which
+    may be left with fewer, is evened out with the one before it. What that takes is checked here:
+    ``(2 * world - 1) * longest <= max_tokens``, and ``world`` pairs in all.
+
+    Args:
+        pairs: those to train on, without any that is too long for the model.
+        max_tokens: in a batch, over all processes, padding counted; for source and target each.
+        world: how many processes share a batch.
+
+    Raises:
+        ExperimentError: the pairs cannot be shared so.
+    """
+
+    def __init__(self, pairs: EncodedPairs, max_tokens: int, world: int = 1) -> None:
+        # with the token for begin or end
+        source, target = 1 + pairs.source.lengths, 1 + pairs.target.lengths
+        if pairs.size < world:
+            raise ExperimentError(
+                f"{pairs.size} sentence pairs for {world} processes: each needs one at least"
+            )
+        longest = int(max(source.max(), target.max()))
+        needed = (2 * world - 1) * longest
+        if needed > max_tokens:
+            raise ExperimentError(
+                f"train.batch_size is {max_tokens}: for sentences of {longest} tokens shared by "
+                f"{world} process{'es' if world > 1 else ''} it must be at least {needed}"
+            )
+        self._pairs = pairs
+        self._world = world
+        self._groups = group(source, target, max_tokens)
+
+    def __len__(self) -> int:
+        """How many batches an epoch has, the same in each."""
+        return len(self._groups)
+
+    def examples(self, number: int) -> Numbers:
+        """Which pairs are in a batch, shape (pairs,)."""
+        return self._groups[number]
+
+    def tokens(self, number: int) -> int:
+        """How many target tokens of a batch count in the loss, over all processes."""
+        examples = self._groups[number]
+        return int(self._pairs.target.lengths[examples].sum()) + len(examples)
+
+    def order(self, seed: int, epoch: int) -> list[int]:
+        """The batches of an epoch in turn: each number once."""
+        generator = Generator().manual_seed(derived_seed(seed, epoch))
+        order: list[int] = torch.randperm(len(self), generator=generator).tolist()
+        return order
+
+    def part(self, number: int, rank: int = 0) -> TokenBatch:
+        """What one process sees of a batch."""
+        return padded(self._pairs, self._groups[number][rank :: self._world])
+
+
+def group(source: Numbers, target: Numbers, max_tokens: int) -> list[Numbers]:
+    """Divide pairs into batches, a function of these numbers alone.
+
+    Args:
+        source, target: lengths of the pairs' sides as they are padded, shape (n,).
+        max_tokens: at least the longest of them.
+
+    Returns:
+        The pairs of each batch, shortest first: each pair once, and of each batch
+        ``pairs * longest <= max_tokens`` on both sides.
+    """
+    longer = numpy.maximum(source, target)
+    ranking = numpy.lexsort((numpy.arange(len(source)), source, target, longer))
+    widths = longer[ranking]
+    starts = [0]
+    for place, width in enumerate(widths.tolist()):
+        # sorted by the longer side: the newest pair is the widest
+        if width * (place - starts[-1] + 1) > max_tokens:
+            starts.append(place)
+    if len(starts) > 1:
+        before, last = starts[-1] - starts[-2], len(widths) - starts[-1]
+        even = min((before + last) // 2, max_tokens // int(widths[-1]))
+        starts[-1] = len(widths) - max(last, even)
+    return numpy.split(ranking, starts[1:]) if len(widths) else []
+
+
+def padded(pairs: EncodedPairs, examples: Numbers) -> TokenBatch:
+    """Some pairs side by side, in the order given."""
+    source = _padded(pairs.source, examples, None, END)
+    target_in = _padded(pairs.target, examples, BEGIN, None)
+    target_out = _padded(pairs.target, examples, None, END)
+    return TokenBatch(source, target_in, target_out, examples)
+
+
+def _padded(sentences: Sentences, examples: Numbers, begin: int | None, end: int | None) -> Tensor:
+    chosen = sentences.chosen(examples)
+    lengths = chosen.lengths
+    shift = 0 if begin is None else 1
+    rows = numpy.full((len(examples), 1 + int(lengths.max(initial=0))), PADDING, numpy.int64)
+    places = numpy.arange(rows.shape[1])
+    inside = (places >= shift) & (places < lengths[:, None] + shift)
+    rows[inside] = chosen.tokens
+    if begin is not None:
+        rows[:, 0] = begin
+    if end is not None:
+        rows[numpy.arange(len(rows)), lengths] = end
+    return torch.from_numpy(rows)

@@ -1,0 +1,237 @@
+"""Translation from English into German (section 4.3 of the paper)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy
+import sacrebleu
+import torch
+from numpy.typing import NDArray
+from sacrebleu.metrics.bleu import BLEU
+from torch import Tensor, nn
+from torch.nn import functional
+
+from apollo_bench.config.recipe import RunSpec
+from apollo_bench.config.schema import Sentences, TransformerModel
+from apollo_bench.errors import ExperimentError
+from apollo_bench.workloads.translation import encoded_corpus, multi30k, phrases, wmt14
+from apollo_bench.workloads.translation.beam_search import search
+from apollo_bench.workloads.translation.encoded_corpus import EncodedCorpus
+from apollo_bench.workloads.translation.encoded_pairs import EncodedPairs
+from apollo_bench.workloads.translation.parallel_text import ParallelCorpus
+from apollo_bench.workloads.translation.subwords import BEGIN, END, PADDING
+from apollo_bench.workloads.translation.token_batches import TokenBatches, group, padded
+from apollo_bench.workloads.translation.transformer import Transformer
+from apollo_bench.workloads.workload import Batch, Carried, Metric, Resources
+
+VALIDATION = Metric("valid_perplexity", "validation perplexity", "", higher_is_better=False)
+TEST = Metric("test_bleu", "test BLEU", "", higher_is_better=True)
+# what a reader needs to compute the same number
+_SMOOTHING = "exp"
+SIGNATURE = f"nrefs:1|case:mixed|eff:no|tok:13a|smooth:{_SMOOTHING}|version:{sacrebleu.__version__}"
+_ORDERS = 4  # of n-grams
+_EVALUATION_TOKENS = 4096  # in a batch
+
+
+class TranslationTask:
+    """Sentences into another language; label smoothing; BLEU of a beam search at the end.
+
+    During training the perplexity of the validation translations is measured, by subword and
+    without smoothing.
+
+    Args:
+        corpus: the sentences.
+        model: which network.
+        data: subwords, smoothing, search.
+        tokens: of a batch over all processes, of either side, padding counted.
+        device: where the batches come out.
+
+    Raises:
+        ExperimentError: no sentence is short enough for the model, or one of the test set is not.
+    """
+
+    curve, final = VALIDATION, TEST
+    examines = True
+    unit = "subwords"
+
+    def __init__(
+        self,
+        corpus: EncodedCorpus,
+        model: TransformerModel,
+        data: Sentences,
+        tokens: int,
+        device: torch.device,
+    ) -> None:
+        self._subwords, self._references = corpus.subwords, corpus.references
+        train = corpus.train
+        if data.train_examples is not None:
+            train = train.chosen(numpy.arange(min(data.train_examples, train.size)))
+        self._train, too_long = train.fitting(min(model.longest, tokens))
+        if not self._train.size:
+            raise ExperimentError(
+                f"every training pair has more than {min(model.longest, tokens)} subwords; check "
+                "train.batch_size and model.longest"
+            )
+        self._valid, self._test = corpus.valid, corpus.test
+        self._valid.check_fitting(model.longest, "the validation sentences")
+        self._test.check_fitting(model.longest, "the test sentences")
+        self._model, self._data, self._tokens, self._device = model, data, tokens, device
+        self._shared: dict[int, TokenBatches] = {}  # by the number of processes
+        self.steps_per_epoch = len(self._batches(1))
+        used = self._train.target.lengths.sum() + self._train.size
+        self.units_per_step = float(used / self.steps_per_epoch)
+        self.fingerprint = corpus.fingerprint
+        beyond = f", without {too_long:,} of more subwords than the model takes" if too_long else ""
+        self.remarks = [
+            f"Of the training text {corpus.counts}; trained on {self._train.size:,}{beyond}; "
+            f"{corpus.subwords.size:,} subwords.",
+            f"BLEU of sacrebleu, {SIGNATURE}; {data.beams} beams, length penalty "
+            f"{data.length_penalty:g}.",
+        ]
+
+    def _batches(self, world: int) -> TokenBatches:
+        if world not in self._shared:
+            self._shared[world] = TokenBatches(self._train, self._tokens, world)
+        return self._shared[world]
+
+    def model(self) -> nn.Module:
+        """A new network, initialised as fairseq does."""
+        settings = self._model.model_dump(exclude={"family"})
+        return Transformer(self._subwords.size, padding=PADDING, **settings)
+
+    def batches(
+        self, seed: int, epoch: int, start: int, rank: int = 0, world: int = 1
+    ) -> Iterator[Batch]:
+        """Source, target so far, what is to follow, and each row's weight.
+
+        All but the weights, shape=(rows,), are int64 of shape=(rows, time). A process has every
+        ``world``-th pair of a batch; a weight is ``world`` over the tokens of the whole batch.
+
+        Raises:
+            ExperimentError: the processes cannot share every batch.
+        """
+        batches = self._batches(world)
+        for number in batches.order(seed, epoch)[start:]:
+            source, before, wanted, _ = batches.part(number, rank)
+            weights = torch.full((len(source),), world / batches.tokens(number))
+            columns = (source, before, wanted, weights)
+            yield tuple(x.to(self._device, non_blocking=True) for x in columns)
+
+    def loss(
+        self, model: nn.Module, part: Batch, batch: Batch, carried: Carried
+    ) -> tuple[Tensor, Carried]:
+        """Mean cross entropy by subword with smoothed labels."""
+        source, before, wanted, weights = part
+        losses = functional.cross_entropy(
+            model(source, before).flatten(0, 1).float(),
+            wanted.flatten(),
+            ignore_index=PADDING,
+            reduction="none",
+            label_smoothing=self._data.label_smoothing,
+        )
+        return (losses.view(wanted.shape) * weights[:, None]).sum(), ()
+
+    def tally(self, model: nn.Module, rank: int = 0, world: int = 1, final: bool = False) -> Tensor:
+        """Summed negative log likelihood and subwords; at the end what BLEU counts too."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        for rows in self._evaluation(self._valid, rank, world):
+            source, before, wanted = (x.to(self._device) for x in padded(self._valid, rows)[:3])
+            losses = functional.cross_entropy(
+                model(source, before).flatten(0, 1).float(),
+                wanted.flatten(),
+                ignore_index=PADDING,
+                reduction="sum",
+            )
+            sums += torch.stack([losses, (wanted != PADDING).sum()]).double().cpu()
+        if final:
+            sums = torch.cat([sums, self._counts(model, rank, world)])
+        return sums.to(self._device)
+
+    def _counts(self, model: nn.Module, rank: int, world: int) -> Tensor:
+        """Right n-grams, all n-grams, words of the translations and of the references."""
+        found, references = [], []
+        for rows in self._evaluation(self._test, rank, world):
+            source = padded(self._test, rows).source
+            found += self._translate(model, source.to(self._device))
+            references += [self._references[row] for row in rows]
+        if not found:
+            return torch.zeros(2 * _ORDERS + 2, dtype=torch.float64)
+        score = sacrebleu.corpus_bleu(found, [references])
+        numbers = [*score.counts, *score.totals, score.sys_len, score.ref_len]
+        return torch.tensor(numbers, dtype=torch.float64)
+
+    def _translate(self, model: nn.Module, source: Tensor) -> list[str]:
+        data = self._data
+        assert isinstance(model, Transformer)
+        found = search(
+            model,
+            source,
+            begin=BEGIN,
+            end=END,
+            beams=data.beams,
+            length_penalty=data.length_penalty,
+            longest=(data.length_factor, data.length_constant),
+        )
+        return [self._subwords.decode(numbers) for numbers in found]
+
+    def _evaluation(
+        self, pairs: EncodedPairs, rank: int, world: int
+    ) -> Iterator[NDArray[numpy.int64]]:
+        """Batches of a process's part of the pairs."""
+        mine = numpy.arange(rank, pairs.size, world)
+        source, target = (1 + side.lengths[mine] for side in pairs)
+        tokens = max(_EVALUATION_TOKENS, self._model.longest)
+        return (mine[rows] for rows in group(source, target, tokens))
+
+    def metrics(self, tally: Tensor, final: bool = False) -> dict[str, float]:
+        """Perplexity of the validation text and, of the trained model, BLEU of the test text."""
+        numbers = tally.tolist()
+        mean = numbers[0] / numbers[1]
+        found = {VALIDATION.name: math.exp(mean) if mean < 700 else math.inf}
+        if final:
+            counts = [round(number) for number in numbers[2:]]
+            right, all_of_them = counts[:_ORDERS], counts[_ORDERS : 2 * _ORDERS]
+            words, reference_words = counts[2 * _ORDERS :]
+            # by itself it does not smooth, as sacrebleu does and the signature says
+            score = BLEU.compute_bleu(
+                right, all_of_them, words, reference_words, smooth_method=_SMOOTHING
+            )
+            found[TEST.name] = score.score
+        return found
+
+
+def of_phrases(spec: RunSpec, resources: Resources) -> TranslationTask:
+    """The embedded phrases; raises ExperimentError for bad files."""
+    return _task(spec, resources, phrases.load, clean=False)
+
+
+def of_multi30k(spec: RunSpec, resources: Resources) -> TranslationTask:
+    """Multi30k from local files or the hub; raises ExperimentError for bad files."""
+    return _task(spec, resources, multi30k.load)
+
+
+def of_wmt14(spec: RunSpec, resources: Resources) -> TranslationTask:
+    """WMT14, prepared or raw, or from the hub; raises ExperimentError for bad files."""
+    return _task(spec, resources, wmt14.load)
+
+
+def _task(
+    spec: RunSpec,
+    resources: Resources,
+    load: Callable[[Path | None], ParallelCorpus],
+    clean: bool = True,
+) -> TranslationTask:
+    if not isinstance(spec.data, Sentences) or not isinstance(spec.model, TransformerModel):
+        raise ExperimentError(
+            f"data.kind is {spec.data.kind!r} and model.family {spec.model.family!r}, the task "
+            f"{spec.task} needs 'sentence-pairs' and 'transformer'"
+        )
+    folder, size = resources.folder, spec.data.subwords
+    if folder is not None and encoded_corpus.is_prepared(folder):
+        corpus = encoded_corpus.load(folder, size)
+    else:
+        corpus = encoded_corpus.encode(load(folder), size, clean)
+    return TranslationTask(corpus, spec.model, spec.data, spec.train.batch_size, resources.device)

@@ -1,0 +1,102 @@
+"""WMT14 English to German: news translation, validated on newstest2013, tested on newstest2014."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from apollo_bench.errors import ExperimentError
+from apollo_bench.workloads.translation.hub_text import load_hub
+from apollo_bench.workloads.translation.parallel_text import (
+    ParallelCorpus,
+    TextPairs,
+    check_aligned,
+    corpus,
+    even,
+    find_text,
+    read_lines,
+    read_named,
+)
+
+HUB = "wmt/wmt14"
+SUBSET = "de-en"
+LANGUAGES = ("en", "de")
+TRAIN, VALID, TEST = "train", "newstest2013", "newstest2014"
+# what the organisers' archives unpack to: europarl-v7.de-en.en and its kin
+_PARTS = ("*.de-en.en", "*.de-en.en.gz")
+# their test set is not plain text but one <seg> a line; of the two directions' files these
+# are the ones of English to German
+_MARKED = ("newstest2014-deen-src.en.sgm", "newstest2014-deen-ref.de.sgm")
+_SEGMENT = re.compile(r"<seg\b[^>]*>(.*?)</seg>")
+_REMEDY = (
+    f"--data needs a folder with {TRAIN}.{{en,de}} or the organisers' *.de-en.{{en,de}}, with "
+    f"{VALID}.{{en,de}}, and with {TEST}.{{en,de}} or {' and '.join(_MARKED)}; plain or .gz"
+)
+
+
+def load(folder: Path | None = None, hub: str = HUB) -> ParallelCorpus:
+    """Read and check the whole corpus.
+
+    Args:
+        folder: where the raw text lies, plain or gzipped, in it or in folders below; None: the
+            hub. The training text is ``train.{en,de}``, or else all of ``*.de-en.{en,de}`` in the
+            order of their names.
+        hub: the corpus's name there.
+
+    Raises:
+        ExperimentError: a file is missing, damaged, not UTF-8, or two are misaligned.
+    """
+    if folder is None:
+        return load_hub(hub, LANGUAGES, _REMEDY, SUBSET)
+    if not folder.is_dir():
+        raise ExperimentError(f"{folder}: no such folder; {_REMEDY}")
+    # the small files first: what is missing is told before minutes of reading
+    valid, test = _named(folder, VALID), _test(folder)
+    return corpus(_training(folder), valid, test, LANGUAGES, str(folder))
+
+
+def _named(folder: Path, name: str) -> TextPairs:
+    place = _home(folder, f"{name}.{LANGUAGES[0]}") or folder
+    return read_named(place, name, LANGUAGES, _REMEDY)
+
+
+def _training(folder: Path) -> TextPairs:
+    if _home(folder, f"{TRAIN}.{LANGUAGES[0]}"):
+        return _named(folder, TRAIN)
+    parts = {
+        path.with_name(path.name.removesuffix(".gz")).with_suffix("")
+        for pattern in _PARTS
+        for path in folder.rglob(pattern)
+    }
+    if not parts:
+        return _named(folder, TRAIN)  # says what is missing
+    whole = TextPairs([], [])
+    for part in sorted(parts):
+        read = read_named(part.parent, part.name, LANGUAGES, _REMEDY)
+        whole.source.extend(read.source)
+        whole.target.extend(read.target)
+    return whole
+
+
+def _test(folder: Path) -> TextPairs:
+    place = _home(folder, _MARKED[0])
+    if place is None or _home(folder, f"{TEST}.{LANGUAGES[0]}"):
+        return _named(folder, TEST)
+    source, target = (find_text(place, name, _REMEDY) for name in _MARKED)
+    pairs = TextPairs(_segments(source), _segments(target))
+    check_aligned(pairs, str(source), str(target), _REMEDY)
+    return pairs
+
+
+def _segments(path: Path) -> list[str]:
+    lines = read_lines(path, _REMEDY)
+    # entities are left as they stand, as sacreBLEU leaves them
+    return [even(text) for line in lines for text in _SEGMENT.findall(line)]
+
+
+def _home(folder: Path, name: str) -> Path | None:
+    """The folder that holds a file, plain or gzipped; the first of several; None: there is none."""
+    for place in (folder, *sorted(path for path in folder.rglob("*") if path.is_dir())):
+        if (place / name).is_file() or (place / f"{name}.gz").is_file():
+            return place
+    return None

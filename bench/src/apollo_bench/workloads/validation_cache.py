@@ -1,0 +1,72 @@
+"""What was found good, so that it is read and checked only once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+
+class Remembered:
+    """Names and the digests of what they held when it was found good.
+
+    Args:
+        name: of the file that keeps them.
+        cache: its folder; None: below the user's cache.
+    """
+
+    def __init__(self, name: str, cache: Path | None = None) -> None:
+        self._path = (_default_cache() if cache is None else cache) / name
+        self._saved: dict[str, str] = {}
+        # none yet, or damaged: everything is checked anew
+        with suppress(OSError, ValueError, TypeError):
+            self._saved = dict(json.loads(self._path.read_text()))
+        self._good = dict(self._saved)
+
+    def knows(self, name: str, digest: str) -> bool:
+        """Whether it was found good as it is now."""
+        return self._good.get(name) == digest
+
+    def add(self, name: str, digest: str) -> None:
+        """It is good."""
+        self._good[name] = digest
+
+    def holds(self, path: Path, sha256: str) -> bool:
+        """Whether a file has this content; read where it is another file than it was.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        there = path.stat()
+        digest = f"{sha256} {there.st_size} {there.st_mtime_ns}"
+        if not self.knows(str(path.resolve()), digest):
+            with path.open("rb") as file:
+                if _sha256(file) != sha256:
+                    return False
+            self.add(str(path.resolve()), digest)
+        return True
+
+    def save(self) -> None:
+        """Write what is new; where that is not possible, the next run checks again."""
+        if self._good == self._saved:
+            return
+        temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
+        with suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(self._good))
+            os.replace(temporary, self._path)
+
+
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while piece := file.read(1 << 20):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _default_cache() -> Path:
+    """Where the user's programs keep what they can make anew."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "apollo-bench"

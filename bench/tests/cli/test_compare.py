@@ -1,0 +1,323 @@
+"""The main job as a user runs it: interruption, crashes, report, errors."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from apollo_bench.cli import app
+from apollo_bench.config import recipe
+from apollo_bench.config.execution import Placement
+from apollo_bench.config.recipe import RunSpec
+from apollo_bench.errors import ExperimentError
+from apollo_bench.launch import run_scheduler
+from apollo_bench.launch.progress import LiveTable, duration, seconds_left
+from apollo_bench.report import narrative, page
+from apollo_bench.runs.run_directory import RunDirectory
+from apollo_bench.training.loop import train
+from apollo_bench.workloads import tasks
+from apollo_bench.workloads.image_classification.image_workload import ACCURACY
+from bench.tests.conftest import TINY
+from bench.tests.helpers import assert_identical, prepared, result
+
+CLI = [sys.executable, "-m", "apollo_bench"]
+CACHES = ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR")
+
+
+def own_caches(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo at the test's end what the command sets in this process."""
+    for variable in CACHES:
+        monkeypatch.setenv(variable, str(folder / "cache"))
+
+
+class Quiet:
+    """Shows nothing."""
+
+    def update(self, runs: list[run_scheduler.RunState], jobs: int) -> None:
+        pass
+
+
+def state_of(directory: RunDirectory, spec: RunSpec, steps: int) -> run_scheduler.RunState:
+    return run_scheduler.RunState(directory, spec, steps, ACCURACY, "images", 32.0)
+
+
+def states(recipe_file: Path, out: Path, names: list[str]) -> list[run_scheduler.RunState]:
+    runs = []
+    for spec in recipe.load(str(recipe_file)).runs(names, 1):
+        directory, task = prepared(out / "runs" / spec.label, spec)
+        runs.append(state_of(directory, spec, spec.train.schedule.steps(task.steps_per_epoch)))
+    return runs
+
+
+def test_ctrl_c_and_the_same_command_again(recipe_file: Path, tmp_path: Path) -> None:
+    recipe_file.write_text(TINY.replace("epochs = 2", "epochs = 4"))
+    work, home = tmp_path / "work", tmp_path / "home"
+    for folder in (work, home):
+        folder.mkdir()
+    environment = {key: value for key, value in os.environ.items() if key not in CACHES}
+    environment |= {"HOME": str(home), "TMPDIR": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
+    out = tmp_path / "out"
+    command = [
+        *(*CLI, "compare", str(recipe_file), "--out", str(out)),
+        *("--optimizers", "sgd,apollo", "--seeds", "1", "--jobs", "2"),
+    ]
+    process = subprocess.Popen(
+        command, cwd=work, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    runs = [
+        RunDirectory(out / "runs" / f"fashion-mnist-{name}-cosine-seed3")
+        for name in ("sgd", "apollo")
+    ]
+    deadline = time.monotonic() + 60
+    while not all(any(run.records()) for run in runs):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert f"Go on with:  apollo-bench compare {recipe_file}" in output
+    assert "Traceback" not in output
+    assert all(run.checkpoint.exists() for run in runs)
+    assert any(run.verdict() is None for run in runs)
+
+    again = subprocess.run(
+        command, cwd=work, env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert again.returncode == 0, again.stderr
+    assert "Best mean test accuracy" in again.stdout
+    assert "sgd-cosine-seed3" in again.stderr
+    assert (out / "report.html").exists()
+    assert not list(work.iterdir()), "wrote outside its output folder"
+    assert not list(home.iterdir()), "wrote outside its output folder"
+    for run in runs:
+        spec = run.spec()
+        whole, task = prepared(tmp_path / "whole" / spec.name, spec)
+        train(whole, spec, task)
+        assert_identical(result(whole), result(run))
+
+
+class Killer:
+    """Kills the run of one optimizer as soon as it has begun."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.killed = name, 0
+
+    def update(self, runs: list[run_scheduler.RunState], jobs: int) -> None:
+        for run in runs:
+            if run.spec.name == self.name and run.pid is not None and not self.killed:
+                os.kill(run.pid, signal.SIGKILL)
+                self.killed += 1
+
+
+def test_crash_and_divergence_leave_the_other_runs_alone(recipe_file: Path, tmp_path: Path) -> None:
+    recipe_file.write_text(TINY.replace("lr = 0.1", "lr = 1e38"))
+    runs = states(recipe_file, tmp_path, ["adam", "sgd", "apollo"])
+    killer = Killer("adam")
+    run_scheduler.run_all(runs, 2, killer)
+    assert killer.killed == 1
+    assert [run.status for run in runs] == ["failed", "diverged", "finished"]
+    assert runs[0].reason == "killed by signal 9"
+    [summary] = page.write([tmp_path], tmp_path / "report")
+    rows = {row.name: row for row in summary.rows}
+    assert rows["adam"].remark == "0 of 1 finished, 1 unfinished"
+    assert rows["sgd"].remark == "0 of 1 finished, 1 diverged"
+    assert rows["sgd"].score is None
+    assert rows["apollo"].remark == "1"
+    assert "Not all runs have finished" in narrative.finding(summary)
+    # the next call tries the crashed one again, and only that
+    before = runs[2].directory.result.stat().st_mtime_ns
+    second = states(recipe_file, tmp_path, ["adam", "sgd", "apollo"])
+    run_scheduler.run_all(second, 2, Quiet())
+    assert [run.status for run in second] == ["finished", "diverged", "finished"]
+    assert runs[2].directory.result.stat().st_mtime_ns == before
+
+
+def test_live_table(finished: Path) -> None:
+    runs = []
+    for path in sorted((finished / "runs").iterdir()):
+        directory = RunDirectory(path)
+        runs.append(state_of(directory, directory.spec(), 24))
+        runs[-1].refresh()
+    assert [run.done for run in runs] == [f"{n}/2 epochs" for n in (2, 1, 2, 2)]
+    runs[1].status = "running"
+    console = Console(width=100, force_terminal=True, record=True, file=io.StringIO())
+    with LiveTable(console) as table:
+        table.update(runs, 2)
+    text = console.export_text()
+    for title in ("run", "done", "loss", "score", "images/s", "left"):
+        assert title in text
+    for run in runs:
+        assert run.name.removeprefix("fashion-mnist-") in text
+    assert "1/2 epochs" in text
+    assert runs[1].speed is not None
+    assert f"{runs[1].speed:.0f} images/s" in text
+
+
+def test_a_table_higher_than_the_terminal_shows_what_goes_on() -> None:
+    spec = recipe.load("fashion-mnist").run("sgd", 1)
+    runs = [state_of(RunDirectory(Path(f"run{i:02}")), spec, 100) for i in range(40)]
+    for run in runs[:20]:
+        run.status = "finished"
+    runs[5].status = "failed"
+    runs[20].status = runs[21].status = "running"
+    console = Console(
+        width=100,
+        height=10,
+        force_terminal=True,
+        record=True,
+        file=io.StringIO(),
+        color_system=None,
+    )
+    with LiveTable(console) as table:
+        table.update(runs, 2)
+    lines = console.export_text().splitlines()
+    assert [line.split()[0] for line in lines[1:7]] == [f"run{i:02}" for i in (5, *range(20, 25))]
+    assert "and 34 more: 19 finished, 15 waiting" in lines[7]
+
+
+def test_time_left() -> None:
+    assert [duration(None), duration(65), duration(3661)] == ["-", "1:05", "1:01:01"]
+    spec = recipe.load("fashion-mnist").run("sgd", 1)
+    runs = [state_of(RunDirectory(Path(str(i))), spec, 100) for i in range(4)]
+    assert seconds_left(runs, 2) is None
+    runs[0].status, runs[0].step, runs[0].seconds = "finished", 100, 50.0
+    runs[1].status, runs[1].step, runs[1].seconds = "running", 20, 10.0
+    assert seconds_left(runs, 2) == pytest.approx(0.5 * (80 + 100 + 100) / 2)
+    assert seconds_left(runs, 8) == pytest.approx(0.5 * 100)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["compare", "mnist"], "no task 'mnist'; there are cifar10, fashion-mnist"),
+        (["compare", "--optimizers", "adagrad"], "no optimizer 'adagrad'"),
+        (["compare", "--optimizers", ","], "--optimizers names none"),
+        (["compare", "--schedules", "linear"], "no schedule 'linear'"),
+        (["compare", "--set", "train.batch_size"], "--set is 'train.batch_size', allowed is key="),
+        (["compare", "--set", "optimizer.lrr=1"], "optimizers.sgd.lrr: unknown key, allowed are"),
+        (["compare", "--data", "/nowhere"], "--data is '/nowhere', which task's? name one"),
+        (
+            ["compare", "fashion-mnist", "--data", "/nowhere"],
+            "/nowhere/train-images-idx3-ubyte.gz: no such file",
+        ),
+        (["compare", "--out", "/dev/null/x"], "/dev/null/x"),
+        (["train", "fashion-mnist", "--optimizer", "x"], "no optimizer 'x'"),
+        (["report", "/nowhere"], "/nowhere: no such folder"),
+    ],
+)
+def test_errors_are_one_line(
+    arguments: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own_caches(tmp_path, monkeypatch)
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("apollo-bench: ")
+    assert expected in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_folder_with_other_settings_is_refused(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_caches(tmp_path, monkeypatch)
+    out = tmp_path / "out"
+    states(recipe_file, out, ["sgd"])
+    recipe_file.write_text(TINY.replace("lr = 0.1", "lr = 0.3"))
+    arguments = ["compare", str(recipe_file), "--out", str(out), "--optimizers", "sgd"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    assert "optimizer.lr: 0.1 there, 0.3 asked for" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_nothing_is_written_where_not_all_can_be_trained(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_caches(tmp_path, monkeypatch)
+    out = tmp_path / "out"
+    states(recipe_file, out, ["sgd"])
+    there = sorted(out.rglob("*"))
+
+    def refused(text: str, optimizers: str) -> str:
+        recipe_file.write_text(text)
+        arguments = ["compare", str(recipe_file), "--out", str(out), "--optimizers", optimizers]
+        done = CliRunner().invoke(app, [*arguments, "--seeds", "1"])
+        assert done.exit_code == 2
+        assert sorted(out.rglob("*")) == there
+        return done.stderr
+
+    assert "optimizer.lr: 0.1 there" in refused(TINY.replace("lr = 0.1", "lr = 0.3"), "apollo,sgd")
+    # what the report would refuse, before hours of training
+    assert "differ in train: they cannot" in refused(
+        TINY.replace("epochs = 2", "epochs = 3"), "adam"
+    )
+
+
+def test_a_run_of_another_task_is_not_gone_on_with(recipe_file: Path, tmp_path: Path) -> None:
+    spec = recipe.load(str(recipe_file)).run("sgd", 3)
+    directory, task = prepared(tmp_path / "run", spec)
+    other = recipe.load("wordnet").run("sgd", 3)
+    with pytest.raises(ExperimentError, match="holds a run of the task 'fashion-mnist'; choose"):
+        directory.check(other, task.fingerprint, Placement())
+
+
+def test_an_unfinished_run_may_move(recipe_file: Path, tmp_path: Path) -> None:
+    spec = recipe.load(str(recipe_file)).run("sgd", 3)
+    directory, task = prepared(tmp_path / "run", spec, Placement(threads=2))
+
+    def prepare(placement: Placement, data: Path | None = None, keep: bool = True) -> None:
+        directory.prepare(spec, task.fingerprint, data, ["test"], placement, (), keep)
+
+    prepare(Placement(), tmp_path)
+    assert directory.placement() == Placement(threads=2)
+    assert directory.read()["data"]["folder"] == str(tmp_path)
+    prepare(Placement(threads=3), keep=False)
+    assert directory.placement() == Placement(threads=3)
+    assert directory.read()["data"]["folder"] is None
+    prepare(Placement(accelerator="gpu"))
+    assert directory.placement() == Placement(accelerator="gpu", threads=3)
+    prepare(Placement(devices=2))  # nothing has been trained
+    directory.checkpoint.write_bytes(b"")
+    message = r"holds an unfinished run of 2 processes \(--devices 2\), 1 asked for"
+    with pytest.raises(ExperimentError, match=message):
+        prepare(Placement())
+    directory.result.write_text('{"verdict": "finished"}')
+    before = directory.manifest.read_text()
+    prepare(Placement(accelerator="gpu", threads=7), keep=False)
+    assert directory.manifest.read_text() == before
+
+
+def test_train_and_report_commands(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_caches(tmp_path, monkeypatch)
+    out = tmp_path / "out"
+    command = ["train", str(recipe_file), "--optimizer", "adam", "--seed", "8", "--out", str(out)]
+    command += ["--threads", "1"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    run = out / "runs" / "fashion-mnist-adam-cosine-seed8"
+    assert str(run) in done.stdout
+    assert RunDirectory(run).placement().threads == 1
+    done = CliRunner().invoke(app, ["report", str(run), "--out", str(tmp_path / "page")])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "page" / "report.html").exists()
+    assert (run / "metrics.jsonl").exists()
+
+
+def test_tasks_command() -> None:
+    done = CliRunner().invoke(app, ["tasks"])
+    assert done.exit_code == 0
+    assert all(name in done.stdout for name in tasks.TASKS)

@@ -1,0 +1,101 @@
+"""A recipe so small that a run takes a second, and one thread, as a worker has."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from apollo_bench.training.loop import train
+from bench.tests.helpers import prepared, spec_of
+
+# The optimizer's tests alone run on a GPU: models, processes and files of these stay on the CPU.
+collect_ignore_glob = [] if os.environ.get("APOLLO_QN_TEST_DEVICE", "cpu") == "cpu" else ["*"]
+
+torch.set_num_threads(1)
+# the same examples every time
+settings.register_profile("bench", deadline=None, derandomize=True, max_examples=40, database=None)
+settings.load_profile("bench")
+
+TINY = """
+task = "fashion-mnist"
+seeds = [3, 4]
+
+[model]
+family = "resnet"
+depth = 8
+width = 2
+
+[data]
+train_examples = 384
+crop_padding = 2
+
+[train]
+batch_size = 32
+log_every = 5
+checkpoint_every = 0.05
+
+[schedules.cosine]
+kind = "cosine"
+epochs = 2
+
+[optimizers.sgd]
+method = "sgd"
+lr = 0.1
+momentum = 0.9
+weight_decay = 5e-4
+
+[optimizers.adam]
+method = "adam"
+lr = 0.01
+weight_decay = { equal_strength_to = "apollo" }
+
+[optimizers.radam]
+method = "radam"
+lr = 0.02
+weight_decay = { equal_strength_to = "apollo" }
+
+[optimizers.apollo]
+method = "apollo"
+lr = 0.5
+weight_decay = 4e-4
+warmup_steps = 6
+warmup_init_lr = 0.01
+
+[quick]
+epochs = 1
+seeds = 1
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _settings_of_a_worker() -> Iterator[None]:
+    threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(strict)
+
+
+@pytest.fixture
+def finished(recipe_file: Path, tmp_path: Path) -> Path:
+    """Two optimizers, two seeds; one of the four runs is stopped after its first epoch."""
+    out = tmp_path / "compared"
+    for name in ("sgd", "apollo"):
+        for seed in (3, 4):
+            spec = spec_of(recipe_file, name, seed)
+            directory, task = prepared(out / "runs" / spec.label, spec)
+            left = iter([False] * (13 if (name, seed) == ("apollo", 4) else 99))
+            train(directory, spec, task, lambda left=left: next(left, True))  # type: ignore[misc]
+    return out

@@ -1,0 +1,63 @@
+"""Runs in a few lines, and what must be equal in two of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apollo_bench.config import recipe
+from apollo_bench.config.execution import Placement
+from apollo_bench.config.recipe import RunSpec
+from apollo_bench.runs.run_directory import RunDirectory
+from apollo_bench.workloads import tasks
+
+ALONE = Placement()
+
+
+def prepared(
+    path: Path, spec: RunSpec, placement: Placement = ALONE, folder: Path | None = None
+) -> tuple[RunDirectory, tasks.Task]:
+    task = tasks.make(spec, folder)
+    directory = RunDirectory(path)
+    directory.prepare(spec, task.fingerprint, folder, ["test"], placement)
+    return directory, task
+
+
+def without_times(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != "time"}
+
+
+def result(directory: RunDirectory) -> dict[str, Any]:
+    """All that must be equal in two runs of one seed."""
+    state = torch.load(directory.checkpoint, weights_only=True)
+    verdict = directory.verdict()
+    assert verdict is not None
+    return {
+        "model": state["model"],
+        "optimizer": state["optimizer"],
+        "processes": state["processes"],
+        "metrics": [without_times(record) for record in directory.records()],
+        "verdict": without_times(verdict),
+    }
+
+
+def assert_identical(one: Any, two: Any) -> None:
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == two.dtype
+        assert torch.equal(one, two)
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert_identical(one[key], two[key])
+    elif isinstance(one, list):
+        assert len(one) == len(two)
+        for left, right in zip(one, two, strict=True):
+            assert_identical(left, right)
+    else:
+        assert one == two
+
+
+def spec_of(recipe_file: Path, name: str, seed: int = 3) -> RunSpec:
+    return recipe.load(str(recipe_file)).run(name, seed)

@@ -1,0 +1,158 @@
+"""One run in several processes, and other ways to cut the same batch: the same training."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from apollo_bench.config import recipe
+from apollo_bench.config.execution import Placement, cores, share
+from apollo_bench.errors import ExperimentError
+from apollo_bench.launch.run_scheduler import launcher
+from apollo_bench.runs.run_directory import RunDirectory
+from apollo_bench.training.loop import train
+from bench.tests.conftest import TINY
+from bench.tests.helpers import assert_identical, prepared, result
+
+LINEAR = ["-m", "bench.tests.training.train_linear"]
+
+
+def run(command: list[str], timeout: float = 120) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
+    assert done.returncode == 0, done.stderr
+
+
+def weights(path: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(RunDirectory(path).checkpoint, weights_only=True)["model"]
+    return state
+
+
+def test_two_processes_train_as_one(recipe_file: Path, tmp_path: Path) -> None:
+    """The batch is the same, and its mean is that of the processes' means."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    run([sys.executable, *LINEAR, str(one), str(recipe_file)])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run([*torchrun, *LINEAR, str(two), str(recipe_file)])
+    for name, wanted in weights(one).items():
+        torch.testing.assert_close(weights(two)[name], wanted, rtol=1e-4, atol=1e-5)
+    verdicts = [RunDirectory(path).verdict() for path in (one, two)]
+    assert verdicts[0] is not None
+    assert verdicts[1] is not None
+    assert verdicts[1]["train_loss"] == pytest.approx(verdicts[0]["train_loss"], rel=1e-4)
+    assert verdicts[1]["accuracy"] == pytest.approx(verdicts[0]["accuracy"], abs=0.2)
+
+
+def test_two_processes_killed_and_resumed(recipe_file: Path, tmp_path: Path) -> None:
+    recipe_file.write_text(TINY.replace("epochs = 2", "epochs = 4"))
+    plan = recipe.load(str(recipe_file))
+    spec = plan.run("apollo", 3)
+    results = []
+    for name in ("whole", "killed"):
+        directory, _ = prepared(tmp_path / name, spec, Placement(devices=2))
+        command = [*launcher(directory.placement()), str(directory.path)]
+        if name == "killed":
+            process = subprocess.Popen(command, start_new_session=True)
+            deadline = time.monotonic() + 60
+            while not directory.checkpoint.exists():
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            subprocess.run(["pkill", "-KILL", "-f", str(directory.path)], check=True)
+            process.wait(timeout=30)
+            assert process.returncode == -signal.SIGKILL
+            assert directory.verdict() is None
+        run(command)
+        results.append(result(directory))
+    assert_identical(*results)
+
+
+def test_no_process_outlives_the_command(recipe_file: Path, tmp_path: Path) -> None:
+    """Killed, the command cannot stop its workers, and torchrun stands between them."""
+    recipe_file.write_text(TINY.replace("epochs = 2", "epochs = 40"))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "apollo_bench", "train", str(recipe_file)]
+    command += ["--optimizer", "sgd", "--devices", "2", "--out", str(out)]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    directory = RunDirectory(out / "runs" / "fashion-mnist-sgd-cosine-seed3")
+    deadline = time.monotonic() + 90
+    while not directory.checkpoint.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    pattern = ["pgrep", "-f", f"worker {directory.path.resolve()}"]
+    while subprocess.run(pattern, capture_output=True, check=False).returncode == 0:
+        assert time.monotonic() < deadline + 60
+        time.sleep(0.1)
+    assert directory.verdict() is None
+
+
+def test_parts_of_a_batch_add_up_to_it(recipe_file: Path, tmp_path: Path) -> None:
+    """Accumulated parts, also of unequal size, give the mean of the batch."""
+    found = []
+    for parts in (1, 3):
+        recipe_file.write_text(TINY.replace("[train]", f"[train]\naccumulate = {parts}"))
+        path = tmp_path / str(parts)
+        run([sys.executable, *LINEAR, str(path), str(recipe_file)])
+        found.append(weights(path))
+    for name, wanted in found[0].items():
+        torch.testing.assert_close(found[1][name], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_model_trains_the_same(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    found = []
+    for word in ("false", "true"):
+        recipe_file.write_text(TINY.replace("[train]", f"[train]\ncompile = {word}"))
+        run([sys.executable, *LINEAR, str(tmp_path / word), str(recipe_file)])
+        found.append(weights(tmp_path / word))
+    for name, wanted in found[0].items():
+        torch.testing.assert_close(found[1][name], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_clipped_gradient_moves_less(recipe_file: Path, tmp_path: Path) -> None:
+    moved = []
+    for line in ("", "clip_norm = 1e-4"):
+        recipe_file.write_text(TINY.replace("[train]", f"[train]\n{line}"))
+        spec = recipe.load(str(recipe_file)).run("sgd", 3)
+        directory, task = prepared(tmp_path / f"clip{line[:4]}", spec)
+        torch.manual_seed(spec.seed)
+        before = {n: p.detach() for n, p in task.model().named_parameters()}
+        assert train(directory, spec, task) == "finished"
+        after = weights(directory.path)
+        moved.append(sum(float((after[n] - p).norm()) for n, p in before.items()))
+    assert moved[1] < moved[0] / 20  # weight decay moves them too
+
+
+def test_bfloat16(recipe_file: Path, tmp_path: Path) -> None:
+    recipe_file.write_text(TINY.replace("[train]", '[train]\nprecision = "bf16-mixed"'))
+    spec = recipe.load(str(recipe_file)).run("apollo", 3)
+    directory, task = prepared(tmp_path / "narrow", spec)
+    assert train(directory, spec, task) == "finished"
+    assert all(x.dtype in (torch.float32, torch.int64) for x in weights(directory.path).values())
+
+
+def test_sharing_a_machine() -> None:
+    jobs, placement = share("cpu", 2, 1)
+    assert (jobs, placement.devices) == (1, 2)
+    there = cores()
+    assert share("cpu", 1, None) == (there, Placement())
+    assert share("cpu", 1, None, there) == (1, Placement(threads=there))
+    assert share("cpu", 1, 3, 5) == (3, Placement(threads=5))
+    with pytest.raises(ExperimentError, match="--accelerator is 'tpu', allowed are cpu, gpu"):
+        share("tpu", 1, None)
+    if not torch.cuda.is_available():
+        with pytest.raises(ExperimentError, match="1 GPUs are needed, there are 0"):
+            share("gpu", 1, None)

@@ -1,0 +1,478 @@
+"""What a report says and draws, checked on runs that were trained and on runs that were made up."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from apollo_bench.config import recipe
+from apollo_bench.config.execution import Placement
+from apollo_bench.config.recipe import RunSpec
+from apollo_bench.errors import ExperimentError
+from apollo_bench.optimizers.plot_style import STYLES, style
+from apollo_bench.report import narrative, page, tables
+from apollo_bench.report.figures import short
+from apollo_bench.report.summary import Summary, collect
+from apollo_bench.runs.run_directory import RunDirectory
+from bench.tests.conftest import TINY
+
+PNG = b"\x89PNG\r\n"
+CURVES = ("training_loss", "test_accuracy")
+PICTURES = (*CURVES, "wall_time", "optimizer_time")
+
+
+def test_report(finished: Path) -> None:
+    [summary] = page.write([finished], finished)
+    html = (finished / "report.html").read_text()
+    for name in PICTURES:
+        assert (finished / f"{name}.png").read_bytes().startswith(PNG)
+        assert b"<svg" in (finished / f"{name}.svg").read_bytes()
+    embedded = re.findall(r"data:image/svg\+xml;base64,([A-Za-z0-9+/=]+)", html)
+    assert [base64.b64decode(one) for one in embedded] == [
+        (finished / f"{name}.svg").read_bytes() for name in PICTURES
+    ]
+    bare = re.sub(r"data:image/svg\+xml;base64,[A-Za-z0-9+/=]+", "", html)
+    assert not re.search(r"http|//|<script|<link|@import|url\(", bare), "needs the network"
+
+    rows = {row.name: row for row in summary.rows}
+    assert list(rows) == ["sgd", "apollo"]
+    assert rows["sgd"].remark == "2"
+    assert rows["apollo"].remark == "1 of 2 finished, 1 unfinished"
+    finals = [run.evaluations[-1]["accuracy"] for run in rows["sgd"].runs]
+    assert rows["sgd"].score is not None
+    assert rows["sgd"].score.mean == pytest.approx(sum(finals) / 2)
+    assert rows["sgd"].score.std == pytest.approx(abs(finals[0] - finals[1]) / 2**0.5)
+    assert rows["sgd"].score.text(2) in html
+    assert rows["sgd"].score.text(2) in (finished / "results.md").read_text()
+    assert rows["sgd"].optimizer_share is not None
+    assert 0 < rows["sgd"].optimizer_share.mean < 100
+    assert "in the paper" not in html
+    with (finished / "results.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["optimizer"], line["seed"], line["verdict"]) for line in lines] == [
+        ("sgd", "3", "finished"),
+        ("sgd", "4", "finished"),
+        ("apollo", "3", "finished"),
+        ("apollo", "4", "unfinished"),
+    ]
+    assert [float(line["accuracy"]) for line in lines[:2]] == finals
+    assert lines[3]["accuracy"] == ""
+    assert lines[3]["done"] == "1 of 2 epochs"
+
+
+def test_the_same_runs_draw_the_same_bytes(finished: Path, tmp_path: Path) -> None:
+    written = []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        page.write([finished], folder)
+        written.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert written[0] == written[1]
+    assert len(written[0]) == 3 + 2 * len(PICTURES)
+
+
+def made_up(
+    folder: Path,
+    spec: RunSpec,
+    values: list[float | None],
+    verdict: str | None = "finished",
+    metric: str = "accuracy",
+) -> None:
+    """A run whose metric after each epoch is this; each epoch takes ten seconds."""
+    directory = RunDirectory(folder / "runs" / spec.label)
+    directory.prepare(spec, "made up", None, ["test"], Placement())
+    with directory.metrics.open("w") as file:
+        for epoch, value in enumerate(values, 1):
+            line: dict[str, Any] = {
+                "kind": "evaluation",
+                "epoch": epoch,
+                "step": epoch,
+                "train_loss": 2.0 / epoch,
+                metric: value,
+                "time": {"seconds": 10.0 * epoch, "optimizer_ms": 2.0, "step_ms": 50.0},
+            }
+            file.write(json.dumps(line) + "\n")
+    if verdict is not None:
+        steps = len(values)
+        told: dict[str, Any] = {
+            "verdict": verdict,
+            "step": steps,
+            "steps": steps,
+            "time": {"seconds": 10.0 * steps},
+        }
+        if verdict == "finished":
+            told |= {"train_loss": 2.0 / steps, metric.replace("valid_", "test_"): values[-1]}
+        directory.result.write_text(json.dumps(told))
+
+
+def summarise(folder: Path, plan: recipe.Recipe, finals: dict[str, list[float]]) -> Summary:
+    for name, values in finals.items():
+        for seed, value in enumerate(values):
+            made_up(folder, plan.run(name, seed), [50.0, value])
+    return collect([folder])[0]
+
+
+@pytest.mark.parametrize(
+    ("finals", "expected"),
+    [
+        (
+            {"sgd": [90.0, 90.2], "apollo": [88.0, 88.3]},
+            "Best mean test accuracy: SGD, 90.10 ± 0.14 %. Apollo is 1.95 worse than SGD (95 % "
+            "interval of its lead -2.00 to -1.90, p = 0.016, 2 seeds).",
+        ),
+        (
+            {"sgd": [90.0], "adam": [91.0], "apollo": [93.5]},
+            "Best mean test accuracy: Apollo, 93.50 %. Apollo is 2.50 better than Adam.",
+        ),
+        ({"sgd": [90.0]}, "Best mean test accuracy: SGD, 90.00 %."),
+        (
+            {"sgd": [90.0], "apollo": [90.0]},
+            "Best mean test accuracy: SGD, 90.00 %. Apollo is level with SGD.",
+        ),
+    ],
+)
+def test_finding_says_who_wins(
+    recipe_file: Path, tmp_path: Path, finals: dict[str, list[float]], expected: str
+) -> None:
+    summary = summarise(tmp_path, recipe.load(str(recipe_file)), finals)
+    assert narrative.finding(summary) == expected
+
+
+def cells(summary: Summary, title: str) -> dict[str, str]:
+    """A column of the first table by optimizer."""
+    table = tables.tables(summary)[0]
+    place = [column.title for column in table.columns].index(title)
+    return {row[0].text: row[place].text for row in table.rows}
+
+
+def test_leads_are_paired_by_seed(recipe_file: Path, tmp_path: Path) -> None:
+    """Apollo is ahead with every seed, though the spread over seeds is larger than the lead."""
+    plan = recipe.load(str(recipe_file))
+    finals = {"sgd": [80.0, 85.0, 90.0, 95.0], "apollo": [81.0, 86.2, 91.1, 95.9]}
+    finals["adam"] = [80.0, 85.0]  # two seeds are not there
+    summary = summarise(tmp_path, plan, finals)
+    leads = cells(summary, "Apollo's lead [95 % interval]")
+    assert leads["Apollo"] == "-"
+    low, high = (float(text) for text in re.findall(r"[+-][0-9.]+", leads["SGD"])[1:])
+    assert leads["SGD"].startswith("+1.05 [")
+    assert 0.9 <= low < 1.05 < high <= 1.2
+    assert leads["Adam"].startswith("+1.10 [")
+    assert float(cells(summary, "p")["SGD"]) < 0.001
+    best = [row[0].text for row in tables.tables(summary)[0].rows if any(x.best for x in row)]
+    assert best == ["Apollo"]
+
+
+def test_time_to_target(recipe_file: Path, tmp_path: Path) -> None:
+    recipe_file.write_text(TINY.replace("epochs = 2", "epochs = 4"))
+    plan = recipe.load(str(recipe_file))
+    for name, seed, values in (
+        ("sgd", 1, [10.0, 20.0, 60.0, 70.0]),
+        ("sgd", 2, [10.0, 20.0, 64.0, 70.0]),
+        ("adam", 1, [10.0, 61.0, 50.0, 62.0]),
+        ("adam", 2, [10.0, 20.0, 50.0, 61.0]),
+        ("apollo", 1, [10.0, 65.0, 66.0, 68.0]),
+        ("apollo", 2, [63.0, 65.0, 66.0, 68.0]),
+    ):
+        made_up(tmp_path, plan.run(name, seed), list(values))
+    # the best of the others has 62 after three of four epochs
+    times = cells(collect([tmp_path])[0], "time to 62.00 (s)")
+    # a run that does not get there counts with its whole length
+    assert times == {
+        "SGD": "35.0 ± 7.1",
+        "Adam": "> 40.0 ± 0.0 (1 of 2)",
+        "Apollo": "15.0 ± 7.1",
+    }
+    times = cells(collect([tmp_path], target=69.5)[0], "time to 69.50 (s)")
+    missed = "> 40.0 ± 0.0 (0 of 2)"
+    assert times == {"SGD": "40.0 ± 0.0", "Adam": missed, "Apollo": missed}
+    assert "time to" not in tables.tables(collect([tmp_path])[0])[0].heading
+    assert cells(collect([tmp_path])[0], "share of a step (%)")["SGD"] == "4.0 ± 0.0"
+
+
+FORMS = """
+[optimizers.apollow]
+method = "apollow"
+lr = 0.5
+
+[optimizers.apollo-belief]
+method = "apollo"
+rebound = "belief"
+lr = 0.5
+
+[quick]
+"""
+
+
+def test_forms_of_apollo_are_laid_beside_the_best_of_the_others(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    recipe_file.write_text(TINY.replace("[quick]", FORMS).replace("epochs = 2", "epochs = 4"))
+    plan = recipe.load(str(recipe_file))
+    for name, seed, values in (
+        ("sgd", 1, [10.0, 20.0, 60.0, 70.0]),
+        ("sgd", 2, [10.0, 20.0, 64.0, 74.0]),
+        ("apollo", 1, [10.0, 65.0, 66.0, 68.0]),
+        ("apollo", 2, [63.0, 65.0, 66.0, 76.0]),
+        ("apollow", 1, [10.0, 20.0, 30.0, 40.0]),
+        ("apollow", 2, [10.0, 65.0, 30.0, 40.0]),
+    ):
+        made_up(tmp_path, plan.run(name, seed), list(values))
+    for seed in (1, 2):  # past the target, and then no more
+        made_up(tmp_path, plan.run("apollo-belief", seed), [70.0, None], "diverged")
+    summary = collect([tmp_path])[0]
+    updates = cells(summary, "updates to 62.00")
+    assert updates["SGD"] == "4 ± 1"
+    assert updates["Apollo"] == "2 ± 1"
+    assert updates["ApolloW"] == "> 3 ± 1 (1 of 2)"
+    assert updates["Apollo, belief"] == "> 2 ± 0 (0 of 2)"
+    fewer = cells(summary, "updates fewer than SGD [95 %]")
+    assert fewer["SGD"] == "-"
+    assert fewer["Apollo"].startswith("+2 [")
+    leads = cells(summary, "lead over SGD [95 % interval]")
+    assert leads["Apollo"].startswith("+0.00 [-2.00, +2.00]")
+    assert leads["ApolloW"].startswith("-32.00 [")
+    assert leads["Apollo, belief"] == "-"
+    assert summary.sections[0].rival is not None
+    assert summary.sections[0].rival.name == "sgd"
+    assert "the form of Apollo with the best mean is Apollo, 72.00" in narrative.finding(summary)
+
+
+def test_a_pair_that_is_missing_is_told(recipe_file: Path, tmp_path: Path) -> None:
+    plan = recipe.load(str(recipe_file))
+    for seed, value in enumerate([80.0, 81.0, 82.0]):
+        made_up(tmp_path, plan.run("sgd", seed), [50.0, value])
+        verdict = "diverged" if seed else "finished"
+        made_up(tmp_path, plan.run("apollo", seed), [50.0, 90.0], verdict)
+    assert cells(collect([tmp_path])[0], "Apollo's lead [95 % interval]")["SGD"] == (
+        "+10.00 (1 of 3 pairs)"
+    )
+
+
+def test_divergence_is_no_robustness(recipe_file: Path, tmp_path: Path) -> None:
+    """What diverges at one rate has not the smallest span of those that did not."""
+    settings = ["sweeps.lr-robustness.values=[1, 10]"]
+    plan = recipe.load(str(recipe_file), settings)
+    for spec in plan.sweep("lr-robustness", ["sgd", "apollo"], 1):
+        assert spec.sweep is not None
+        bad = spec.name == "apollo" and spec.sweep.value == 10
+        made_up(tmp_path, spec, [50.0, 60.0 + spec.sweep.value], "diverged" if bad else "finished")
+    [summary] = collect([tmp_path])
+    assert cells(summary, "lr × 10") == {"SGD": "70.00", "Apollo": "diverged"}
+    assert cells(summary, "best - worst") == {"SGD": "9.00", "Apollo": "diverged"}
+    assert "differs by: SGD 9.00, Apollo diverged at one." in narrative.finding(summary)
+
+
+def test_divergent_and_unfinished_runs_are_told(recipe_file: Path, tmp_path: Path) -> None:
+    plan = recipe.load(str(recipe_file))
+    made_up(tmp_path, plan.run("sgd", 1), [], "diverged")
+    made_up(tmp_path, plan.run("sgd", 2), [50.0, None])
+    made_up(tmp_path, plan.run("apollo", 1), [50.0], None)
+    [summary] = collect([tmp_path])
+    assert cells(summary, "runs") == {
+        "SGD": "1 of 2 finished, 1 diverged",
+        "Apollo": "0 of 1 finished, 1 unfinished",
+    }
+    assert narrative.finding(summary) == "No run has finished yet. Diverged: SGD (1 of 2 runs)."
+    page.write([tmp_path], tmp_path / "page")
+
+
+def test_a_mean_without_its_diverged_runs_is_not_the_best(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    recipe_file.write_text(f"{TINY}\n[sweeps.lr-robustness]\nvalues = [1.0]\n")
+    plan = recipe.load(str(recipe_file))
+    for folder, spec_of in (
+        ("compared", lambda name, seed: plan.run(name, seed)),
+        (
+            "swept",
+            lambda name, seed: next(
+                spec for spec in plan.sweep("lr-robustness", [name]) if spec.seed == seed
+            ),
+        ),
+    ):
+        place = tmp_path / folder
+        for seed in (3, 4):
+            made_up(place, spec_of("sgd", seed), [50.0, 60.0 + seed])
+            made_up(place, spec_of("adam", seed), [50.0, 50.0 + seed])
+        made_up(place, spec_of("apollo", 3), [50.0, 90.0])
+        made_up(place, spec_of("apollo", 4), [], "diverged")
+        [summary] = collect([place])
+        best = [row[0].text for row in tables.tables(summary)[0].rows if any(c.best for c in row)]
+        assert best == ["SGD"]
+        text = narrative.finding(summary)
+        assert text.endswith(" Diverged: Apollo (1 of 2 runs).")
+        if folder == "compared":
+            assert text.startswith("Best mean test accuracy: SGD, 63.50 ± 0.71 %. Apollo is 27.00")
+            assert "seeds 3, 4." in narrative.notes(summary)[0]
+    # where all have some, the best of them is the best there is
+    for name in ("sgd", "adam"):
+        made_up(tmp_path / "compared", plan.run(name, 5), [], "diverged")
+    [summary] = collect([tmp_path / "compared"])
+    best_row = summary.sections[0].best
+    assert best_row is not None
+    assert best_row.name == "apollo"
+    assert "seeds 3, 4 of all, beyond them 5 of SGD; 5 of Adam." in narrative.notes(summary)[0]
+    for name in ("sgd", "adam", "apollo"):
+        made_up(tmp_path / "none", plan.run(name, 3), [], "diverged")
+    [summary] = collect([tmp_path / "none"])
+    assert narrative.finding(summary).startswith(
+        "No run has finished. Diverged: SGD (1 of 1 runs), "
+    )
+
+
+def test_where_runs_were_trained(recipe_file: Path, tmp_path: Path) -> None:
+    plan = recipe.load(str(recipe_file))
+    made_up(tmp_path, plan.run("sgd", 3), [50.0])
+    [summary] = collect([tmp_path])
+    assert "1 thread a process, precision 32-true; torch " in narrative.notes(summary)[-1]
+    made_up(tmp_path, plan.run("sgd", 4), [50.0])
+    manifest = RunDirectory(tmp_path / "runs" / plan.run("sgd", 4).label).manifest
+    told = json.loads(manifest.read_text())
+    told["placement"] |= {"accelerator": "gpu", "devices": 2, "nodes": 3}
+    told["machine"]["gpu"] = "NVIDIA H200"
+    manifest.write_text(json.dumps(told))
+    *_, where, warning = narrative.notes(collect([tmp_path])[0])
+    assert "; 2 x NVIDIA H200, " in where
+    assert "3 such machines, precision 32-true; torch" in where
+    assert "their times do not compare" in warning
+
+
+def test_beside_the_papers_numbers(tmp_path: Path) -> None:
+    plan = recipe.load("cifar10", ["model.depth=20", "schedules.cosine.epochs=2"])
+    for name in ("sgd", "apollo"):
+        for schedule in ("milestone", "cosine"):
+            made_up(tmp_path, plan.run(name, 1, schedule), [50.0, 60.0])
+    [summary] = page.write([tmp_path], tmp_path / "page")
+    text = (tmp_path / "page" / "results.md").read_text()
+    assert [table.heading for table in tables.tables(summary)] == [
+        "Schedule milestone, 164 epochs",
+        "Schedule cosine, 2 epochs",
+    ]
+    assert cells(summary, "in the paper") == {"SGD": "93.91 ± 0.07", "Apollo": "94.20 ± 0.12"}
+    assert "of ResNet-110, width 16, batch 128, 164 epochs (milestone), 200 epochs (cosine)" in text
+    assert "Ours differ in model and schedule: they do not compare with them." in text
+    assert "Schedule milestone: Best mean test accuracy: " in text
+    whole = recipe.load("cifar10")
+    made_up(tmp_path / "whole", whole.run("sgd", 1, "cosine"), [50.0, 60.0])
+    assert "Ours differ" not in " ".join(narrative.notes(collect([tmp_path / "whole"])[0]))
+    for setting, what in (
+        ("train.batch_size=64", "batch size"),
+        ("train.clip_norm=1", "gradient clipping"),
+        ("data.train_examples=100", "data"),
+        ("optimizers.sgd.lr=0.2", "the settings of SGD"),
+    ):
+        folder = tmp_path / what
+        made_up(folder, recipe.load("cifar10", [setting]).run("sgd", 1, "cosine"), [50.0, 60.0])
+        assert f" Ours differ in {what}: " in " ".join(narrative.notes(collect([folder])[0]))
+    # one that the paper has no number of
+    wmt = recipe.load("wmt14-en-de", ["optimizers.sgd.lr=0.2"])
+    for name in ("sgd", "adam"):
+        made_up(tmp_path / "wmt", wmt.run(name, 1), [9.0, 8.0], metric="valid_perplexity")
+    assert "Ours differ" not in " ".join(narrative.notes(collect([tmp_path / "wmt"])[0]))
+
+
+def test_sweeps(recipe_file: Path, tmp_path: Path) -> None:
+    recipe_file.write_text(
+        f"{TINY}\n[sweeps.lr-robustness]\nvalues = [0.2, 1.0]\n"
+        "[sweeps.weight-decay]\nvalues = [1e-4, 2e-4]\n"
+    )
+    plan = recipe.load(str(recipe_file))
+    for kind, name in (("lr-robustness", "learning_rate"), ("weight-decay", "weight_decay")):
+        folder = tmp_path / kind
+        for spec in plan.sweep(kind, ["sgd", "apollo"]):  # type: ignore[arg-type]
+            assert spec.sweep is not None
+            better = 3.0 * (spec.name == "apollo") + 5.0 * (spec.sweep.value in (1.0, 2e-4))
+            made_up(folder, spec, [40.0, 60.0 + better + spec.seed])
+        [summary] = page.write([folder], folder)
+        table = tables.tables(summary)[0]
+        titles = [column.title for column in table.columns]
+        if kind == "lr-robustness":
+            assert titles[1:3] == ["lr × 0.2", "lr × 1"]
+        else:
+            assert titles[1:3] == ["decay 0.0001", "decay 0.0002"]
+        assert [cell.text for cell in table.rows[1]] == [
+            *("Apollo", "66.50 ± 0.71", "71.50 ± 0.71", "5.00", "4"),
+        ]
+        assert [[cell.best for cell in row[1:3]] for row in table.rows] == [[False] * 2, [True] * 2]
+        assert narrative.finding(summary) == (
+            "Between its best and worst value the mean test accuracy differs by: Apollo 5.00, "
+            "SGD 5.00."
+        )
+        for picture in (name, f"{name}_curves"):
+            assert (folder / f"{picture}.png").read_bytes().startswith(PNG)
+        console = Console(width=80, record=True, quiet=True)
+        page.show([summary], console)
+    both = [tmp_path / "lr-robustness", tmp_path / "weight-decay"]
+    with pytest.raises(ExperimentError, match="differ in analysis: they cannot stand in one table"):
+        collect(both)
+
+
+def test_runs_that_do_not_compare(recipe_file: Path, tmp_path: Path) -> None:
+    plan = recipe.load(str(recipe_file))
+    base = tmp_path / "base"
+    made_up(base, plan.run("sgd", 1), [50.0, 60.0])
+    for name, settings, expected in (
+        ("longer", ["schedule.epochs=3"], "differ in train: they cannot stand in one table"),
+        ("other", ["model.width=4"], "differ in model: they cannot stand in one table"),
+        ("rate", ["optimizer.lr=1.0"], "differ in optimizer settings: they cannot stand"),
+        ("data", ["data.flip=false"], "differ in data: they cannot stand"),
+    ):
+        changed = recipe.load(str(recipe_file), settings)
+        made_up(tmp_path / name, changed.run("sgd", 9), [50.0])
+        with pytest.raises(ExperimentError, match=expected):
+            collect([base, tmp_path / name])
+    made_up(tmp_path / "copy", plan.run("sgd", 1), [50.0, 60.0])
+    with pytest.raises(ExperimentError, match="are the same run twice"):
+        collect([base, tmp_path / "copy"])
+    with pytest.raises(ExperimentError, match="no runs in it"):
+        collect([base / "runs" / plan.run("sgd", 1).label / "checkpoint"])
+
+
+def test_colours_differ_and_belong_to_the_optimizer() -> None:
+    styles = STYLES.values()
+    assert len({one.color for one in styles}) == len({one.marker for one in styles}) == len(styles)
+    unknown = [f"mine-{i}" for i in range(3)]
+    found = [*styles, *map(style, unknown)]
+    assert len({one.color for one in found}) == len({one.marker for one in found}) == len(found)
+    assert list(map(style, reversed(unknown)))[::-1] == found[-3:]
+    assert [style(name).label for name in ("mine-0", "sgd-no-warmup", "apollo-belief-2")] == [
+        "mine-0",
+        "SGD, no warmup",
+        "Apollo, belief, 2",
+    ]
+
+
+def test_values_on_an_axis() -> None:
+    assert [short(x) for x in (0.2, 10.0, 5e-4, 2.5e-5)] == ["0.2", "10", "5e-4", "2.5e-5"]
+
+
+def test_a_metric_that_is_better_when_lower(tmp_path: Path) -> None:
+    """Several tasks in one report, each by its own metric."""
+    plan = recipe.load("wordnet")
+    for name, values in (("sgd", [300.0, 310.0]), ("apollo", [280.0, 292.0])):
+        for seed, value in enumerate(values):
+            made_up(tmp_path, plan.run(name, seed), [500.0, value], metric="valid_perplexity")
+    images = recipe.load("fashion-mnist").run("apollo", 1)
+    made_up(tmp_path / "images", images, [50.0, 60.0])
+    first, second = page.write([tmp_path, tmp_path / "images"], tmp_path / "page")
+    assert (first.task, second.task) == ("fashion-mnist", "wordnet")
+    assert narrative.finding(second) == (
+        "Best mean test perplexity: Apollo, 286.00 ± 8.49. Apollo is 19.00 better than SGD (95 % "
+        "interval of its lead +18.00 to +20.00, p = 0.033, 2 seeds)."
+    )
+    assert cells(second, "Apollo's lead [95 % interval]")["SGD"].startswith("+19.00 [+18.00")
+    # after three quarters the first of two evaluations is the last
+    assert cells(second, "time to 500.00 (s)") == {"SGD": "10.0 ± 0.0", "Apollo": "10.0 ± 0.0"}
+    assert (tmp_path / "page" / "wordnet_validation_perplexity.png").exists()
+    text = (tmp_path / "page" / "results.md").read_text()
+    assert "## fashion-mnist" in text
+    assert "## wordnet" in text
+    with (tmp_path / "page" / "results.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["test_perplexity"] for line in lines] == ["", "300.0", "310.0", "280.0", "292.0"]
+    assert [line["accuracy"] for line in lines] == ["60.0", "", "", "", ""]

@@ -1,0 +1,123 @@
+"""Ended runs as two text files: the same report, and nothing of the machine's paths."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from apollo_bench.cli import app
+from apollo_bench.errors import ExperimentError
+from apollo_bench.report import page
+from apollo_bench.runs import archive, compatibility
+from apollo_bench.runs.run_directory import RunDirectory
+from apollo_bench.training.loop import train
+from bench.tests.helpers import prepared
+
+
+@pytest.fixture
+def ended(finished: Path) -> Path:
+    """The comparison with its last run trained to the end, and the trace of a folder of data."""
+    for directory in compatibility.directories(finished):
+        manifest = directory.read()
+        manifest["command"] = [
+            *("/opt/bin/apollo-bench", "compare", "--data", "/home/me/data", "--out=/home/me/out"),
+            *("--tuned", "../../home/me/tuned", "--set", "optimizer.lr=0.5"),
+        ]
+        manifest["data"]["folder"] = "/home/me/data"
+        directory.manifest.write_text(json.dumps(manifest))
+        if directory.verdict() is None:
+            spec = directory.spec()
+            _, task = prepared(finished.parent / "again", spec)
+            train(directory, spec, task)
+    return finished
+
+
+def test_the_report_of_an_archive_is_that_of_the_runs(ended: Path, tmp_path: Path) -> None:
+    assert archive.write(compatibility.directories(ended), tmp_path / "kept") == 4
+    page.write([ended], tmp_path / "of-runs")
+    page.write([tmp_path / "kept"], tmp_path / "of-archive")
+    for name in ("results.md", "training_loss.svg", "test_accuracy.svg"):
+        one, other = ((tmp_path / where / name).read_text() for where in ("of-runs", "of-archive"))
+        assert one == other, name
+    sizes = [path.stat().st_size for path in (tmp_path / "kept").iterdir()]
+    assert len(sizes) == 2
+    assert sum(sizes) < 10_000
+
+
+def test_nothing_tells_of_the_machines_paths(ended: Path, tmp_path: Path) -> None:
+    archive.write(compatibility.directories(ended), tmp_path / "kept")
+    for path in (tmp_path / "kept").iterdir():
+        assert "/home" not in path.read_text()
+        assert str(tmp_path) not in path.read_text()
+        assert "/opt" not in path.read_text()
+    [one, *_] = archive.read(tmp_path / "kept")
+    assert one.manifest["command"] == [
+        *("apollo-bench", "compare", "--data", "data", "--out=out"),
+        *("--tuned", "tuned", "--set", "optimizer.lr=0.5"),
+    ]
+    assert one.manifest["versions"]["torch"]
+    assert one.manifest["machine"]["cores"]
+
+
+def test_what_is_read_is_what_was_written(ended: Path, tmp_path: Path) -> None:
+    archive.write(compatibility.directories(ended), tmp_path / "kept")
+    kept = {run.path.name: run for run in archive.read(tmp_path / "kept")}
+    for directory in compatibility.directories(ended):
+        run = kept[directory.spec().label]
+        assert run.manifest["recipe"] == directory.read()["recipe"]
+        assert run.result["accuracy"] == directory.verdict()["accuracy"]  # type: ignore[index]
+        lines = [line for line in directory.records() if line["kind"] == "evaluation"]
+        assert [line["step"] for line in run.evaluations] == [line["step"] for line in lines]
+        for one, other in zip(run.evaluations, lines, strict=True):
+            assert one["train_loss"] == other["train_loss"]
+            assert one["time"]["seconds"] == pytest.approx(other["time"]["seconds"], abs=1e-3)
+
+
+def test_only_ended_runs_are_kept(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match="not finished; the command that began it goes on"):
+        archive.write(compatibility.directories(finished), tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_diverged_run_is_kept_too(ended: Path, tmp_path: Path) -> None:
+    directory = RunDirectory(next((ended / "runs").glob("*-sgd-*-seed3")))
+    diverged = {"verdict": "diverged", "step": 5, "steps": 24, "time": {"seconds": 1.0}}
+    directory.result.write_text(json.dumps(diverged))
+    archive.write(compatibility.directories(ended), tmp_path / "kept")
+    [summary] = page.write([tmp_path / "kept"], tmp_path / "report")
+    assert summary.rows[0].remark == "1 of 2 finished, 1 diverged"
+
+
+@pytest.mark.parametrize("damage", ["{", '{"format": 2}', '{"format": 1, "runs": [{}]}'])
+def test_damage_is_named(ended: Path, tmp_path: Path, damage: str) -> None:
+    archive.write(compatibility.directories(ended), tmp_path / "kept")
+    (tmp_path / "kept" / archive.RUNS).write_text(damage)
+    with pytest.raises(ExperimentError, match="kept"):
+        page.write([tmp_path / "kept"], tmp_path / "report")
+
+
+def test_a_table_of_other_runs_is_named(ended: Path, tmp_path: Path) -> None:
+    archive.write(compatibility.directories(ended), tmp_path / "kept")
+    table = tmp_path / "kept" / archive.EVALUATIONS
+    lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join(lines[:-1]))
+    with pytest.raises(ExperimentError, match=r"evaluations.csv: not the table that runs.json was"):
+        page.write([tmp_path / "kept"], tmp_path / "report")
+
+
+def test_the_command(ended: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    kept = tmp_path / "kept"
+    done = CliRunner().invoke(app, ["archive", str(ended), "--out", str(kept)])
+    assert done.exit_code == 0, done.output
+    assert f"Kept 4 runs in {kept}" in done.output
+    assert (kept / "results.md").exists()
+    again = CliRunner().invoke(app, ["report", str(kept), "--out", str(tmp_path / "report")])
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "report" / "results.md").read_text() == (kept / "results.md").read_text()
+    empty = CliRunner().invoke(app, ["archive", str(tmp_path), "--out", str(tmp_path / "none")])
+    assert empty.exit_code == 2

@@ -1,0 +1,234 @@
+"""The search for settings: what is tried, what it is judged on, what is kept of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from apollo_bench.config import recipe
+from apollo_bench.config.recipe import Recipe
+from apollo_bench.errors import ExperimentError
+from apollo_bench.report import narrative, tables
+from apollo_bench.report.summary import collect
+from apollo_bench.search import trials
+from apollo_bench.training.loop import train
+from bench.tests.conftest import TINY
+from bench.tests.helpers import prepared
+
+TUNING = """
+[tuning]
+tries = 3
+
+[tuning.ranges]
+sgd = { lr = [0.01, 1.0] }
+apollo = { lr = [0.1, 1e3] }
+"""
+HELD_OUT = "data.validation=64"
+
+
+@pytest.fixture
+def tuned_recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "tuned.toml"
+    path.write_text(TINY.replace("epochs = 2", "epochs = 1") + TUNING)
+    return path
+
+
+def load(path: Path, *settings: str) -> Recipe:
+    return recipe.load(str(path), [HELD_OUT, *settings])
+
+
+def rates(plan: Recipe, name: str) -> list[float]:
+    return [spec.optimizer.lr for spec in trials.tries(plan, [name])]
+
+
+@pytest.fixture
+def searched(tuned_recipe: Path, tmp_path: Path) -> Path:
+    """All tries, trained; the greatest rates of Apollo diverge."""
+    out = tmp_path / "searched"
+    for spec in trials.tries(load(tuned_recipe, "tuning.ranges.apollo.lr=[1e-10, 1e30]")):
+        directory, task = prepared(out / "runs" / spec.label, spec)
+        train(directory, spec, task)
+    return out
+
+
+def test_the_places_are_evenly_spaced_and_the_same_for_all(tuned_recipe: Path) -> None:
+    plan = load(tuned_recipe, "tuning.tries=7")
+    found = {name: sorted(rates(plan, name)) for name in ("sgd", "apollo")}
+    for name, (low, high) in {"sgd": (0.01, 1.0), "apollo": (0.1, 1e3)}.items():
+        shares = [math.log(rate / low) / math.log(high / low) for rate in found[name]]
+        assert shares == pytest.approx([i / 8 for i in range(1, 8)], abs=2e-3)
+    # a longer search goes on where a shorter one ended
+    assert rates(load(tuned_recipe), "sgd") == rates(plan, "sgd")[:3]
+
+
+def test_decay_keeps_its_strength_and_the_warmup_its_share(tuned_recipe: Path) -> None:
+    for spec in trials.tries(load(tuned_recipe)):
+        own, base = spec.optimizer, load(tuned_recipe).run(spec.name, 1).optimizer
+        assert own.lr * own.weight_decay == pytest.approx(base.lr * base.weight_decay)  # type: ignore[operator]
+        if spec.name == "apollo":
+            assert own.warmup_init_lr / own.lr == pytest.approx(0.01 / 0.5)  # type: ignore[union-attr, operator]
+
+
+def test_several_settings_at_once(tuned_recipe: Path) -> None:
+    plan = load(
+        tuned_recipe,
+        "tuning.ranges.apollo.warmup_steps=[1, 100]",
+        "tuning.ranges.apollo.weight_decay=[1e-6, 1e-2]",
+        "tuning.tries=4",
+    )
+    own = [spec.optimizer for spec in trials.tries(plan, ["apollo"])]
+    assert len({one.warmup_steps for one in own}) == 4  # type: ignore[union-attr]
+    assert all(isinstance(one.warmup_steps, int) for one in own)  # type: ignore[union-attr]
+    assert all(1e-6 <= one.weight_decay <= 1e-2 for one in own)  # type: ignore[operator]
+    assert len({one.lr * one.weight_decay for one in own}) == 4  # type: ignore[operator]
+
+
+def test_fresh_seeds_and_names(tuned_recipe: Path) -> None:
+    plan = load(tuned_recipe)
+    specs = trials.tries(plan, seeds=2)
+    assert {spec.seed for spec in specs} == {101, 102}
+    assert not {spec.seed for spec in specs} & set(plan.seeds)
+    assert len({spec.label for spec in specs}) == len(specs) == 12
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["data.validation=0"], "held out of the training data.*data.validation=5000"),
+        (["tuning.ranges.sgd.beta=[0.1, 0.2]"], "ranges.sgd.beta: not a number .*lr, momentum"),
+        (["tuning.ranges.sgd.momentum=[0.5, 5]"], r"ranges.sgd.momentum: is 1.08.*less than 1$"),
+        (["tuning.seed=3"], "tuning.seed is 3, allowed are seeds that no comparison has"),
+        (["tuning.ranges.sgd.lr=[1, 0.1]"], r"tuning.ranges.sgd.lr: is \[1, 0.1\]: the first is"),
+        (["tuning.ranges.adagrad.lr=[0.1, 1]"], "tuning.ranges is .*adagrad.*allowed are some of"),
+        (["tuning.schedules=[step]"], "tuning.schedules"),
+    ],
+)
+def test_what_cannot_be_tuned_is_named(
+    tuned_recipe: Path, settings: list[str], message: str
+) -> None:
+    with pytest.raises(ExperimentError, match=message):
+        trials.tries(load(tuned_recipe, *settings))
+
+
+def test_without_ranges(recipe_file: Path, tuned_recipe: Path) -> None:
+    with pytest.raises(ExperimentError, match=r"no table \[tuning\] in this recipe; give it"):
+        trials.tries(recipe.load(str(recipe_file)))
+    with pytest.raises(ExperimentError, match=r"tuning.ranges.adam is missing"):
+        trials.tries(load(tuned_recipe), ["adam"])
+
+
+def test_the_best_try_is_taken(searched: Path, tuned_recipe: Path) -> None:
+    plan = recipe.load(str(tuned_recipe))
+    made = trials.apply(plan, searched, ["sgd", "apollo"])
+    [summary] = collect([searched])
+    assert summary.metric.label == "validation accuracy"
+    for name in ("sgd", "apollo"):
+        rows = [row for row in summary.rows if row.name == name and row.score is not None]
+        best = max(rows, key=lambda row: row.score.mean if row.score else 0.0)
+        assert made.run(name, 1).optimizer == best.runs[0].spec.optimizer
+    assert made.optimizers["radam"] == plan.optimizers["radam"]  # not asked for
+    # and what was tried is told, whatever became of it
+    chosen, tried = tables.tables(summary)
+    assert [row[0].text for row in chosen.rows] == ["SGD", "Apollo"]
+    assert chosen.rows[1][-1].text == "3, 2 diverged"
+    assert [cell.text.endswith("diverged") for cell in tried.rows[1]].count(True) == 2
+    assert chosen.rows[1][-2].text == "lr, the least"
+    assert "SGD lr " in narrative.finding(summary)
+    assert "Diverged: Apollo (2 of 3 runs)" in narrative.finding(summary)
+
+
+def test_decay_that_is_coupled_stays_so(tuned_recipe: Path, tmp_path: Path) -> None:
+    extra = ["tuning.ranges.adam.lr=[1e-3, 1e-1]", "tuning.tries=1"]
+    out = tmp_path / "searched"
+    for spec in trials.tries(load(tuned_recipe, *extra), ["adam", "apollo"]):
+        directory, task = prepared(out / "runs" / spec.label, spec)
+        train(directory, spec, task)
+    plan = recipe.load(str(tuned_recipe), ["sweeps.weight-decay.values=[1e-3]"])
+    made = trials.apply(plan, out, ["adam", "apollo"])
+    adam, apollo = (made.run(name, 1).optimizer for name in ("adam", "apollo"))
+    assert adam.lr * adam.weight_decay == pytest.approx(apollo.lr * apollo.weight_decay)  # type: ignore[operator]
+    swept = {spec.name: spec.optimizer for spec in made.sweep("weight-decay", ["adam", "apollo"])}
+    assert swept["apollo"].weight_decay == 1e-3
+    assert swept["adam"].weight_decay == pytest.approx(1e-3 * apollo.lr / adam.lr)
+    # its reference is tuned along, whoever is asked for
+    alone = trials.apply(plan, out, ["adam"], coupled=True)
+    [only] = alone.sweep("weight-decay", ["adam"], seeds=1)
+    assert only.optimizer == swept["adam"]
+
+
+def test_a_tuning_of_something_else_is_refused(searched: Path, tuned_recipe: Path) -> None:
+    names = ["sgd", "apollo"]
+    for setting, what in (
+        ("model.width=4", "model"),
+        ("train.batch_size=64", "train"),
+        ("schedules.cosine.epochs=3", "train"),
+        ("data.train_examples=320", "data"),
+    ):
+        with pytest.raises(ExperimentError, match=f"its {what} is another"):
+            trials.apply(recipe.load(str(tuned_recipe), [setting]), searched, names)
+    # how often is evaluated is none of its business
+    trials.apply(recipe.load(str(tuned_recipe), ["train.evaluate_every=3"]), searched, names)
+    with pytest.raises(ExperimentError, match="adam was not tuned"):
+        trials.apply(recipe.load(str(tuned_recipe)), searched, ["adam"])
+    other = ["schedules.long.kind=constant", "schedules.long.epochs=2"]
+    plan = recipe.load(str(tuned_recipe), other)
+    with pytest.raises(ExperimentError, match=r"with the schedule long, only of .* \(cosine\)"):
+        trials.apply(plan, searched, names, ["long"])
+    with pytest.raises(ExperimentError, match="one schedule, asked for are cosine, long; choose"):
+        trials.apply(plan, searched, names)
+    assert trials.apply(plan, searched, names, ["cosine"]).optimizers["sgd"].lr
+    with pytest.raises(ExperimentError, match="was tuned on other data; give the same --data"):
+        trials.check_data(searched, {"fashion-mnist": "0" * 64})
+    trials.check_data(searched, {"wordnet": "0" * 64})
+
+
+def test_what_is_not_finished_or_all_diverged_has_no_best(
+    searched: Path, tuned_recipe: Path
+) -> None:
+    plan = recipe.load(str(tuned_recipe))
+    for folder in (searched / "runs").glob("*-apollo-*-try2-*"):
+        (folder / "result.json").unlink()
+    with pytest.raises(ExperimentError, match="apollo is not finished; the same command goes on"):
+        trials.apply(plan, searched, ["apollo"])
+    for result in (searched / "runs").glob("*-sgd-*/result.json"):
+        result.write_text('{"verdict": "diverged", "step": 3, "steps": 9, "time": {"seconds": 1}}')
+    with pytest.raises(ExperimentError, match="sgd: all tries diverged; give it other ranges"):
+        trials.apply(plan, searched, ["sgd"])
+
+
+def test_the_mean_over_seeds_decides(tuned_recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "searched"
+    scores = {(1.0, 101): 30.0, (1.0, 102): 30.0, (2.0, 101): 50.0, (2.0, 102): 5.0}
+    scores |= {(3.0, 101): 31.0, (3.0, 102): 30.0}
+    for spec in trials.tries(load(tuned_recipe), ["sgd"], seeds=2):
+        directory, _ = prepared(out / "runs" / spec.label, spec)
+        assert spec.sweep is not None
+        verdict = {"verdict": "finished", "step": 12, "steps": 12, "time": {"seconds": 1.0}}
+        verdict["accuracy"] = scores[spec.sweep.value, spec.seed]
+        directory.result.write_text(json.dumps(verdict))
+    plan = load(tuned_recipe)
+    best = trials.apply(plan, out, ["sgd"]).optimizers["sgd"]
+    assert best.lr == rates(plan, "sgd")[2]
+
+
+def test_a_try_never_sees_the_test_text(tmp_path: Path) -> None:
+    plan = recipe.load(
+        "wordnet",
+        [
+            *("model.hidden=16", "model.embedding=4", "data.train_examples=2000"),
+            *("train.batch_size=4", "schedules.cosine.updates=2"),
+            *("tuning.tries=1", "tuning.ranges.adam.lr=[0.01, 0.1]"),
+        ],
+    )
+    [tried] = trials.tries(plan, ["adam"])
+    directory, task = prepared(tmp_path / "run", tried)
+    train(directory, tried, task)
+    result = directory.verdict()
+    assert result is not None
+    assert "valid_perplexity" in result
+    assert "test_perplexity" not in result
+    [summary] = collect([tmp_path])
+    assert summary.metric.name == "valid_perplexity"

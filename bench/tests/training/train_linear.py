@@ -1,0 +1,47 @@
+"""Trains a linear model, which has no statistics of a batch, in as many processes as torchrun asks.
+
+torchrun --nproc-per-node=2 -m bench.tests.training.train_linear RUN RECIPE
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from apollo_bench.config import recipe
+from apollo_bench.config.execution import Placement, leave
+from apollo_bench.runs.run_directory import RunDirectory
+from apollo_bench.training.loop import train
+from apollo_bench.workloads import tasks
+from apollo_bench.workloads.image_classification.image_workload import ImageTask
+
+
+class Linear(ImageTask):
+    """The images of the recipe's task, a linear model and dropout of nothing."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    plan = recipe.load(sys.argv[2])
+    spec = plan.run("apollo", plan.seeds[0])
+    task = tasks.make(spec)
+    task.__class__ = Linear
+    directory = RunDirectory(Path(sys.argv[1]))
+    placement = Placement(devices=int(os.environ.get("WORLD_SIZE", "1")))
+    if os.environ.get("RANK", "0") == "0":
+        directory.prepare(spec, task.fingerprint, None, sys.argv, placement)
+    fabric = placement.fabric(spec)
+    fabric.barrier()
+    train(directory, spec, task, fabric=fabric)
+    leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,0 @@
-"""Reading and preparing each corpus; ``embedded/`` holds small real data."""
