@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from apollo_bench.config import recipe
-from apollo_bench.config.schema import ApolloSettings, Examples
+from apollo_bench.config.schema import ApolloSettings, Examples, Shape
 from apollo_bench.search import trials
 
 ROOT = Path(__file__).parents[2]
@@ -32,9 +32,9 @@ def test_a_recipe_gives_all_the_same_chance(path: Path) -> None:
         assert set(ranges) == {"lr"}
         low, high = ranges["lr"]
         assert high / low == pytest.approx(100.0)
-    assert len(plan.seeds) >= 5
+    assert len(plan.seeds) >= (3 if path.stem == "length-whole" else 5)
     assert plan.tuning.seed not in plan.seeds
-    if path.stem in ("forms", "warmup"):
+    if path.stem in ("forms", "warmup") or path.stem.startswith("length-"):
         return
     # all but RAdam warm up, and as long
     for shape in plan.schedules.values():
@@ -47,6 +47,43 @@ def test_a_recipe_gives_all_the_same_chance(path: Path) -> None:
         }
         assert len(warmups) == 1
         assert None not in warmups
+
+
+@pytest.mark.parametrize("task", ["multi30k", "cifar10", "wordnet"])
+def test_the_recipes_of_the_lengths_differ_in_length_alone(task: str) -> None:
+    plans = {
+        share: recipe.load(str(ROOT / "results" / task / f"length-{length}.toml"))
+        for share, length in {16: "16th", 4: "quarter", 1: "whole"}.items()
+    }
+    whole = plans[1]
+    steps = whole.schedules["milestone"].steps(156)  # updates per epoch on images
+
+    def milestones(shape: Shape, length: int) -> list[float]:
+        assert shape.kind == "milestone"
+        return [milestone / length for milestone in shape.milestones]
+
+    for share, plan in plans.items():
+        schedule, reference = plan.schedules["milestone"], whole.schedules["milestone"]
+        assert schedule.length * share == reference.length
+        assert (plan.model, plan.data) == (whole.model, whole.data)
+        assert plan.train.model_copy(update={"evaluate_every": None}) == whole.train.model_copy(
+            update={"evaluate_every": None}
+        )
+        assert steps // share % (plan.train.evaluate_every or 1) == 0
+        assert plan.tuning == whole.tuning
+        expected = milestones(reference, reference.length)
+        for name, own in plan.optimizers.items():
+            shape = schedule.instead.get(name, schedule)
+            assert milestones(shape, schedule.length) == pytest.approx(expected)
+            warmup = own.warmup_steps if isinstance(own, ApolloSettings) else shape.warmup_steps
+            long = name.endswith("-long-warmup")
+            assert warmup == round((0.2 if long else 0.02) * steps / share), name
+            # two forms of one optimizer, and of one strength of decay
+            other = plan.optimizers[name.removesuffix("-long-warmup")]
+            free = {"warmup_steps": 0} if isinstance(own, ApolloSettings) else {}
+            assert own.model_copy(update=free) == other.model_copy(update=free)
+            known = whole.optimizers[name]
+            assert own.model_copy(update=free) == known.model_copy(update=free)
 
 
 @pytest.fixture
