@@ -125,6 +125,15 @@ KINDS: list[Kind] = [
 # every mode of the first five; of the others, which differ only in how they load and store, three
 FEW = [MODES[i] for i in (0, 3, 6)]
 OF_KINDS = [(mode, kind) for i, kind in enumerate(KINDS) for mode in (MODES if i < 5 else FEW)]
+# the fast tests have each mode once and the first five kinds
+_FAST = [OF_KINDS.index(row) for row in zip(MODES, itertools.cycle(KINDS[:5]))]
+EVERY_KIND = pytest.mark.parametrize(
+    ("mode", "kind"),
+    [
+        pytest.param(*row, id=str(row), marks=() if i in _FAST else pytest.mark.slow)
+        for i, row in enumerate(OF_KINDS)
+    ],
+)
 
 
 def trained(mode: dict[str, Any], kind: Kind, steps: int = 3) -> Train:
@@ -161,7 +170,7 @@ def trained(mode: dict[str, Any], kind: Kind, steps: int = 3) -> Train:
     return train
 
 
-@pytest.mark.parametrize(("mode", "kind"), OF_KINDS, ids=str)
+@EVERY_KIND
 def test_the_number_of_threads_does_not_matter(
     mode: dict[str, Any],
     kind: Kind,
@@ -178,7 +187,7 @@ def test_the_number_of_threads_does_not_matter(
     assert same(train(), wanted)
 
 
-@pytest.mark.parametrize(("mode", "kind"), OF_KINDS, ids=str)
+@EVERY_KIND
 def test_large_tensors_follow_the_rule(
     mode: dict[str, Any], kind: Kind, threads: Callable[[int], None]
 ) -> None:
@@ -372,6 +381,7 @@ def test_a_mapped_file_of_any_name(tmp_path: Path) -> None:
         Apollo([p], fused=True).step()
 
 
+@pytest.mark.slow
 def test_threads_are_torchs_own(tmp_path: Path) -> None:
     """Also where another package has brought an OpenMP of its own."""
     home = Path(torch.__file__).parent
@@ -592,11 +602,13 @@ def python(code: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_fork_after_use() -> None:
     assert python(FORK).strip() == "as before"
 
 
+@pytest.mark.slow
 def test_more_threads_than_openmp_gives() -> None:
     code = FORK.split("class Numbers")[0] + "torch.set_num_threads(8); print(train(3))"
     assert (
