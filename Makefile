@@ -37,9 +37,10 @@ else
 	APOLLO_QN_TEST_DEVICE=$(DEVICE) PYTHONPATH=src:bench/src:. $(GPU_PYTHON) -m pytest $(ARGS)
 endif
 
-test-all: lint results-check  ## the same with the slow tests and coverage
+test-all: lint results-check  ## the same with the slow tests, coverage, and proof that the fast ones notice faults
 	$(PYTEST) --cov --cov-report=term-missing:skip-covered --durations=10 $(ARGS)
-	$(BIN)/python scripts/check_wheel.py
+	$(BIN)/python scripts/check_wheel.py --pure
+	$(BIN)/python -m tests.faults
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -66,6 +66,18 @@ def pairs(**options: Mapping[str, Any]) -> pytest.MarkDecorator:
             values.append(value)
         rows.append(pytest.param(*values, id="-".join(row), marks=marks))
     return pytest.mark.parametrize(list(options), rows)
+
+
+def slow_except(names: str, rows: Iterable[Any], fast: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrize over ``rows``, of which those that are not in ``fast`` are slow."""
+    chosen = list(fast)
+    return pytest.mark.parametrize(
+        names,
+        [
+            pytest.param(*row, marks=() if row in chosen else pytest.mark.slow, id=str(row))
+            for row in rows
+        ],
+    )
 
 
 _WITH_MARKS = type(pytest.param())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -79,8 +81,9 @@ def recipe_file(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def _settings_of_a_worker() -> Iterator[None]:
+@contextmanager
+def settings_of_a_worker() -> Iterator[None]:
+    """One thread; what a training changes for the whole process is undone."""
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(1)
     yield
@@ -88,14 +91,32 @@ def _settings_of_a_worker() -> Iterator[None]:
     torch.use_deterministic_algorithms(strict)
 
 
+@pytest.fixture(autouse=True)
+def _settings_of_a_worker() -> Iterator[None]:
+    with settings_of_a_worker():
+        yield
+
+
+@pytest.fixture(scope="session")
+def finished_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two optimizers, two seeds; one of the four runs is stopped after its first epoch.
+
+    Trained once per test process. A test copies it and never writes to it.
+    """
+    folder = tmp_path_factory.mktemp("finished")
+    recipe_file = folder / "tiny.toml"
+    recipe_file.write_text(TINY)
+    with settings_of_a_worker():
+        for name in ("sgd", "apollo"):
+            for seed in (3, 4):
+                spec = spec_of(recipe_file, name, seed)
+                directory, task = prepared(folder / "compared" / "runs" / spec.label, spec)
+                left = iter([False] * (13 if (name, seed) == ("apollo", 4) else 99))
+                train(directory, spec, task, lambda left=left: next(left, True))  # type: ignore[misc]
+    return folder / "compared"
+
+
 @pytest.fixture
-def finished(recipe_file: Path, tmp_path: Path) -> Path:
-    """Two optimizers, two seeds; one of the four runs is stopped after its first epoch."""
-    out = tmp_path / "compared"
-    for name in ("sgd", "apollo"):
-        for seed in (3, 4):
-            spec = spec_of(recipe_file, name, seed)
-            directory, task = prepared(out / "runs" / spec.label, spec)
-            left = iter([False] * (13 if (name, seed) == ("apollo", 4) else 99))
-            train(directory, spec, task, lambda left=left: next(left, True))  # type: ignore[misc]
-    return out
+def finished(finished_once: Path, tmp_path: Path) -> Path:
+    """Return a copy of :func:`finished_once` of the test's own."""
+    return shutil.copytree(finished_once, tmp_path / "compared")

@@ -27,6 +27,7 @@ def script() -> Any:
     return module
 
 
+@pytest.mark.slow
 def test_a_small_form_on_the_cpu(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--device", "cpu", "--quick", "--out", str(tmp_path)],

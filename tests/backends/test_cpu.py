@@ -39,7 +39,7 @@ from tests.helpers import (
     same,
     snapshot,
 )
-from tests.modes import MODE_IDS, MODES
+from tests.modes import MODE_IDS, MODES, slow_except
 from tests.numpy_reference import Settings
 
 pytestmark = [NEEDS_KERNEL, NEEDS_CPU]
@@ -126,14 +126,7 @@ KINDS: list[Kind] = [
 FEW = [MODES[i] for i in (0, 3, 6)]
 OF_KINDS = [(mode, kind) for i, kind in enumerate(KINDS) for mode in (MODES if i < 5 else FEW)]
 # the fast tests have each mode once and the first five kinds
-_FAST = [OF_KINDS.index(row) for row in zip(MODES, itertools.cycle(KINDS[:5]))]
-EVERY_KIND = pytest.mark.parametrize(
-    ("mode", "kind"),
-    [
-        pytest.param(*row, id=str(row), marks=() if i in _FAST else pytest.mark.slow)
-        for i, row in enumerate(OF_KINDS)
-    ],
-)
+EVERY_KIND = slow_except("mode, kind", OF_KINDS, zip(MODES, itertools.cycle(KINDS[:5])))
 
 
 def trained(mode: dict[str, Any], kind: Kind, steps: int = 3) -> Train:

@@ -58,6 +58,7 @@ def states(recipe_file: Path, out: Path, names: list[str]) -> list[run_scheduler
     return runs
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_the_same_command_again(recipe_file: Path, tmp_path: Path) -> None:
     recipe_file.write_text(TINY.replace("epochs = 2", "epochs = 4"))
     work, home = tmp_path / "work", tmp_path / "home"
@@ -120,6 +121,7 @@ class Killer:
                 self.killed += 1
 
 
+@pytest.mark.slow
 def test_crash_and_divergence_leave_the_other_runs_alone(recipe_file: Path, tmp_path: Path) -> None:
     recipe_file.write_text(TINY.replace("lr = 0.1", "lr = 1e38"))
     runs = states(recipe_file, tmp_path, ["adam", "sgd", "apollo"])

@@ -21,6 +21,7 @@ from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.training.loop import train
 from bench.tests.conftest import TINY
 from bench.tests.helpers import assert_identical, prepared, result
+from bench.tests.training import train_linear
 
 LINEAR = ["-m", "bench.tests.training.train_linear"]
 
@@ -35,6 +36,7 @@ def weights(path: Path) -> dict[str, Any]:
     return state
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(recipe_file: Path, tmp_path: Path) -> None:
     """The batch is the same, and its mean is that of the processes' means."""
     one, two = tmp_path / "one", tmp_path / "two"
@@ -50,6 +52,7 @@ def test_two_processes_train_as_one(recipe_file: Path, tmp_path: Path) -> None:
     assert verdicts[1]["accuracy"] == pytest.approx(verdicts[0]["accuracy"], abs=0.2)
 
 
+@pytest.mark.slow
 def test_two_processes_killed_and_resumed(recipe_file: Path, tmp_path: Path) -> None:
     recipe_file.write_text(TINY.replace("epochs = 2", "epochs = 4"))
     plan = recipe.load(str(recipe_file))
@@ -74,6 +77,7 @@ def test_two_processes_killed_and_resumed(recipe_file: Path, tmp_path: Path) -> 
     assert_identical(*results)
 
 
+@pytest.mark.slow
 def test_no_process_outlives_the_command(recipe_file: Path, tmp_path: Path) -> None:
     """Killed, the command cannot stop its workers, and torchrun stands between them."""
     recipe_file.write_text(TINY.replace("epochs = 2", "epochs = 40"))
@@ -102,12 +106,13 @@ def test_parts_of_a_batch_add_up_to_it(recipe_file: Path, tmp_path: Path) -> Non
     for parts in (1, 3):
         recipe_file.write_text(TINY.replace("[train]", f"[train]\naccumulate = {parts}"))
         path = tmp_path / str(parts)
-        run([sys.executable, *LINEAR, str(path), str(recipe_file)])
+        train_linear.run(path, recipe_file)
         found.append(weights(path))
     for name, wanted in found[0].items():
         torch.testing.assert_close(found[1][name], wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_model_trains_the_same(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

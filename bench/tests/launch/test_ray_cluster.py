@@ -17,6 +17,7 @@ from bench.tests.conftest import TINY
 from bench.tests.helpers import assert_identical, result
 
 pytest.importorskip("ray")
+pytestmark = pytest.mark.slow
 COMPARE = [sys.executable, "-m", "apollo_bench", "compare"]
 MORE = ["--optimizers", "sgd,apollo", "--seeds", "1", "--threads", "1"]
 

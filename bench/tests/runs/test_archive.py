@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,15 @@ from apollo_bench.report import page
 from apollo_bench.runs import archive, compatibility
 from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.training.loop import train
+from bench.tests.conftest import settings_of_a_worker
 from bench.tests.helpers import prepared
 
 
-@pytest.fixture
-def ended(finished: Path) -> Path:
+@pytest.fixture(scope="module")
+def ended_once(finished_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The comparison with its last run trained to the end, and the trace of a folder of data."""
+    folder = tmp_path_factory.mktemp("ended")
+    finished = shutil.copytree(finished_once, folder / "compared")
     for directory in compatibility.directories(finished):
         manifest = directory.read()
         manifest["command"] = [
@@ -30,9 +34,15 @@ def ended(finished: Path) -> Path:
         directory.manifest.write_text(json.dumps(manifest))
         if directory.verdict() is None:
             spec = directory.spec()
-            _, task = prepared(finished.parent / "again", spec)
-            train(directory, spec, task)
+            _, task = prepared(folder / "again", spec)
+            with settings_of_a_worker():
+                train(directory, spec, task)
     return finished
+
+
+@pytest.fixture
+def ended(ended_once: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(ended_once, tmp_path / "compared")
 
 
 def test_the_report_of_an_archive_is_that_of_the_runs(ended: Path, tmp_path: Path) -> None:

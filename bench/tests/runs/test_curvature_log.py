@@ -80,6 +80,7 @@ def test_a_run_is_the_same_with_it_and_without(recipe_file: Path, tmp_path: Path
     assert lines_of(pieces) == {step: lines[step] for step in LINES if step != 10}
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(recipe_file: Path, tmp_path: Path) -> None:
     """Lines that were written after the checkpoint are written again, once."""
     recipe_file.write_text(TINY.replace("epochs = 2", "epochs = 3"))
@@ -144,6 +145,7 @@ def invoke(*arguments: str) -> tuple[int, str]:
     return done.exit_code, done.output
 
 
+@pytest.mark.slow
 def test_the_command_line(recipe_file: Path, tmp_path: Path) -> None:
     """With a number and without; the same directory goes on, and the report shows the curves."""
     recipe_file.write_text(TINY.replace("epochs = 2", "epochs = 3"))
@@ -177,6 +179,7 @@ def test_the_command_line(recipe_file: Path, tmp_path: Path) -> None:
     page.show(page.write([out], out), Console(quiet=True))
 
 
+@pytest.mark.slow
 def test_every_step_measured_is_reported(recipe_file: Path, tmp_path: Path) -> None:
     """No step is timed then; both schedules and seeds are drawn."""
     text = TINY + '\n[schedules.constant]\nkind = "constant"\nepochs = 2\n'
@@ -221,6 +224,7 @@ def test_another_optimizer_is_refused(recipe_file: Path, tmp_path: Path) -> None
     assert not directory.metrics.exists()
 
 
+@pytest.mark.slow
 def test_sharded_weights(texts: Path, tmp_path: Path) -> None:  # noqa: F811
     """Two processes under FSDP2 write, once, what one process would."""
     settings = [*SETTINGS["phrases"], "model.dropout=0.0", "schedule.updates=4"]

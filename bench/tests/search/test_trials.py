@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from apollo_bench.report import narrative, tables
 from apollo_bench.report.summary import collect
 from apollo_bench.search import trials
 from apollo_bench.training.loop import train
-from bench.tests.conftest import TINY
+from bench.tests.conftest import TINY, settings_of_a_worker
 from bench.tests.helpers import prepared
 
 TUNING = """
@@ -29,11 +30,15 @@ apollo = { lr = [0.1, 1e3] }
 HELD_OUT = "data.validation=64"
 
 
-@pytest.fixture
-def tuned_recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "tuned.toml"
+def write_recipe(folder: Path) -> Path:
+    path = folder / "tuned.toml"
     path.write_text(TINY.replace("epochs = 2", "epochs = 1") + TUNING)
     return path
+
+
+@pytest.fixture
+def tuned_recipe(tmp_path: Path) -> Path:
+    return write_recipe(tmp_path)
 
 
 def load(path: Path, *settings: str) -> Recipe:
@@ -44,14 +49,21 @@ def rates(plan: Recipe, name: str) -> list[float]:
     return [spec.optimizer.lr for spec in trials.tries(plan, [name])]
 
 
+@pytest.fixture(scope="module")
+def searched_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All trials, trained; the largest rates of Apollo diverge."""
+    folder = tmp_path_factory.mktemp("searched")
+    plan = load(write_recipe(folder), "tuning.ranges.apollo.lr=[1e-10, 1e30]")
+    with settings_of_a_worker():
+        for spec in trials.tries(plan):
+            directory, task = prepared(folder / "out" / "runs" / spec.label, spec)
+            train(directory, spec, task)
+    return folder / "out"
+
+
 @pytest.fixture
-def searched(tuned_recipe: Path, tmp_path: Path) -> Path:
-    """All tries, trained; the greatest rates of Apollo diverge."""
-    out = tmp_path / "searched"
-    for spec in trials.tries(load(tuned_recipe, "tuning.ranges.apollo.lr=[1e-10, 1e30]")):
-        directory, task = prepared(out / "runs" / spec.label, spec)
-        train(directory, spec, task)
-    return out
+def searched(searched_once: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(searched_once, tmp_path / "searched")
 
 
 def test_the_places_are_evenly_spaced_and_the_same_for_all(tuned_recipe: Path) -> None:

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from apollo_bench.cli import app
 from apollo_bench.errors import ExperimentError
 from apollo_bench.steptime import candidates, measurement, parameter_sets, presentation, timing
 from apollo_bench.steptime.candidates import CONTENDERS, PEER, RULE, Contender
@@ -188,6 +190,7 @@ def command(*options: str) -> list[str]:
     return [sys.executable, "-m", "apollo_bench", "steptime", *options]
 
 
+@pytest.mark.slow
 def test_the_command_writes_its_files(tmp_path: Path) -> None:
     out = tmp_path / "bench"
     done = subprocess.run(
@@ -215,6 +218,7 @@ def test_the_command_writes_its_files(tmp_path: Path) -> None:
     assert "Apollo fused" in done.stdout
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_what_is_complete(tmp_path: Path) -> None:
     out = tmp_path / "bench"
     sets = "many-tensors/1000,resnet-110"
@@ -237,10 +241,8 @@ def test_ctrl_c_leaves_what_is_complete(tmp_path: Path) -> None:
 
 
 def test_a_bad_option_is_one_line() -> None:
-    done = subprocess.run(
-        command("--dtype", "float8"), capture_output=True, text=True, check=False, timeout=60
-    )
-    assert done.returncode == 2
+    done = CliRunner().invoke(app, ["steptime", "--dtype", "float8"])
+    assert done.exit_code == 2
     assert "--dtype is 'float8', allowed are float32, bfloat16, float64" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -23,7 +23,10 @@ from bench.tests.helpers import assert_identical, prepared, result, spec_of
 WORKER = [sys.executable, "-m", "apollo_bench.launch.worker"]
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "radam", "apollo"])
+@pytest.mark.parametrize(
+    "name",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("sgd", "adam", "radam")), "apollo"],
+)
 def test_two_runs_are_equal_and_so_is_one_stopped_many_times(
     recipe_file: Path, tmp_path: Path, name: str
 ) -> None:
@@ -43,6 +46,7 @@ def test_two_runs_are_equal_and_so_is_one_stopped_many_times(
     assert result(other)["metrics"] != result(whole)["metrics"]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_equal_to_never_killed(recipe_file: Path, tmp_path: Path) -> None:
     recipe_file.write_text(
         TINY.replace("epochs = 2", "epochs = 3").replace("log_every = 5", "log_every = 1")
@@ -228,6 +232,7 @@ def test_an_update_after_the_last_loss_can_diverge_too(recipe_file: Path, tmp_pa
     assert "accuracy" not in verdict
 
 
+@pytest.mark.slow
 def test_a_fork_does_not_keep_the_lock(recipe_file: Path, tmp_path: Path) -> None:
     directory, _ = prepared(tmp_path / "run", spec_of(recipe_file, "sgd"))
     hold = (
@@ -263,6 +268,7 @@ def test_divergence_is_a_verdict(recipe_file: Path, tmp_path: Path) -> None:
     assert train(directory, spec, task) == "diverged"
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_told_in_one_line(recipe_file: Path, tmp_path: Path) -> None:
     spec = spec_of(recipe_file, "sgd")
     directory, _ = prepared(tmp_path / "run", spec)

@@ -58,6 +58,7 @@ def numbers(directory: RunDirectory) -> dict[str, Any]:
     return {name: x for name, x in verdict.items() if isinstance(x, float)}
 
 
+@pytest.mark.slow
 def test_two_processes_train_every_model_as_one(
     recipe_file: Path,
     texts: Path,  # noqa: F811
@@ -113,6 +114,7 @@ def long_recipe(recipe_file: Path) -> RunSpec:
     return recipe.load(str(recipe_file)).run("apollo", 3)
 
 
+@pytest.mark.slow
 def test_a_lost_process_ends_the_job_and_a_restart_resumes_it(
     recipe_file: Path, tmp_path: Path
 ) -> None:

@@ -27,19 +27,23 @@ class Linear(ImageTask):
         return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    plan = recipe.load(sys.argv[2])
+def run(path: Path, recipe_file: Path) -> None:
+    plan = recipe.load(str(recipe_file))
     spec = plan.run("apollo", plan.seeds[0])
     task = tasks.make(spec)
     task.__class__ = Linear
-    directory = RunDirectory(Path(sys.argv[1]))
+    directory = RunDirectory(path)
     placement = Placement(devices=int(os.environ.get("WORLD_SIZE", "1")))
     if os.environ.get("RANK", "0") == "0":
         directory.prepare(spec, task.fingerprint, None, sys.argv, placement)
     fabric = placement.fabric(spec)
     fabric.barrier()
     train(directory, spec, task, fabric=fabric)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    run(Path(sys.argv[1]), Path(sys.argv[2]))
     leave()
 
 

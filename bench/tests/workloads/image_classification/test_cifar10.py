@@ -324,6 +324,7 @@ except ExperimentError as error:
 """
 
 
+@pytest.mark.slow
 def test_the_hub(tmp_path: Path) -> None:
     """A folder laid out like the hub's, read by the hub's library; then the hub, unreachable."""
     pytest.importorskip("datasets")

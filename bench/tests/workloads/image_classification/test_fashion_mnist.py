@@ -51,6 +51,7 @@ def test_embedded_set_is_balanced_and_small() -> None:
     assert "MIT License" in (fashion_mnist.EMBEDDED / "LICENSE").read_text()
 
 
+@pytest.mark.slow
 def test_script_makes_the_same_bytes(tmp_path: Path) -> None:
     # the first 800 of each class of the subset are the subset
     subprocess.run(

@@ -345,6 +345,7 @@ for hub in (sys.argv[3], None):
 """
 
 
+@pytest.mark.slow
 def test_the_hub(tree: Path, tmp_path: Path) -> None:
     """A folder laid out like the hub's, read by the hub's library; then the hub, unreachable."""
     pytest.importorskip("datasets")

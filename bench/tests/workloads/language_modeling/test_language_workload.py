@@ -302,6 +302,7 @@ def test_a_prepared_corpus_is_the_raw_one(tmp_path: Path) -> None:
         encoded_corpus.load(tmp_path, 400)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", SETTINGS)
 def test_two_processes_train_as_one(task: str, texts: Path, tmp_path: Path) -> None:
     short = "schedule.updates=12"

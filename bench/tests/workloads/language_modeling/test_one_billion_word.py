@@ -115,6 +115,7 @@ def test_fingerprint(tmp_path: Path) -> None:
     assert changed.fingerprint != first.fingerprint
 
 
+@pytest.mark.slow
 def test_processes_make_the_same_files(tmp_path: Path) -> None:
     prepared(tmp_path / "a")
     prepared(tmp_path / "b", workers=2)
@@ -278,6 +279,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(tmp_path: Path) -> None:
     """SIGKILL in the midst of it: workers end too, whole shards stay, the rest is made."""
     generator = random.Random(0)

@@ -90,6 +90,7 @@ def test_samples_are_right() -> None:
             assert sorted(filter(str.isdigit, german)) == digits
 
 
+@pytest.mark.slow
 def test_the_script_makes_the_embedded_files(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

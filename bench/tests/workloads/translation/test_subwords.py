@@ -99,6 +99,7 @@ Subwords.learned(type(train)(train.source[:2000], train.target[:2000]), 600).sav
 """
 
 
+@pytest.mark.slow
 def test_the_same_in_every_process(tmp_path: Path) -> None:
     contents = set()
     for number, parallel in enumerate(("true", "false")):

@@ -1,0 +1,26 @@
+"""Deliberate faults, each of which a fast test must notice; ``python -m tests.faults`` tries them.
+
+``optimizer.py`` and ``bench.py`` hold the two tables.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    """A change of the sources that makes a result wrong.
+
+    Attributes:
+        what: the mistake in a few words.
+        where: a source file, or a folder of sources in which one place has ``old``.
+        old: the text that is replaced; it must occur exactly once.
+        new: the text that stands there instead.
+        tests: test files of which a fast test must fail.
+    """
+
+    what: str
+    where: str
+    old: str
+    new: str
+    tests: tuple[str, ...]

@@ -1,0 +1,142 @@
+"""Apply each fault of the tables to a copy of the sources; the fast tests must notice it.
+
+    python -m tests.faults [WORD ...]
+
+tries those whose description or file has one of the words; without a word all. First the tests
+that the tables name must pass on an unchanged copy. The exit status is 1 where a fault survives,
+or a table no longer fits the sources.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests.faults import Fault, bench, optimizer
+
+ROOT = Path(__file__).resolve().parents[2]
+COPIES = 2
+SOURCES = (".py", ".toml", ".c", ".h", ".cpp")
+LIMIT = 300  # seconds for the tests of one fault
+_print = threading.Lock()
+
+
+def main() -> int:
+    words = sys.argv[1:]
+    faults = [
+        fault
+        for fault in (*optimizer.FAULTS, *bench.FAULTS)
+        if not words or any(word in f"{fault.what} {fault.where} {fault.tests}" for word in words)
+    ]
+    wrong = [f"{fault.what}: {why}" for fault in faults if (why := misfit(fault))]
+    with tempfile.TemporaryDirectory() as name:
+        copies: queue.Queue[Path] = queue.Queue()
+        for i in range(COPIES):
+            copies.put(copy(Path(name) / str(i)))
+        if not words:
+            wrong += check_unchanged(copies, faults)
+        with ThreadPoolExecutor(COPIES) as pool:
+            results = pool.map(lambda fault: trial(fault, copies), faults)
+            wrong += [
+                f"{fault.what}: {why}" for fault, why in zip(faults, results, strict=True) if why
+            ]
+    for line in dict.fromkeys(wrong):
+        print(line, file=sys.stderr)
+    caught = len(faults) - len({line.partition(":")[0] for line in wrong})
+    print(f"{caught} of {len(faults)} faults are noticed by the fast tests")
+    return bool(wrong)
+
+
+def copy(to: Path) -> Path:
+    """Copy what is in version control, changed or not, and the kernels that are built in place."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    built = [path.relative_to(ROOT) for path in (ROOT / "src").rglob("*.so")]
+    for path in {*map(Path, filter(None, listed.split("\0"))), *built}:
+        if (ROOT / path).is_file():
+            (to / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / path, to / path)
+    return to
+
+
+def places(fault: Fault, root: Path) -> list[Path]:
+    """Return the files that have the old text, once for each occurrence."""
+    where = root / fault.where
+    files = [path for path in sorted(where.rglob("*")) if path.suffix in SOURCES]
+    found = []
+    for path in files or [where]:
+        if path.is_file():
+            found += [path] * path.read_text(encoding="utf-8").count(fault.old)
+    return found
+
+
+def misfit(fault: Fault) -> str | None:
+    """Say why the fault's old text or tests are not what the sources have."""
+    found = places(fault, ROOT)
+    if len(found) != 1:
+        at = ", ".join(str(path.relative_to(ROOT)) for path in found)
+        return f"{fault.old!r} occurs {len(found)} times in {fault.where}, not once {at}"
+    missing = [path for path in fault.tests if not (ROOT / path).exists()]
+    return f"no tests {', '.join(missing)}" if missing else None
+
+
+def check_unchanged(copies: queue.Queue[Path], faults: list[Fault]) -> list[str]:
+    root = copies.get()
+    tests = sorted({path for fault in faults for path in fault.tests if (ROOT / path).exists()})
+    code, said = run_tests(root, tests, "-n", str(COPIES), limit=1800)
+    copies.put(root)
+    return [] if code == 0 else [f"the unchanged copy: its tests fail\n{said[-2000:]}"]
+
+
+def trial(fault: Fault, copies: queue.Queue[Path]) -> str | None:
+    """Return None where the fault is noticed, and otherwise what happened."""
+    if misfit(fault):
+        return None  # told already
+    root = copies.get()
+    (path,) = places(fault, root)
+    before = path.read_bytes()
+    try:
+        path.write_text(path.read_text(encoding="utf-8").replace(fault.old, fault.new), "utf-8")
+        code, said = run_tests(root, fault.tests, "-x")
+    except subprocess.TimeoutExpired:
+        code, said = 1, "timeout"  # a hang is noticed too
+    finally:
+        path.write_bytes(before)
+        copies.put(root)
+    first = next((line for line in said.splitlines() if line.startswith("FAILED")), said[-300:])
+    with _print:
+        print(f"{fault.what}: {first if code == 1 else f'exit status {code}'}", flush=True)
+    if code == 1:
+        return None
+    return "no fast test fails" if code == 0 else f"pytest ends with {code}\n{said[-1500:]}"
+
+
+def run_tests(root: Path, tests: object, *options: str, limit: int = LIMIT) -> tuple[int, str]:
+    """Run the fast tests of these files with the sources of ``root``."""
+    assert isinstance(tests, tuple | list)
+    paths = [str(root / "src"), str(root / "bench/src"), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONDONTWRITEBYTECODE": "1",  # a change within a second would keep the old bytecode
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "pytest", "-m", "not slow", "--tb=line", "-rf"]
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider", *options, *tests],
+        cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=limit,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,248 @@
+"""Faults of the optimizer."""
+
+from __future__ import annotations
+
+from tests.faults import Fault
+
+QN = "src/apollo_qn"
+RULE = ("tests/test_rule.py", "tests/test_golden.py")
+BACK_ENDS = ("tests/backends/test_backends.py",)
+OPTAX = ("tests/test_optax.py",)
+ROUNDING = ("tests/test_rounding.py",)
+DIAGNOSTICS = ("tests/test_diagnostics.py",)
+
+FAULTS = [
+    # the rule
+    Fault(
+        "eps is not divided by sigma",
+        QN,
+        "return self.eps if self.belief else self.eps / self.sigma",
+        "return self.eps",
+        RULE,
+    ),
+    Fault(
+        "warmup is one step ahead",
+        QN,
+        "self.warmup_start, t / self.warmup_steps",
+        "self.warmup_start, (t + 1) / self.warmup_steps",
+        RULE,
+    ),
+    Fault(
+        "the bias of m is not corrected",
+        QN,
+        "(1 - self.beta) / (1 - self.beta ** (t + 1))",
+        "1 - self.beta",
+        RULE,
+    ),
+    Fault(
+        "belief's offset is not divided by alpha",
+        QN,
+        "return self.eps / self.alpha(t) if self.belief else 0.0",
+        "return self.eps if self.belief else 0.0",
+        BACK_ENDS,
+    ),
+    Fault(
+        "B learns from the wrong sign of y",
+        QN,
+        "(u * (y + B * d)).sum()",
+        "(u * (B * d - y)).sum()",
+        RULE,
+    ),
+    Fault("the norm is a 2-norm", QN, "(u**4).sum()", "(u**2).sum()", RULE),
+    Fault(
+        "belief's threshold has a sign",
+        QN,
+        "delta.abs().amax() if",
+        "delta.amax() if",
+        BACK_ENDS,
+    ),
+    Fault(
+        "L2 decay has the wrong sign",
+        QN,
+        "g = g + h.weight_decay * theta",
+        "g = g - h.weight_decay * theta",
+        RULE,
+    ),
+    Fault("maximize does nothing", QN, "        g = -g\n", "        g = +g\n", RULE),
+    Fault(
+        "decoupled decay is applied twice",
+        QN,
+        "d = d + h.weight_decay * theta",
+        "d = d + 2 * h.weight_decay * theta",
+        RULE,
+    ),
+    Fault(
+        "the displacement is not rebuilt from the decayed parameter",
+        QN,
+        "return 1 / kept, weight_decay / kept",
+        "return 1.0, weight_decay",
+        RULE,
+    ),
+    Fault(
+        "D is not the absolute value of B",
+        QN,
+        "D = B.abs().clamp(min=threshold)",
+        "D = B.clamp(min=threshold)",
+        RULE,
+    ),
+    # sums over parts
+    Fault(
+        "each shard has sums of its own scale",
+        QN,
+        "(self.q4 * share**4).sum(0), (self.k * share).sum(0)",
+        "self.q4.sum(0), self.k.sum(0)",
+        (*BACK_ENDS, "tests/backends/test_parts.py"),
+    ),
+    # faster forms
+    Fault(
+        "foreach: the decay's part of d has the wrong sign",
+        QN,
+        "d.add_(work.theta, alpha=omega)",
+        "d.sub_(work.theta, alpha=omega)",
+        BACK_ENDS,
+    ),
+    Fault(
+        "foreach: maximize negates m",
+        QN,
+        "torch.add(work.m, work.g).neg_() if h.maximize",
+        "torch.sub(work.m, work.g) if h.maximize",
+        BACK_ENDS,
+    ),
+    Fault(
+        "foreach: m and B are stored in each other's place",
+        QN,
+        "hessian_diags, views[2])",
+        "hessian_diags, views[1])",
+        BACK_ENDS,
+    ),
+    Fault(
+        "Triton: B learns from the wrong sign of y",
+        QN,
+        "tl.sum(u * (alpha * delta + b * d), 0)",
+        "tl.sum(u * (b * d - alpha * delta), 0)",
+        ("tests/backends/test_triton.py",),
+    ),
+    # 16 bits
+    Fault(
+        "stochastic rounding always rounds down",
+        QN,
+        "random >> (32 - DROPPED[dtype])",
+        "random >> 32",
+        ROUNDING,
+    ),
+    Fault(
+        "the compensation is lost",
+        QN,
+        "low = torch.where(rounded.isfinite(), x - rounded, 0)",
+        "low = torch.zeros_like(x)",
+        ROUNDING,
+    ),
+    Fault(
+        "all steps draw the same random bits",
+        QN,
+        "first = mix(step ^ stream)",
+        "first = mix(stream)",
+        ROUNDING,
+    ),
+    # the class
+    Fault(
+        "a schedule's warmup rises from 0",
+        QN,
+        "lambda step: min((step + 1) / warmup_steps,",
+        "lambda step: min(step / warmup_steps,",
+        ("bench/tests/config/test_recipe.py",),
+    ),
+    Fault(
+        "sigma of the authors' release",
+        QN,
+        "else _FIRST_SIGMA",
+        "else _RELEASED_SIGMA",
+        ("tests/test_checkpoint.py",),
+    ),
+    Fault(
+        "a loaded state shares the saved tensors",
+        QN,
+        "kept = value.detach().clone(memory_format=torch.preserve_format)",
+        "kept = value.detach()",
+        ("tests/test_checkpoint.py",),
+    ),
+    Fault(
+        "the authors' D is taken without its offset",
+        QN,
+        "(D.min() - offset).clamp(min=0)",
+        "D.min().clamp(min=0)",
+        ("tests/test_checkpoint.py",),
+    ),
+    Fault(
+        "a released gradient's step is taken twice",
+        QN,
+        "        self._released.add(p)\n",
+        "",
+        ("tests/test_gradient_release.py",),
+    ),
+    # JAX
+    Fault(
+        "optax: eps is not divided by sigma",
+        QN,
+        "secant_eps=eps if belief else eps / sigma",
+        "secant_eps=eps",
+        OPTAX,
+    ),
+    Fault(
+        "optax: B learns from the wrong sign of y",
+        QN,
+        "_secant_coefficient(scale, u, y + B * d, s.secant_eps)",
+        "_secant_coefficient(scale, u, B * d - y, s.secant_eps)",
+        OPTAX,
+    ),
+    Fault(
+        "optax: the warmup is one step ahead",
+        QN,
+        "(1 - w) * _real(count) /",
+        "(1 - w) * _real(count + 1) /",
+        OPTAX,
+    ),
+    # diagnostics
+    Fault(
+        "the share of rectified elements counts those above the threshold",
+        QN,
+        "(size < s.previous_threshold).sum()",
+        "(size > s.previous_threshold).sum()",
+        DIAGNOSTICS,
+    ),
+    Fault(
+        "a tensor's secant correction has the wrong sign",
+        QN,
+        "(-c * size).reshape(())",
+        "(c * size).reshape(())",
+        DIAGNOSTICS,
+    ),
+    Fault(
+        "the root mean square of several tensors is their mean",
+        QN,
+        "t.numel * getattr(t, field) ** 2 for t in tensors",
+        "t.numel * getattr(t, field) for t in tensors",
+        DIAGNOSTICS,
+    ),
+    Fault(
+        "the diagonal's standard error does not shrink",
+        QN,
+        "(x / (probes * (probes - 1))).sqrt()",
+        "(x / (probes - 1)).sqrt()",
+        DIAGNOSTICS,
+    ),
+    Fault(
+        "B is not divided by the learning rate",
+        QN,
+        "_vector(B) / last_rate(optimizer, p, group)",
+        "_vector(B)",
+        DIAGNOSTICS,
+    ),
+    Fault(
+        "a recorder is one step late",
+        QN,
+        "(self.step + 1) % self.every == 0",
+        "self.step % self.every == 0",
+        DIAGNOSTICS,
+    ),
+]
