@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 from apollo_qn import Apollo, GradientRelease
 from apollo_qn.diagnostics import Recorder
-from tests.distributed.ranks import on_ranks
 from tests.helpers import BACK_ENDS, normal, same, snapshot
 
 MODES: list[dict[str, Any]] = [
@@ -471,11 +470,6 @@ def test_a_sparse_gradient() -> None:
     GradientRelease(Apollo(net.parameters()))
     with pytest.raises(RuntimeError, match="needs dense gradients"):
         net(torch.tensor([1, 2])).sum().backward()
-
-
-def test_on_several_processes() -> None:
-    done, failures = on_ranks(2, "gradient_release")
-    assert done == ["gradient_release"], failures
 
 
 def test_diagnostics_of_a_released_optimizer() -> None:

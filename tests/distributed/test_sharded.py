@@ -9,11 +9,9 @@ import pytest
 
 from tests.distributed.ranks import on_ranks
 
-pytestmark = pytest.mark.slow
-
 WORK = (
     "sharded_as_whole float32",
-    "sharded_as_whole float64",
+    "sharded_as_whole float64 10",
     "sixteen_bits",
     "one_all_reduce_a_mesh",
     "compiled",
@@ -30,12 +28,21 @@ WORK = (
 _on_four_ranks = cache(lambda: on_ranks(4, *WORK))
 
 
+def test_on_two_ranks() -> None:
+    """The one fast test that starts processes: all modes and back ends, two steps."""
+    calls = ["sharded_as_whole float32 2", "gradient_release"]
+    done, failures = on_ranks(2, *calls)
+    assert done == calls, failures
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("work", WORK)
 def test_on_four_ranks(work: str) -> None:
     done, failures = _on_four_ranks()
     assert work in done, failures
 
 
+@pytest.mark.slow
 def test_checkpoints_of_four_ranks_on_two_and_on_one(tmp_path: Path) -> None:
     """Saved sharded, flattened and full; the trajectory goes on as if nothing had happened."""
     assert on_ranks(4, f"save_checkpoints {tmp_path}")[1] == ""

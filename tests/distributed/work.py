@@ -73,7 +73,7 @@ def placed(x: Tensor, mesh: Any, placements: Any) -> DTensor:
     return distribute_tensor(x.clone(), mesh, placements, src_data_rank=None)
 
 
-def sharded_as_whole(dtype_name: str) -> None:
+def sharded_as_whole(dtype_name: str, steps_given: str = "50") -> None:
     """Trajectories of sharded tensors, of every placement, mode and back end, equal whole ones."""
     dtype = getattr(torch, dtype_name)
     world = dist.get_world_size()
@@ -94,7 +94,7 @@ def sharded_as_whole(dtype_name: str) -> None:
         for mesh, placements in layouts
         if all(getattr(p, "dim", 0) < len(shape) for p in placements)
     ]
-    steps = 50 if dtype is torch.float32 else 10
+    steps = int(steps_given)
     gradients = [
         [gradient(torch.Size(shape), dtype, i, t) for t in range(steps)]
         for i, (shape, _, _) in enumerate(chosen)
