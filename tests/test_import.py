@@ -10,9 +10,9 @@ SCRIPT = """
 import json, sys, time
 import torch
 brought = set(sys.modules)
-start = time.perf_counter()
+start = time.process_time()
 import apollo_qn
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 print(json.dumps({"new": sorted(set(sys.modules) - brought), "seconds": seconds}))
 """
 

@@ -13,6 +13,8 @@ from apollo_bench.config.recipe import RunSpec
 from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.workloads import tasks
 
+# seconds that a real process may take: a bound for hangs, not for busy machines
+PATIENCE = 300
 ALONE = Placement()
 
 

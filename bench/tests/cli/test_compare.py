@@ -27,7 +27,7 @@ from apollo_bench.training.loop import train
 from apollo_bench.workloads import tasks
 from apollo_bench.workloads.image_classification.image_workload import ACCURACY
 from bench.tests.conftest import TINY
-from bench.tests.helpers import assert_identical, prepared, result
+from bench.tests.helpers import PATIENCE, assert_identical, prepared, result
 
 CLI = [sys.executable, "-m", "apollo_bench"]
 CACHES = ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR")
@@ -79,13 +79,13 @@ def test_ctrl_c_and_the_same_command_again(recipe_file: Path, tmp_path: Path) ->
         RunDirectory(out / "runs" / f"fashion-mnist-{name}-cosine-seed3")
         for name in ("sgd", "apollo")
     ]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not all(any(run.records()) for run in runs):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, output
     assert f"Go on with:  apollo-bench compare {recipe_file}" in output
     assert "Traceback" not in output
@@ -93,7 +93,7 @@ def test_ctrl_c_and_the_same_command_again(recipe_file: Path, tmp_path: Path) ->
     assert any(run.verdict() is None for run in runs)
 
     again = subprocess.run(
-        command, cwd=work, env=environment, capture_output=True, text=True, timeout=100
+        command, cwd=work, env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert again.returncode == 0, again.stderr
     assert "Best mean test accuracy" in again.stdout

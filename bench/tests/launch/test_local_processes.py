@@ -20,13 +20,13 @@ from apollo_bench.launch.run_scheduler import launcher
 from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.training.loop import train
 from bench.tests.conftest import TINY
-from bench.tests.helpers import assert_identical, prepared, result
+from bench.tests.helpers import PATIENCE, assert_identical, prepared, result
 from bench.tests.training import train_linear
 
 LINEAR = ["-m", "bench.tests.training.train_linear"]
 
 
-def run(command: list[str], timeout: float = 120) -> None:
+def run(command: list[str], timeout: float = PATIENCE) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
     assert done.returncode == 0, done.stderr
 
@@ -63,13 +63,13 @@ def test_two_processes_killed_and_resumed(recipe_file: Path, tmp_path: Path) -> 
         command = [*launcher(directory.placement()), str(directory.path)]
         if name == "killed":
             process = subprocess.Popen(command, start_new_session=True)
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + PATIENCE
             while not directory.checkpoint.exists():
                 assert process.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             subprocess.run(["pkill", "-KILL", "-f", str(directory.path)], check=True)
-            process.wait(timeout=30)
+            process.wait(timeout=PATIENCE)
             assert process.returncode == -signal.SIGKILL
             assert directory.verdict() is None
         run(command)
@@ -86,7 +86,7 @@ def test_no_process_outlives_the_command(recipe_file: Path, tmp_path: Path) -> N
     command += ["--optimizer", "sgd", "--devices", "2", "--out", str(out)]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
     directory = RunDirectory(out / "runs" / "fashion-mnist-sgd-cosine-seed3")
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE
     while not directory.checkpoint.exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
@@ -95,7 +95,7 @@ def test_no_process_outlives_the_command(recipe_file: Path, tmp_path: Path) -> N
     process.wait()
     pattern = ["pgrep", "-f", f"worker {directory.path.resolve()}"]
     while subprocess.run(pattern, capture_output=True, check=False).returncode == 0:
-        assert time.monotonic() < deadline + 60
+        assert time.monotonic() < deadline + PATIENCE
         time.sleep(0.1)
     assert directory.verdict() is None
 

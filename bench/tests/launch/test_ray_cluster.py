@@ -14,7 +14,7 @@ import pytest
 
 from apollo_bench.runs.run_directory import RunDirectory
 from bench.tests.conftest import TINY
-from bench.tests.helpers import assert_identical, result
+from bench.tests.helpers import PATIENCE, assert_identical, result
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
@@ -41,7 +41,7 @@ def runs(out: Path) -> list[RunDirectory]:
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE
     while not path.exists():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -67,12 +67,12 @@ def test_a_killed_worker_changes_nothing(recipe_file: Path, tmp_path: Path) -> N
     task = task_of(victim)
     assert b"ray::" in Path(f"/proc/{task}/cmdline").read_bytes()
     os.kill(task, signal.SIGKILL)
-    out, err = process.communicate(timeout=150)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     assert "Report:" in out
 
     local = start(recipe_file, tmp_path / "local")
-    assert local.wait(timeout=120) == 0
+    assert local.wait(timeout=PATIENCE) == 0
     for one, other in zip(runs(tmp_path / "ray"), runs(tmp_path / "local"), strict=True):
         assert_identical(result(one), result(other))
 
@@ -85,7 +85,7 @@ def test_interrupted_it_leaves_checkpoints_and_no_process(
     found = runs(tmp_path / "ray")[0]
     wait_for(found.checkpoint, process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=90)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, err
     assert "Stopped; nothing is lost" in err
     left = ["pgrep", "-f", f"worker {found.path}"]
@@ -97,7 +97,7 @@ def test_no_cluster_there(recipe_file: Path, tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))  # and does not listen
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         process = start(recipe_file, tmp_path / "ray", "--cluster", "ray", address=address)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2
     assert (
         f"apollo-bench: --cluster ray: RAY_ADDRESS is '{address}', where no cluster answers" in err
@@ -106,7 +106,7 @@ def test_no_cluster_there(recipe_file: Path, tmp_path: Path) -> None:
 
 def test_unknown_engine(recipe_file: Path, tmp_path: Path) -> None:
     process = start(recipe_file, tmp_path / "ray", "--cluster", "slurm")
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2
     assert "apollo-bench: --cluster is 'slurm', allowed are ray" in err
     assert not (tmp_path / "ray").exists()

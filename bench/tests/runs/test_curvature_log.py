@@ -24,7 +24,7 @@ from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.training.loop import train
 from apollo_qn.diagnostics import TensorDiagnostics, overall
 from bench.tests.conftest import TINY
-from bench.tests.helpers import assert_identical, prepared, result, spec_of
+from bench.tests.helpers import PATIENCE, assert_identical, prepared, result, spec_of
 from bench.tests.training.test_loop import WORKER, shown_by_tensorboard
 from bench.tests.training.test_process_group import run as torchrun
 from bench.tests.workloads.language_modeling.test_language_workload import SETTINGS, texts  # noqa: F401  (a fixture)
@@ -91,7 +91,7 @@ def test_killed_and_resumed(recipe_file: Path, tmp_path: Path) -> None:
     killed.prepare(spec, task.fingerprint, None, ["test"], diagnose_every=1)
     assert killed.diagnose_every() == 1
     process = subprocess.Popen([*WORKER, str(killed.path)])
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not (killed.checkpoint.exists() and len(list(killed.diagnosed())) >= 8):
         assert process.poll() is None, "ended before it could be killed"
         assert time.monotonic() < deadline

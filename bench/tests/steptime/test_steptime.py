@@ -20,6 +20,7 @@ from apollo_bench.errors import ExperimentError
 from apollo_bench.steptime import candidates, measurement, parameter_sets, presentation, timing
 from apollo_bench.steptime.candidates import CONTENDERS, PEER, RULE, Contender
 from apollo_bench.steptime.measurement import Result, Taken
+from bench.tests.helpers import PATIENCE
 
 
 @pytest.mark.parametrize(
@@ -198,7 +199,7 @@ def test_the_command_writes_its_files(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     record = json.loads((out / "steptime.json").read_text())
@@ -228,11 +229,11 @@ def test_ctrl_c_leaves_what_is_complete(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not (out / "steptime.json").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + signal.SIGINT, errors
     assert "what is complete lies in" in errors
     record = json.loads((out / "steptime.json").read_text())

@@ -18,7 +18,7 @@ from apollo_bench.errors import ExperimentError
 from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.training.loop import train
 from bench.tests.conftest import TINY
-from bench.tests.helpers import assert_identical, prepared, result, spec_of
+from bench.tests.helpers import PATIENCE, assert_identical, prepared, result, spec_of
 
 WORKER = [sys.executable, "-m", "apollo_bench.launch.worker"]
 
@@ -58,7 +58,7 @@ def test_killed_and_resumed_is_equal_to_never_killed(recipe_file: Path, tmp_path
     killed, _ = prepared(tmp_path / "killed", spec)
     for lines in (4, 20):
         process = subprocess.Popen([*WORKER, str(killed.path)])
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while not (killed.checkpoint.exists() and len(list(killed.records())) >= lines):
             assert process.poll() is None, "ended before it could be killed"
             assert time.monotonic() < deadline

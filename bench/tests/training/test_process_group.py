@@ -20,7 +20,7 @@ from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.training import process_group
 from apollo_bench.training.loop import train
 from bench.tests.conftest import TINY
-from bench.tests.helpers import assert_identical, prepared, result
+from bench.tests.helpers import PATIENCE, assert_identical, prepared, result
 from bench.tests.workloads.language_modeling.test_language_workload import SETTINGS, texts  # noqa: F401  (a fixture)
 
 FIRST, ROUNDED = 4, 1e-5  # lines of the curve, relative difference
@@ -42,7 +42,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=150,
+        timeout=PATIENCE,
         env=environment(),
     )
 
@@ -135,7 +135,7 @@ def test_a_lost_process_ends_the_job_and_a_restart_resumes_it(
             env=environment(),
         )
         kill(process.pid, killed, directory)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=PATIENCE)
         assert process.returncode == code, err
         message = f"apollo-bench: rank {1 - killed} of 2 has lost the connection to another process"
         assert err.count(message) == 1, err
@@ -150,7 +150,7 @@ def test_a_lost_process_ends_the_job_and_a_restart_resumes_it(
 def kill(torchrun: int, rank: int, directory: RunDirectory) -> None:
     """Kill a process of the job when it has written a (new) checkpoint."""
     before = checkpoint_time(directory)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE
     while checkpoint_time(directory) == before:
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -23,7 +23,7 @@ from apollo_bench.workloads import tasks
 from apollo_bench.workloads.translation import encoded_corpus, phrases
 from apollo_bench.workloads.translation.token_batches import padded
 from apollo_bench.workloads.translation.translation_workload import SIGNATURE, TranslationTask
-from bench.tests.helpers import assert_identical, prepared, result
+from bench.tests.helpers import PATIENCE, assert_identical, prepared, result
 
 SETTINGS = {
     "wordnet": [
@@ -311,7 +311,9 @@ def test_two_processes_train_as_one(task: str, texts: Path, tmp_path: Path) -> N
     for devices in (1, 2):
         directory, _ = prepared(tmp_path / str(devices), spec, Placement(devices=devices), texts)
         command = [*launcher(directory.placement()), str(directory.path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=PATIENCE
+        )
         assert done.returncode == 0, done.stderr
         state = torch.load(directory.checkpoint, weights_only=True)
         found.append((directory.verdict(), state["model"]))

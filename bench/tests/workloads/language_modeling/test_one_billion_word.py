@@ -17,6 +17,7 @@ from apollo_bench.errors import ExperimentError
 from apollo_bench.workloads.language_modeling import one_billion_word
 from apollo_bench.workloads.language_modeling.one_billion_word import HELD_OUT, TRAIN, load, prepare
 from apollo_bench.workloads.language_modeling.token_corpus import Corpus, Tokens
+from bench.tests.helpers import PATIENCE
 
 VOCABULARY = ("</S>", "<S>", "<UNK>", "the", "café", "dog", "barks", ".")
 LINES = {
@@ -309,7 +310,7 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     child.stdout.close()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while any(running(worker) for worker in workers):
         assert time.monotonic() < deadline, "workers outlive the killed process"
         time.sleep(0.02)
