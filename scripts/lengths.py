@@ -8,14 +8,20 @@ settings of the search: of the two warmups of each optimizer the better one, and
 
 from __future__ import annotations
 
+import functools
+import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+from scipy import stats
+
 from apollo_bench.config import recipe
-from apollo_bench.config.recipe import Recipe, times_rate
+from apollo_bench.config.recipe import Recipe, RunSpec, times_rate
+from apollo_bench.config.schema import Examples
 from apollo_bench.runs import loading
 from apollo_bench.runs.archive import RUNS
-from apollo_bench.search.trials import best_try, score_of
+from apollo_bench.search.trials import best_try, score_of, tries
 from apollo_bench.workloads.tasks import TASKS as FAMILIES
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -23,6 +29,16 @@ TASKS = ("multi30k", "cifar10", "wordnet")
 LENGTHS = {"16th": "1/16", "quarter": "1/4", "whole": "1"}
 SEARCHED = {"16th": "16th", "quarter": "quarter", "whole": "quarter"}  # at which length
 OTHER_WARMUP = "-long-warmup"  # ends the name of the second form of an optimizer
+HELD_OUT = 5000  # images, of the search on cifar10
+LABELS = {
+    "sgd": "SGD, momentum 0.9",
+    "adamw": "AdamW",
+    "radam": "RAdam",
+    "muon": "Muon",
+    "apollo": "Apollo",
+    "apollow": "ApolloW",
+}
+OURS = "apollo"
 
 
 def pieces() -> list[str]:
@@ -50,7 +66,7 @@ def chosen(task: str, length: str, results: Path = RESULTS) -> Recipe:
         results: folder of recipes and archives.
 
     Raises:
-        ExperimentError: the search is not finished, or every trial of an optimizer diverged.
+        ExperimentError: the search is not finished.
     """
     plan = recipe.load(str(results / task / f"length-{length}.toml"))
     folder = results / task / f"length-{SEARCHED[length]}-tuning"
@@ -59,6 +75,8 @@ def chosen(task: str, length: str, results: Path = RESULTS) -> Recipe:
     best: dict[str, tuple[float, str, float]] = {}
     for name in plan.optimizers:
         trials = [run for run in runs if run.spec.name == name]
+        if trials and all(run.verdict == "diverged" for run in trials):
+            continue  # the other warmup is left
         settings = best_try(trials, f"{folder}: {name}")
         scores = [score_of([run]) for run in trials if run.spec.optimizer == settings]
         [score] = [sign * score for score in scores if score is not None]
@@ -66,18 +84,12 @@ def chosen(task: str, length: str, results: Path = RESULTS) -> Recipe:
         if method not in best or score > best[method][0]:  # of equals the short warmup
             best[method] = (score, name, settings.lr)
     optimizers = {
-        name: times_rate(plan.run(name, plan.seeds[0]).optimizer, lr / plan.optimizers[name].lr)
+        name: times_rate(
+            plan.run(name, plan.seeds[0]).optimizer, lr / plan.optimizers[name].lr
+        ).model_copy(update={"lr": lr})
         for _, name, lr in best.values()
     }
-    schedules = {
-        name: schedule.model_copy(
-            update={"instead": {k: v for k, v in schedule.instead.items() if k in optimizers}}
-        )
-        for name, schedule in plan.schedules.items()
-    }
-    return plan.model_copy(
-        update={"optimizers": optimizers, "schedules": schedules, "tuning": None}
-    )
+    return plan.model_copy(update={"optimizers": optimizers})
 
 
 def options(plan: Recipe, method: str | None = None) -> list[str]:
@@ -95,6 +107,133 @@ def options(plan: Recipe, method: str | None = None) -> list[str]:
             if value is not None:
                 made += ["--set", f"optimizers.{name}.{key}={float(value)!r}"]
     return made
+
+
+def planned(name: str, results: Path = RESULTS) -> list[RunSpec]:
+    """Return the runs that an archive must hold.
+
+    Args:
+        name: of the archive, as ``pieces`` returns it.
+        results: folder of recipes and archives.
+
+    Raises:
+        ExperimentError: the search that decides the settings is missing or not finished.
+    """
+    task, piece = name.split("/")
+    _, length, kind = piece.split("-")
+    if kind == "tuning":
+        plan = recipe.load(str(results / task / f"length-{length}.toml"))
+        if isinstance(plan.data, Examples):
+            data = plan.data.model_copy(update={"validation": HELD_OUT})
+            plan = plan.model_copy(update={"data": data})
+        return tries(plan, list(plan.optimizers))
+    plan = chosen(task, length, results)
+    if kind == "comparison":
+        return plan.runs()
+    [ours] = [name for name in plan.optimizers if name.removesuffix(OTHER_WARMUP) == OURS]
+    return [plan.run(ours, plan.seeds[0])]
+
+
+@functools.cache
+def archived(path: Path) -> list[loading.Run]:
+    """Return the runs of an archive."""
+    return loading.find([path])
+
+
+def by_method(path: Path) -> dict[str, list[loading.Run]]:
+    """Return the runs of a comparison by optimizer, whichever warmup was chosen."""
+    found: dict[str, list[loading.Run]] = {}
+    for run in archived(path):
+        found.setdefault(run.spec.name.removesuffix(OTHER_WARMUP), []).append(run)
+    return found
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Return the 95 % interval of Student's t for the mean of two values or more."""
+    mean, count = statistics.fmean(values), len(values)
+    half = stats.t.ppf(0.975, count - 1) * statistics.stdev(values) / count**0.5
+    return mean - half, mean + half
+
+
+def scores(runs: list[loading.Run], metric: str) -> dict[int, float]:
+    """Return the metric of the finished runs by seed."""
+    values = {run.spec.seed: run.final(metric) for run in runs}
+    return {seed: value for seed, value in values.items() if value is not None}
+
+
+def tables(task: str, results: Path = RESULTS) -> Iterator[str]:
+    """Yield the lines of two tables: the metric by length, and Apollo's lead by length.
+
+    Args:
+        task: one of TASKS.
+        results: folder of the archives.
+    """
+    metric = FAMILIES[task].final
+    sign = 1 if metric.higher_is_better else -1
+    comparisons = {length: f"{task}/length-{length}-comparison" for length in LENGTHS}
+    there = [length for length in LENGTHS if comparisons[length] in measured(results)]
+    missing = [LENGTHS[length] for length in LENGTHS if length not in there]
+    found = {length: by_method(results / comparisons[length]) for length in there}
+    if there:
+        head = " | ".join(f"length {LENGTHS[length]}" for length in there)
+        yield f"| {metric.label} | {head} |"
+        yield "|---" * (len(there) + 1) + "|"
+        methods = [name for name in LABELS if any(name in runs for runs in found.values())]
+        for name in methods:
+            cells = [_score(found[length][name], metric.name) for length in there]
+            yield f"| {LABELS[name]} | {' | '.join(cells)} |"
+        yield ""
+        yield f"| Apollo's lead over | {head} |"
+        yield "|---" * (len(there) + 1) + "|"
+        for name in methods:
+            if name != OURS:
+                cells = [_lead(found[x][OURS], found[x][name], metric.name, sign) for x in there]
+                yield f"| {LABELS[name]} | {' | '.join(cells)} |"
+        yield ""
+    if missing:
+        yield f"Not measured yet: {task} at the length {' and '.join(missing)}."
+
+
+def _score(runs: list[loading.Run], metric: str) -> str:
+    values = list(scores(runs, metric).values())
+    warmup = "20 %" if runs[0].spec.name.endswith(OTHER_WARMUP) else "2 %"
+    lost = sum(run.verdict == "diverged" for run in runs)
+    text = f"{statistics.fmean(values):.2f}" if values else "-"
+    text += f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    text += f", {lost} of {len(runs)} diverged" if lost else ""
+    return f"{text} (lr {runs[0].spec.optimizer.lr:.3g}, warmup {warmup})"
+
+
+def _lead(ours: list[loading.Run], other: list[loading.Run], metric: str, sign: int) -> str:
+    one, two = scores(ours, metric), scores(other, metric)
+    values = [sign * (one[seed] - two[seed]) for seed in sorted(one.keys() & two.keys())]
+    if len(values) < 2:
+        return "-"
+    low, high = interval(values)
+    verdict = "ahead" if low > 0 else "behind" if high < 0 else "undecided"
+    return f"{statistics.fmean(values):+.2f} [{low:+.2f}, {high:+.2f}], {verdict}"
+
+
+def curvature(results: Path = RESULTS) -> Iterator[str]:
+    """Yield the lines of a table: the share of B above sigma at four times of Apollo's run."""
+    names = [name for name in measured(results) if name.endswith("-curvature")]
+    if not names:
+        yield "Not measured yet."
+        return
+    times = (0.25, 0.5, 0.75, 1.0)
+    head = " | ".join(f"after {time:g} of the run" for time in times)
+    yield f"| elements of B above sigma (%) | lr | {head} |"
+    yield "|---" * (len(times) + 2) + "|"
+    for name in names:
+        [run] = archived(results / name)
+        task, piece = name.split("/")
+        shares = []
+        for time in times:
+            step = time * run.result["steps"]
+            one = min(run.curvature, key=lambda line: abs(line.step - step))
+            shares.append(f"{100 * (1 - one.tensors.rectified):.2f}")
+        length = LENGTHS[piece.split("-")[1]]
+        yield f"| {task}, length {length} | {run.spec.optimizer.lr:.3g} | {' | '.join(shares)} |"
 
 
 def main(arguments: list[str]) -> int:

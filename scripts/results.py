@@ -20,10 +20,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
 os.environ.setdefault("MPLCONFIGDIR", str(ROOT / "build" / "matplotlib"))
+
+import lengths  # noqa: E402
 
 from apollo_bench.config import recipe  # noqa: E402
 from apollo_bench.config.schema import Examples  # noqa: E402
+from apollo_bench.errors import ExperimentError  # noqa: E402
 from apollo_bench.report import narrative, page, tables  # noqa: E402
 from apollo_bench.report.statistics import Spread  # noqa: E402
 from apollo_bench.report.summary import Section, Summary, collect  # noqa: E402
@@ -95,18 +99,44 @@ def main() -> int:
     faults = [fault for name in archives() for fault in remake(name, check)]
     for task in TASKS:
         faults += [fault for plan in PLANS for fault in protocol(task, plan)]
+    faults += of_lengths()
     if all((RESULTS / task / "comparison" / RUNS).exists() for task in TASKS):
         faults += [fault for path in PAGES for fault in blocks(path, check)]
     for fault in faults:
         print(fault, file=sys.stderr)
     print(f"{len(archives())} archives, {'wrong' if faults else 'as the metrics give them'}")
+    missing = [name for name in lengths.pieces() if name not in lengths.measured(RESULTS)]
+    if missing:
+        print(f"not measured yet: {', '.join(missing)}")
     return 1 if faults else 0
 
 
 def archives() -> list[str]:
     """Their names, as cifar10/tuning."""
     names = [f"{task}/{analysis}" for task in TASKS for analysis in ANALYSES]
-    return [name for name in names if (RESULTS / name / RUNS).exists()]
+    return [name for name in names if (RESULTS / name / RUNS).exists()] + lengths.measured(RESULTS)
+
+
+def of_lengths() -> Iterator[str]:
+    """Yield what is wrong with the comparison of lengths; pieces that are missing are allowed."""
+    data: dict[str, set[str]] = {}
+    for name in lengths.measured(RESULTS):
+        summary = summary_of(name)
+        task = name.split("/")[0]
+        try:
+            yield from unlike(name, summary, lengths.planned(name, RESULTS))
+        except ExperimentError as error:
+            yield f"{name}: {error}"
+        final = FAMILIES[task].final.name
+        seen = final != FAMILIES[task].curve.name and any(final in r.result for r in summary.runs)
+        if name.endswith("-tuning") and seen:
+            yield f"{name}: has seen the test data"
+        data.setdefault(task, set()).update(
+            run.manifest["data"]["fingerprint"] for run in summary.runs
+        )
+    for task, found in data.items():
+        if len(found) > 1:
+            yield f"{task}: the lengths are not all of the same data"
 
 
 @functools.cache
@@ -124,7 +154,8 @@ def remake(name: str, check: bool) -> Iterator[str]:
             content = (Path(made) / file).read_text(encoding="utf-8")
             yield from put(RESULTS / name / file, content, check)
         task, analysis = name.split("/")
-        source = SHOWN[analysis] or summary.curve.label.replace(" ", "_")
+        kind = analysis.rpartition("-")[2] if analysis.startswith("length-") else analysis
+        source = SHOWN[kind] or summary.curve.label.replace(" ", "_")
         target = FIGURES / f"results_{task}_{analysis}.png"
         # another matplotlib draws other bytes: what is compared is what was drawn
         drawn = RESULTS / name / "figure.sha256"
@@ -235,6 +266,10 @@ def block(name: str) -> str:
         return beside_the_paper()
     if name == "curvature":
         return curvature()
+    if name.startswith("lengths/"):
+        task = name.removeprefix("lengths/")
+        lines = lengths.curvature(RESULTS) if task == "curvature" else lengths.tables(task, RESULTS)
+        return "\n".join(lines) + "\n"
     if not (RESULTS / name / RUNS).exists():
         return f"(not measured: {name})\n"
     summary = summary_of(name)

@@ -1,0 +1,118 @@
+"""The comparison of lengths: the settings that are chosen, and what its tables say."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from apollo_bench.config import recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def lengths() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("lengths", ROOT / "scripts" / "lengths.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def trial_of(spec: Any, value: float | None) -> SimpleNamespace:
+    """Return a run as loading.find does, with this validation perplexity; None: diverged."""
+    return SimpleNamespace(
+        spec=spec,
+        verdict="diverged" if value is None else "finished",
+        result={},
+        final=lambda name: value if name == "valid_perplexity" else None,
+    )
+
+
+@pytest.fixture
+def searched(
+    lengths: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, list[SimpleNamespace]]:
+    """A folder of recipes, and a search in which each optimizer's second trial is best."""
+    (tmp_path / "multi30k").mkdir()
+    for length in lengths.LENGTHS:
+        name = f"multi30k/length-{length}.toml"
+        shutil.copy(ROOT / "results" / name, tmp_path / name)
+    planned = lengths.planned("multi30k/length-quarter-tuning", tmp_path)
+    runs = [trial_of(spec, 10.0 if spec.sweep.value == 2 else 20.0) for spec in planned]
+    monkeypatch.setattr(lengths.loading, "find", lambda paths: runs)
+    return tmp_path, runs
+
+
+def test_every_optimizer_has_six_trials(lengths: ModuleType) -> None:
+    for task in lengths.TASKS:
+        planned = lengths.planned(f"{task}/length-16th-tuning")
+        by_method: dict[str, int] = {}
+        for spec in planned:
+            method = spec.name.removesuffix(lengths.OTHER_WARMUP)
+            by_method[method] = by_method.get(method, 0) + 1
+        assert set(by_method.values()) == {6}
+        assert set(by_method) <= set(lengths.LABELS)
+
+
+def test_of_equal_warmups_the_short_one_is_chosen(
+    lengths: ModuleType, searched: tuple[Path, list[SimpleNamespace]]
+) -> None:
+    plan = lengths.chosen("multi30k", "quarter", searched[0])
+    assert list(plan.optimizers) == ["sgd", "adamw", "radam", "muon", "apollo"]
+    assert plan.optimizers["sgd"].lr == 0.158
+    assert plan.optimizers["apollo"].lr == 1.58
+
+
+def test_the_better_warmup_is_chosen(
+    lengths: ModuleType, searched: tuple[Path, list[SimpleNamespace]]
+) -> None:
+    folder, runs = searched
+    for run in runs:
+        if run.spec.name == "apollo-long-warmup" and run.spec.sweep.value == 3:
+            run.final = lambda name: 5.0
+    plan = lengths.chosen("multi30k", "quarter", folder)
+    assert "apollo" not in plan.optimizers
+    assert plan.optimizers["apollo-long-warmup"].lr == 15.8
+
+
+def test_a_form_that_always_diverged_leaves_the_other(
+    lengths: ModuleType, searched: tuple[Path, list[SimpleNamespace]]
+) -> None:
+    folder, runs = searched
+    runs[:] = [trial_of(run.spec, None) if run.spec.name == "sgd" else run for run in runs]
+    assert "sgd-long-warmup" in lengths.chosen("multi30k", "quarter", folder).optimizers
+
+
+@pytest.mark.parametrize("length", ["quarter", "whole"])
+def test_the_options_make_the_recipe_what_was_chosen(
+    lengths: ModuleType, searched: tuple[Path, list[SimpleNamespace]], length: str
+) -> None:
+    plan = lengths.chosen("multi30k", length, searched[0])
+    words = lengths.options(plan)
+    settings = words[3::2]
+    assert words[:3] == ["--optimizers", ",".join(plan.optimizers), "--set"]
+    made = recipe.load(str(searched[0] / "multi30k" / f"length-{length}.toml"), settings)
+    assert made.runs(list(plan.optimizers)) == plan.runs()
+    assert made.runs(list(plan.optimizers)) == lengths.planned(
+        f"multi30k/length-{length}-comparison", searched[0]
+    )
+
+
+def test_the_interval_is_students(lengths: ModuleType) -> None:
+    # of 1, 2, 3: 2 -+ 4.303 / sqrt(3)
+    assert lengths.interval([1.0, 2.0, 3.0]) == pytest.approx((-0.4842, 4.4842), abs=1e-4)
+
+
+def test_what_is_not_measured_is_told(lengths: ModuleType, tmp_path: Path) -> None:
+    [line] = lengths.tables("wordnet", tmp_path)
+    assert line == "Not measured yet: wordnet at the length 1/16 and 1/4 and 1."
+    assert list(lengths.curvature(tmp_path)) == ["Not measured yet."]
