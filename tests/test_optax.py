@@ -384,6 +384,7 @@ def test_eager_is_jit() -> None:
         np.testing.assert_allclose(x[0], want, rtol=0, atol=tolerances.TRAJECTORY[torch.float32])
 
 
+@pytest.mark.slow
 def test_many_devices() -> None:
     """Sharded arrays under jit, pmap and shard_map: in a process with eight devices."""
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"

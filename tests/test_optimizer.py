@@ -36,6 +36,7 @@ from tests.helpers import (
     same,
     snapshot,
 )
+from tests.modes import slow_except
 from tests.numpy_reference import Settings
 
 MODES: list[dict[str, Any]] = [
@@ -599,9 +600,11 @@ def differentiable(p: Tensor, lr: Any, warmup_steps: int, mode: dict[str, Any]) 
     )
 
 
-@pytest.mark.parametrize("capturable", [False, True], ids=["host", "capturable"])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("mode", [MODES[0], MODES[5]], ids=str)
+@slow_except(
+    "mode, backend, capturable",
+    itertools.product([MODES[0], MODES[5]], ["eager", "aot_eager"], [False, True]),
+    [(MODES[5], "eager", False)],
+)
 def test_a_compiled_step_follows_eager(
     mode: dict[str, Any], backend: str, capturable: bool
 ) -> None:

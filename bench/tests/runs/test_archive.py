@@ -129,5 +129,7 @@ def test_the_command(ended: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     again = CliRunner().invoke(app, ["report", str(kept), "--out", str(tmp_path / "report")])
     assert again.exit_code == 0, again.output
     assert (tmp_path / "report" / "results.md").read_text() == (kept / "results.md").read_text()
-    empty = CliRunner().invoke(app, ["archive", str(tmp_path), "--out", str(tmp_path / "none")])
+    (tmp_path / "empty").mkdir()
+    arguments = ["archive", str(tmp_path / "empty"), "--out", str(tmp_path / "none")]
+    empty = CliRunner().invoke(app, arguments)
     assert empty.exit_code == 2

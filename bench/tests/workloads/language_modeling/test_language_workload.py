@@ -20,6 +20,7 @@ from apollo_bench.errors import ExperimentError
 from apollo_bench.launch.run_scheduler import launcher
 from apollo_bench.training.loop import train
 from apollo_bench.workloads import tasks
+from apollo_bench.workloads.language_modeling import wordnet
 from apollo_bench.workloads.translation import encoded_corpus, phrases
 from apollo_bench.workloads.translation.token_batches import padded
 from apollo_bench.workloads.translation.translation_workload import SIGNATURE, TranslationTask
@@ -48,13 +49,12 @@ def spec_of(task: str, *settings: str, name: str = "apollo") -> RunSpec:
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded texts with little to evaluate: whole they take too long for so many runs."""
     folder = tmp_path_factory.mktemp("texts")
-    embedded = phrases.EMBEDDED.parent
     for split, count in (("train", 2000), ("valid", 70), ("test", 20)):
-        names = {f"wordnet/wordnet_{split}.txt.gz": f"wordnet_{split}.txt.gz"}
-        names |= {f"phrases/{split}.{side}.gz": f"{split}.{side}.gz" for side in ("en", "de")}
-        for source, target in names.items():
-            lines = gzip.decompress((embedded / source).read_bytes()).splitlines()
-            (folder / target).write_bytes(gzip.compress(b"\n".join(lines[:count]) + b"\n"))
+        sources = [wordnet.EMBEDDED / f"wordnet_{split}.txt.gz"]
+        sources += [phrases.EMBEDDED / f"{split}.{side}.gz" for side in ("en", "de")]
+        for source in sources:
+            lines = gzip.decompress(source.read_bytes()).splitlines()
+            (folder / source.name).write_bytes(gzip.compress(b"\n".join(lines[:count]) + b"\n"))
     return folder
 
 
