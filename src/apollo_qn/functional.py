@@ -1,25 +1,37 @@
-"""The functional form of the optimizer: lists of tensors in, a back end chosen, one step done."""
+"""The functional form of the optimizer: validate lists of tensors, choose back ends, do one step.
+
+The way of a step: :func:`prepare` validates all groups and splits them into batches, one back end
+each; :func:`execute` runs the batches and counts the step. Nothing is changed before all of it has
+been validated.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from apollo_qn import rounding as storing
-from apollo_qn.backends import Batch, Group, cpu, foreach, reference, triton
-from apollo_qn.backends.plan import Plan, planned
+from apollo_qn import distributed
+from apollo_qn import rounding as storage
+from apollo_qn.backends import cpu, triton
+from apollo_qn.backends.base import Backend, Batch, TensorLists, is_plain
+from apollo_qn.backends.foreach import Foreach
+from apollo_qn.backends.reference import Reference
+from apollo_qn.distributed import Group, Reduction
+from apollo_qn.hyperparameters import (
+    Hyperparameters,
+    Rebound,
+    Scalar,
+    StepScalars,
+    warmup_start,
+)
 from apollo_qn.rounding import Rounding
-from apollo_qn.rule import Hyperparameters, Rebound, Scalar, Sums
-from apollo_qn.sharded import Reduction, localized
-
-_PLAIN = (Tensor, torch.nn.Parameter)  # a subclass may lack the operations on many tensors
+from apollo_qn.secant import Sums
 
 
 def apollo(
@@ -30,10 +42,10 @@ def apollo(
     state_steps: list[Tensor],
     *,
     lr: Scalar = 1.0,
-    beta: float = 0.9,
+    beta: Scalar = 0.9,
     eps: float = 1e-4,
     sigma: float = 1.0,
-    weight_decay: float = 0.0,
+    weight_decay: Scalar = 0.0,
     decoupled_weight_decay: bool = False,
     rebound: Rebound = "constant",
     warmup_steps: int = 500,
@@ -51,7 +63,7 @@ def apollo(
     compensations: list[Tensor | None] | None = None,
     positions: list[int] | None = None,
 ) -> None:
-    """One step of Apollo (Algorithm 1 of the paper), in place.
+    """Do one step of Apollo (Algorithm 1 of the paper), in place.
 
     See :class:`apollo_qn.Apollo` for the hyperparameters. The caller owns the state, which starts
     as zeros.
@@ -60,26 +72,31 @@ def apollo(
         params, grads: tensors of any shapes.
         exp_avgs, hessian_diags: m and B, of the parameters' shapes, bfloat16, float32 or float64
             (complex for complex parameters).
-        state_steps: a 0-dim floating tensor for each parameter, the number of steps done; one is
-            added. Only with ``capturable`` may they lie on another device than the CPU.
-        warmup_base_lr: what ``warmup_init_lr`` is a share of; None: ``lr``.
-        previous_lrs: a 0-dim tensor for each parameter, needed with decoupled weight decay: the
-            rate of the step before, read and then overwritten.
-        thresholds: a 0-dim tensor for each parameter on its device, needed with
-            ``rebound="belief"``: the threshold of the step before, read and then overwritten.
+        state_steps: a 0-dim floating tensor per parameter, the number of steps done; one is added.
+            Only with ``capturable`` may they lie on another device than the CPU.
+        warmup_base_lr: the rate that ``warmup_init_lr`` is divided by; None means ``lr``.
+        previous_lrs: a 0-dim tensor per parameter, needed with decoupled weight decay: the rate of
+            the step before, read and then overwritten.
+        thresholds: a 0-dim tensor per parameter on its device, needed with ``rebound="belief"``:
+            the threshold of the step before, read and then overwritten.
         compensations: needed with ``rounding="kahan"``: for each bfloat16 or float16 parameter a
             tensor of its shape and type, zeros at first; anything, or None, for the others.
-        positions: a whole number for each parameter, which tells its random bits from those of the
-            others; None: 0, 1, ...
+        positions: an integer per parameter, from which its random bits follow; None: 0, 1, ...
 
     Raises:
         ValueError: the lists differ in length, or one that the mode needs is missing; a bad
             ``rounding`` or ``seed``.
-        RuntimeError: a sparse gradient; ``fused=True`` where there is no fused back end; or a
-            combination of ``foreach``, ``fused`` and ``differentiable`` that cannot be.
+        RuntimeError: a sparse gradient; shapes that differ; ``fused=True`` where there is no fused
+            back end; a combination of ``foreach``, ``fused`` and ``differentiable`` that cannot be.
+
+    Example:
+        >>> theta, g = torch.ones(3), torch.full((3,), 0.5)
+        >>> m, B, step = torch.zeros(3), torch.zeros(3), torch.zeros(())
+        >>> apollo([theta], [g], [m], [B], [step], lr=0.1, warmup_steps=0)
+        >>> theta
+        tensor([0.9500, 0.9500, 0.9500])
     """
     check_rounding(rounding, seed)
-    base = lr if warmup_base_lr is None else warmup_base_lr
     h = Hyperparameters(
         lr=lr,
         beta=beta,
@@ -89,202 +106,390 @@ def apollo(
         decoupled_weight_decay=decoupled_weight_decay,
         rebound=rebound,
         warmup_steps=warmup_steps,
-        warmup_start=warmup_share(warmup_init_lr, base) if warmup_steps else 1.0,
+        warmup_start=warmup_start(warmup_init_lr, lr if warmup_base_lr is None else warmup_base_lr)
+        if warmup_steps
+        else 1.0,
         maximize=maximize,
-        rounding=rounding or storing.DEFAULT,
+        rounding=rounding or storage.DEFAULT,
+        foreach=foreach,
+        fused=fused,
+        capturable=capturable,
+        differentiable=differentiable,
     )
     places = range(len(params)) if positions is None else positions
-    if len(places) != len(params):
-        raise ValueError(
-            f"positions must have one number for each of the {len(params)} in params, "
-            f"got {len(places)}"
-        )
-    run(
-        [
-            Group(
-                h,
-                _listed(params),
-                _listed(grads),
-                _listed(exp_avgs),
-                _listed(hessian_diags),
-                _listed(state_steps),
-                _listed(previous_lrs),
-                _listed(thresholds),
-                _listed(compensations),
-                [storing.stream(seed, place) for place in places],
-                foreach=foreach,
-                fused=fused,
-                capturable=capturable,
-                differentiable=differentiable,
-            )
-        ]
+    _check_length("positions", places, params)
+    tensors = TensorLists(
+        list(params),
+        list(grads),
+        list(exp_avgs),
+        list(hessian_diags),
+        list(state_steps),
+        _needed(
+            "previous_lrs", previous_lrs, decoupled_weight_decay, "decoupled_weight_decay=True"
+        ),
+        _needed("thresholds", thresholds, rebound == "belief", "rebound='belief'"),
+        list(compensations or []) if rounding == "kahan" else [],
+        [storage.rng_stream(seed, place) for place in places],
     )
+    execute(prepare([(tensors, h)], Backends()))
 
 
-def _listed(tensors: Any) -> Any:
-    return list(tensors) if isinstance(tensors, tuple) else tensors
+def _needed(name: str, tensors: list[Tensor] | None, needed: bool, mode: str) -> list[Tensor]:
+    if not needed:
+        return []
+    if tensors is None:
+        raise ValueError(f"{name} must be a list of 0-dim tensors with {mode}, got None")
+    return list(tensors)
 
 
-def warmup_share(warmup_init_lr: float | None, base_lr: Scalar) -> float:
-    """``warmup_init_lr`` as a share of the initial learning rate; None: a thousandth."""
-    if warmup_init_lr is None:
-        return 1e-3
-    return warmup_init_lr / float(base_lr) if warmup_init_lr else 0.0  # 0 / 0 where lr is 0
+@dataclass
+class Backends:
+    """The back ends of one optimizer with their working memory, and its last all-reduce."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Home:
-    """What the groups of one plan have in common."""
-
-    device: torch.device
-    capturable: bool
-
-    @property
-    def kind(self) -> type[Plan]:
-        """The plan of the back end that serves them."""
-        if not triton.serves(self.device):
-            return cpu.Plan
-        return triton.CapturablePlan if self.capturable else triton.Plan
-
-    @property
-    def why_not(self) -> str | None:
-        """Why no fused back end serves them."""
-        if triton.serves(self.device):
-            return triton.why_not()
-        return cpu.why_not() if self.device.type == "cpu" else f"none serves {self.device.type}"
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """What a step leaves for the next one, which it spares work."""
-
-    plans: dict[_Home, Plan] = field(default_factory=dict)
+    reference: Reference = field(default_factory=Reference)
+    foreach: Foreach = field(default_factory=Foreach)
+    cpu: cpu.CPU = field(default_factory=cpu.CPU)
+    triton: triton.Triton = field(default_factory=triton.Triton)
     reduction: Reduction | None = None
 
 
-def run(groups: list[Group], kept: Kept | None = None) -> Kept:
-    """:func:`apollo` for several groups, all checked before anything is changed.
+@dataclass
+class Part:
+    """Batches that one back end updates in one call; None: tensors without elements."""
+
+    backend: Backend | None
+    batches: list[Batch]
+    sums: list[Sums] | None = None  # over the whole tensors, if the batches consist of shards
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the batches consist of shards."""
+        return bool(self.batches) and bool(self.batches[0].tensors.rows)
+
+    def run(self) -> bool:
+        """Do the step of these batches; False: nothing was changed, see :meth:`Backend.step`."""
+        if self.backend is not None:
+            return self.backend.step(self.batches, self.sums)
+        for batch, sums in zip(self.batches, self.sums or (), strict=self.sums is not None):
+            if batch.tensors.thresholds and sums.largest is not None:
+                torch._foreach_copy_(batch.tensors.thresholds, list(sums.largest.unbind()))
+        return True
+
+
+@dataclass
+class Step:
+    """A validated step of all groups: who does what."""
+
+    describe: Callable[[Tensor], str]
+    backends: Backends
+    reduction: Reduction | None = None
+    fused: list[Part] = field(default_factory=list)  # all or nothing: it may hand tensors back
+    others: list[Part] = field(default_factory=list)
+    started: bool = False  # whether anything may have been changed
+
+
+def prepare(
+    groups: list[Group],
+    backends: Backends,
+    describe: Callable[[Tensor], str] | None = None,
+) -> Step:
+    """Validate all groups and choose who does what; nothing is changed.
 
     Args:
-        groups: what is to be updated.
-        kept: what the last call with these groups returned.
+        groups: tensor lists and hyperparameters of each parameter group.
+        backends: those of the optimizer.
+        describe: names a parameter in a message.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`apollo` does.
     """
-    kept = kept or Kept()
-    groups = [_checked(group) for group in groups]
-    groups, reduction = localized(groups, kept.reduction)
-    groups, fused = _fused(groups, kept.plans)
-    for group in groups:
-        _check_tensors(group)
-    calls = [call for group in groups if group.params for call in _alike(group)]
-
-    table = None
-    if reduction is not None:
-        table = reduction.table()
-        for plan, hyperparameters in fused.values():
-            plan.measure(hyperparameters, table)
-        for call in calls:
-            if call.rows and call.back_end is not None:
-                reduction.put(table, call.rows, call.back_end.measure(call.batch, call.h))
-        reduction.reduce_(table)
-    for plan, hyperparameters in fused.values():
-        plan.step(hyperparameters, table)
-    for call in calls:
-        sums = None
-        if reduction is not None and table is not None and call.rows:
-            sums = reduction.take(table, call.rows)
-        call.step(sums)
-    for group in groups:
-        if group.params:
-            torch._foreach_add_(group.state_steps, 1.0)
-    return Kept({home: plan for home, (plan, _) in fused.items()}, reduction)
+    describe = describe or (lambda p: f"a parameter of shape {tuple(p.shape)}")
+    groups = [_checked(lists, h) for lists, h in groups if lists.params]
+    for lists, _ in groups:
+        if torch.compiler.is_compiling() or not is_plain(
+            lists.params
+        ):  # before a shard hides the shape of its tensor
+            check_shapes(lists, describe)
+    groups, reduction = distributed.localize(groups, backends.reduction)
+    step = Step(describe, backends, reduction)
+    for lists, h in groups:
+        for some in _by_device(lists):
+            backend = _fused_backend(some, h, backends)
+            if backend is None:
+                check_tensors(some, describe)
+            for batch in _batches(some, h):
+                if backend is None:
+                    _add_alike(step, batch)
+                else:
+                    _append(step.fused, backend, batch)
+    return step
 
 
-def _fused(
-    groups: list[Group], plans: dict[_Home, Plan]
-) -> tuple[list[Group], dict[_Home, tuple[Plan, list[Hyperparameters]]]]:
-    """What is left for the other back ends, and the fused ones' plans with the groups' settings."""
-    rest = []
-    homes: dict[_Home, list[Group]] = {}
-    for group in groups:
-        for one in _by_device(group):
-            home = _may_be_fused(one)
-            if home is None:
-                rest.append(one)
-            else:
-                homes.setdefault(home, []).append(one)
-    found = {}
-    for home, members in homes.items():
-        plan = planned(members, plans.get(home), home.kind)
-        rest += [group.part(left) for group, left in zip(members, plan.left, strict=True)]
-        found[home] = plan, [group.h for group in members]
-    return rest, found
+def execute(step: Step) -> None:
+    """Run a step that :func:`prepare` has validated."""
+    if step.reduction is not None or len(step.fused) > 1:
+        # the first part must not be changed where a later one is refused
+        for part in step.fused:
+            _hand_back(step, part)
+    if step.reduction is not None:
+        _reduce(step, step.reduction)
+    for part in step.fused:
+        if part.batches and not part.run():
+            _hand_back(step, part)
+            if part.batches:
+                part.run()
+        step.started = True
+    step.started = True
+    for part in step.others:
+        part.run()
+    for part in (*step.fused, *step.others):
+        for batch in part.batches:
+            _count(batch)
+    step.backends.reduction = step.reduction
 
 
-def _cuda_is_used() -> bool:
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+def _hand_back(step: Step, part: Part) -> None:
+    """Give the tensors that a fused back end cannot take to the others; nothing is changed."""
+    kept = []
+    assert part.backend is not None
+    for batch, taken in zip(part.batches, part.backend.takes(part.batches), strict=True):
+        others = [i for i, on in enumerate(taken) if not on]
+        if others:
+            rest = batch.select(others)
+            check_tensors(rest.tensors, step.describe)
+            _add_alike(step, rest)
+        if len(others) < len(taken):
+            kept.append(batch.select([i for i, on in enumerate(taken) if on]))
+    part.batches = kept
 
 
-def _by_device(group: Group) -> list[Group]:
-    """The group's parts on each of several devices, or the group."""
-    several = len(group.params) > 1 and _cuda_is_used()
-    if not several or torch.compiler.is_compiling():
-        return [group]
-    devices: dict[torch.device, list[int]] = {}
-    for i, p in enumerate(group.params):
-        devices.setdefault(p.device, []).append(i)
-    return [group] if len(devices) == 1 else [group.part(which) for which in devices.values()]
+def _append(parts: list[Part], backend: Backend | None, batch: Batch) -> None:
+    for part in parts:
+        if part.backend is backend and part.sharded == bool(batch.tensors.rows):
+            part.batches.append(batch)
+            return
+    parts.append(Part(backend, [batch]))
 
 
-def _checked(group: Group) -> Group:
-    """The group with a number as its learning rate where that can be; raises what is wrong."""
-    check_back_end_choice(group.foreach, group.fused, group.differentiable)
-    if not group.capturable and _is_captured(group):
-        raise RuntimeError(
-            "capturable must be True where a step is captured in a CUDA graph: a replay repeats "
-            "its numbers, got False"
+def _add_alike(step: Step, batch: Batch) -> None:
+    """Split a batch into tensors that are alike, for the foreach back end or the reference."""
+    lists, h = batch.tensors, batch.h
+    many = h.foreach is not False and not h.differentiable and not is_traced()
+    alike: dict[Any, list[int]] = {}
+    for i, (p, g, m) in enumerate(zip(lists.params, lists.grads, lists.exp_avgs, strict=True)):
+        which = "foreach" if many and is_plain((p, g)) else "reference"
+        if p.numel() == 0:
+            which = "none"
+        alike.setdefault((which, p.device, p.dtype, g.dtype, m.dtype), []).append(i)
+    for (which, *_), members in alike.items():
+        backend = None if which == "none" else getattr(step.backends, which)
+        _append(step.others, backend, _real(batch.select(members)))
+
+
+def _real(batch: Batch) -> Batch:
+    """Return a batch of alike tensors with real views, and without lists that it does not need."""
+    lists = batch.tensors
+    if lists.params[0].is_complex():
+
+        def view(tensors: list[Any]) -> list[Any]:
+            # a gradient may be conjugated lazily
+            return [x if x is None else torch.view_as_real(x.resolve_conj()) for x in tensors]
+
+        lists = replace(
+            lists,
+            params=view(lists.params),
+            grads=view(lists.grads),
+            exp_avgs=view(lists.exp_avgs),
+            hessian_diags=view(lists.hessian_diags),
+            compensations=view(lists.compensations),
         )
-    needed = ["grads", "exp_avgs", "hessian_diags", "state_steps"]
-    needed += ["previous_lrs"] if group.h.decoupled_weight_decay else []
-    needed += ["thresholds"] if group.h.belief else []
-    for name in needed:
-        tensors = getattr(group, name)
-        if tensors is None:
-            mode = "rebound='belief'" if name == "thresholds" else "decoupled_weight_decay=True"
-            raise ValueError(f"{name} must be a list of 0-dim tensors with {mode}, got None")
-        if len(tensors) != len(group.params):
-            raise ValueError(
-                f"{name} must have one tensor for each of the {len(group.params)} in params, "
-                f"got {len(tensors)}"
-            )
-    group = replace(
-        group,
-        previous_lrs=group.previous_lrs if group.h.decoupled_weight_decay else None,
-        thresholds=group.thresholds if group.h.belief else None,
-        compensations=_compensations(group) if group.h.rounding == "kahan" else None,
+    dtype, state_dtype = lists.params[0].dtype, lists.exp_avgs[0].dtype
+    drawn = state_dtype in storage.DROPPED or storage.is_drawn(dtype, batch.h.rounding)
+    lists = replace(
+        lists,
+        compensations=lists.compensations if dtype in storage.DROPPED else [],
+        rng_streams=lists.rng_streams if drawn else [],
     )
-    # numbers are read on the host only where they lie there and no compiler is tracing
-    if _on_host(group) and isinstance(group.h.lr, Tensor):
-        if group.h.lr.device.type != "cpu":
-            raise ValueError(f"lr as a tensor on {group.h.lr.device} needs capturable=True")
-        if not group.differentiable:
-            return replace(group, h=replace(group.h, lr=group.h.lr.item()))
-    return group
+    return replace(batch, tensors=lists)
 
 
-def _compensations(group: Group) -> list[Tensor | None] | None:
-    """Those of 16-bit parameters; None: there are none."""
-    narrow = [p.dtype in storing.DROPPED for p in group.params]
-    if not any(narrow):
+def _batches(lists: TensorLists, h: Hyperparameters) -> list[Batch]:
+    """Split a group into tensors with the same counters, of which all are shards or none is."""
+    indices: dict[Any, list[int]] = {}
+    on_host = not h.capturable and not torch.compiler.is_compiling()
+    previous = lists.previous_lrs
+    if lists.rows or on_host:
+        shard = [row >= 0 for row in lists.rows] or [False] * len(lists)
+        steps = [x.item() for x in lists.state_steps] if on_host else [0.0] * len(lists)
+        rates: Sequence[float]
+        rates = [0.0] * len(lists)
+        if on_host and previous and not h.differentiable:  # autograd runs through the rate before
+            rates = [x.item() for x in previous]
+        keys = list(zip(shard, steps, rates, strict=True))
+        if keys.count(keys[0]) == len(keys):
+            indices[keys[0]] = list(range(len(keys)))
+        else:
+            for i, key in enumerate(keys):
+                indices.setdefault(key, []).append(i)
+    else:
+        indices[False, 0.0, 0.0] = list(range(len(lists)))
+    result = []
+    for (is_shard, t, rate), members in indices.items():
+        some = lists.select(members)
+        if some.rows and not is_shard:
+            some = replace(some, rows=[])
+        step: Scalar = t
+        previous_lr: Scalar | None = rate
+        if not on_host:
+            step = torch.stack(some.state_steps)
+        if some.previous_lrs and (not on_host or h.differentiable):
+            previous_lr = torch.stack(some.previous_lrs)
+        result.append(Batch(some, h, StepScalars.at(step, h, previous_lr)))
+    return result
+
+
+def _reduce(step: Step, reduction: Reduction) -> None:
+    """Take the sums over all shards, and give each part those over the whole tensors."""
+    parts = [part for part in (*step.fused, *step.others) if part.sharded]
+    table = reduction.table()
+    for part in parts:
+        if part.backend is not None:
+            found = part.backend.measure(part.batches)
+            for batch, sums in zip(part.batches, found, strict=True):
+                reduction.put(table, batch.tensors.rows, sums)
+    reduction.reduce_(table)
+    for part in parts:
+        part.sums = [reduction.take(table, batch.tensors.rows) for batch in part.batches]
+
+
+def _count(batch: Batch) -> None:
+    """Count the step of each tensor, and record its rate: the only place that does."""
+    lists, rate = batch.tensors, batch.scalars.rate
+    steps, previous = lists.state_steps, lists.previous_lrs
+    if isinstance(rate, float) and _may_count(batch):
+        cpu.count(steps, previous, rate)
+        return
+    torch._foreach_add_(steps, 1.0)
+    if not previous:
+        return
+    if not isinstance(rate, Tensor):
+        rate = torch.full((), rate, dtype=torch.float64, device="cpu")
+    for old, new in zip(previous, rate.expand(len(previous)).unbind(), strict=True):
+        old.copy_(new)
+
+
+def _may_count(batch: Batch) -> bool:
+    h = batch.h
+    return not (h.capturable or h.differentiable) and not is_traced() and cpu.why_not() is None
+
+
+def is_traced() -> bool:
+    """Return whether a tracer or a transform of torch.func sees the operations of this step."""
+    if torch.compiler.is_compiling():
+        return True
+    mode, key = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
+    return (
+        mode(key.PROXY) is not None
+        or mode(key.FAKE) is not None
+        or mode(key.FUNCTIONAL) is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def _fused_backend(lists: TensorLists, h: Hyperparameters, backends: Backends) -> Backend | None:
+    """Return the fused back end that is asked first; it may hand tensors back."""
+    wanted = h.fused or (h.fused is None and h.foreach is None)
+    if not wanted or h.differentiable or is_traced():
         return None
-    given = group.compensations
-    if given is None or len(given) != len(group.params):
-        raise ValueError(
-            "compensations must be a list with a tensor for each 16-bit parameter with "
-            f"rounding='kahan', got {None if given is None else f'{len(given)} of them'} for "
-            f"{len(group.params)} in params"
+    p = lists.params[0]
+    if torch.is_grad_enabled() and any(p.requires_grad for p in lists.params):
+        return None  # the others raise what autograd has to say
+    if triton.serves(p.device):
+        if not h.fused:
+            return None  # no GPU has run it yet: foreach is what is known to be right
+        reason = triton.why_not()
+    elif p.is_cpu:
+        if h.capturable:
+            return None  # counters are not to be read on the host
+        reason = cpu.why_not()
+    else:
+        reason = f"none serves {p.device.type}"
+        if not h.fused:
+            return None
+    if reason is None:
+        return backends.triton if triton.serves(p.device) else backends.cpu
+    if h.fused:
+        raise RuntimeError(
+            f"fused=True: no fused back end serves the parameter of shape {tuple(p.shape)} on "
+            f"{p.device} ({reason}); use fused=None for the fastest back end that there is"
         )
-    found = [low if on else None for low, on in zip(given, narrow, strict=True)]
-    for p, low, on in zip(group.params, found, narrow, strict=True):
+    _say_once(f"Apollo: {reason}; its foreach back end serves, more slowly")
+    return None
+
+
+@cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def _by_device(lists: TensorLists) -> list[TensorLists]:
+    """Return the lists of each device."""
+    if torch.compiler.is_compiling() or len(lists) == 1:
+        return [lists]
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return [lists]
+    devices: dict[torch.device, list[int]] = {}
+    for i, p in enumerate(lists.params):
+        devices.setdefault(p.device, []).append(i)
+    return [lists] if len(devices) == 1 else [lists.select(which) for which in devices.values()]
+
+
+def _checked(lists: TensorLists, h: Hyperparameters) -> Group:
+    """Return the group with a number as its learning rate if possible; raise what is wrong."""
+    check_back_end_choice(h.foreach, h.fused, h.differentiable)
+    for name in ("grads", "exp_avgs", "hessian_diags", "state_steps"):
+        _check_length(name, getattr(lists, name), lists.params)
+    for name in ("previous_lrs", "thresholds"):
+        if column := getattr(lists, name):
+            _check_length(name, column, lists.params)
+    if h.rounding == "kahan":
+        lists = replace(lists, compensations=_compensations(lists))
+    if torch.compiler.is_compiling():
+        return lists, h
+    if not h.capturable:
+        if _is_captured(lists):
+            raise RuntimeError(
+                "capturable must be True where a step is captured in a CUDA graph: a replay "
+                "repeats its numbers, got False"
+            )
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+            raise RuntimeError(
+                "capturable must be True where make_fx traces a step: the traced function repeats "
+                "the step's numbers, got False"
+            )
+        if isinstance(h.lr, Tensor):
+            if h.lr.device.type != "cpu":
+                raise ValueError(f"lr as a tensor on {h.lr.device} needs capturable=True")
+            if not h.differentiable:
+                h = h._replace(lr=h.lr.item())
+    return lists, h
+
+
+def _check_length(name: str, column: Sequence[Any], params: Sequence[Any]) -> None:
+    if len(column) != len(params):
+        raise ValueError(
+            f"{name} must have one entry per parameter, got {len(column)} for {len(params)}"
+        )
+
+
+def _compensations(lists: TensorLists) -> list[Tensor | None]:
+    """Return those of 16-bit parameters, None for the others; empty where there are no such."""
+    narrow = [p.dtype in storage.NARROW for p in lists.params]
+    if not any(narrow):
+        return []
+    _check_length("compensations", lists.compensations, lists.params)
+    found = [low if on else None for low, on in zip(lists.compensations, narrow, strict=True)]
+    for p, low, on in zip(lists.params, found, narrow, strict=True):
         if on and (low is None or low.shape != p.shape or low.dtype is not p.dtype):
             what = None if low is None else f"shape {tuple(low.shape)} and {low.dtype}"
             raise ValueError(
@@ -294,157 +499,39 @@ def _compensations(group: Group) -> list[Tensor | None] | None:
     return found
 
 
-def _check_tensors(group: Group) -> None:
-    """Raise what the back ends that are left cannot take."""
-    for p, g in zip(group.params, group.grads, strict=True):
-        if group.fused and (reason := _Home(p.device, group.capturable).why_not) is not None:
-            raise RuntimeError(
-                f"fused=True: no fused back end serves the parameter of shape {tuple(p.shape)} on "
-                f"{p.device} ({reason}); use fused=None for the fastest one that there is"
-            )
+def check_tensors(lists: TensorLists, describe: Callable[[Tensor], str]) -> None:
+    """Raise what no back end can take."""
+    for p, g in zip(lists.params, lists.grads, strict=True):
         if g.is_sparse:
             raise RuntimeError(
-                f"Apollo needs dense gradients, got a sparse one for a parameter of shape "
-                f"{tuple(p.shape)}; build its embedding with sparse=False"
+                f"Apollo needs dense gradients, got a sparse one for {describe(p)}; build its "
+                "embedding with sparse=False"
             )
+    check_shapes(lists, describe)
 
 
-def _is_captured(group: Group) -> bool:
+def check_shapes(lists: TensorLists, describe: Callable[[Tensor], str]) -> None:
+    """Raise RuntimeError where gradient or state have another shape than their parameter."""
+    named = {"gradient": lists.grads, "exp_avg": lists.exp_avgs}
+    for name, column in {**named, "hessian_diag": lists.hessian_diags}.items():
+        for p, x in zip(lists.params, column, strict=True):
+            if x.shape == p.shape:
+                continue
+            message = f"{name} has the shape {tuple(x.shape)}, but belongs to {describe(p)}"
+            if name != "gradient":
+                message += (
+                    ": the parameter was replaced, flattened or resharded after its state had been "
+                    "made. Make a new optimizer, or put a state of the new shape in its place"
+                )
+            raise RuntimeError(message)
+
+
+def _is_captured(lists: TensorLists) -> bool:
     return (
-        not torch.compiler.is_compiling()
-        and _cuda_is_used()
-        and any(p.is_cuda for p in group.params)
+        bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+        and any(p.is_cuda for p in lists.params)
         and torch.cuda.is_current_stream_capturing()
     )
-
-
-def _on_host(group: Group) -> bool:
-    return not group.capturable and not torch.compiler.is_compiling()
-
-
-def _may_be_fused(group: Group) -> _Home | None:
-    """Where a fused back end is asked; it may leave tensors to the others."""
-    wanted = group.fused or (group.fused is None and group.foreach is None)
-    if not wanted or not group.params or group.differentiable:
-        return None
-    if torch.compiler.is_compiling():
-        return None  # a compiler fuses the plain rule by itself
-    device = group.params[0].device
-    if device.type != "cpu" and not triton.serves(device):
-        return None
-    on_device = triton.serves(device)
-    home = _Home(device, group.capturable and on_device)
-    lr = group.h.lr
-    if isinstance(lr, Tensor) and not lr.is_cpu and not home.capturable:
-        return None
-    if torch.is_grad_enabled() and any(p.requires_grad for p in group.params):
-        return None  # the others raise what autograd has to say
-    reason = home.why_not
-    if reason is not None:
-        _say_once(f"Apollo: {reason}; its foreach back end serves, more slowly")
-        return None
-    return home
-
-
-@cache
-def _say_once(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=2)
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """Tensors that are alike, and the back end that updates them; None: they hold no element."""
-
-    back_end: ModuleType | None
-    batch: Batch
-    h: Hyperparameters
-    rows: list[int]  # of the reduction, where the tensors are parts of others
-    rate: Scalar
-    rates: list[Tensor] | None  # to be overwritten with it
-
-    def step(self, sums: Sums | None) -> None:
-        if self.back_end is not None:
-            self.back_end.step(self.batch, self.h, sums)
-        elif sums is not None and sums.largest is not None and self.batch.thresholds is not None:
-            torch._foreach_copy_(self.batch.thresholds, list(sums.largest.unbind()))
-        if self.rates is not None:
-            _record(self.rate, self.rates)
-
-
-def _alike(group: Group) -> Iterator[_Call]:
-    """What is alike, for the foreach back end or the rule."""
-    h, params, previous_lrs = group.h, group.params, group.previous_lrs
-    on_host = _on_host(group)
-    rates_on_host = on_host and not group.differentiable  # autograd runs through the rate before
-    # a compiler fuses the plain rule by itself
-    may_be_fast = (
-        group.foreach is not False
-        and not group.differentiable
-        and not torch.compiler.is_compiling()
-    )
-    together: dict[Any, list[int]] = {}
-    for i, p in enumerate(params):
-        shared = group.shared is not None and group.shared[i] >= 0
-        if p.numel() == 0 and not shared:
-            continue  # nothing to update, and no maximum to take
-        numbers = (
-            group.state_steps[i].item() if on_host else None,
-            previous_lrs[i].item() if rates_on_host and previous_lrs is not None else None,
-        )
-        g = group.grads[i]
-        fast = may_be_fast and type(p) in _PLAIN and type(g) in _PLAIN
-        back_end = None if p.numel() == 0 else foreach if fast else reference
-        kind = (back_end, shared, p.device, p.dtype, g.dtype, group.exp_avgs[i].dtype)
-        together.setdefault((kind, numbers), []).append(i)
-
-    for ((back_end, shared, *_), (t, previous_lr)), members in together.items():
-        part = group.part(members)
-        batch = Batch(
-            _real(part.params),
-            _real(part.grads),
-            _real(part.exp_avgs),
-            _real(part.hessian_diags),
-            t if on_host else part.state_steps,
-            previous_lr if rates_on_host or previous_lrs is None else part.previous_lrs,
-            part.thresholds,
-            [low for low in part.compensations or [] if low is not None] or None,
-            part.streams if _draws(part) else None,
-        )
-        rows = part.shared if shared and part.shared is not None else []
-        rate: Scalar = 0.0
-        if part.previous_lrs is not None:
-            rate = h.rate(t if on_host else torch.stack(part.state_steps))
-        yield _Call(back_end, batch, h, rows, rate, part.previous_lrs)
-
-
-def _draws(group: Group) -> bool:
-    """Whether random bits are needed for tensors that are alike."""
-    state = group.exp_avgs[0].dtype in storing.DROPPED
-    return state or storing.is_drawn(group.params[0].dtype, group.h.rounding)
-
-
-def _real(tensors: list[Tensor]) -> list[Tensor]:
-    if tensors[0].is_complex():
-        return [torch.view_as_real(tensor) for tensor in tensors]
-    return tensors
-
-
-def _record(rate: Scalar, rates: list[Tensor]) -> None:
-    if isinstance(rate, Tensor):
-        new = rate.expand(len(rates)).unbind()
-        if torch.is_grad_enabled():  # foreach_copy_ has no derivative
-            for old, value in zip(rates, new, strict=True):
-                old.copy_(value)
-        else:
-            torch._foreach_copy_(rates, list(new))
-    else:
-        torch._foreach_zero_(rates)
-        torch._foreach_add_(rates, rate)
-
-
-def _on_gpu() -> bool:
-    """Whether a GPU's fused back end may serve."""
-    return torch.cuda.is_available() and triton.why_not() is None
 
 
 def check_back_end_choice(foreach: bool | None, fused: bool | None, differentiable: bool) -> None:
@@ -455,7 +542,7 @@ def check_back_end_choice(foreach: bool | None, fused: bool | None, differentiab
         raise RuntimeError(
             "fused=True does not support differentiable=True; use fused=None or fused=False"
         )
-    if fused and (reason := cpu.why_not()) is not None and not _on_gpu():
+    if fused and (reason := cpu.why_not()) is not None and not _triton_may_serve():
         raise RuntimeError(
             f"fused=True: {reason}; use fused=None for the fastest back end that there is"
         )
@@ -465,9 +552,13 @@ def check_back_end_choice(foreach: bool | None, fused: bool | None, differentiab
         )
 
 
+def _triton_may_serve() -> bool:
+    return torch.cuda.is_available() and triton.why_not() is None
+
+
 def check_rounding(rounding: Rounding | None, seed: int) -> None:
     """Raise ValueError for a way of rounding that there is not, or a seed out of its range."""
-    if rounding not in (None, *storing.ROUNDINGS):
+    if rounding not in (None, *storage.ROUNDINGS):
         raise ValueError(
             f"rounding must be None, 'nearest', 'stochastic' or 'kahan', got {rounding!r}"
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -10,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from apollo_qn import sharded
-from apollo_qn.functional import Kept
+from apollo_qn.distributed import is_sharded
 from apollo_qn.optimizer import Apollo
 
 _RELEASED = (
@@ -81,7 +81,7 @@ class GradientRelease:
     def __init__(self, optimizer: Apollo) -> None:
         if not isinstance(optimizer, Apollo):
             raise TypeError(f"optimizer must be an Apollo, got {type(optimizer).__name__}")
-        if optimizer._release is not None:
+        if optimizer in _released_optimizers:
             raise RuntimeError("the optimizer has a GradientRelease already: call its remove()")
         _check_processes()
         for group in optimizer.param_groups:
@@ -89,12 +89,12 @@ class GradientRelease:
         self._optimizer = optimizer
         self._accumulating = False
         self._released: set[Tensor] = set()  # since the last optimizer.step()
-        self._kept: dict[Tensor, Kept] = {}
-        self._handles: dict[Tensor, Any] = {}
-        self._groups: list[dict[str, Any]] = []  # the groups of which these are
-        self._group_of: dict[Tensor, dict[str, Any]] = {}
+        self._handles: dict[Tensor, Any] = {}  # of the parameters' hooks
+        self._groups: list[dict[str, Any]] = []
+        self._place: dict[Tensor, tuple[dict[str, Any], int]] = {}  # group and position
         self._watch()
-        optimizer._release = self
+        self._step_handle = optimizer.register_step_pre_hook(self._before_step)
+        _released_optimizers.add(optimizer)
 
     @contextmanager
     def accumulate(self, enabled: bool = True) -> Iterator[None]:
@@ -114,10 +114,9 @@ class GradientRelease:
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
-        self._forget()
-        self._forgive()
-        if self._optimizer._release is self:
-            self._optimizer._release = None
+        self._clear_released()
+        self._step_handle.remove()
+        _released_optimizers.discard(self._optimizer)
 
     def __enter__(self) -> GradientRelease:
         return self
@@ -125,37 +124,58 @@ class GradientRelease:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    # what the optimizer calls
+    def _before_step(
+        self, optimizer: Apollo, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """End the step: what was released has no gradient for the ordinary step.
+
+        A closure's backward pass releases too, so that the closure itself ends the step.
+        """
+        given = args[1] if len(args) > 1 else kwargs.get("closure")
+        closure: Callable[[], Any] | None = given
+        self._end_step()
+        if closure is None:
+            return None
+
+        def ending() -> Any:
+            loss = closure()
+            self._end_step()
+            return loss
+
+        return (optimizer, ending), {}
 
     def _end_step(self) -> None:
-        """Make the released gradients None: the ordinary step is for what is left."""
-        self._forgive()
+        self._clear_released()
         self._watch()
 
-    def _forget(self) -> None:
-        """Drop what would keep a state alive that the optimizer has no more."""
-        self._kept.clear()
-
-    def _forgive(self) -> None:
+    def _clear_released(self) -> None:
         for p in self._released:
-            if isinstance(p.grad, _Released):
+            if is_released(p.grad):
                 p.grad = None
         self._released.clear()
 
     def _watch(self) -> None:
-        """Find the groups anew and register what is not yet: added or unfrozen parameters."""
+        """Register hooks for parameters that have none yet: added or unfrozen ones."""
         groups = self._optimizer.param_groups
         for group in groups:
             _check_group(group)
         self._groups = list(groups)
-        self._group_of = {p: group for group in groups for p in group["params"]}
-        for p in self._handles.keys() - self._group_of.keys():
+        every = [(p, group) for group in groups for p in group["params"]]
+        self._place = {p: (group, position) for position, (p, group) in enumerate(every)}
+        for p in self._handles.keys() - self._place.keys():
             self._handles.pop(p).remove()
-            self._kept.pop(p, None)
-        for p in self._group_of.keys() - self._handles.keys():
+        # a hook lives in autograd, where the garbage collector does not see a reference to self
+        this = weakref.ref(self)
+
+        def hook(p: Tensor) -> None:
+            release = this()
+            if release is not None:
+                release._step(p)
+
+        for p in self._place.keys() - self._handles.keys():
             if p.requires_grad:
                 register: Any = p.register_post_accumulate_grad_hook
-                self._handles[p] = register(self._step)
+                self._handles[p] = register(hook)
 
     def _step(self, p: Tensor) -> None:
         if self._accumulating or p.grad is None:
@@ -166,9 +186,18 @@ class GradientRelease:
         groups = self._optimizer.param_groups
         if len(groups) != len(self._groups) or any(map(_differ, groups, self._groups)):
             self._watch()  # a state was loaded, or a group added
-        self._kept[p] = self._optimizer._step_of(p, self._group_of[p], self._kept.get(p))
+        self._optimizer.step_parameter(p, *self._place[p])
         self._released.add(p)
         p.grad = _Released(p)
+
+
+# those that have a release; an optimizer's own attributes do not tell
+_released_optimizers: weakref.WeakSet[Apollo] = weakref.WeakSet()
+
+
+def is_released(gradient: Tensor | None) -> bool:
+    """Return whether a gradient has been freed by :class:`GradientRelease`."""
+    return isinstance(gradient, _Released)
 
 
 def _differ(a: object, b: object) -> bool:
@@ -187,7 +216,7 @@ def _check_group(group: dict[str, Any]) -> None:
             "step that is taken in the backward pass; use differentiable=False"
         )
     for p in group["params"]:
-        if sharded.is_sharded(p):
+        if is_sharded(p):
             raise RuntimeError(
                 f"gradient release does not support sharded parameters (DTensor), got one of shape "
                 f"{tuple(p.shape)}: each tensor's sums would be an all-reduce of their own; use "

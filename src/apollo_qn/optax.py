@@ -1,4 +1,4 @@
-"""APOLLO in JAX, an optax transformation: ``rule.py`` once more, judged by agreement with it.
+"""APOLLO in JAX, an optax transformation: ``algorithm.py`` once more, judged by agreement with it.
 
 It needs the extra ``apollo-qn[jax]``; ``import apollo_qn`` does not import it.
 """
@@ -12,9 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from apollo_qn import ranges
-from apollo_qn.functional import warmup_share
-from apollo_qn.rule import UNDETERMINED, Rebound
+from apollo_qn.hyperparameters import UNDETERMINED, Rebound, check_ranges, warmup_start
 
 try:
     import jax
@@ -44,7 +42,7 @@ class ApolloState(NamedTuple):
 
 
 class _Scalars(NamedTuple):
-    """The numbers of one step; ``rule.py`` says what they are."""
+    """The numbers of one step; ``hyperparameters.py`` says what they are."""
 
     alpha: Number
     rate: Number
@@ -173,7 +171,7 @@ def apollo(
         lr = scheduled(count)
         if _is_zero(warmup_steps):
             return lr
-        w: Number = warmup_share(None, 1.0)
+        w: Number = warmup_start(None, 1.0)
         if warmup_init_lr is not None and base is not None:
             w = jnp.where(base == 0, 0, warmup_init_lr / jnp.where(base == 0, 1, base))
         factor = w + (1 - w) * _real(count) / jnp.maximum(warmup_steps, 1)
@@ -272,7 +270,7 @@ def _step(
     s: Any,
     decoupled: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """Algorithm 1 on one real leaf: :func:`apollo_qn.rule.update`, with -rate d' for theta'.
+    """Algorithm 1 on one real leaf: :func:`apollo_qn.algorithm.update`, with -rate d' for theta'.
 
     ``theta`` is None where there is no decay, ``threshold`` (that of the step before) without
     belief; ``s`` is a :class:`_Scalars` of any types.
@@ -307,7 +305,7 @@ def _step(
 
 
 def _secant_coefficient(scale: jax.Array, u: jax.Array, v: jax.Array, eps: jax.Array) -> jax.Array:
-    """c with B' = B - c u^2, as :func:`apollo_qn.rule.secant_coefficient`; <u, v> is its k."""
+    """c with B' = B - c u^2, as :func:`apollo_qn.secant.secant_coefficient`; <u, v> is its k."""
     wide = jnp.promote_types(u.dtype, jnp.result_type(float))
     q4, k = jnp.sum(u**4, dtype=wide), jnp.sum(u * v, dtype=wide)
     scale, eps = scale.astype(wide), eps.astype(wide)
@@ -341,7 +339,7 @@ def _alpha(beta: Number) -> Callable[[jax.Array], jax.Array]:
 
 
 def _displacement_weights(t: jax.Array, lr: Any, weight_decay: Number) -> tuple[Number, Number]:
-    """kappa and omega with d + wd theta_before = kappa d + omega theta, as in ``rule.py``."""
+    """Return kappa and omega with d + wd theta_before = kappa d + omega theta."""
     kept = 1 - lr * weight_decay
     known = (jnp.abs(kept) >= UNDETERMINED) & (t > 0)
     safe = jnp.where(known, kept, 1)
@@ -410,7 +408,7 @@ def _check(**given: Any) -> None:
             raise ValueError(f"{name} must be a number or a 0-dim array, got shape {value.shape}")
     if callable(given["learning_rate"]):
         del numbers["learning_rate"]
-    ranges.check(numbers, lr="learning_rate")
+    check_ranges(numbers, lr="learning_rate")
 
 
 def _is_none(x: Any) -> bool:

@@ -1,25 +1,32 @@
-"""The class: hyperparameters, groups, state and step; the mathematics is in ``rule.py``."""
+"""The class: groups, state, step and hooks; the mathematics is in ``algorithm.py``."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from apollo_qn import checkpoint, ranges, rounding, sharded
-from apollo_qn.backends import Group
-from apollo_qn.functional import Kept, check_back_end_choice, check_rounding, run, warmup_share
+from apollo_qn import checkpoint, distributed, functional
+from apollo_qn import rounding as storage
+from apollo_qn.backends.base import TensorLists
+from apollo_qn.distributed import Group
+from apollo_qn.hyperparameters import (
+    Hyperparameters,
+    Rebound,
+    Scalar,
+    check_ranges,
+    warmup_start,
+)
 from apollo_qn.rounding import Rounding
-from apollo_qn.rule import Hyperparameters, Rebound, Scalar
-
-if TYPE_CHECKING:
-    from apollo_qn.gradient_release import GradientRelease
 
 
-_STORING = ("rounding", "state_dtype", "seed")
+class ApolloWarning(UserWarning):
+    """Category of the warnings of this package, for ``warnings.filterwarnings``."""
 
 
 class Apollo(Optimizer):
@@ -41,20 +48,23 @@ class Apollo(Optimizer):
     ``state_dtype`` says otherwise, and 0-dim tensors: ``step``, with decoupled decay
     ``previous_lr``, with belief ``threshold``. ``rounding="kahan"`` adds ``compensation``.
 
-    Of a sharded parameter (DTensor: ``fully_shard``, tensor parallelism) the state is sharded alike
-    and the sums are still those of the whole tensor, at the price of one small all-reduce a step
-    and mesh. All ranks must have gradients of the same parameters.
+    The state of a sharded parameter (DTensor: ``fully_shard``, tensor parallelism) is sharded as
+    the parameter is. The sums are still those of the whole tensor, at the price of one small
+    all-reduce per step and mesh. All ranks must have gradients of the same parameters.
 
     lr and sigma are coupled (Theorem 1): (c lr, c sigma) gives the same trajectory for any c > 0,
     so tune one of them.
 
     Args:
-        params: tensors, (name, tensor) pairs or group dicts; a group may override every keyword.
+        params: tensors, (name, tensor) pairs or group dicts; a group may override every keyword
+            but ``differentiable``.
         lr: learning rate eta, a float >= 0 or a tensor of one element.
-        beta: decay of the moving average of gradients, in [0, 1).
+        beta: decay of the moving average of gradients, in [0, 1). With ``differentiable`` a tensor
+            of one element too.
         eps: added to \|\|d\|\|_4 after division by sigma, >= 0.
         sigma: convexity threshold, > 0 (section 3.3); unused with ``rebound="belief"``.
-        weight_decay: >= 0; added to the gradient (L2), as in the paper's experiments.
+        weight_decay: >= 0; added to the gradient (L2), as in the paper's experiments. With
+            ``differentiable`` a tensor of one element too.
         decoupled_weight_decay: add weight_decay * theta to the direction instead
             (Loshchilov & Hutter, 2019); the secant condition accounts for it.
         rebound: ``"constant"``, the paper's max(\|B\|, sigma), or ``"belief"``, the authors' later
@@ -64,10 +74,10 @@ class Apollo(Optimizer):
             that every scheduler of ``torch.optim.lr_scheduler`` composes with it (OneCycleLR and
             CyclicLR with ``cycle_momentum=False``: there is no momentum of that name).
         warmup_init_lr: rate of the first step, >= 0; None: lr / 1000.
-        foreach: True: all tensors together; False: one by one; None: the fastest that serves.
+        foreach: True: all tensors together; False: one by one; None: the default back end.
         fused: True demands the fused kernel: in CPU memory for float32, bfloat16 and float64
             tensors, on CUDA and ROCm devices (a Triton kernel) for float16 too; others fall back
-            one by one. False forbids it; None: the fastest that serves.
+            one by one. False forbids it. None: the fused kernel on a CPU, foreach elsewhere.
         maximize: ascend instead of descend.
         capturable: keep ``step`` on the parameters' device, so that a step can be captured in a
             CUDA graph.
@@ -79,10 +89,11 @@ class Apollo(Optimizer):
             (a sum of a high and a low number: theta is parameter + ``compensation``). None:
             ``"stochastic"``.
         state_dtype: type of m and B: None, float32 at least, or ``torch.bfloat16``, of which B is
-            rounded stochastically; not for complex parameters.
-        seed: of the random bits, a whole number in [0, 2**64). They are a function of seed,
-            position of the parameter in the optimizer, step and element, the same on every back
-            end; a run that is resumed draws what it would have drawn.
+            rounded stochastically; not for complex parameters. Groups store it as a string.
+        seed: seed of the random bits of stochastic rounding, a whole number in [0, 2**64). None:
+            drawn from torch's default generator. It is saved with the group. The bits are a
+            function of seed, position of the parameter in the optimizer, step and element, the
+            same on every back end, so that a resumed run draws what it would have drawn.
 
     Raises:
         ValueError: a hyperparameter out of its range, named with its value; a parameter that FSDP1
@@ -92,21 +103,27 @@ class Apollo(Optimizer):
     Nothing is changed where an error is raised. Do not change ``sigma``, ``beta``, ``eps`` or
     ``weight_decay`` of a group lightly in mid-run: the direction of the step before is rebuilt with
     the new values.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = Apollo(model.parameters(), lr=0.5, warmup_steps=100)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
     """
 
-    _kept: Kept | None = None  # from step to step
-    _modes: list[tuple[Any, ...]] | None = None  # how each group stored its numbers, last step
-    _streams: dict[Tensor, int] | None = None  # the word of each parameter's random bits
-    _release: GradientRelease | None = None
+    _backends: functional.Backends | None = None
+    # the shape that each parameter had when it was given to this optimizer
+    _given_shapes: WeakTensorKeyDictionary | None = None
+    _has_warned = False
 
     def __init__(
         self,
         params: ParamsT,
         lr: Scalar = 1.0,
-        beta: float = 0.9,
+        beta: Scalar = 0.9,
         eps: float = 1e-4,
         sigma: float = 1.0,
-        weight_decay: float = 0.0,
+        weight_decay: Scalar = 0.0,
         *,
         decoupled_weight_decay: bool = False,
         rebound: Rebound = "constant",
@@ -118,9 +135,11 @@ class Apollo(Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
         rounding: Rounding | None = None,
-        state_dtype: torch.dtype | None = None,
-        seed: int = 0,
+        state_dtype: torch.dtype | str | None = None,
+        seed: int | None = None,
     ) -> None:
+        if seed is None:
+            seed = int(torch.randint(1 << 62, (), device="cpu"))
         defaults: dict[str, Any] = {
             "lr": lr,
             "beta": beta,
@@ -137,28 +156,40 @@ class Apollo(Optimizer):
             "capturable": capturable,
             "differentiable": differentiable,
             "rounding": rounding,
-            "state_dtype": state_dtype,
+            "state_dtype": _dtype_name(state_dtype),
             "seed": seed,
         }
-        _check_hyperparameters(defaults)
+        _check_settings(defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; raises as the constructor does, before anything is changed."""
         if isinstance(param_group, dict):
+            if "state_dtype" in param_group:
+                param_group["state_dtype"] = _dtype_name(param_group["state_dtype"])
             settings = {**self.defaults, **param_group}
-            _check_hyperparameters(settings)
-            lr = settings["lr"]
-            # what warmup_init_lr is a share of, whatever a scheduler makes of lr later
-            param_group.setdefault("warmup_base_lr", float(lr))
+            _check_settings(settings)
+            if settings["differentiable"] != self.defaults["differentiable"]:
+                raise ValueError(
+                    "differentiable must be the same for all groups, got "
+                    f"{settings['differentiable']!r} in a group of an optimizer with "
+                    f"{self.defaults['differentiable']!r}: give the constructor the value"
+                )
+            # warmup_init_lr is divided by it, whatever a scheduler makes of lr later
+            param_group.setdefault("warmup_base_lr", float(settings["lr"]))
             params = param_group["params"]
             if not isinstance(params, Tensor | set):
                 param_group["params"] = params = list(params)
             for p in [params] if isinstance(params, Tensor) else params:
                 tensor = p[1] if isinstance(p, tuple) else p
-                sharded.check_parameter(tensor)
-                _check_storing(settings, [tensor])
+                distributed.check_parameter(tensor)
+                _check_storage(settings, [tensor])
         super().add_param_group(param_group)
+        if self._given_shapes is None:
+            self._given_shapes = WeakTensorKeyDictionary()
+        for p in self.param_groups[-1]["params"]:
+            if not isinstance(p, torch.nn.parameter.UninitializedParameter):
+                self._given_shapes[p] = p.shape
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -166,6 +197,7 @@ class Apollo(Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
             group.setdefault("warmup_base_lr", float(group["lr"]))
+            group["state_dtype"] = _dtype_name(group["state_dtype"])
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state of this optimizer, or of the authors' released one.
@@ -177,21 +209,11 @@ class Apollo(Optimizer):
                 nothing is changed.
         """
         loaded: StateDict = {}
-        self._kept = self._modes = None  # it would keep the state before alive
-        if self._release is not None:
-            self._release._forget()
 
         def before(optimizer: Optimizer, given: StateDict) -> StateDict:
-            loaded.update(checkpoint.translated(given, self.param_groups))
-            checkpoint.check(loaded, self.param_groups)
-            saved = loaded["param_groups"]
-            # a state that says nothing of storing, as older ones do, is stored as the groups say
-            loaded["param_groups"] = [
-                {**{name: group[name] for name in _STORING}, **its}
-                for group, its in zip(self.param_groups, saved, strict=True)
-            ]
+            loaded.update(checkpoint.prepared(given, self.param_groups))
             for its, group in zip(loaded["param_groups"], self.param_groups, strict=True):
-                _check_storing(its, group["params"])
+                _check_storage(its, group["params"])
             return loaded
 
         def after(optimizer: Optimizer) -> None:
@@ -218,129 +240,217 @@ class Apollo(Optimizer):
         """Do one step.
 
         Args:
-            closure: evaluates the model anew and returns the loss.
+            closure: evaluates the model again and returns the loss.
 
         Returns:
             The closure's loss, if there is one.
 
         Raises:
-            RuntimeError: a gradient is sparse; nothing has been changed.
+            RuntimeError: a gradient is sparse, or a parameter has another shape than its state;
+                nothing has been changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._release is not None:
-            self._release._end_step()
-        with torch.set_grad_enabled(self.defaults["differentiable"]):
-            self._settle()
-            groups = [self._group(group, group["params"]) for group in self.param_groups]
-            self._kept = run(groups, self._kept)
+        first, groups = 0, []
+        for group in self.param_groups:
+            groups.append((group, group["params"], first))
+            first += len(group["params"])
+        self._step(groups)
         return loss
 
-    def _step_of(self, p: Tensor, group: dict[str, Any], kept: Kept | None = None) -> Kept:
-        """The step of one parameter alone; it is what :meth:`step` does to it.
+    def step_parameter(self, p: Tensor, group: dict[str, Any], position: int) -> None:
+        """Do the step of one parameter alone: what :meth:`step` does to it.
 
         Args:
-            p: has a gradient.
-            group: of which it is.
-            kept: what the last call with this parameter returned.
+            p: a parameter with a gradient.
+            group: its group, an element of ``param_groups``.
+            position: its position among the parameters of all groups, from which its random bits
+                follow.
+
+        Raises:
+            RuntimeError: as :meth:`step` does.
         """
-        with torch.no_grad():
-            self._settle()
-            return run([self._group(group, [p])], kept)
+        self._step([(group, [p], position)])
 
-    def _settle(self) -> None:
-        """Make the state what the groups say of storing it, where that has changed."""
-        modes = [
-            (*(group[k] for k in _STORING), len(group["params"])) for group in self.param_groups
-        ]
-        if modes == self._modes:
-            return
-        for group in self.param_groups:
-            _check_storing(group, group["params"])
-        self._kept = None  # it would keep what is replaced alive
-        streams: dict[Tensor, int] = {}
-        for group in self.param_groups:
-            for p in group["params"]:
-                streams[p] = rounding.stream(group["seed"], len(streams))
-                state = self.state.get(p)
-                if not state:
-                    continue
-                low = state.get("compensation")
-                if _rounding(group) != "kahan" or (low is not None and low.dtype is not p.dtype):
-                    state.pop("compensation", None)  # it would be stale when kahan comes again
-                for name in checkpoint.TENSORS:
-                    dtype = checkpoint.stored_dtype(state[name].dtype, p, group["state_dtype"])
-                    state[name] = state[name].to(dtype)
-        self._modes, self._streams = modes, streams
+    def _step(self, groups: list[tuple[dict[str, Any], list[Tensor], int]]) -> None:
+        """Do the step of some parameters of some groups, with the position of each one's first."""
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            if torch.compiler.is_compiling():
+                lists = [self._tensor_lists(*some) for some in groups]
+                functional.execute(functional.prepare(lists, functional.Backends()))
+                return
+            if self._backends is None:
+                self._backends = functional.Backends()
+            step, new = None, _NewState()
+            try:
+                lists = [self._tensor_lists(*some, new) for some in groups]
+                step = functional.prepare(lists, self._backends, self._describe)
+                functional.execute(step)
+            except Exception:
+                if step is None or not step.started:
+                    new.remove(self.state)
+                raise
+            if new.entries and self._given_shapes is not None:
+                self._warn_of_other_shapes(new)
 
-    def _streams_of(self, params: list[Tensor]) -> list[int]:
-        streams = self._streams or {}
-        if not all([p in streams for p in params]):  # one has been replaced
-            self._modes = None
-            self._settle()
-            streams = self._streams or {}
-        return [streams[p] for p in params]
-
-    def _group(self, group: dict[str, Any], params: list[Tensor]) -> Group:
-        """What a step does to these parameters of a group."""
+    def _tensor_lists(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        first: int,
+        new: _NewState | None = None,
+    ) -> Group:
+        """Return the tensors of a group that have gradients, and its hyperparameters."""
         h = hyperparameters(group)
-        # no assignment within: torch.compile breaks its graph there
-        grads = [p.grad for p in params if p.grad is not None]
-        if len(grads) < len(params):
-            params = [p for p in params if p.grad is not None]
-        states = [self.state[p] for p in params]
-        modes = (("previous_lr", h.decoupled_weight_decay), ("threshold", h.belief))
-        needed = ["step", *(name for name, on in modes if on)]
-        for name in needed:
-            for i in [i for i, state in enumerate(states) if name not in state]:
-                self._complete(states[i], params[i], group, h)
-        compensations = None
-        if h.rounding == "kahan":
-            for state, p in zip(states, params, strict=True):
-                low = state.get("compensation")
-                if low is not None and low.dtype is not p.dtype:
-                    del state["compensation"]  # of what the parameter was before
-                if "compensation" not in state and p.dtype in rounding.DROPPED:
-                    state["compensation"] = torch.zeros_like(p)
-            compensations = [state.get("compensation") for state in states]
-        return Group(
-            h,
-            params,
+        with_grad: list[Tensor] = []
+        grads: list[Tensor] = []
+        exp_avgs: list[Tensor] = []
+        hessian_diags: list[Tensor] = []
+        state_steps: list[Tensor] = []
+        previous_lrs: list[Tensor] = []
+        thresholds: list[Tensor] = []
+        compensations: list[Tensor] = []
+        rng_streams: list[int] = []
+        self._init_group(
+            group,
+            with_grad,
             grads,
-            [s["exp_avg"] for s in states],
-            [s["hessian_diag"] for s in states],
-            [s["step"] for s in states],
-            [s["previous_lr"] for s in states] if h.decoupled_weight_decay else None,
-            [s["threshold"] for s in states] if h.belief else None,
+            exp_avgs,
+            hessian_diags,
+            state_steps,
+            previous_lrs,
+            thresholds,
             compensations,
-            self._streams_of(params),
-            foreach=group["foreach"],
-            fused=group["fused"],
-            capturable=group["capturable"],
-            differentiable=group["differentiable"],
+            rng_streams,
+            first,
+            params if params is not group["params"] else None,
+            new,
         )
+        lists = TensorLists(
+            with_grad,
+            grads,
+            exp_avgs,
+            hessian_diags,
+            state_steps,
+            previous_lrs,
+            thresholds,
+            compensations,
+            rng_streams,
+        )
+        return lists, h
 
-    def _complete(
-        self, state: dict[str, Any], p: Tensor, group: dict[str, Any], h: Hyperparameters
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        hessian_diags: list[Tensor],
+        state_steps: list[Tensor],
+        previous_lrs: list[Tensor],
+        thresholds: list[Tensor],
+        compensations: list[Any],
+        rng_streams: list[int],
+        first: int = 0,
+        among: list[Tensor] | None = None,
+        new: _NewState | None = None,
     ) -> None:
-        """Add to a parameter's state what is missing of it."""
-        if "step" not in state:
-            state["step"] = _scalar(p, group["capturable"])
+        """Fill the lists with what a step of a group needs; make the state that is missing.
+
+        torch.compile runs this method as it is, by its name, and traces only what follows.
+
+        Args:
+            first: position of the group's first parameter in the optimizer.
+            among: the parameters that take part; None: all of the group.
+            new: collects what was made, so that it can be removed again.
+        """
+        members = group["params"] if among is None else among
+        params += [p for p in members if p.grad is not None]
+        grads += [p.grad for p in params]  # type: ignore[misc]
+        if new is not None:
+            new.note_missing(params, self.state)
+        states = [self.state[p] for p in params]
+        wanted = [
+            ("step", state_steps),
+            ("exp_avg", exp_avgs),
+            ("hessian_diag", hessian_diags),
+        ]
+        if group["decoupled_weight_decay"]:
+            wanted.append(("previous_lr", previous_lrs))
+        if group["rebound"] == "belief":
+            wanted.append(("threshold", thresholds))
+        for name, column in wanted:
+            try:
+                column += [state[name] for state in states]
+            except KeyError:
+                for p, state in zip(params, states, strict=True):
+                    _complete(state, p, group, new)
+                column += [state[name] for state in states]
+        self._follow_state_dtype(group, params, states, exp_avgs, hessian_diags)
+        if group["rounding"] == "kahan":
+            compensations += _compensations(params, states, new)
+        else:
+            for state in states:
+                if "compensation" in state:
+                    del state["compensation"]  # it would be stale if kahan came again
+        if group["state_dtype"] is not None or any(p.dtype in storage.NARROW for p in params):
+            rng_streams += [
+                storage.rng_stream(group["seed"], first + i)
+                for i, p in enumerate(members)
+                if p.grad is not None
+            ]
+
+    def _follow_state_dtype(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        states: list[dict[str, Any]],
+        exp_avgs: list[Tensor],
+        hessian_diags: list[Tensor],
+    ) -> None:
+        """Convert m and B where the group's ``state_dtype`` has changed since they were made."""
+        asked = _dtype(group["state_dtype"])
+        if all(m.dtype is asked or (asked is None and m.dtype.itemsize >= 4) for m in exp_avgs):
+            return
+        for p, state in zip(params, states, strict=True):
             for name in checkpoint.TENSORS:
-                state[name] = torch.zeros_like(
-                    p,
-                    dtype=group["state_dtype"] or checkpoint.state_dtype(p),
-                    memory_format=torch.preserve_format,
-                )
-        if h.decoupled_weight_decay and "previous_lr" not in state:
-            # the mode was chosen in mid-run: the rate of the step before is that of now
-            state["previous_lr"] = _scalar(p, group["capturable"], torch.float64)
-            state["previous_lr"] += h.lr
-        if h.belief and "threshold" not in state:
-            real = checkpoint.state_dtype(p).to_real()
-            state["threshold"] = torch.full((), h.sigma, dtype=real, device=p.device)
+                dtype = checkpoint.stored_dtype(state[name].dtype, p, asked)
+                state[name] = state[name].to(dtype)
+        exp_avgs[:] = [state["exp_avg"] for state in states]
+        hessian_diags[:] = [state["hessian_diag"] for state in states]
+
+    def _describe(self, p: Tensor) -> str:
+        """Return how a message calls a parameter."""
+        for group in self.param_groups:
+            for name, q in zip(group.get("param_names", ()), group["params"], strict=False):
+                if q is p:
+                    return f"the parameter {name!r} of shape {tuple(p.shape)}"
+        return f"a parameter of shape {tuple(p.shape)}"
+
+    def _warn_of_other_shapes(self, new: _NewState) -> None:
+        """Warn once where a parameter was replaced or reshaped before its first step."""
+        given = self._given_shapes
+        if self._has_warned or given is None:
+            return
+        known = set(given.values())
+        for p in new.parameters:
+            before = given.get(p)
+            if p.shape == before or (before is None and (p.shape in known or not known)):
+                continue
+            what = "was not given to this optimizer" if before is None else f"had {tuple(before)}"
+            self._has_warned = True
+            warnings.warn(
+                f"{self._describe(p)} {what} when the optimizer was made. Apollo's sums run over "
+                "each tensor: where a wrapper has flattened or sharded the parameters (FSDP1, "
+                "DeepSpeed ZeRO, apex), the trajectory is another one. Shard with "
+                "torch.distributed.fsdp.fully_shard (FSDP2), or give the optimizer the parameters "
+                "after they have been changed",
+                ApolloWarning,
+                stacklevel=4,
+            )
+            return
 
 
 class ApolloW(Apollo):
@@ -350,10 +460,10 @@ class ApolloW(Apollo):
         self,
         params: ParamsT,
         lr: Scalar = 1.0,
-        beta: float = 0.9,
+        beta: Scalar = 0.9,
         eps: float = 1e-4,
         sigma: float = 1.0,
-        weight_decay: float = 0.0,
+        weight_decay: Scalar = 0.0,
         *,
         decoupled_weight_decay: bool = True,
         **settings: Any,
@@ -370,6 +480,63 @@ class ApolloW(Apollo):
         )
 
 
+class _NewState:
+    """The state that a step has made, to be removed where the step is refused."""
+
+    def __init__(self) -> None:
+        self.parameters: list[Tensor] = []  # without any state before
+        self.entries: list[tuple[dict[str, Any], str]] = []
+
+    def note_missing(self, params: list[Tensor], state: Any) -> None:
+        """Note the parameters that have no state."""
+        if len(state) < len(params) or not all(map(state.__contains__, params)):
+            self.parameters += [p for p in params if p not in state]
+
+    def remove(self, state: Any) -> None:
+        """Remove all of it again."""
+        for its, name in self.entries:
+            its.pop(name, None)
+        for p in self.parameters:
+            state.pop(p, None)
+
+
+def _complete(
+    state: dict[str, Any], p: Tensor, group: dict[str, Any], new: _NewState | None
+) -> None:
+    """Add to a parameter's state what is missing of it; other entries stay as they are."""
+    before = set(state)
+    if not before.issuperset(("step", *checkpoint.TENSORS)):
+        state["step"] = _scalar(p, group["capturable"])
+        dtype = _dtype(group["state_dtype"]) or checkpoint.state_dtype(p)
+        for name in checkpoint.TENSORS:
+            state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+    if group["decoupled_weight_decay"] and "previous_lr" not in state:
+        # the mode was chosen in mid-run: the rate of the step before is that of now
+        lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
+        state["previous_lr"] = _scalar(p, group["capturable"], torch.float64)
+        state["previous_lr"] += lr
+    if group["rebound"] == "belief" and "threshold" not in state:
+        real = checkpoint.state_dtype(p).to_real()
+        state["threshold"] = torch.full((), group["sigma"], dtype=real, device=p.device)
+    if new is not None:
+        new.entries += [(state, name) for name in state.keys() - before]
+
+
+def _compensations(
+    params: list[Tensor], states: list[dict[str, Any]], new: _NewState | None
+) -> list[Tensor | None]:
+    """Return the compensation of each 16-bit parameter, made where it is missing; else None."""
+    for p, state in zip(params, states, strict=True):
+        low = state.get("compensation")
+        if low is not None and low.dtype is not p.dtype:
+            del state["compensation"]  # of what the parameter was before
+        if "compensation" not in state and p.dtype in storage.NARROW:
+            state["compensation"] = torch.zeros_like(p)
+            if new is not None:
+                new.entries.append((state, "compensation"))
+    return [state.get("compensation") for state in states]
+
+
 def _scalar(p: Tensor, capturable: bool, dtype: torch.dtype = torch.float32) -> Tensor:
     if capturable and not p.is_cpu:
         return torch.zeros((), dtype=torch.float32, device=p.device)
@@ -378,48 +545,60 @@ def _scalar(p: Tensor, capturable: bool, dtype: torch.dtype = torch.float32) -> 
 
 
 def hyperparameters(group: dict[str, Any]) -> Hyperparameters:
-    """What a parameter group says of its next step."""
-    lr = group["lr"]
+    """Return the settings of a parameter group for its next step."""
+    lr, steps = group["lr"], group["warmup_steps"]
     return Hyperparameters(
-        lr=lr.reshape(()) if isinstance(lr, Tensor) and lr.dim() else lr,
-        beta=group["beta"],
-        eps=group["eps"],
-        sigma=group["sigma"],
-        weight_decay=group["weight_decay"],
-        decoupled_weight_decay=group["decoupled_weight_decay"],
-        rebound=group["rebound"],
-        warmup_steps=group["warmup_steps"],
-        warmup_start=warmup_share(group["warmup_init_lr"], group["warmup_base_lr"])
-        if group["warmup_steps"]
-        else 1.0,
-        maximize=group["maximize"],
-        rounding=_rounding(group),
+        lr.reshape(()) if isinstance(lr, Tensor) and lr.dim() else lr,
+        group["beta"],
+        group["eps"],
+        group["sigma"],
+        group["weight_decay"],
+        group["decoupled_weight_decay"],
+        group["rebound"],
+        steps,
+        warmup_start(group["warmup_init_lr"], group["warmup_base_lr"]) if steps else 1.0,
+        group["maximize"],
+        group["rounding"] or storage.DEFAULT,
+        group["foreach"],
+        group["fused"],
+        group["capturable"],
+        group["differentiable"],
     )
 
 
-def _rounding(group: dict[str, Any]) -> Rounding:
-    chosen: Rounding | None = group["rounding"]
-    return chosen or rounding.DEFAULT
+def _dtype_name(dtype: Any) -> Any:
+    """Return the name of a state's type; a saved group holds no torch.dtype."""
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
 
 
-def _check_hyperparameters(given: dict[str, Any]) -> None:
-    lr = given["lr"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1 or lr.is_complex():
+def _dtype(name: str | None) -> torch.dtype | None:
+    return torch.bfloat16 if name == "bfloat16" else None
+
+
+def _check_settings(given: dict[str, Any]) -> None:
+    """Raise what is wrong with the settings of a group."""
+    numbers = dict(given)
+    for name in ("lr", "beta", "weight_decay"):
+        value = given[name]
+        if not isinstance(value, Tensor):
+            continue
+        if name != "lr" and not given["differentiable"]:
+            raise ValueError(f"{name} must be a number unless differentiable=True, got a tensor")
+        if value.numel() != 1 or value.is_complex():
             raise ValueError(
-                f"lr must be a tensor of one real element, got shape {tuple(lr.shape)}"
+                f"{name} must be a tensor of one real element, got shape {tuple(value.shape)}"
             )
-        given = {**given, "lr": float(lr)}
-    ranges.check(given)
-    _check_storing(given)
-    check_back_end_choice(given["foreach"], given["fused"], given["differentiable"])
+        numbers[name] = float(value)
+    check_ranges(numbers)
+    _check_storage(given)
+    functional.check_back_end_choice(given["foreach"], given["fused"], given["differentiable"])
 
 
-def _check_storing(given: dict[str, Any], params: Iterable[Any] = ()) -> None:
+def _check_storage(given: dict[str, Any], params: Iterable[Any] = ()) -> None:
     """Raise ValueError for a way of storing numbers that there is not, or not for these tensors."""
-    check_rounding(given["rounding"], given["seed"])
+    functional.check_rounding(given["rounding"], given["seed"])
     chosen = given["state_dtype"]
-    if chosen not in (None, torch.bfloat16):
+    if chosen not in (None, "bfloat16"):
         raise ValueError(
             f"state_dtype must be None (float32 at least) or torch.bfloat16, got {chosen!r}"
         )

@@ -18,7 +18,7 @@ numbers and in int64 tensors they lie in [0, 2^32).
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -30,6 +30,8 @@ DEFAULT: Rounding = "stochastic"  # measured: docs/low_precision.md
 
 # The bits that float32 has beyond those of a 16-bit type's normal numbers.
 DROPPED = {torch.bfloat16: 16, torch.float16: 13}
+# Types of parameters whose updates are rounded to 16 bits; complex32 is two float16.
+NARROW = {*DROPPED, torch.complex32}
 
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio
@@ -48,15 +50,16 @@ def mix(x: Any) -> Any:
     return x ^ (x >> 15)
 
 
-def stream(seed: int, position: int) -> int:
-    """The word that stands for the parameter at ``position``; of one seed all differ (to 2^32)."""
+@lru_cache(maxsize=1 << 16)
+def rng_stream(seed: int, position: int) -> int:
+    """Return the 32-bit number of the parameter at ``position``; those of one seed all differ."""
     word: int = mix(mix(mix(seed & _MASK) ^ (seed >> 32)) ^ (position & _MASK))
     return word
 
 
-@cache
-def part(whole: int, index: int) -> int:
-    """The word of the part ``index`` of a sharded parameter, from that of the whole."""
+@lru_cache(maxsize=1 << 16)
+def shard_stream(whole: int, index: int) -> int:
+    """Return the stream of shard ``index`` of a parameter, from that of the whole parameter."""
     word: int = mix(whole ^ mix(index + 1))
     return word
 
@@ -67,7 +70,7 @@ def keys(stream: Word, step: Word) -> tuple[Any, Any]:
     return first, mix(first ^ stream ^ _GOLDEN)
 
 
-def words(places: Tensor, first: Word, second: Word) -> Tensor:
+def random_bits(places: Tensor, first: Word, second: Word) -> Tensor:
     """A random word for each element, from its place and both keys, which broadcast."""
     word: Tensor = mix(mix((places & _MASK) ^ first) ^ second ^ (places >> 32))
     return word

@@ -8,9 +8,9 @@ tensors. Nothing waits for the device.
 
 from __future__ import annotations
 
-import threading
+from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from typing import Any
@@ -19,64 +19,159 @@ import torch
 from torch import Tensor
 
 from apollo_qn import rounding
-from apollo_qn.backends import Batch
-from apollo_qn.rule import Hyperparameters, Scalar, StepScalars, Sums, accumulator, finite
-from apollo_qn.rule import secant_coefficient as coefficient
+from apollo_qn.backends.base import Backend, Batch
+from apollo_qn.hyperparameters import Hyperparameters, Scalar, StepScalars
+from apollo_qn.secant import Sums, accumulator, arithmetic, saturated, secant_coefficient
 
 ROW = 256
 # Elements worked on at once: temporaries stay bounded, and on a CPU in its cache.
 BLOCK = {"cpu": 1 << 18}
 BLOCK_ELSEWHERE = 1 << 24
-KEPT_LAYOUTS = 4096
+CACHED_ROWS = 1 << 17  # of all layouts that an instance keeps: 2 MB of indices
 
 
-def step(batch: Batch, h: Hyperparameters, sums: Sums | None = None) -> None:
-    """Apply Algorithm 1 to all tensors of ``batch``; ``sums`` as of :func:`measure`."""
-    dtype = batch.dtype
-    for bucket, part, flat, limit in _parts(batch):
-        given = None
-        if sums is not None:
-            largest = None if sums.largest is None else sums.largest[bucket].to(dtype)
-            scale = sums.scale[bucket].to(dtype)
-            given = Sums(scale, sums.q4[bucket], sums.k[bucket], largest)
-        if flat is None:
-            _step_gathered(part, h, given)
+class Foreach(Backend):
+    """Many tensors in few calls.
+
+    An instance keeps layouts, and on the CPU the matrices' memory, from step to step: at most
+    ``CACHED_ROWS`` rows of layouts, and a few blocks.
+    """
+
+    def __init__(self) -> None:
+        self._layouts: OrderedDict[Any, _Layout] = OrderedDict()
+        self._cached_rows = 0
+        self._memory: dict[torch.dtype, Tensor] = {}
+
+    def measure(self, batches: list[Batch]) -> list[Sums]:
+        """Return the sums over each tensor of each batch; nothing is changed."""
+        return [self._measured(batch) for batch in batches]
+
+    def step(self, batches: list[Batch], sums: list[Sums] | None = None) -> bool:
+        """Apply Algorithm 1 to all tensors of each batch."""
+        for i, batch in enumerate(batches):
+            whole = None if sums is None else sums[i]
+            dtype = _arithmetic(batch)
+            for bucket, part, flat, limit in _parts(batch):
+                given = None
+                if whole is not None:
+                    largest = None if whole.largest is None else whole.largest[bucket].to(dtype)
+                    scale = whole.scale[bucket].to(dtype)
+                    given = Sums(scale, whole.q4[bucket], whole.k[bucket], largest)
+                if flat is None:
+                    self._step_gathered(part, given)
+                else:
+                    _step_in_blocks(part, flat, limit, given)
+        return True
+
+    def _measured(self, batch: Batch) -> Sums:
+        found = []
+        for _, part, flat, limit in _parts(batch):
+            s = _scalars(part)
+            if flat is None:
+                found.append(_measure(self._gathered(part)[0], part.h, s)[0])
+            else:
+                found.append(_measured_in_blocks(part, flat, s, limit))
+        return Sums.joined(found, torch.cat)
+
+    def _workspace(self, batch: Batch, matrices: int) -> tuple[_Layout, Tensor]:
+        """Return a layout, and that many zero matrices as one tensor."""
+        params, dtype = batch.tensors.params, _arithmetic(batch)
+        device = params[0].device
+        key = (tuple(p.shape for p in params), device, dtype)
+        layout = self._layouts.get(key)
+        if layout is None:
+            with torch.inference_mode(False):
+                layout = self._layouts[key] = _Layout(*key)
+            self._cached_rows += layout.rows
+            while self._cached_rows > CACHED_ROWS and len(self._layouts) > 1:
+                self._cached_rows -= self._layouts.popitem(last=False)[1].rows
+        self._layouts.move_to_end(key)
+        size = (matrices, layout.rows, ROW)
+        numel = matrices * layout.rows * ROW
+        # elsewhere an allocator that knows of streams gives it to each step
+        if device.type != "cpu" or layout.rows * ROW > 2 * BLOCK["cpu"]:
+            return layout, torch.zeros(size, dtype=dtype, device=device)
+        memory = self._memory.get(dtype)
+        if memory is None or memory.numel() < numel:
+            with torch.inference_mode(False):  # it may be written outside of this step's mode
+                memory = self._memory[dtype] = torch.empty(numel, dtype=dtype, device="cpu")
+        return layout, memory[:numel].view(size).zero_()
+
+    def _gathered(self, batch: Batch) -> tuple[_Work, list[list[Tensor]]]:
+        """Return small tensors in matrices, and the places of g, m, B and theta there."""
+        tensors, h = batch.tensors, batch.h
+        read = [tensors.grads, tensors.exp_avgs, tensors.hessian_diags]
+        with_theta = h.decays or _rounds(batch)
+        if with_theta:
+            read.append(tensors.params)
+        if tensors.compensations:
+            read.append(tensors.compensations)
+        layout, matrices = self._workspace(batch, len(read))
+        views = [layout.views(matrix) for matrix in matrices]
+        for places, column in zip(views, read, strict=True):
+            torch._foreach_copy_(places, column)
+        g, m, B = matrices[0], matrices[1], matrices[2]
+        theta = matrices[3] if with_theta else None
+        if tensors.compensations:
+            matrices[3].add_(matrices[4])
+        return _Work(layout, g, m, B, theta), views
+
+    def _step_gathered(self, batch: Batch, given: Sums | None) -> None:
+        tensors, h = batch.tensors, batch.h
+        work, views = self._gathered(batch)
+        s = _scalars(batch)
+        if given is None:
+            sums, u2, y = _measure(work, h, s)
         else:
-            _step_in_blocks(part, flat, h, limit, given)
+            sums, u2, y = given, *_terms(work, h, s, given)
+        _apply(work, h, s, sums, u2, y, out=work.g)
 
-
-def measure(batch: Batch, h: Hyperparameters) -> Sums:
-    """The sums over each tensor, which here are parts of others; nothing is changed."""
-    found = []
-    for _, part, flat, limit in _parts(batch):
-        s = _scalars(part, h)
-        if flat is None:
-            found.append(_measure(_gathered(part, h)[0], h, s)[0])
+        random = None
+        if tensors.rng_streams:
+            assert isinstance(work.layout, _Layout)
+            random = work.layout.random_bits(tensors.params, *_keys(batch))
+        if _rounds(batch):
+            assert work.theta is not None
+            theta, low = _stored(work.theta.sub_(work.g), batch, random)
+            work.theta.copy_(theta)
+            torch._foreach_copy_(tensors.params, views[3])
+            if low is not None:
+                work.g.copy_(low)
+                torch._foreach_copy_(tensors.compensations, views[0])
         else:
-            found.append(_measured_in_blocks(part, flat, h, s, limit))
-    return Sums.joined(found, torch.cat)
+            torch._foreach_sub_(tensors.params, views[0])
+        if random is not None and tensors.hessian_diags[0].dtype in rounding.DROPPED:
+            work.B.copy_(_drawn(work.B, batch, random))
+        torch._foreach_copy_(tensors.exp_avgs, views[1])
+        torch._foreach_copy_(tensors.hessian_diags, views[2])
+        _keep_thresholds(batch, sums)
+
+
+def _arithmetic(batch: Batch) -> torch.dtype:
+    return arithmetic(batch.tensors.params[0].dtype, batch.tensors.exp_avgs[0].dtype)
 
 
 def _parts(batch: Batch) -> Iterator[tuple[slice, Batch, list[Tensor] | None, int]]:
     """What is worked on together: where it lies in the batch, and a large tensor's vectors."""
-    limit = BLOCK.get(batch.params[0].device.type, BLOCK_ELSEWHERE)
+    limit = BLOCK.get(batch.tensors.params[0].device.type, BLOCK_ELSEWHERE)
     for bucket in _buckets(batch, limit):
-        part = batch.part(bucket)
-        large = len(part.params) == 1 and part.params[0].numel() > limit // 4
+        part = batch.slice(bucket)
+        # a small tensor is summed row by row whether it is alone or not: the same bits
+        large = len(part.tensors) == 1 and part.tensors.params[0].numel() > limit // 4
         yield bucket, part, _flat(part) if large else None, limit
 
 
 def _buckets(batch: Batch, limit: int) -> Iterator[slice]:
     """Runs of small tensors whose rows hold ``limit`` elements; a larger tensor is alone."""
     start = size = 0
-    for i, tensor in enumerate(batch.params):
+    for i, tensor in enumerate(batch.tensors.params):
         n = -(-tensor.numel() // ROW) * ROW
         alone = n > limit // 4 or (size > limit // 4 and i - start == 1)
         if size and (alone or size + n > limit):
             yield slice(start, i)
             start, size = i, 0
         size += n
-    yield slice(start, len(batch.params))
+    yield slice(start, len(batch.tensors))
 
 
 def _flat(batch: Batch) -> list[Tensor] | None:
@@ -84,13 +179,12 @@ def _flat(batch: Batch) -> list[Tensor] | None:
 
     None: they do not lie alike in memory.
     """
-    p = batch.params[0]
+    tensors, p = batch.tensors, batch.tensors.params[0]
     order = sorted(
         range(p.dim()), key=p.stride, reverse=True
     )  # of channels-last: its channels last
-    tensors = [p, batch.grads[0], batch.exp_avgs[0], batch.hessian_diags[0]]
-    tensors += [] if batch.compensations is None else [batch.compensations[0]]
-    in_order = [tensor.permute(order) for tensor in tensors]
+    columns = [*tensors.large, *([tensors.compensations] if tensors.compensations else [])]
+    in_order = [column[0].permute(order) for column in columns]
     if not all(tensor.is_contiguous() for tensor in in_order):
         return None
     return [tensor.view(-1) for tensor in in_order]
@@ -146,13 +240,13 @@ class _Layout:
         """What is given for each tensor, for the rows."""
         return of_tensors[self.tensor_of_row].unsqueeze(1)
 
-    def words(self, params: list[Tensor], first: Tensor, second: Tensor) -> Tensor:
+    def random_bits(self, params: list[Tensor], first: Tensor, second: Tensor) -> Tensor:
         """A random word for each element, from the tensors' keys."""
         places = self.places.unsqueeze(1) + torch.arange(ROW, device=self.places.device)
         if not all(p.is_contiguous() for p in params):
             for p, view in zip(params, self.views(places), strict=True):
                 view.copy_(rounding.places(p))
-        return rounding.words(places, self.column(first), self.column(second))
+        return rounding.random_bits(places, self.column(first), self.column(second))
 
 
 class _Block:
@@ -171,49 +265,6 @@ class _Block:
         return scalar
 
 
-class _Workspace(threading.local):
-    """Layouts, and on the CPU the memory of the matrices, kept from step to step in each thread.
-
-    All layouts share that memory, at most four matrices of a block. Elsewhere an allocator that
-    knows of streams gives it anew for each step, as it is for a large tensor in strange strides.
-    """
-
-    def __init__(self) -> None:
-        self.layouts: dict[Any, _Layout] = {}
-        self.memory: dict[torch.dtype, Tensor] = {}
-        self.kept: dict[Any, tuple[Tensor, list[list[Tensor]]]] = {}
-
-    def get(
-        self, params: list[Tensor], dtype: torch.dtype, matrices: int
-    ) -> tuple[_Layout, Tensor, list[list[Tensor]]]:
-        """A layout, that many zero matrices as one tensor, and the tensors' places in each."""
-        device = params[0].device
-        key = (tuple(p.shape for p in params), device, dtype)
-        layout = self.layouts.get(key)
-        if layout is None:
-            if len(self.layouts) >= KEPT_LAYOUTS:
-                self.layouts.clear()
-                self.kept.clear()
-            layout = self.layouts[key] = _Layout(*key)
-        size = (matrices, layout.rows, ROW)
-        if device.type != "cpu" or layout.rows * ROW > 2 * BLOCK["cpu"]:
-            zeros = torch.zeros(size, dtype=dtype, device=device)
-            return layout, zeros, [layout.views(matrix) for matrix in zeros]
-        kept = self.kept.get((key, matrices))
-        if kept is None:
-            numel = matrices * layout.rows * ROW
-            memory = self.memory.get(dtype)
-            if memory is None or memory.numel() < numel:
-                memory = self.memory[dtype] = torch.empty(numel, dtype=dtype, device="cpu")
-                self.kept.clear()  # views of the memory before
-            both = memory[:numel].view(size)
-            kept = self.kept[key, matrices] = both, [layout.views(matrix) for matrix in both]
-        return layout, kept[0].zero_(), kept[1]
-
-
-_workspace = _Workspace()
-
-
 @dataclass(slots=True)
 class _Work:
     """Matrices of one layout: g and theta are only read, m and B become m' and B'."""
@@ -225,84 +276,36 @@ class _Work:
     theta: Tensor | None  # where it is needed
 
 
-def _rounds(batch: Batch, h: Hyperparameters) -> bool:
-    """Whether theta' is stored in another way than to the nearest."""
-    return batch.compensations is not None or rounding.is_drawn(batch.params[0].dtype, h.rounding)
-
-
-def _gathered(batch: Batch, h: Hyperparameters) -> tuple[_Work, list[list[Tensor]]]:
-    """Small tensors in matrices, and the places of g, m, B and theta there."""
-    read = [batch.grads, batch.exp_avgs, batch.hessian_diags]
-    with_theta = h.weight_decay != 0 or _rounds(batch, h)
-    if with_theta:
-        read.append(batch.params)
-    if batch.compensations is not None:
-        read.append(batch.compensations)
-    layout, matrices, views = _workspace.get(batch.params, batch.dtype, len(read))
-    for places, tensors in zip(views, read, strict=True):
-        torch._foreach_copy_(places, tensors)
-    g, m, B = matrices[0], matrices[1], matrices[2]
-    theta = matrices[3] if with_theta else None
-    if batch.compensations is not None:
-        matrices[3].add_(matrices[4])
-    return _Work(layout, g, m, B, theta), views
-
-
-def _step_gathered(batch: Batch, h: Hyperparameters, given: Sums | None) -> None:
-    work, views = _gathered(batch, h)
-    s = _scalars(batch, h)
-    if given is None:
-        sums, u2, y = _measure(work, h, s)
-    else:
-        sums, u2, y = given, *_terms(work, h, s, given)
-    _apply(work, h, s, sums, u2, y, out=work.g)
-
-    random = None
-    if batch.streams is not None:
-        assert isinstance(work.layout, _Layout)
-        random = work.layout.words(batch.params, *_keys(batch))
-    if _rounds(batch, h):
-        assert work.theta is not None
-        theta, low = _stored(work.theta.sub_(work.g), batch, random)
-        work.theta.copy_(theta)
-        torch._foreach_copy_(batch.params, views[3])
-        if low is not None and batch.compensations is not None:
-            work.g.copy_(low)
-            torch._foreach_copy_(batch.compensations, views[0])
-    else:
-        torch._foreach_sub_(batch.params, views[0])
-    if random is not None and batch.hessian_diags[0].dtype in rounding.DROPPED:
-        work.B.copy_(_drawn(work.B, batch, random))
-    torch._foreach_copy_(batch.exp_avgs, views[1])
-    torch._foreach_copy_(batch.hessian_diags, views[2])
-    _keep_thresholds(batch, sums)
+def _rounds(batch: Batch) -> bool:
+    """Return whether theta' is stored in another way than to the nearest."""
+    drawn = rounding.is_drawn(batch.tensors.params[0].dtype, batch.h.rounding)
+    return bool(batch.tensors.compensations) or drawn
 
 
 def _stored(theta: Tensor, batch: Batch, random: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """theta' as it is stored, and the compensation where there is one."""
-    dtype = batch.params[0].dtype
-    if batch.compensations is not None:
+    dtype = batch.tensors.params[0].dtype
+    if batch.tensors.compensations:
         return rounding.split(theta, dtype)
     assert random is not None
     return rounding.stochastic(theta, dtype, random), None
 
 
 def _drawn(B: Tensor, batch: Batch, random: Tensor) -> Tensor:
-    return rounding.stochastic(B, batch.hessian_diags[0].dtype, rounding.low_half(random))
+    return rounding.stochastic(B, batch.tensors.hessian_diags[0].dtype, rounding.low_half(random))
 
 
 def _keys(batch: Batch) -> tuple[Tensor, Tensor]:
     """The keys of each tensor in this step."""
-    assert batch.streams is not None
-    device = batch.params[0].device
-    t = batch.t
-    step = torch.stack(t).to(device).long() if isinstance(t, list) else int(t)
-    return rounding.keys(_on_device(tuple(batch.streams), device), step)
+    device = batch.tensors.params[0].device
+    t = batch.scalars.t
+    step = t.to(device).long() if isinstance(t, Tensor) else int(t)
+    return rounding.keys(_on_device(tuple(batch.tensors.rng_streams), device), step)
 
 
-@lru_cache(maxsize=KEPT_LAYOUTS)
+@lru_cache(maxsize=64)
 def _on_device(streams: tuple[int, ...], device: torch.device) -> Tensor:
-    # kept, so that a step that is captured in a graph copies nothing from the host
+    # cached, so that a step that is captured in a graph copies nothing from the host
     return torch.tensor(streams, device=device)
 
 
@@ -312,35 +315,40 @@ def _pieces(flat: list[Tensor], block: int) -> Iterator[list[Tensor]]:
         yield list(pieces)
 
 
-def _work(pieces: list[Tensor], batch: Batch, h: Hyperparameters) -> _Work:
-    """One block; what is of another type than the arithmetic is copied."""
+def _work(pieces: list[Tensor], batch: Batch) -> _Work:
+    """Return one block; what is of another type than the arithmetic is copied."""
     p, g, m, B, *low = pieces
+    dtype = _arithmetic(batch)
     theta: Tensor | None = None
     if low:
-        theta = rounding.joined(p, low[0], batch.dtype)
-    elif h.weight_decay != 0:
+        theta = rounding.joined(p, low[0], dtype)
+    elif batch.h.decays:
         theta = p
-    return _Work(_Block(p.device), g, m.to(batch.dtype), B.to(batch.dtype), theta)
+    return _Work(_Block(p.device), g, m.to(dtype), B.to(dtype), theta)
 
 
-def _step_in_blocks(
-    batch: Batch, flat: list[Tensor], h: Hyperparameters, block: int, given: Sums | None
-) -> None:
-    s = _scalars(batch, h)
-    # a block's u^2 and y are taken anew rather than kept: memory stays that of a block
-    sums = _measured_in_blocks(batch, flat, h, s, block) if given is None else given
-    keys = None if batch.streams is None else _keys(batch)
+def _step_in_blocks(batch: Batch, flat: list[Tensor], block: int, given: Sums | None) -> None:
+    h, s = batch.h, _scalars(batch)
+    one_block = given is None and flat[0].numel() <= block
+    sums = given
+    if given is None and not one_block:
+        sums = _measured_in_blocks(batch, flat, s, block)
+    keys = _keys(batch) if batch.tensors.rng_streams else None
     for i, pieces in enumerate(_pieces(flat, block)):
-        work = _work(pieces, batch, h)
+        work = _work(pieces, batch)
         p, _, m, B, *low = pieces
-        u2, y = _terms(work, h, s, sums)
+        if sums is None:
+            sums, u2, y = _measure(work, h, s)
+        else:
+            # u^2 and y are computed again rather than kept: memory stays that of a block
+            u2, y = _terms(work, h, s, sums)
         change = _apply(work, h, s, sums, u2, y, out=u2)
         random = None
         if keys is not None:
             places = torch.arange(i * block, i * block + p.numel(), device=p.device)
-            random = rounding.words(places, *keys)
-        if _rounds(batch, h):
-            theta = p.to(batch.dtype) if work.theta is None else work.theta
+            random = rounding.random_bits(places, *keys)
+        if _rounds(batch):
+            theta = p.to(_arithmetic(batch)) if work.theta is None else work.theta
             new, rest = _stored(theta - change, batch, random)
             p.copy_(new)
             if rest is not None:
@@ -350,6 +358,7 @@ def _step_in_blocks(
         if m is not work.m:
             m.copy_(work.m)
             B.copy_(work.B if random is None else _drawn(work.B, batch, random))
+    assert sums is not None
     _keep_thresholds(batch, sums)
 
 
@@ -361,27 +370,20 @@ def _terms(work: _Work, h: Hyperparameters, s: StepScalars, sums: Sums) -> tuple
     return u2, _difference(work, h).mul_(spread(s.alpha))
 
 
-def _scalars(batch: Batch, h: Hyperparameters) -> StepScalars:
-    device = batch.params[0].device
-
-    def vector(scalars: float | list[Tensor] | None) -> Scalar | None:
-        return torch.stack(scalars).to(device) if isinstance(scalars, list) else scalars
-
-    t = vector(batch.t)
-    assert t is not None
-    return StepScalars.at(t, h, vector(batch.previous_lr), vector(batch.thresholds))
+def _scalars(batch: Batch) -> StepScalars:
+    if not batch.tensors.thresholds:
+        return batch.scalars
+    return replace(batch.scalars, previous_threshold=torch.stack(batch.tensors.thresholds))
 
 
 def _keep_thresholds(batch: Batch, sums: Sums) -> None:
-    if batch.thresholds is not None:
+    if batch.tensors.thresholds:
         assert sums.largest is not None
-        torch._foreach_copy_(batch.thresholds, list(sums.largest.unbind()))
+        torch._foreach_copy_(batch.tensors.thresholds, list(sums.largest.unbind()))
 
 
-def _measured_in_blocks(
-    batch: Batch, flat: list[Tensor], h: Hyperparameters, s: StepScalars, block: int
-) -> Sums:
-    parts = [_measure(_work(pieces, batch, h), h, s)[0] for pieces in _pieces(flat, block)]
+def _measured_in_blocks(batch: Batch, flat: list[Tensor], s: StepScalars, block: int) -> Sums:
+    parts = [_measure(_work(pieces, batch), batch.h, s)[0] for pieces in _pieces(flat, block)]
     return parts[0] if len(parts) == 1 else Sums.joined(parts, torch.stack).merged()
 
 
@@ -445,7 +447,8 @@ def _apply(
     spread = work.layout.spread
     work.m.add_(y)
     scale = sums.scale.to(sums.k.dtype)
-    c = finite(coefficient(scale, sums.q4, sums.k, h.secant_eps), work.B.dtype)
+    c = secant_coefficient(scale, sums.q4, sums.k, h.secant_eps)
+    c = saturated(c, work.B.dtype)
     work.B.sub_(u2.mul_(spread(c)))
 
     threshold = h.sigma if sums.largest is None else sums.largest

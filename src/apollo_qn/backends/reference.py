@@ -1,31 +1,45 @@
-"""The rule, one tensor after the other: slow, differentiable, and what the others must equal."""
+"""Algorithm 1, one tensor after the other: slow, differentiable, and what the others must equal."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+from torch import Tensor
 
-from apollo_qn import rounding, rule
-from apollo_qn.backends import Batch
-from apollo_qn.rule import Hyperparameters, StepScalars, Sums
+from apollo_qn import algorithm, rounding
+from apollo_qn.backends.base import Backend, Batch
+from apollo_qn.hyperparameters import StepScalars
+from apollo_qn.secant import Sums, arithmetic
 
 
-def step(batch: Batch, h: Hyperparameters, sums: Sums | None = None) -> None:
-    """Apply :func:`apollo_qn.rule.update` to each tensor; ``sums`` as of :func:`measure`."""
-    for i, (p, g, m, B) in enumerate(
-        zip(batch.params, batch.grads, batch.exp_avgs, batch.hessian_diags, strict=True)
-    ):
-        scalars = _scalars(batch, h, i)
-        given = None
-        if sums is not None:
-            largest = None if sums.largest is None else sums.largest[i]
-            given = Sums(sums.scale[i], sums.q4[i], sums.k[i], largest)
-        low = None if batch.compensations is None else batch.compensations[i]
+class Reference(Backend):
+    """One tensor after the other, by the lines of :mod:`apollo_qn.algorithm`."""
+
+    def measure(self, batches: list[Batch]) -> list[Sums]:
+        """Return the sums over each tensor of each batch; nothing is changed."""
+        return [_measure(batch) for batch in batches]
+
+    def step(self, batches: list[Batch], sums: list[Sums] | None = None) -> bool:
+        """Apply :func:`apollo_qn.algorithm.update` to each tensor."""
+        for i, batch in enumerate(batches):
+            _step(batch, None if sums is None else sums[i])
+        return True
+
+
+def _step(batch: Batch, sums: Sums | None) -> None:
+    tensors, h = batch.tensors, batch.h
+    for i, (p, g, m, B) in enumerate(zip(*tensors.large, strict=True)):
+        dtype = arithmetic(p.dtype, m.dtype)
+        s = _scalars(batch, i, dtype)
+        low = tensors.compensations[i] if tensors.compensations else None
         old = (p, m, B)
         if torch.is_grad_enabled():  # they are overwritten below, and autograd still needs them
             old = (p.clone(), m.clone(), B.clone())
-        theta = old[0] if low is None else rounding.joined(old[0], low, batch.dtype)
-        theta, new_m, new_B, threshold = rule.update(theta, g, old[1], old[2], h, scalars, given)
-        random = _random(batch, i)
+        theta = old[0] if low is None else rounding.joined(old[0], low, dtype)
+        given = None if sums is None else sums.of(i)
+        theta, new_m, new_B, threshold = algorithm.update(theta, g, old[1], old[2], h, s, given)
+        random = _random_bits(batch, i)
         if low is not None:
             theta, rest = rounding.split(theta, p.dtype)
             low.copy_(rest)
@@ -36,36 +50,32 @@ def step(batch: Batch, h: Hyperparameters, sums: Sums | None = None) -> None:
         p.copy_(theta)
         m.copy_(new_m)
         B.copy_(new_B)
-        if batch.thresholds is not None:
-            assert isinstance(threshold, torch.Tensor)
-            batch.thresholds[i].copy_(threshold)
+        if tensors.thresholds:
+            assert isinstance(threshold, Tensor)
+            tensors.thresholds[i].copy_(threshold)
 
 
-def measure(batch: Batch, h: Hyperparameters) -> Sums:
-    """The sums over each tensor, which here are parts of others; nothing is changed."""
-    found = [
-        rule.measure(p, g, m, B, h, _scalars(batch, h, i))
-        for i, (p, g, m, B) in enumerate(
-            zip(batch.params, batch.grads, batch.exp_avgs, batch.hessian_diags, strict=True)
-        )
-    ]
+def _measure(batch: Batch) -> Sums:
+    found = []
+    for i, (p, g, m, B) in enumerate(zip(*batch.tensors.large, strict=True)):
+        s = _scalars(batch, i, arithmetic(p.dtype, m.dtype))
+        found.append(algorithm.measure(p, g, m, B, batch.h, s))
     return Sums.joined(found, torch.stack)
 
 
-def _random(batch: Batch, i: int) -> torch.Tensor | None:
-    if batch.streams is None:
-        return None
-    t = batch.t[i].to(batch.params[i].device) if isinstance(batch.t, list) else batch.t
-    step = t.detach().long() if isinstance(t, torch.Tensor) else int(t)
-    keys = rounding.keys(batch.streams[i], step)
-    return rounding.words(rounding.places(batch.params[i]), *keys)
-
-
-def _scalars(batch: Batch, h: Hyperparameters, i: int) -> StepScalars:
-    return StepScalars.at(
-        batch.t[i] if isinstance(batch.t, list) else batch.t,
-        h,
-        batch.previous_lr[i] if isinstance(batch.previous_lr, list) else batch.previous_lr,
+def _scalars(batch: Batch, i: int, dtype: torch.dtype) -> StepScalars:
+    """Return the scalars of tensor ``i``."""
+    s = batch.scalars.select(i)
+    if batch.tensors.thresholds:
         # clone: it is overwritten in the step, and autograd may still need it
-        None if batch.thresholds is None else batch.thresholds[i].clone(),
-    )
+        s = replace(s, previous_threshold=batch.tensors.thresholds[i].clone())
+    return s.to(dtype)
+
+
+def _random_bits(batch: Batch, i: int) -> Tensor | None:
+    if not batch.tensors.rng_streams:
+        return None
+    p, t = batch.tensors.params[i], batch.scalars.select(i).t
+    step = t.detach().to(p.device).long() if isinstance(t, Tensor) else int(t)
+    keys = rounding.keys(batch.tensors.rng_streams[i], step)
+    return rounding.random_bits(rounding.places(p), *keys)

@@ -10,11 +10,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from apollo_qn import rounding, rule
-from apollo_qn.backends import Group
+from apollo_qn import algorithm, rounding
+from apollo_qn.backends.base import TensorLists
+from apollo_qn.distributed import Reduction, localize
+from apollo_qn.gradient_release import is_released
+from apollo_qn.hyperparameters import Hyperparameters, Scalar, StepScalars
 from apollo_qn.optimizer import Apollo, hyperparameters
-from apollo_qn.rule import Hyperparameters, Scalar, StepScalars, Sums
-from apollo_qn.sharded import Reduction, localized
+from apollo_qn.secant import Sums, accumulator, arithmetic, correction
 
 Names: TypeAlias = Iterable[tuple[str, Tensor]]
 Corrections: TypeAlias = dict[Tensor, Tensor]  # of each parameter: 0-dim, on its device
@@ -128,7 +130,7 @@ def measure(
     for part, (added, largest) in zip(parts, sums, strict=True):
         s = part.s
         sizes = torch.stack([largest[2], -largest[3]])  # of B
-        D = rule.rectify(sizes, s.previous_threshold, s.previous_offset)
+        D = algorithm.rectify(sizes, s.previous_threshold, s.previous_offset)
         change: Scalar = 0.0  # of the first step, and of one without a gradient
         if corrections is not None:
             change = corrections.get(part.p, 0.0)
@@ -162,7 +164,7 @@ def coming_corrections(optimizer: Apollo) -> Corrections:
     for part in parts:
         sums = None
         if not part.empty:
-            sums = rule.measure(part.theta, part.g, part.m, part.B, part.h, part.s)
+            sums = algorithm.measure(part.theta, part.g, part.m, part.B, part.h, part.s)
         if reduction is not None and table is not None and part.row >= 0 and sums is not None:
             reduction.put(table, [part.row], Sums.joined([sums], torch.stack))
         found.append(sums)
@@ -174,8 +176,8 @@ def coming_corrections(optimizer: Apollo) -> Corrections:
             sums = reduction.take(table, [part.row])
         assert sums is not None
         # B' - B = -c u^2 with sum u^4 = q4
-        c = rule.correction(sums, part.h, part.m.dtype)
-        size = sums.q4.to(rule.accumulator(c.device)).sqrt() / math.sqrt(part.numel)
+        c = correction(sums, part.h.secant_eps, part.m.dtype)
+        size = sums.q4.to(accumulator(c.device)).sqrt() / math.sqrt(part.numel)
         result[part.p] = (-c * size).reshape(())
     return result
 
@@ -278,13 +280,11 @@ def _parts(
     groups, members = [], []
     for settings, named_params in named(optimizer, names):
         mine = [(name, p) for name, p in named_params if p.numel() and optimizer.state.get(p)]
-        if optimizer._release is not None and coming:
-            mine = []  # their steps have been done in the backward pass, their gradients are gone
-        if coming:  # of a sparse one the step has something to say
-            mine = [(name, p) for name, p in mine if p.grad is not None and not p.grad.is_sparse]
+        if coming:
+            # a released gradient's step has been done; of a sparse one the step raises
+            mine = [(name, p) for name, p in mine if p.grad is not None and _is_readable(p.grad)]
         states = [optimizer.state[p] for _, p in mine]
-        group = Group(
-            hyperparameters(settings),
+        lists = TensorLists(
             [p for _, p in mine],
             # without a gradient to look at, something that is placed as it would be
             [p.grad if coming and p.grad is not None else p for _, p in mine],
@@ -293,17 +293,16 @@ def _parts(
             [state["step"] for state in states],
             compensations=[state.get("compensation") for state in states],
         )
-        groups.append(group)
+        groups.append((lists, hyperparameters(settings)))
         members.append(mine)
-    local, reduction = localized(groups, None)
+    local, reduction = localize(groups, None)
     parts = []
-    for group, mine in zip(local, members, strict=True):
+    for (lists, h), mine in zip(local, members, strict=True):
         for i, (name, p) in enumerate(mine):
-            row = -1 if group.shared is None else group.shared[i]
-            columns = (group.params, group.grads, group.exp_avgs, group.hessian_diags)
-            low = None if group.compensations is None else group.compensations[i]
-            dtype = rule.arithmetic(p.dtype, group.exp_avgs[i].dtype).to_real()
-            theta, g, m, B = (_real(column[i]).to(dtype) for column in columns)
+            row = lists.rows[i] if lists.rows else -1
+            low = lists.compensations[i]
+            dtype = arithmetic(p.dtype, lists.exp_avgs[i].dtype).to_real()
+            theta, g, m, B = (_real(column[i]).to(dtype) for column in lists.large)
             if low is not None:
                 theta = rounding.joined(theta, low, dtype)
             if B.numel() == 0 and row < 0:
@@ -311,11 +310,15 @@ def _parts(
             state = optimizer.state[p]
             parts.append(
                 _Part(
-                    p, name, group.h, _number(state["step"]), _coming_scalars(state, group.h),
-                    _last_rate(state, group.h), theta, g, m, B, row,
+                    p, name, h, _number(state["step"]), _coming_scalars(state, h),
+                    _last_rate(state, h), theta, g, m, B, row,
                 )
             )  # fmt: skip
     return parts, reduction
+
+
+def _is_readable(gradient: Tensor) -> bool:
+    return not gradient.is_sparse and not is_released(gradient)
 
 
 def _real(x: Tensor) -> Tensor:
@@ -328,11 +331,11 @@ _ADDED, _LARGEST = 6, 4
 def _sums(part: _Part) -> tuple[Tensor, Tensor]:
     """What is added up over the parts of a tensor, and what is the largest of theirs."""
     B, s = part.B, part.s
-    wide = rule.accumulator(B.device)
+    wide = accumulator(B.device)
     if part.empty:
         return B.new_zeros(_ADDED, dtype=wide), B.new_full((_LARGEST,), -math.inf, dtype=wide)
     size = B.abs()
-    d = rule.displacement(part.theta, part.m, B, part.h, s)
+    d = algorithm.displacement(part.theta, part.m, B, part.h, s)
     added = [
         (B < 0).sum(),
         (size < s.previous_threshold).sum(),
@@ -363,7 +366,7 @@ def _on_host(rows: list[list[Scalar]]) -> list[list[float]]:
             if isinstance(x, Tensor):
                 waiting.setdefault(x.device, []).append((i, j, x))
     for device, found in waiting.items():
-        wide = rule.accumulator(device)
+        wide = accumulator(device)
         values = torch.stack([x.to(wide).reshape(()) for _, _, x in found]).tolist()
         for (i, j, _), value in zip(found, values, strict=True):
             result[i][j] = value

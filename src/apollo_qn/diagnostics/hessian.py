@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from apollo_qn.diagnostics.curvature import Names, check_apollo, last_rate, named
+from apollo_qn.distributed import is_sharded
 from apollo_qn.optimizer import Apollo, hyperparameters
-from apollo_qn.rule import accumulator
-from apollo_qn.sharded import is_sharded
+from apollo_qn.secant import accumulator
 
 Tensors: TypeAlias = dict[str, Tensor]
 Loss: TypeAlias = Callable[[Tensors], Tensor]

@@ -22,8 +22,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from apollo_qn.backends import triton_kernel as kernel
-from apollo_qn.rule import arithmetic
+from apollo_qn.backends.triton import kernel
+from apollo_qn.secant import arithmetic
 
 Types: TypeAlias = tuple[torch.dtype, ...]  # of parameter, gradient and state
 Span: TypeAlias = tuple[int, int]  # first program of a launch, and how many

@@ -3,7 +3,7 @@
 One program works on one run of elements of one tensor; what it does there is its role. The sums
 over a run are taken in blocks of a fixed size in the state's type and added in float64 in a fixed
 order, and the sums of a tensor's runs likewise: no atomics, the same bits at every call, whatever
-else is in the launch. The letters are those of ``rule.py``.
+else is in the launch. The letters are those of ``algorithm.py``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ BLOCK = 1024
 WARPS = 4
 # Runs of a tensor at most: so many sums a program that updates a part of it reads.
 RUNS = 512
-# Columns of the tables, which triton.py fills.
+# Columns of the tables, which schedule.py fills.
 TENSOR = 9  # p, m, B, threshold, compensation, first row of its sums, how many, row in `whole`
 # (-1: it is whole), stream of random bits
 WORK = 5  # tensor, role, first element, how many, row of its sums
-SUMS = 4  # scale (a power of 2), q4, k, largest: rule.Sums
-SCALARS = 16  # as cpu.scalars has them
+SUMS = 4  # scale (a power of 2), q4, k, largest: secant.Sums
+SCALARS = 16  # as cpu.step_scalars has them
 
 # Roles.
 ALL = 0  # of a tensor that is one run: sums and update
@@ -102,7 +102,7 @@ def _mix(x):
 @triton.jit
 def _drawn(x, random, T: tl.constexpr):
     """rounding.stochastic of float32 numbers; ``random`` is uint32."""
-    if T == tl.float16:
+    if tl.float16 == T:
         dropped: tl.constexpr = 13
         smallest = 0.00006103515625  # 2^-14
         largest = 65504.0
@@ -215,7 +215,7 @@ def _concluded(scale, q4, k, eps, S: tl.constexpr):
     """c and e with B' = B - c u^2 and u = d / 2^e: rule.secant_coefficient and rule.finite."""
     norm = scale * tl.sqrt(tl.sqrt(q4))
     e = _exponent(norm)
-    if S == tl.float32:
+    if tl.float32 == S:
         e = tl.minimum(tl.maximum(e, -120), 120)
         most = 4.253529586511731e37  # 2^125
     else:

@@ -23,9 +23,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from apollo_qn import rounding
-from apollo_qn.backends import Group
-from apollo_qn.rule import Sums, arithmetic
+from apollo_qn.backends.base import TensorLists
+from apollo_qn.hyperparameters import Hyperparameters
+from apollo_qn.secant import Sums, arithmetic
 
+Group: TypeAlias = tuple[TensorLists, Hyperparameters]
 Mesh: TypeAlias = Any  # torch.distributed.device_mesh.DeviceMesh, which this does not import
 
 # Of a scale 2^e: its inverse and itself are normal numbers of the state's type.
@@ -33,7 +35,7 @@ _MOST = {torch.float32: 120, torch.float64: 1000}
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _Shard:
     """How a tensor that is a part of another is spread: over which dimensions of which mesh."""
 
     mesh: Mesh
@@ -70,84 +72,93 @@ def placed_as(p: Any, tensor: Any) -> Any:
     if not is_sharded(p):
         return tensor
     if is_sharded(tensor):
-        return _like(tensor, p)
+        return _placed_like(tensor, p)
     from torch.distributed.tensor import distribute_tensor
 
     # every rank cuts its part out of its own copy
     return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
 
 
-def localized(
-    groups: list[Group], before: Reduction | None
-) -> tuple[list[Group], Reduction | None]:
-    """The groups with the local parts of their tensors, and how their sums become whole.
+def localize(groups: list[Group], before: Reduction | None) -> tuple[list[Group], Reduction | None]:
+    """Return the groups with their local shards, and how sums over shards become whole.
 
     Args:
-        groups: ``shared`` is written here.
-        before: what the last call returned; it is kept where nothing has changed.
+        groups: with parameters that are whole tensors or DTensors.
+        before: what the last call returned; it is reused where nothing has changed.
 
     Raises:
         RuntimeError: a sharded parameter that cannot be served.
     """
     kind = _dtensor()
-    types = set() if kind is None else {type(p) for group in groups for p in group.params}
-    if not any(issubclass(one, kind) for one in types):
+    if kind is None or not any(isinstance(p, kind) for lists, _ in groups for p in lists.params):
         return groups, None
-    parts: list[_Part] = []
-    devices: set[torch.device] = set()
-    local = []
-    for group in groups:
-        if group.differentiable and any(isinstance(p, kind) for p in group.params):
-            raise RuntimeError(
-                "differentiable=True does not support sharded parameters (DTensor); use a whole one"
-            )
-        shared = []
-        known: dict[Hashable, _Part | None] = {}  # most tensors are spread alike
-        for p, m in zip(group.params, group.exp_avgs, strict=True):
-            part = None
-            if isinstance(p, kind):
-                key = (id(p.device_mesh), p.placements, p.dtype, m.dtype)
-                if key not in known:
-                    known[key] = _part(p, m, group)
-                part = known[key]
-            shared.append(-1 if part is None else len(parts))
-            if part is not None:
-                parts.append(part)
-                devices.add(p.device)
-        streams = group.streams and [
-            stream if i < 0 else rounding.part(stream, parts[i].index)
-            for stream, i in zip(group.streams, shared, strict=True)
-        ]
-        lows = group.compensations and [
-            low if low is None else _local([low], [p], kind)[0]
-            for low, p in zip(group.compensations, group.params, strict=True)
-        ]
-        local.append(
-            replace(
-                group,
-                params=_local(group.params, group.params, kind),
-                grads=_local(group.grads, group.params, kind),
-                exp_avgs=_local(group.exp_avgs, group.params, kind),
-                hessian_diags=_local(group.hessian_diags, group.params, kind),
-                compensations=lows,
-                streams=streams,
-                shared=shared,
-            )
-        )
-    if not parts:
+    shards: list[_Shard] = []
+    local = [(_local_lists(lists, h, kind, shards), h) for lists, h in groups]
+    if not shards:
         return local, None
+    devices = {
+        p.device
+        for lists, _ in local
+        for p, row in zip(lists.params, lists.rows, strict=True)
+        if row >= 0
+    }
     if len(devices) > 1:
         raise RuntimeError(
             f"sharded parameters must lie on one device, got {', '.join(map(str, devices))}; give "
             "those of each device an optimizer of their own"
         )
-    if before is None or before.parts != parts:
-        before = Reduction(parts, devices.pop())
+    if before is None or before.shards != shards:
+        before = Reduction(shards, devices.pop())
     return local, before
 
 
-def _part(p: Any, m: Tensor, group: Group) -> _Part | None:
-    """None: the local tensor is the whole one."""
+def _local_lists(
+    lists: TensorLists, h: Hyperparameters, kind: Any, shards: list[_Shard]
+) -> TensorLists:
+    """Return the local tensors of one group, and append its shards to ``shards``."""
+    if h.differentiable and any(isinstance(p, kind) for p in lists.params):
+        raise RuntimeError(
+            "differentiable=True does not support sharded parameters (DTensor); use a whole one"
+        )
+    rows = []
+    known: dict[Hashable, _Shard | None] = {}  # most tensors are placed alike
+    for p, m in zip(lists.params, lists.exp_avgs, strict=True):
+        shard = None
+        if isinstance(p, kind):
+            key = (id(p.device_mesh), p.placements, p.dtype, m.dtype)
+            if key not in known:
+                known[key] = _shard(p, m, h.belief)
+            shard = known[key]
+        rows.append(-1 if shard is None else len(shards))
+        if shard is not None:
+            shards.append(shard)
+
+    def local_state(column: list[Any], name: str) -> list[Any]:
+        return [
+            _local_shard(_checked_state(x, p, name)) if isinstance(p, kind) and x is not None else x
+            for x, p in zip(column, lists.params, strict=bool(column))
+        ]
+
+    return replace(
+        lists,
+        params=[_local_shard(p) if isinstance(p, kind) else p for p in lists.params],
+        grads=[
+            _local_shard(_placed_like(g, p)) if isinstance(p, kind) else g
+            for g, p in zip(lists.grads, lists.params, strict=True)
+        ],
+        exp_avgs=local_state(lists.exp_avgs, "exp_avg"),
+        hessian_diags=local_state(lists.hessian_diags, "hessian_diag"),
+        compensations=local_state(lists.compensations, "compensation"),
+        rng_streams=[
+            stream if row < 0 else rounding.shard_stream(stream, shards[row].index)
+            for stream, row in zip(lists.rng_streams, rows, strict=bool(lists.rng_streams))
+        ],
+        rows=rows,
+    )
+
+
+def _shard(p: Any, m: Tensor, belief: bool) -> _Shard | None:
+    """Return how a parameter is sharded; None where the local tensor is the whole one."""
     mesh, placements = p.device_mesh, p.placements
     if any(placement.is_partial() for placement in placements):
         raise RuntimeError(
@@ -166,33 +177,40 @@ def _part(p: Any, m: Tensor, group: Group) -> _Part | None:
     index = 0
     for i in spread:
         index = index * mesh.size(i) + coordinate[i]
-    return _Part(mesh, spread, dtype, group.h.belief, index) if spread else None
+    return _Shard(mesh, spread, dtype, belief, index) if spread else None
 
 
-def _local(tensors: list[Tensor], params: list[Tensor], kind: Any) -> list[Tensor]:
-    """The local parts of parameters, or of gradients or states placed as they are."""
-    return [
-        _part_of(_like(x, p)) if isinstance(p, kind) else x
-        for x, p in zip(tensors, params, strict=True)
-    ]
-
-
-def _like(tensor: Any, p: Any) -> Any:
-    """A gradient or state with the placements of its parameter, which is a DTensor."""
-    if tensor is p:
-        return p
+def _placed_like(tensor: Any, p: Any) -> Any:
+    """Return a gradient or a loaded state with the placements of its parameter, a DTensor."""
     if not is_sharded(tensor):
         raise RuntimeError(
             f"the gradient and state of a sharded parameter of shape {tuple(p.shape)} must be "
-            f"sharded as it is, got a plain tensor of shape {tuple(tensor.shape)}"
+            f"DTensors too, got a plain tensor of shape {tuple(tensor.shape)}"
         )
+    return (
+        tensor if _same_placement(tensor, p) else tensor.redistribute(p.device_mesh, p.placements)
+    )
+
+
+def _same_placement(tensor: Any, p: Any) -> bool:
     mesh = tensor.device_mesh
-    same = (mesh is p.device_mesh or mesh == p.device_mesh) and tensor.placements == p.placements
-    return tensor if same else tensor.redistribute(p.device_mesh, p.placements)
+    return (mesh is p.device_mesh or mesh == p.device_mesh) and tensor.placements == p.placements
 
 
-def _part_of(tensor: Any) -> Tensor:
-    # of a parameter to_local() makes a new object at each call
+def _checked_state(tensor: Any, p: Any, name: str) -> Any:
+    """Return the state; raise RuntimeError where the parameter has been resharded since."""
+    if not is_sharded(tensor) or not _same_placement(tensor, p):
+        found = tensor.placements if is_sharded(tensor) else "a plain tensor"
+        raise RuntimeError(
+            f"{name} of a parameter of shape {tuple(p.shape)} has the placements {found}, the "
+            f"parameter {p.placements}: it was resharded after its state had been made. Save the "
+            "state dict before, reshard, and load the state dict again"
+        )
+    return tensor
+
+
+def _local_shard(tensor: Any) -> Tensor:
+    # to_local() of a parameter makes a new object at each call
     local = tensor.to_local() if torch.is_grad_enabled() else tensor._local_tensor
     # of a collective that is still under way
     ready: Tensor = local.wait() if hasattr(local, "wait") else local
@@ -203,21 +221,21 @@ class Reduction:
     """Sums over parts of tensors become sums over whole tensors.
 
     They lie in a table with a row for each tensor: scale, q4, k and largest of
-    :class:`apollo_qn.rule.Sums`.
+    :class:`apollo_qn.secant.Sums`.
     """
 
-    def __init__(self, parts: list[_Part], device: torch.device) -> None:
-        self.parts = parts
+    def __init__(self, shards: list[_Shard], device: torch.device) -> None:
+        self.shards = shards
         self.device = device
         meshes: dict[Mesh, list[int]] = {}
-        for i, part in enumerate(parts):
+        for i, part in enumerate(shards):
             meshes.setdefault(part.mesh, []).append(i)
-        self._meshes = [_OfMesh(parts, rows, device) for rows in meshes.values()]
+        self._meshes = [_OfMesh(shards, rows, device) for rows in meshes.values()]
         self._indices: dict[Hashable, Tensor] = {}
 
     def table(self) -> Tensor:
         """One for this step; the rows of parts that hold no element remain zeros."""
-        return torch.zeros(len(self.parts), 4, dtype=torch.float64, device=self.device)
+        return torch.zeros(len(self.shards), 4, dtype=torch.float64, device=self.device)
 
     def put(self, table: Tensor, rows: list[int], sums: Sums) -> None:
         """Write the sums over parts into their rows."""
@@ -228,7 +246,7 @@ class Reduction:
     def take(self, table: Tensor, rows: list[int]) -> Sums:
         """The sums of these rows."""
         scale, q4, k, largest = table.index_select(0, self._index(rows)).unbind(1)
-        return Sums(scale, q4, k, largest if self.parts[rows[0]].belief else None)
+        return Sums(scale, q4, k, largest if self.shards[rows[0]].belief else None)
 
     def reduce_(self, table: Tensor) -> None:
         """Make the sums over parts those over whole tensors, with a scale that is a power of 2."""
@@ -255,22 +273,22 @@ class Reduction:
 class _OfMesh:
     """The rows of one mesh: one all-reduce."""
 
-    def __init__(self, parts: list[_Part], rows: list[int], device: torch.device) -> None:
-        self.mesh = parts[rows[0]].mesh
+    def __init__(self, shards: list[_Shard], rows: list[int], device: torch.device) -> None:
+        self.mesh = shards[rows[0]].mesh
         coordinate = self.mesh.get_coordinate()
 
         def index(which: list[int]) -> Tensor:
             return torch.tensor(which, dtype=torch.int64, device=device)
 
         self.rows = index(rows)
-        self.summed = index([i for i in rows if parts[i].dtype is torch.float32])
-        self.gathered = index([i for i in rows if parts[i].dtype is not torch.float32])
-        self.largest = index([i for i in rows if parts[i].belief])
+        self.summed = index([i for i in rows if shards[i].dtype is torch.float32])
+        self.gathered = index([i for i in rows if shards[i].dtype is not torch.float32])
+        self.largest = index([i for i in rows if shards[i].belief])
         # of replicas one speaks, so that all ranks of the mesh end with the same bits
         silent = [
             i
             for i in rows
-            if any(at and k not in parts[i].spread for k, at in enumerate(coordinate))
+            if any(at and k not in shards[i].spread for k, at in enumerate(coordinate))
         ]
         self.silent = index(silent) if silent else None
 

@@ -1,0 +1,163 @@
+"""The fused back end for tensors in CPU memory: one call of a torch operator for all tensors.
+
+``operator.cpp`` defines the operator through torch's stable ABI, ``kernel.h`` does the arithmetic.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apollo_qn.backends.base import Backend, Batch, TensorLists, is_plain
+from apollo_qn.secant import Sums
+
+_HOW = (
+    "reinstall with `pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation "
+    "apollo-qn` where a C++ compiler and torch >= 2.10 are at hand"
+)
+
+
+@cache
+def why_not() -> str | None:
+    """Return why there is no fused operator; None where there is one."""
+    library = Path(__file__).with_name("_kernel.so")
+    if not library.exists():
+        return f"the fused CPU kernel was not compiled when apollo-qn was installed ({_HOW})"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:  # of another torch
+        return (
+            f"the fused CPU kernel cannot be loaded by torch {torch.__version__} ({error}; {_HOW})"
+        )
+    return None
+
+
+class CPU(Backend):
+    """All tensors of all batches in one call."""
+
+    def takes(self, batches: list[Batch]) -> list[list[bool]]:
+        """Return for each tensor whether the operator can update it."""
+        arguments = _Arguments(batches)
+        if not arguments.plain:
+            # one by one: what remains may still be taken
+            plain = [_plain_members(batch) for batch in batches]
+            kept = [
+                batch.select(_indices(mask)) for batch, mask in zip(batches, plain, strict=True)
+            ]
+            if not any(len(batch.tensors) for batch in kept):
+                return plain
+            taken = self.takes([batch for batch in kept if len(batch.tensors)])
+            flags = iter([flag for batch in taken for flag in batch])
+            return [[on and next(flags) for on in mask] for mask in plain]
+        kinds = torch.ops.apollo_qn.check(*arguments.tensors).tolist()
+        flags = iter(kinds)
+        return [[next(flags) >= 0 for _ in batch.tensors.params] for batch in batches]
+
+    def measure(self, batches: list[Batch]) -> list[Sums]:
+        """Return the sums over each tensor of each batch; nothing is changed."""
+        arguments = _Arguments(batches)
+        table = torch.ops.apollo_qn.measure(*arguments.tensors, *arguments.numbers())
+        tables = table.split([len(batch.tensors) for batch in batches])
+        return [
+            Sums.from_table(rows, batch.h.belief)
+            for rows, batch in zip(tables, batches, strict=True)
+        ]
+
+    def step(self, batches: list[Batch], sums: list[Sums] | None = None) -> bool:
+        """Update all tensors, or none: False where one of them cannot be taken."""
+        arguments = _Arguments(batches)
+        if not arguments.plain:
+            return False
+        table = None if sums is None else torch.cat([one.table() for one in sums])
+        if not torch.ops.apollo_qn.step_(*arguments.tensors, *arguments.numbers(), table):
+            return False
+        p, _, m, B, threshold, low = arguments.tensors
+        # autograd learns that they are no longer what they were
+        _increment_version([*p, *m, *B, *threshold, *low])
+        return True
+
+
+def count(state_steps: list[Tensor], previous_lrs: list[Tensor], rate: float) -> None:
+    """Add 1 to each step counter, and write the rate of this step into each previous_lr."""
+    torch.ops.apollo_qn.count_(state_steps, previous_lrs, rate)
+
+
+class _Arguments:
+    """The operator's arguments for all batches: one row of tensors, and a table of scalars."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self._batches = batches
+        lists = [batch.tensors for batch in batches]
+        self.tensors = [
+            *(_joined(lists, name) for name in ("params", "grads", "exp_avgs", "hessian_diags")),
+            _filled(lists, "thresholds"),
+            _filled(lists, "compensations"),
+        ]
+        self.plain = all(map(is_plain, self.tensors))
+
+    def numbers(self) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Return the row of scalars of each tensor, their RNG streams, and the scalars."""
+        batches = self._batches
+        rows = streams = None
+        if len(batches) > 1:
+            sizes = torch.tensor([len(batch.tensors) for batch in batches], device="cpu")
+            rows = torch.arange(len(batches), device="cpu").repeat_interleave(sizes)
+        if any(batch.tensors.rng_streams for batch in batches):
+            every = (batch.tensors.rng_streams or [0] * len(batch.tensors) for batch in batches)
+            streams = torch.tensor([x for some in every for x in some], device="cpu")
+        table = torch.tensor(
+            [step_scalars(batch) for batch in batches], dtype=torch.float64, device="cpu"
+        )
+        return rows, streams, table
+
+
+def step_scalars(batch: Batch) -> tuple[Any, ...]:
+    """Return the columns of ``step_scalars`` in ``kernel.h``."""
+    h, s = batch.h, batch.scalars
+    return (
+        *(s.alpha, s.rate, s.offset, h.sigma, s.previous_offset, s.kappa, s.omega),
+        *(h.sigma, h.secant_eps, -1.0 if h.maximize else 1.0),
+        *(h.weight_decay if h.l2 else 0.0, h.weight_decay if h.decoupled else 0.0),
+        *(float(h.decays), float(h.belief), float(h.rounding == "stochastic"), s.t),
+    )
+
+
+def _joined(lists: list[TensorLists], name: str) -> list[Tensor]:
+    if len(lists) == 1:
+        column: list[Tensor] = getattr(lists[0], name)
+        return column
+    return [tensor for each in lists for tensor in getattr(each, name)]
+
+
+def _filled(lists: list[TensorLists], name: str) -> list[Tensor]:
+    """Return a list that not all tensors need, with an empty tensor for those that do not."""
+    if not any(getattr(each, name) for each in lists):
+        return []
+    nothing = torch.empty(0, device="cpu")
+    return [
+        nothing if tensor is None else tensor
+        for each in lists
+        for tensor in getattr(each, name) or [None] * len(each)
+    ]
+
+
+def _plain_members(batch: Batch) -> list[bool]:
+    columns = [*batch.tensors.large, batch.tensors.thresholds]
+    return [
+        is_plain([column[i] for column in columns if column]) for i in range(len(batch.tensors))
+    ]
+
+
+def _indices(mask: list[bool]) -> list[int]:
+    return [i for i, on in enumerate(mask) if on]
+
+
+def _increment_version(tensors: list[Tensor]) -> None:
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:  # inference tensors have no version
+        torch.autograd.graph.increment_version([x for x in tensors if not x.is_inference()])

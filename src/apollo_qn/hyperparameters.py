@@ -1,0 +1,235 @@
+"""Hyperparameters: names, ranges, and the scalars of one step that follow from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from apollo_qn.rounding import Rounding
+
+Scalar: TypeAlias = "float | Tensor"  # a Python number, or a tensor: no host synchronisation
+Rebound = Literal["constant", "belief"]
+
+UNDETERMINED = 1e-6  # |1 - lr * weight_decay| below which theta_before cannot be rebuilt
+
+
+class Hyperparameters(NamedTuple):
+    """The settings of one parameter group in one step, named as in :class:`apollo_qn.Apollo`.
+
+    ``warmup_start`` is ``warmup_init_lr`` divided by the initial learning rate. ``rounding`` says
+    how a 16-bit parameter stores its update. The last four choose and constrain the back end.
+    """
+
+    lr: Scalar
+    beta: Scalar
+    eps: float
+    sigma: float
+    weight_decay: Scalar
+    decoupled_weight_decay: bool
+    rebound: Rebound
+    warmup_steps: int
+    warmup_start: float
+    maximize: bool
+    rounding: Rounding = "stochastic"
+    foreach: bool | None = None
+    fused: bool | None = None
+    capturable: bool = False
+    differentiable: bool = False
+
+    @property
+    def belief(self) -> bool:
+        """Whether D uses the threshold of the authors' later code."""
+        return self.rebound == "belief"
+
+    @property
+    def decays(self) -> bool:
+        """Whether weight decay takes part; a tensor counts as non-zero."""
+        return isinstance(self.weight_decay, Tensor) or self.weight_decay != 0
+
+    @property
+    def l2(self) -> bool:
+        """Whether decay is added to the gradient."""
+        return self.decays and not self.decoupled_weight_decay
+
+    @property
+    def decoupled(self) -> bool:
+        """Whether decay is added to the direction."""
+        return self.decays and self.decoupled_weight_decay
+
+    @property
+    def secant_eps(self) -> float:
+        """The number added to ||d||_4: eps / sigma, so that Theorem 1 is exact; eps with belief."""
+        return self.eps if self.belief else self.eps / self.sigma
+
+    def alpha(self, t: Scalar) -> Scalar:
+        """Return the weight of the new gradient in m at step ``t``, eq. (9).
+
+        The weight is exactly 1 at t = 0, whatever the type of ``t``, and tends to 1 - beta.
+        """
+        alpha = (1 - self.beta) / (1 - self.beta ** (t + 1))
+        return torch.where(t == 0, 1.0, alpha) if isinstance(t, Tensor) else alpha
+
+    def rate(self, t: Scalar) -> Scalar:
+        """Return the learning rate of step ``t``, warmed up linearly (section 3.4)."""
+        if self.warmup_steps == 0:
+            return self.lr
+        w, share = self.warmup_start, t / self.warmup_steps
+        factor = w + (1 - w) * share
+        if isinstance(factor, Tensor):
+            return self.lr * torch.where(torch.as_tensor(share) >= 1, 1, factor)
+        return self.lr * factor if share < 1 else self.lr
+
+    def offset(self, t: Scalar) -> Scalar:
+        """Return the number added to D at step ``t``: eps / alpha with belief, otherwise 0."""
+        return self.eps / self.alpha(t) if self.belief else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepScalars:
+    """The scalars of one step ``t`` (0 first), for one tensor or for many.
+
+    Each is a float, or a tensor: 0-dim, or of shape (n,) with an element per tensor.
+    ``previous_threshold`` and ``previous_offset`` give D of the step before. ``kappa`` and
+    ``omega`` turn its direction into its displacement, kappa d + omega theta; they are 1 and 0
+    unless weight decay is decoupled.
+    """
+
+    t: Scalar
+    alpha: Scalar
+    rate: Scalar
+    offset: Scalar
+    previous_threshold: Scalar
+    previous_offset: Scalar
+    kappa: Scalar
+    omega: Scalar
+
+    @classmethod
+    def at(
+        cls,
+        t: Scalar,
+        h: Hyperparameters,
+        previous_lr: Scalar | None = None,
+        previous_threshold: Scalar | None = None,
+    ) -> StepScalars:
+        """Return the scalars of step ``t``.
+
+        Args:
+            t: number of steps done before.
+            h: hyperparameters of the group.
+            previous_lr: the rate of the step before, needed with decoupled decay.
+            previous_threshold: needed with belief by what uses D of the step before.
+        """
+        if isinstance(t, Tensor):
+            # float32 counters would leave alpha good to 3e-7 only
+            t = t.to(torch.float32 if t.device.type == "mps" else torch.float64)
+        kappa: Scalar = 1.0
+        omega: Scalar = 0.0
+        if h.decoupled:
+            assert previous_lr is not None
+            kappa, omega = _displacement_weights(t, previous_lr, h.weight_decay)
+        previous_offset: Scalar = 0.0
+        if h.belief:
+            before = (t - 1).clamp(min=0) if isinstance(t, Tensor) else max(t - 1, 0)
+            previous_offset = h.offset(before)
+        threshold = h.sigma if previous_threshold is None else previous_threshold
+        return cls(t, h.alpha(t), h.rate(t), h.offset(t), threshold, previous_offset, kappa, omega)
+
+    def select(self, which: Any) -> StepScalars:
+        """Return the scalars of some of n tensors; ``which`` indexes a tensor of shape (n,)."""
+
+        def pick(x: Scalar) -> Scalar:
+            return x[which] if isinstance(x, Tensor) and x.dim() else x
+
+        return StepScalars(
+            pick(self.t),
+            pick(self.alpha),
+            pick(self.rate),
+            pick(self.offset),
+            pick(self.previous_threshold),
+            pick(self.previous_offset),
+            pick(self.kappa),
+            pick(self.omega),
+        )
+
+    def to(self, dtype: torch.dtype) -> StepScalars:
+        """Return the scalars with tensors in ``dtype``, the type of the arithmetic; t as it is."""
+
+        def cast(x: Scalar) -> Scalar:
+            return x.to(dtype) if isinstance(x, Tensor) else x
+
+        return StepScalars(
+            self.t,
+            cast(self.alpha),
+            cast(self.rate),
+            cast(self.offset),
+            cast(self.previous_threshold),
+            cast(self.previous_offset),
+            cast(self.kappa),
+            cast(self.omega),
+        )
+
+
+def _displacement_weights(t: Scalar, lr: Scalar, weight_decay: Scalar) -> tuple[Scalar, Scalar]:
+    """Return kappa and omega with d + wd theta_before = kappa d + omega theta.
+
+    From theta = theta_before - lr (d + wd theta_before). Where lr wd = 1 theta holds nothing of
+    theta_before, and d alone stands for the displacement. At t = 0 there was no step.
+    """
+    kept = 1 - lr * weight_decay
+    if isinstance(kept, Tensor) or isinstance(t, Tensor):
+        kept = torch.as_tensor(kept)
+        known = (kept.abs() >= UNDETERMINED) & torch.as_tensor(t > 0, device=kept.device)
+        safe = torch.where(known, kept, 1)
+        return 1 / safe, torch.where(known, weight_decay / safe, 0)
+    if t == 0 or abs(kept) < UNDETERMINED:
+        return 1.0, 0.0
+    return 1 / kept, weight_decay / kept
+
+
+def warmup_start(warmup_init_lr: float | None, base_lr: Scalar) -> float:
+    """Return ``warmup_init_lr`` divided by the initial learning rate; None means 1 / 1000."""
+    if warmup_init_lr is None:
+        return 1e-3
+    return warmup_init_lr / float(base_lr) if warmup_init_lr else 0.0  # 0 / 0 where lr is 0
+
+
+_NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "a finite number >= 0")
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "lr": _NOT_NEGATIVE,
+    "beta": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "eps": _NOT_NEGATIVE,
+    "sigma": (lambda x: 0 < x < math.inf, "a finite number > 0"),
+    "weight_decay": _NOT_NEGATIVE,
+    "warmup_steps": (lambda x: 0 <= x < math.inf and x == int(x), "a whole number >= 0"),
+    "warmup_init_lr": (lambda x: 0 <= x < math.inf, "None or a finite number >= 0"),
+}
+
+
+def check_ranges(given: Mapping[str, Any], lr: str = "lr") -> None:
+    """Raise ValueError for the first hyperparameter that is out of its range.
+
+    Args:
+        given: hyperparameters by name; missing names are skipped, and None where it is allowed.
+        lr: the name of the learning rate in ``given``.
+    """
+    for known, (holds, what) in _RANGES.items():
+        name = lr if known == "lr" else known
+        if name not in given or (known == "warmup_init_lr" and given[name] is None):
+            continue
+        value = given[name]
+        if isinstance(value, bool) or not isinstance(value, Real) or not holds(value):
+            raise ValueError(f"{name} must be {what}, got {value!r}")
+    if given.get(lr) == 0 and (given.get("warmup_init_lr") or 0) > 0:
+        raise ValueError(
+            f"warmup_init_lr must be None or 0 where {lr} is 0, got {given['warmup_init_lr']!r}"
+        )
+    if given["rebound"] not in ("constant", "belief"):
+        raise ValueError(f"rebound must be 'constant' or 'belief', got {given['rebound']!r}")
+    if given["rebound"] == "belief" and given.get("eps") == 0:
+        raise ValueError("eps must be > 0 with rebound='belief', got 0")

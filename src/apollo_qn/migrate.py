@@ -1,0 +1,146 @@
+"""States of the authors' released optimizer as states of this one.
+
+Three releases differ. The first (September 2020) has no key ``rebound``; the second (December 2020)
+has it; both fix sigma = 1. The third (August 2021, the main branch since) fixes sigma = 0.01. The
+keys do not tell the last two apart, so sigma is recovered from the stored direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import StateDict
+
+from apollo_qn.hyperparameters import Hyperparameters
+
+_SIGMAS = (1.0, 0.01)  # of the first two releases, of the third
+_KEYS = ("lr", "beta", "eps", "weight_decay", "warmup", "init_lr", "base_lr")
+_CLOSE = 1e-3  # rounding of m / D in the state's type, and of the parameter that decay adds
+
+
+def translated(state_dict: StateDict, groups: list[dict[str, Any]]) -> StateDict:
+    """Return a state of the released optimizer as one of ours, and any other as it is.
+
+    Raises:
+        ValueError: it was trained with ``weight_decay_type="stable"``, which Apollo does not have,
+            or its groups lack a key that the releases have.
+    """
+    states = state_dict["state"]
+    if not any("approx_hessian" in state for state in states.values()):
+        return state_dict
+    result: StateDict = {**state_dict, "param_groups": [], "state": dict(states)}
+    for saved, group in zip(state_dict["param_groups"], groups, strict=True):
+        settings = _settings(saved)
+        members = [
+            (key, states[key], p)
+            for key, p in zip(saved["params"], group["params"], strict=True)
+            if "approx_hessian" in states.get(key, {})
+        ]
+        settings["sigma"] = _sigma(settings, [(state, p) for _, state, p in members], saved)
+        result["param_groups"].append({**group, **settings, "params": saved["params"]})
+        for key, state, p in members:
+            result["state"][key] = _state(state, settings, p)
+    return result
+
+
+def _settings(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a saved group under our names, without sigma."""
+    decay = saved.get("weight_decay_type", "L2")
+    if decay not in ("L2", "decoupled"):
+        raise ValueError(
+            f"weight_decay_type must be 'L2' or 'decoupled' to be loaded here, got {decay!r}"
+        )
+    missing = [name for name in _KEYS if name not in saved]
+    if missing:
+        raise ValueError(
+            f"a parameter group lacks {', '.join(map(repr, missing))}, which the authors' releases "
+            f"have; it has {sorted(saved)}. If the state is of a port of their optimizer, add the "
+            "missing settings to state_dict['param_groups'] before loading"
+        )
+    return {
+        **{name: saved[name] for name in ("lr", "beta", "eps", "weight_decay")},
+        **{name: saved[name] for name in ("initial_lr",) if name in saved},  # set by a scheduler
+        "decoupled_weight_decay": decay == "decoupled",
+        "rebound": saved.get("rebound", "constant"),
+        "warmup_steps": saved["warmup"],
+        "warmup_init_lr": saved["init_lr"],
+        "warmup_base_lr": saved["base_lr"],
+    }
+
+
+def _hyperparameters(settings: dict[str, Any], sigma: float) -> Hyperparameters:
+    return Hyperparameters(
+        lr=float(settings["lr"]),
+        beta=settings["beta"],
+        eps=settings["eps"],
+        sigma=sigma,
+        weight_decay=settings["weight_decay"],
+        decoupled_weight_decay=settings["decoupled_weight_decay"],
+        rebound=settings["rebound"],
+        warmup_steps=settings["warmup_steps"],
+        warmup_start=settings["warmup_init_lr"] / settings["warmup_base_lr"],
+        maximize=False,
+    )
+
+
+def _sigma(
+    settings: dict[str, Any], members: list[tuple[dict[str, Any], Tensor]], saved: dict[str, Any]
+) -> float:
+    """Return the sigma that a group was trained with.
+
+    D = m / d is max(|B|, sigma). An element with |B| below 1 and D of 1 says that sigma is 1; one
+    with D below 1, that it is 0.01. Where every |B| is above 1 both give the same steps, and the
+    keys decide.
+    """
+    if settings["rebound"] == "constant":
+        for state, p in members:
+            for D, B in _denominators(state, settings, p):
+                if bool((D < 1 - _CLOSE).any()):
+                    return _SIGMAS[1]
+                if bool((B.abs() < 1 - _CLOSE).any()):
+                    return _SIGMAS[0]
+    return _SIGMAS[1] if "rebound" in saved else _SIGMAS[0]
+
+
+def _denominators(
+    state: dict[str, Any], settings: dict[str, Any], p: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """D and B of the elements of a parameter for which the stored direction tells D."""
+    h = _hyperparameters(settings, 1.0)
+    d, m = _direction(state, h, p), state["exp_avg_grad"].double()
+    known = (d != 0) & (m != 0)
+    if bool(known.any()):
+        yield (m[known] / d[known]).abs(), state["approx_hessian"].double()[known]
+
+
+def _direction(state: dict[str, Any], h: Hyperparameters, p: Tensor) -> Tensor:
+    """Return m / D of the last step: the stored one without its weight decay."""
+    d: Tensor = state["update"].double()
+    if h.decoupled:
+        theta_before = p.detach().to(d) + _previous_lr(state, h) * d
+        d = d - h.weight_decay * theta_before
+    return d
+
+
+def _previous_lr(state: dict[str, Any], h: Hyperparameters) -> float:
+    return float(h.rate(max(int(state["step"]) - 1, 0)))
+
+
+def _state(state: dict[str, Any], settings: dict[str, Any], p: Tensor) -> dict[str, Any]:
+    m, B = state["exp_avg_grad"], state["approx_hessian"]
+    h = _hyperparameters(settings, settings["sigma"])
+    steps = int(state["step"])
+    result = {"step": torch.tensor(float(steps)), "exp_avg": m, "hessian_diag": B}
+    if h.decoupled_weight_decay:
+        result["previous_lr"] = torch.tensor(_previous_lr(state, h), dtype=torch.float64)
+    if h.belief:
+        offset = float(h.offset(max(steps - 1, 0)))
+        threshold = torch.zeros((), dtype=m.dtype, device=m.device)
+        for D, _ in _denominators(state, settings, p):
+            # the smallest D is max(min |B|, r) + offset, and that threshold gives the same D
+            threshold = (D.min() - offset).clamp(min=0).to(m.dtype)
+        result["threshold"] = threshold
+    return result
