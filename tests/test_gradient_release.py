@@ -75,7 +75,7 @@ def groups_of(net: Net) -> list[dict[str, Any]]:
 
 
 def make(net: Net, **settings: Any) -> Apollo:
-    return Apollo(groups_of(net), lr=0.05, **{"warmup_steps": 3, **settings})
+    return Apollo(groups_of(net), lr=0.05, **{"warmup_steps": 3, "seed": 0, **settings})
 
 
 def pair(dtype: torch.dtype = torch.float32, **settings: Any) -> Iterator[tuple[Net, Apollo]]:
@@ -315,7 +315,7 @@ def test_groups_added_and_layers_unfrozen_later() -> None:
         net = Net()
         net.norm.requires_grad_(False)
         groups = groups_of(net)
-        pairs.append(((net, Apollo(groups[:2], lr=0.05)), groups[2]))
+        pairs.append(((net, Apollo(groups[:2], lr=0.05, seed=0)), groups[2]))
     (ordinary, late), (released, other_late) = pairs
     GradientRelease(released[1])
     for t in range(6):
@@ -461,7 +461,6 @@ def test_what_cannot_be_released() -> None:
     optimizer = make(net, differentiable=True)
     with pytest.raises(RuntimeError, match="differentiable=True"):
         GradientRelease(optimizer)
-    assert optimizer._release is None
     assert not any(p._post_accumulate_grad_hooks for p in net.parameters())
 
 

@@ -28,8 +28,8 @@ def mixed(x: Words) -> Words:
 
 
 def drawn(seed: int = 0, position: int = 0, step: int = 0, first: int = 0, n: int = N) -> Tensor:
-    keys = rounding.keys(rounding.stream(seed, position), step)
-    return rounding.words(torch.arange(first, first + n), *keys)
+    keys = rounding.keys(rounding.rng_stream(seed, position), step)
+    return rounding.random_bits(torch.arange(first, first + n), *keys)
 
 
 def of_elements(n: int) -> Tensor:
@@ -37,23 +37,23 @@ def of_elements(n: int) -> Tensor:
 
 
 def of_steps(n: int) -> Tensor:
-    first, second = rounding.keys(rounding.stream(0, 0), torch.arange(n))
-    return rounding.words(torch.zeros(n, dtype=torch.int64), first, second)
+    first, second = rounding.keys(rounding.rng_stream(0, 0), torch.arange(n))
+    return rounding.random_bits(torch.zeros(n, dtype=torch.int64), first, second)
 
 
 def of_positions(n: int) -> Tensor:
-    streams = torch.tensor([rounding.stream(0, i) for i in range(n)])
-    return rounding.words(torch.zeros(n, dtype=torch.int64), *rounding.keys(streams, 7))
+    streams = torch.tensor([rounding.rng_stream(0, i) for i in range(n)])
+    return rounding.random_bits(torch.zeros(n, dtype=torch.int64), *rounding.keys(streams, 7))
 
 
 def of_seeds(n: int) -> Tensor:
-    streams = torch.tensor([rounding.stream(i, 0) for i in range(n)])
-    return rounding.words(torch.zeros(n, dtype=torch.int64), *rounding.keys(streams, 7))
+    streams = torch.tensor([rounding.rng_stream(i, 0) for i in range(n)])
+    return rounding.random_bits(torch.zeros(n, dtype=torch.int64), *rounding.keys(streams, 7))
 
 
 def of_parts(n: int) -> Tensor:
-    streams = torch.tensor([rounding.part(rounding.stream(0, 0), i) for i in range(n)])
-    return rounding.words(torch.zeros(n, dtype=torch.int64), *rounding.keys(streams, 7))
+    streams = torch.tensor([rounding.shard_stream(rounding.rng_stream(0, 0), i) for i in range(n)])
+    return rounding.random_bits(torch.zeros(n, dtype=torch.int64), *rounding.keys(streams, 7))
 
 
 SEQUENCES = pytest.mark.parametrize(
@@ -77,11 +77,11 @@ def test_the_hash_is_one_function_of_32_bits() -> None:
 
 
 def test_keys_of_parameters_and_steps_all_differ() -> None:
-    streams = torch.tensor([rounding.stream(3, i) for i in range(300)])
+    streams = torch.tensor([rounding.rng_stream(3, i) for i in range(300)])
     assert streams.unique().numel() == 300
     first, second = rounding.keys(streams.unsqueeze(1), torch.arange(300).unsqueeze(0))
     assert ((first << 31) + second).unique().numel() == 300 * 300
-    assert rounding.stream(1, 0) != rounding.stream(1 << 32, 0)
+    assert rounding.rng_stream(1, 0) != rounding.rng_stream(1 << 32, 0)
 
 
 def test_places_beyond_32_bits_draw_anew() -> None:
@@ -113,11 +113,11 @@ def test_neighbours_are_independent(sequence: Callable[[int], Tensor], lag: int)
 
 
 def test_each_bit_of_a_place_changes_half_of_the_word() -> None:
-    keys = rounding.keys(rounding.stream(0, 0), 0)
+    keys = rounding.keys(rounding.rng_stream(0, 0), 0)
     places = torch.arange(4096)
-    before = rounding.words(places, *keys)
+    before = rounding.random_bits(places, *keys)
     for bit in range(32):
-        flipped = bits(rounding.words(places ^ (1 << bit), *keys) ^ before).mean(0)
+        flipped = bits(rounding.random_bits(places ^ (1 << bit), *keys) ^ before).mean(0)
         assert flipped.abs().max() < 5.5 / math.sqrt(4096), bit
 
 
@@ -213,7 +213,7 @@ def test_places_are_those_in_memory() -> None:
 def small_updates(steps: int, **settings: Any) -> tuple[float, float]:
     """Mean and spread of 1,000 weights of 1 after updates of a 16th of an ulp below 1 each."""
     p = torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
-    optimizer = Apollo([p], lr=2.0**-8 / 16, warmup_steps=0, **settings)
+    optimizer = Apollo([p], lr=2.0**-8 / 16, warmup_steps=0, **{"seed": 0, **settings})
     for _ in range(steps):
         p.grad = torch.ones_like(p)
         optimizer.step()
@@ -243,7 +243,7 @@ def trained(
 ) -> list[Tensor]:
     params = [torch.nn.Parameter(torch.ones(500, dtype=torch.bfloat16)) for _ in range(3)]
     groups = [{"params": params[:1]}, {"params": params[1:]}]
-    optimizer = Apollo(groups, lr=2.0**-9, warmup_steps=0, **{**back_end, **settings})
+    optimizer = Apollo(groups, lr=2.0**-9, warmup_steps=0, **{"seed": 0, **back_end, **settings})
     for _ in range(2):
         for i, p in enumerate(params):
             p.grad = None if i in without else torch.ones_like(p)

@@ -2,7 +2,8 @@
 
 from apollo_qn.functional import apollo
 from apollo_qn.gradient_release import GradientRelease
-from apollo_qn.optimizer import Apollo, ApolloW, ApolloWarning
+from apollo_qn.optimizer import Apollo, ApolloW
+from apollo_qn.optimizer import ApolloWarning as ApolloWarning
 
-__all__ = ["Apollo", "ApolloW", "ApolloWarning", "GradientRelease", "apollo"]
+__all__ = ["Apollo", "ApolloW", "GradientRelease", "apollo"]
 __version__ = "0.1.0"

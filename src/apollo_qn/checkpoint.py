@@ -40,16 +40,16 @@ def prepared(state_dict: StateDict, groups: list[dict[str, Any]]) -> StateDict:
     sizes = [[len(g["params"]) for g in some] for some in (state_dict["param_groups"], groups)]
     if sizes[0] != sizes[1]:
         raise ValueError(
-            f"the saved state has {len(sizes[0])} parameter groups of {sizes[0]} parameters, this "
-            f"optimizer {len(sizes[1])} of {sizes[1]}: make the optimizer with the same groups"
+            f"the state has groups of {sizes[0]} parameters, this optimizer of {sizes[1]}: make the "
+            "optimizer with the groups that were saved"
         )
     result = {**migrate.translated(state_dict, groups)}
     saved_groups = []
     for saved, group in zip(result["param_groups"], groups, strict=True):
         # a state that does not say how numbers are stored leaves the group's settings
         its = {**{name: group[name] for name in _STORAGE}, **saved}
-        if isinstance(its["state_dtype"], torch.dtype):
-            its["state_dtype"] = str(its["state_dtype"]).removeprefix("torch.")
+        if its["state_dtype"] is torch.bfloat16:  # as earlier versions saved it
+            its["state_dtype"] = "bfloat16"
         saved_groups.append(its)
     result["param_groups"] = saved_groups
     for p, _, state in _entries(result, groups):

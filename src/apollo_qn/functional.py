@@ -59,7 +59,7 @@ def apollo(
     capturable: bool = False,
     differentiable: bool = False,
     rounding: Rounding | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     compensations: list[Tensor | None] | None = None,
     positions: list[int] | None = None,
 ) -> None:
@@ -81,6 +81,8 @@ def apollo(
             the threshold of the step before, read and then overwritten.
         compensations: needed with ``rounding="kahan"``: for each bfloat16 or float16 parameter a
             tensor of its shape and type, zeros at first; anything, or None, for the others.
+        seed: seed of the random bits of stochastic rounding; None means 0, since nothing here
+            could save another one.
         positions: an integer per parameter, from which its random bits follow; None: 0, 1, ...
 
     Raises:
@@ -96,6 +98,7 @@ def apollo(
         >>> theta
         tensor([0.9500, 0.9500, 0.9500])
     """
+    seed = 0 if seed is None else seed
     check_rounding(rounding, seed)
     h = Hyperparameters(
         lr=lr,
@@ -117,7 +120,7 @@ def apollo(
         differentiable=differentiable,
     )
     places = range(len(params)) if positions is None else positions
-    _check_length("positions", places, params)
+    _check_length("positions", places, params, "number")
     tensors = TensorLists(
         list(params),
         list(grads),
@@ -125,20 +128,28 @@ def apollo(
         list(hessian_diags),
         list(state_steps),
         _needed(
-            "previous_lrs", previous_lrs, decoupled_weight_decay, "decoupled_weight_decay=True"
+            "previous_lrs",
+            previous_lrs,
+            params,
+            decoupled_weight_decay,
+            "decoupled_weight_decay=True",
         ),
-        _needed("thresholds", thresholds, rebound == "belief", "rebound='belief'"),
+        _needed("thresholds", thresholds, params, rebound == "belief", "rebound='belief'"),
         list(compensations or []) if rounding == "kahan" else [],
         [storage.rng_stream(seed, place) for place in places],
     )
     execute(prepare([(tensors, h)], Backends()))
 
 
-def _needed(name: str, tensors: list[Tensor] | None, needed: bool, mode: str) -> list[Tensor]:
+def _needed(
+    name: str, tensors: list[Tensor] | None, params: list[Tensor], needed: bool, mode: str
+) -> list[Tensor]:
+    """Return a list that only some modes need; raise ValueError where it is missing."""
     if not needed:
         return []
     if tensors is None:
         raise ValueError(f"{name} must be a list of 0-dim tensors with {mode}, got None")
+    _check_length(name, tensors, params)
     return list(tensors)
 
 
@@ -151,6 +162,9 @@ class Backends:
     cpu: cpu.CPU = field(default_factory=cpu.CPU)
     triton: triton.Triton = field(default_factory=triton.Triton)
     reduction: Reduction | None = None
+
+
+TRACED = Backends()  # of compiled steps, which torch.compile cannot make
 
 
 @dataclass
@@ -245,7 +259,8 @@ def execute(step: Step) -> None:
     for part in (*step.fused, *step.others):
         for batch in part.batches:
             _count(batch)
-    step.backends.reduction = step.reduction
+    if step.backends.reduction is not step.reduction:
+        step.backends.reduction = step.reduction
 
 
 def _hand_back(step: Step, part: Part) -> None:
@@ -374,8 +389,12 @@ def _count(batch: Batch) -> None:
         return
     if not isinstance(rate, Tensor):
         rate = torch.full((), rate, dtype=torch.float64, device="cpu")
-    for old, new in zip(previous, rate.expand(len(previous)).unbind(), strict=True):
-        old.copy_(new)
+    new = list(rate.expand(len(previous)).unbind())
+    if torch.is_grad_enabled():  # foreach_copy_ has no derivative
+        for old, value in zip(previous, new, strict=True):
+            old.copy_(value)
+    else:
+        torch._foreach_copy_(previous, new)
 
 
 def _may_count(batch: Batch) -> bool:
@@ -449,9 +468,6 @@ def _checked(lists: TensorLists, h: Hyperparameters) -> Group:
     check_back_end_choice(h.foreach, h.fused, h.differentiable)
     for name in ("grads", "exp_avgs", "hessian_diags", "state_steps"):
         _check_length(name, getattr(lists, name), lists.params)
-    for name in ("previous_lrs", "thresholds"):
-        if column := getattr(lists, name):
-            _check_length(name, column, lists.params)
     if h.rounding == "kahan":
         lists = replace(lists, compensations=_compensations(lists))
     if torch.compiler.is_compiling():
@@ -475,10 +491,13 @@ def _checked(lists: TensorLists, h: Hyperparameters) -> Group:
     return lists, h
 
 
-def _check_length(name: str, column: Sequence[Any], params: Sequence[Any]) -> None:
+def _check_length(
+    name: str, column: Sequence[Any], params: Sequence[Any], what: str = "tensor"
+) -> None:
     if len(column) != len(params):
         raise ValueError(
-            f"{name} must have one entry per parameter, got {len(column)} for {len(params)}"
+            f"{name} must have one {what} for each of the {len(params)} in params, "
+            f"got {len(column)}"
         )
 
 

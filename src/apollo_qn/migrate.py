@@ -92,9 +92,10 @@ def _sigma(
     """Return the sigma that a group was trained with.
 
     D = m / d is max(|B|, sigma). An element with |B| below 1 and D of 1 says that sigma is 1; one
-    with D below 1, that it is 0.01. Where every |B| is above 1 both give the same steps, and the
-    keys decide.
+    with D below 1, that it is 0.01. Where every |B| is above 1 both have taken the same steps.
     """
+    if "rebound" not in saved:
+        return _SIGMAS[0]
     if settings["rebound"] == "constant":
         for state, p in members:
             for D, B in _denominators(state, settings, p):
@@ -102,7 +103,7 @@ def _sigma(
                     return _SIGMAS[1]
                 if bool((B.abs() < 1 - _CLOSE).any()):
                     return _SIGMAS[0]
-    return _SIGMAS[1] if "rebound" in saved else _SIGMAS[0]
+    return _SIGMAS[1]
 
 
 def _denominators(

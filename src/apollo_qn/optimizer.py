@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -23,6 +26,10 @@ from apollo_qn.hyperparameters import (
     warmup_start,
 )
 from apollo_qn.rounding import Rounding
+
+
+_rng_stream = lru_cache(maxsize=1 << 16)(storage.rng_stream)
+_made = itertools.count()  # optimizers of this process
 
 
 class ApolloWarning(UserWarning):
@@ -91,8 +98,9 @@ class Apollo(Optimizer):
         state_dtype: type of m and B: None, float32 at least, or ``torch.bfloat16``, of which B is
             rounded stochastically; not for complex parameters. Groups store it as a string.
         seed: seed of the random bits of stochastic rounding, a whole number in [0, 2**64). None:
-            drawn from torch's default generator. It is saved with the group. The bits are a
-            function of seed, position of the parameter in the optimizer, step and element, the
+            drawn from torch's default generator, or, in a run of several processes, the number of
+            optimizers made before, so that all ranks agree. It is saved with the group. The bits
+            are a function of seed, position of the parameter in the optimizer, step and element, the
             same on every back end, so that a resumed run draws what it would have drawn.
 
     Raises:
@@ -115,6 +123,8 @@ class Apollo(Optimizer):
     # the shape that each parameter had when it was given to this optimizer
     _given_shapes: WeakTensorKeyDictionary | None = None
     _has_warned = False
+    # torch's generator before and after the default seed was drawn
+    _drawn_seed: tuple[Tensor, Tensor] | None = None
 
     def __init__(
         self,
@@ -138,8 +148,7 @@ class Apollo(Optimizer):
         state_dtype: torch.dtype | str | None = None,
         seed: int | None = None,
     ) -> None:
-        if seed is None:
-            seed = int(torch.randint(1 << 62, (), device="cpu"))
+        seed = self._default_seed() if seed is None else seed
         defaults: dict[str, Any] = {
             "lr": lr,
             "beta": beta,
@@ -162,6 +171,16 @@ class Apollo(Optimizer):
         _check_settings(defaults)
         super().__init__(params, defaults)
 
+    def _default_seed(self) -> int:
+        made = next(_made)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            # replicas must round alike, and the generators of the ranks need not agree
+            return made
+        before = torch.get_rng_state()
+        seed = int(torch.randint(1 << 62, (), device="cpu"))
+        self._drawn_seed = (before, torch.get_rng_state())
+        return seed
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; raises as the constructor does, before anything is changed."""
         if isinstance(param_group, dict):
@@ -176,7 +195,7 @@ class Apollo(Optimizer):
                     f"{self.defaults['differentiable']!r}: give the constructor the value"
                 )
             # warmup_init_lr is divided by it, whatever a scheduler makes of lr later
-            param_group.setdefault("warmup_base_lr", float(settings["lr"]))
+            param_group.setdefault("warmup_base_lr", _number(settings["lr"]))
             params = param_group["params"]
             if not isinstance(params, Tensor | set):
                 param_group["params"] = params = list(params)
@@ -196,7 +215,7 @@ class Apollo(Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-            group.setdefault("warmup_base_lr", float(group["lr"]))
+            group.setdefault("warmup_base_lr", _number(group["lr"]))
             group["state_dtype"] = _dtype_name(group["state_dtype"])
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -229,6 +248,16 @@ class Apollo(Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
+        self._return_drawn_seed()
+
+    def _return_drawn_seed(self) -> None:
+        """Give the default seed, which the loaded one replaces, back to torch's generator.
+
+        A resumed run then goes on with the random numbers of the run that it continues.
+        """
+        drawn, self._drawn_seed = self._drawn_seed, None
+        if drawn is not None and torch.equal(drawn[1], torch.get_rng_state()):
+            torch.set_rng_state(drawn[0])
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -279,7 +308,7 @@ class Apollo(Optimizer):
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             if torch.compiler.is_compiling():
                 lists = [self._tensor_lists(*some) for some in groups]
-                functional.execute(functional.prepare(lists, functional.Backends()))
+                functional.execute(functional.prepare(lists, functional.TRACED))
                 return
             if self._backends is None:
                 self._backends = functional.Backends()
@@ -366,6 +395,8 @@ class Apollo(Optimizer):
             among: the parameters that take part; None: all of the group.
             new: collects what was made, so that it can be removed again.
         """
+        group["state_dtype"] = _dtype_name(group["state_dtype"])
+        _check_storage(group, group["params"])
         members = group["params"] if among is None else among
         params += [p for p in members if p.grad is not None]
         grads += [p.grad for p in params]  # type: ignore[misc]
@@ -397,7 +428,7 @@ class Apollo(Optimizer):
                     del state["compensation"]  # it would be stale if kahan came again
         if group["state_dtype"] is not None or any(p.dtype in storage.NARROW for p in params):
             rng_streams += [
-                storage.rng_stream(group["seed"], first + i)
+                _rng_stream(group["seed"], first + i)
                 for i, p in enumerate(members)
                 if p.grad is not None
             ]
@@ -567,12 +598,16 @@ def hyperparameters(group: dict[str, Any]) -> Hyperparameters:
 
 
 def _dtype_name(dtype: Any) -> Any:
-    """Return the name of a state's type; a saved group holds no torch.dtype."""
-    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    """Return a state's type as a group stores it: a saved group holds no torch.dtype."""
+    return "bfloat16" if dtype is torch.bfloat16 else dtype
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
     return torch.bfloat16 if name == "bfloat16" else None
+
+
+def _number(x: Scalar) -> float:
+    return float(x.detach() if isinstance(x, Tensor) else x)
 
 
 def _check_settings(given: dict[str, Any]) -> None:
@@ -588,7 +623,7 @@ def _check_settings(given: dict[str, Any]) -> None:
             raise ValueError(
                 f"{name} must be a tensor of one real element, got shape {tuple(value.shape)}"
             )
-        numbers[name] = float(value)
+        numbers[name] = _number(value)
     check_ranges(numbers)
     _check_storage(given)
     functional.check_back_end_choice(given["foreach"], given["fused"], given["differentiable"])
@@ -597,7 +632,7 @@ def _check_settings(given: dict[str, Any]) -> None:
 def _check_storage(given: dict[str, Any], params: Iterable[Any] = ()) -> None:
     """Raise ValueError for a way of storing numbers that there is not, or not for these tensors."""
     functional.check_rounding(given["rounding"], given["seed"])
-    chosen = given["state_dtype"]
+    chosen = _dtype_name(given["state_dtype"])
     if chosen not in (None, "bfloat16"):
         raise ValueError(
             f"state_dtype must be None (float32 at least) or torch.bfloat16, got {chosen!r}"

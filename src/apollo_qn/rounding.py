@@ -18,7 +18,6 @@ numbers and in int64 tensors they lie in [0, 2^32).
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -50,14 +49,12 @@ def mix(x: Any) -> Any:
     return x ^ (x >> 15)
 
 
-@lru_cache(maxsize=1 << 16)
 def rng_stream(seed: int, position: int) -> int:
     """Return the 32-bit number of the parameter at ``position``; those of one seed all differ."""
     word: int = mix(mix(mix(seed & _MASK) ^ (seed >> 32)) ^ (position & _MASK))
     return word
 
 
-@lru_cache(maxsize=1 << 16)
 def shard_stream(whole: int, index: int) -> int:
     """Return the stream of shard ``index`` of a parameter, from that of the whole parameter."""
     word: int = mix(whole ^ mix(index + 1))

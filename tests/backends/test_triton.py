@@ -179,8 +179,8 @@ def test_random_rounding_has_the_bits_of_the_rule(
     m, B = torch.zeros_like(theta), torch.zeros_like(theta)
     # theta' = 0 - 1 * m' / max(|B'|, 1) with m' = g
     apollo_qn.apollo([p], [-theta], [m], [B], [torch.zeros(())], warmup_steps=0, seed=3, **FUSED)
-    first, second = rounding.keys(rounding.stream(3, 0), 0)
-    random = rounding.words(rounding.places(p), first, second)
+    first, second = rounding.keys(rounding.rng_stream(3, 0), 0)
+    random = rounding.random_bits(rounding.places(p), first, second)
     assert same(p, rounding.stochastic(0 - -theta, dtype, random))
 
 

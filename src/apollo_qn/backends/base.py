@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -82,7 +81,7 @@ class Batch:
         return Batch(self.tensors.slice(which), self.h, self.scalars.select(which))
 
 
-class Backend(ABC):
+class Backend:
     """A way to carry out :func:`apollo_qn.algorithm.update` on many tensors.
 
     A back end sees plain local tensors and changes them in place. It knows nothing of groups,
@@ -94,11 +93,10 @@ class Backend(ABC):
         """Return for each tensor of each batch whether this back end can update it."""
         return [[True] * len(batch.tensors) for batch in batches]
 
-    @abstractmethod
     def measure(self, batches: list[Batch]) -> list[Sums]:
         """Return the sums over each tensor of each batch; nothing is changed."""
+        raise NotImplementedError
 
-    @abstractmethod
     def step(self, batches: list[Batch], sums: list[Sums] | None = None) -> bool:
         """Update all tensors.
 
@@ -109,6 +107,7 @@ class Backend(ABC):
         Returns:
             False: nothing has been changed, because :meth:`takes` says no of some tensor.
         """
+        raise NotImplementedError
 
 
 def is_plain(tensors: Sequence[Any]) -> bool:

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from apollo_qn import rule
-from apollo_qn.rule import Hyperparameters, StepScalars
+from apollo_qn import algorithm, secant
+from apollo_qn.hyperparameters import Hyperparameters, StepScalars
 from tests import tolerances
 from tests.helpers import BACK_ENDS, DEVICE, Comparison, as_numpy, make, normal
 from tests.numpy_reference import ReferenceApollo, Settings
@@ -88,7 +88,7 @@ def test_update_changes_nothing_in_place() -> None:
     tensors = [normal((5,), i) for i in range(4)]
     copies = [x.clone() for x in tensors]
     h = hyperparameters()
-    rule.update(*tensors, h, StepScalars.at(2.0, h))
+    algorithm.update(*tensors, h, StepScalars.at(2.0, h))
     for x, copy in zip(tensors, copies, strict=True):
         assert torch.equal(x, copy)
 
@@ -298,7 +298,7 @@ def test_secant_coefficient_is_finite_where_the_result_is(
     """c = scale^3 k / (scale q4^(1/4) + eps)^4 in logarithms, where a plain form would overflow."""
     log_scale, log_k, _ = (x / 10 for x in numbers)
     q4 = 3.0
-    got = rule.secant_coefficient(
+    got = secant.secant_coefficient(
         torch.tensor(10.0**log_scale, dtype=torch.float64),
         torch.tensor(q4, dtype=torch.float64),
         torch.tensor(10.0**log_k, dtype=torch.float64),
@@ -311,12 +311,12 @@ def test_secant_coefficient_is_finite_where_the_result_is(
 
 def test_nothing_is_learnt_from_no_displacement() -> None:
     zero = torch.zeros((), dtype=torch.float64)
-    assert rule.secant_coefficient(zero, zero, zero, 0.0) == 0
-    assert rule.secant_coefficient(zero, zero, zero, 1e-4) == 0
+    assert secant.secant_coefficient(zero, zero, zero, 0.0) == 0
+    assert secant.secant_coefficient(zero, zero, zero, 1e-4) == 0
 
 
 def test_finite_keeps_nan_and_saturates() -> None:
-    c = rule.finite(
+    c = secant.saturated(
         torch.tensor([1e300, -1e300, 2.0, math.nan], dtype=torch.float64), torch.float32
     )
     assert c.dtype is torch.float32
