@@ -1,0 +1,558 @@
+// Algorithm 1 on runs of elements. This header knows nothing of torch.
+//
+// The result depends neither on the number of threads nor on the width of the vectors: no
+// multiplication is contracted with an addition (-ffp-contract=off), and every sum has a fixed order.
+// Sums are taken in blocks of a fixed size, each in LANES interleaved partial sums, and the blocks are
+// added in their order.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <type_traits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#define INLINE inline __attribute__((always_inline))
+
+namespace apollo {
+
+constexpr size_t LANES = 16;
+constexpr size_t RUN = 8 * LANES;    // elements summed in the type of the arithmetic: the rounding error
+                                     // of a sum of equal numbers grows with its length
+constexpr size_t BLOCK = 8 * RUN;    // elements that share a scale
+constexpr size_t CHUNK = 32 * BLOCK; // elements of a large tensor whose sums are kept apart
+
+// One row of the operators' `scalars`.
+struct Scalars {
+    double alpha, rate, offset, previous_threshold, previous_offset, kappa, omega;
+    double threshold, eps, sign, l2, decoupled, decay, belief, stochastic, t;
+};
+static_assert(sizeof(Scalars) == 16 * sizeof(double));
+
+// One row of the operators' `sums`, secant.Sums of a tensor or of its shard.
+struct ShardSums {
+    double scale; // a power of 2; negative: the tensor is not sharded
+    double q4, k, largest;
+};
+
+// With u = d / 2^e: sum u^4, <u, y + B d>, max |d| and max |g - m|.
+struct Sums {
+    double q4, k, d, most;
+    int e;
+};
+
+// B' = B - c u^2, the threshold of D, and the keys of the random bits.
+struct Update {
+    double c, threshold, d;
+    int e;
+    uint32_t key, second_key;
+};
+
+struct Item {
+    char *p, *m, *B;
+    char *compensation; // of p; null: none
+    void *threshold;    // null: none
+    const char *g;
+    size_t n;
+    const Scalars *scalars;
+    const ShardSums *sums; // null: not sharded
+    int kind;              // index in Kinds
+    uint32_t stream;       // of random bits, see rounding.py
+};
+
+enum Rounding { NEAREST, STOCHASTIC, KAHAN }; // how a 16-bit parameter is stored
+
+struct bf16 {
+    uint16_t bits;
+};
+
+// Types of parameter, gradient and state. The arithmetic is that of the state, but at least float.
+template <class P_, class G_, class M_> struct Kind {
+    using P = P_;
+    using G = G_;
+    using M = M_;
+    using S = std::conditional_t<std::is_same_v<M_, double>, double, float>;
+};
+using Kinds = std::tuple<Kind<float, float, float>, Kind<float, bf16, float>, Kind<bf16, bf16, float>,
+                         Kind<bf16, float, float>, Kind<double, double, double>,
+                         Kind<float, float, bf16>, Kind<bf16, bf16, bf16>>;
+constexpr size_t KINDS = std::tuple_size_v<Kinds>;
+constexpr int F64 = 4;
+struct Size {
+    size_t p, g, state;
+};
+template <class... K> constexpr auto sizes_of(std::tuple<K...>)
+{
+    struct {
+        Size of[sizeof...(K)];
+    } sizes{{{sizeof(typename K::P), sizeof(typename K::G), sizeof(typename K::M)}...}};
+    return sizes;
+}
+constexpr auto SIZES = sizes_of(Kinds{});
+
+// The largest |e| of a scale 2^e, and the size of |d| below which denormal numbers matter.
+template <class S> struct Limits;
+template <> struct Limits<float> {
+    static constexpr int exponent = 120;
+    static constexpr double tiny = 0x1p-104, coefficient = 0x1p125;
+};
+template <> struct Limits<double> {
+    static constexpr int exponent = 1000;
+    static constexpr double tiny = 0x1p-970, coefficient = 0x1p1020;
+};
+
+template <class To, class From> INLINE To bits_of(From x)
+{
+    static_assert(sizeof(To) == sizeof(From));
+    To y;
+    memcpy(&y, &x, sizeof y);
+    return y;
+}
+
+// Operations on denormal numbers take a hundred times longer, and such numbers occur where gradients
+// are 0 and m decays; so they count as 0.
+INLINE void flush_denormals(bool on)
+{
+#if defined(__x86_64__)
+    constexpr unsigned bits = 0x8040;
+    const unsigned now = _mm_getcsr();
+    _mm_setcsr(on ? now | bits : now & ~bits);
+#else
+    (void)on;
+#endif
+}
+
+// Flushes denormals while it lives, in its thread.
+class Flushing {
+#if defined(__x86_64__)
+  public:
+    Flushing() : before_(_mm_getcsr()) { flush_denormals(true); }
+    ~Flushing() { _mm_setcsr(before_); }
+
+  private:
+    unsigned before_;
+#endif
+};
+
+INLINE double larger(double x, double y) { return x > y ? x : y; }
+
+INLINE double power_of_2(int e) // |e| <= 1000
+{
+    return bits_of<double>((uint64_t)(1023 + e) << 52);
+}
+
+// e with 2^(e-1) <= x < 2^e of a normal number, limited to [-most, most].
+INLINE int exponent(double x, int most)
+{
+    const int e = (int)(bits_of<uint64_t>(x) >> 52 & 0x7ff) - 1022;
+    return e > most ? most : e < -most ? -most : e;
+}
+
+// Adds in the larger of both scales.
+inline void add(Sums &total, const Sums &part)
+{
+    total.d = larger(total.d, part.d);
+    total.most = larger(total.most, part.most);
+    if (part.q4 == 0 && part.k == 0) return;
+    if (total.q4 == 0 && total.k == 0) total.e = part.e;
+    const int shift = part.e - total.e;
+    double q4 = part.q4, k = part.k;
+    if (shift > 0) {
+        total.q4 = ldexp(total.q4, -4 * shift);
+        total.k = ldexp(total.k, -shift);
+        total.e = part.e;
+    } else if (shift < 0) {
+        q4 = ldexp(q4, 4 * shift);
+        k = ldexp(k, shift);
+    }
+    total.q4 += q4;
+    total.k += k;
+}
+
+// A hash of 32-bit words, as in rounding.py.
+INLINE uint32_t mix(uint32_t x)
+{
+    x = (x ^ x >> 16) * 0x21f0aaadu;
+    x = (x ^ x >> 15) * 0xd35a2d97u;
+    return x ^ x >> 15;
+}
+
+INLINE float load(float x) { return x; }
+INLINE double load(double x) { return x; }
+INLINE float load(bf16 x) { return bits_of<float>((uint32_t)x.bits << 16); }
+
+// To the nearest, ties to even.
+INLINE void store(float &to, float x) { to = x; }
+INLINE void store(double &to, double x) { to = x; }
+INLINE void store(bf16 &to, float x)
+{
+    const uint32_t bits = bits_of<uint32_t>(x);
+    const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    to.bits = (uint16_t)(x != x ? 0x7fc0u : rounded);
+}
+
+// Up or down with the probabilities that preserve the mean; random < 2^16.
+INLINE void draw(float &to, float x, uint32_t) { to = x; }
+INLINE void draw(double &to, double x, uint32_t) { to = x; }
+INLINE void draw(bf16 &to, float x, uint32_t random)
+{
+    const uint32_t bits = bits_of<uint32_t>(x);
+    bf16 nearest;
+    store(nearest, x);
+    // of the largest finite number and beyond
+    const bool beyond = (bits & 0x7fffffffu) >= 0x7f7f0000u;
+    to.bits = beyond ? nearest.bits : (uint16_t)((bits + random) >> 16);
+}
+
+INLINE float magnitude(float x) { return __builtin_fabsf(x); }
+INLINE double magnitude(double x) { return __builtin_fabs(x); }
+
+// Fetches the next tensors into the cache at half the pace of the work, which visits each element
+// twice; or, within a large tensor, what lies a little ahead.
+class Prefetcher {
+  public:
+    Prefetcher() = default;
+    Prefetcher(const Item *first, const Item *end) : item_(first), end_(end), share_(2) { open(0); }
+    Prefetcher(const Item &item, size_t at, size_t stop, bool with_p)
+        : end_(&item + 1), left_(at < stop ? stop - at : 0), with_p_(with_p)
+    {
+        item_ = left_ ? &item : end_;
+        if (left_) point(at);
+    }
+
+    INLINE void advance(size_t worked)
+    {
+        if (item_ == end_) return;
+        due_ += worked;
+        while (due_ >= share_ * STEP) {
+            due_ -= share_ * STEP;
+            const size_t n = left_ < STEP ? left_ : STEP;
+            for (int k = with_p_ ? 0 : 1; k < STREAMS; k++) {
+                const size_t bytes = n * size_[k];
+                for (size_t i = 0; i < bytes; i += LINE) __builtin_prefetch(at_[k] + i);
+                at_[k] += bytes;
+            }
+            left_ -= n;
+            if (left_ == 0) {
+                item_++;
+                open(0);
+                if (item_ == end_) return;
+            }
+        }
+    }
+
+  private:
+    static constexpr size_t STEP = 64, LINE = 64;
+    static constexpr int STREAMS = 5;
+    const Item *item_ = nullptr, *end_ = nullptr;
+    size_t share_ = 1, due_ = 0, left_ = 0;
+    const char *at_[STREAMS] = {};
+    size_t size_[STREAMS] = {};
+    bool with_p_ = true;
+
+    void open(size_t at)
+    {
+        while (item_ != end_ && item_->n > 2 * CHUNK) item_++;
+        if (item_ == end_) return;
+        left_ = item_->n - at;
+        point(at);
+    }
+
+    void point(size_t at)
+    {
+        const auto [p, g, state] = SIZES.of[item_->kind];
+        const char *const start[STREAMS] = {item_->p, item_->g, item_->m, item_->B,
+                                            item_->compensation};
+        const size_t size[STREAMS] = {p, g, state, state, item_->compensation ? p : 0};
+        for (int k = 0; k < STREAMS; k++) {
+            size_[k] = size[k];
+            at_[k] = start[k] + (size[k] ? at * size[k] : 0);
+        }
+    }
+};
+
+// The constants of a step in the type of the arithmetic, and the displacement of one element.
+template <class S, bool DECAY> struct Element {
+    S alpha, sign, l2, kappa, omega, floor, offset;
+
+    INLINE explicit Element(const Scalars &s)
+        : alpha((S)s.alpha), sign((S)s.sign), l2((S)s.l2), kappa((S)s.kappa), omega((S)s.omega),
+          floor((S)s.previous_threshold), offset((S)s.previous_offset)
+    {
+    }
+
+    // d, the direction of the step before, rebuilt
+    INLINE S displacement(S m, S b, S theta) const
+    {
+        const S a = magnitude(b);
+        const S d = m / ((floor > a ? floor : a) + offset);
+        if constexpr (DECAY) return kappa * d + omega * theta;
+        else return d;
+    }
+
+    // g - m
+    INLINE S difference(S g, S m, S theta) const
+    {
+        const S delta = sign * g - m;
+        if constexpr (DECAY) return delta + l2 * theta;
+        else return delta;
+    }
+};
+
+template <Rounding ROUNDING, class P> INLINE auto theta_of(const P *p, const P *low, size_t i)
+{
+    if constexpr (ROUNDING == KAHAN) return load(p[i]) + load(low[i]);
+    else return load(p[i]);
+}
+
+// The sums over a block with u = d / 2^e.
+template <class K, bool DECAY, bool BELIEF, Rounding ROUNDING>
+INLINE Sums measure_block(const typename K::P *__restrict p, const typename K::P *__restrict low,
+                          const typename K::G *__restrict g, const typename K::M *__restrict m,
+                          const typename K::M *__restrict B, size_t n, const Scalars &s, int e)
+{
+    using S = typename K::S;
+    const Element<S, DECAY> element(s);
+    const S inverse = (S)power_of_2(-e);
+    S q4[LANES] = {}, k[LANES] = {}, largest[LANES] = {}, most[LANES] = {};
+    double q4_sum[LANES] = {}, k_sum[LANES] = {};
+    size_t i = 0;
+#define MEASURE(i, j)                                                                              \
+    do {                                                                                           \
+        S theta = 0;                                                                               \
+        if constexpr (DECAY) theta = (S)theta_of<ROUNDING>(p, low, i);                             \
+        const S b = load(B[i]), mi = load(m[i]);                                                   \
+        const S d = element.displacement(mi, b, theta);                                            \
+        const S delta = element.difference(load(g[i]), mi, theta);                                 \
+        if constexpr (BELIEF) {                                                                    \
+            const S size = magnitude(delta);                                                       \
+            most[j] = size > most[j] ? size : most[j];                                             \
+        }                                                                                          \
+        const S size = magnitude(d), u = d * inverse, u2 = u * u;                                  \
+        largest[j] = size > largest[j] ? size : largest[j];                                        \
+        q4[j] += u2 * u2;                                                                          \
+        k[j] += u * (element.alpha * delta + b * d);                                               \
+    } while (0)
+    while (i + LANES <= n) {
+        const size_t end = i + RUN <= n ? i + RUN : n;
+        for (; i + LANES <= end; i += LANES)
+            for (size_t j = 0; j < LANES; j++) MEASURE(i + j, j);
+        for (size_t j = 0; j < LANES; j++) {
+            q4_sum[j] += (double)q4[j];
+            k_sum[j] += (double)k[j];
+            q4[j] = k[j] = 0;
+        }
+    }
+    for (size_t j = 0; i < n; i++, j++) MEASURE(i, j);
+#undef MEASURE
+    Sums found{};
+    found.e = e;
+    for (size_t j = 0; j < LANES; j++) {
+        found.q4 += q4_sum[j] + (double)q4[j];
+        found.k += k_sum[j] + (double)k[j];
+        found.d = larger(found.d, (double)largest[j]);
+        found.most = larger(found.most, (double)most[j]);
+    }
+    return found;
+}
+
+// The scale of a block is guessed from the block before. Where |u| comes near the limits of its type,
+// which is rare, the block is measured again. So it is where all of d is so small that denormal
+// numbers matter; smaller yet is 0.
+template <class K, bool DECAY, bool BELIEF, Rounding ROUNDING>
+INLINE Sums measure_run(const Item &t, size_t at, size_t n, const Scalars &s, Prefetcher &ahead)
+{
+    using Limit = Limits<typename K::S>;
+    const auto *p = (const typename K::P *)t.p, *low = (const typename K::P *)t.compensation;
+    const auto *g = (const typename K::G *)t.g;
+    const auto *m = (const typename K::M *)t.m, *B = (const typename K::M *)t.B;
+    Sums total{};
+    int e = 0;
+    for (const size_t end = at + n; at < end; at += BLOCK) {
+        const size_t length = end - at < BLOCK ? end - at : BLOCK;
+        ahead.advance(length);
+        Sums found;
+        bool tiny = false, again = false;
+        for (;;) {
+            if (tiny) flush_denormals(false);
+            found = measure_block<K, DECAY, BELIEF, ROUNDING>(
+                p + at, ROUNDING == KAHAN ? low + at : low, g + at, m + at, B + at, length, s, e);
+            if (tiny) flush_denormals(true);
+            const int right = exponent(found.d, Limit::exponent);
+            tiny = found.d > 0 && found.d < Limit::tiny;
+            if (again || !(found.d > 0) || (!tiny && right <= e + 20 && right >= e - 16)) break;
+            e = right;
+            again = true;
+        }
+        add(total, found);
+    }
+    return total;
+}
+
+// m', B' and theta', with B' = B - c u^2 and u = d / 2^e. The upper half of an element's index in its
+// tensor is constant within a run.
+template <class K, bool DECAY, Rounding ROUNDING>
+INLINE void apply_run(const Item &t, size_t place, size_t n, const Scalars &s, const Update &r,
+                      Prefetcher &ahead)
+{
+    using S = typename K::S;
+    using P = typename K::P;
+    using M = typename K::M;
+    P *__restrict p = (P *)t.p + place;
+    P *__restrict low = ROUNDING == KAHAN ? (P *)t.compensation + place : nullptr;
+    const typename K::G *__restrict g = (const typename K::G *)t.g + place;
+    M *__restrict m = (M *)t.m + place;
+    M *__restrict B = (M *)t.B + place;
+    const Element<S, DECAY> element(s);
+    const S next_offset = (S)s.offset, rate = (S)s.rate, decoupled = (S)s.decoupled;
+    const S c = (S)r.c, inverse = (S)power_of_2(-r.e), threshold = (S)r.threshold;
+    const uint32_t key = r.key, second = r.second_key ^ (uint32_t)((uint64_t)place >> 32);
+    const uint32_t first = (uint32_t)place;
+    constexpr bool drawing = ROUNDING == STOCHASTIC || sizeof(M) < sizeof(S);
+    constexpr size_t STRIDE = 256; // elements between two calls of the prefetcher
+    const bool tiny = r.d > 0 && r.d < Limits<S>::tiny;
+    if (tiny) flush_denormals(false);
+    for (size_t at = 0; at < n; at += STRIDE) {
+        const size_t end = n - at < STRIDE ? n : at + STRIDE;
+        ahead.advance(end - at);
+        for (size_t i = at; i < end; i++) {
+            const S b = load(B[i]), mi = load(m[i]);
+            const S theta = (S)theta_of<ROUNDING>(p, low, i);
+            const S d = element.displacement(mi, b, theta);
+            const S delta = element.difference(load(g[i]), mi, theta);
+            const S u = d * inverse, m1 = mi + element.alpha * delta, B1 = b - c * (u * u);
+            const S a1 = magnitude(B1);
+            S d1 = m1 / ((threshold > a1 ? threshold : a1) + next_offset);
+            if constexpr (DECAY) d1 += decoupled * theta;
+            const S theta1 = theta - rate * d1;
+            uint32_t word = 0;
+            if constexpr (drawing) word = mix(mix((first + (uint32_t)i) ^ key) ^ second);
+            store(m[i], m1);
+            draw(B[i], B1, word & 0xffffu);
+            if constexpr (ROUNDING == STOCHASTIC) draw(p[i], theta1, word >> 16);
+            else store(p[i], theta1);
+            if constexpr (ROUNDING == KAHAN) {
+                const S high = load(p[i]);
+                store(low[i], high - high == 0 ? theta1 - high : 0); // infinity has no rest
+            }
+        }
+    }
+    if (tiny) flush_denormals(true);
+}
+
+// The modes become constants here, so that the compiler makes a loop for each.
+template <class K>
+INLINE Sums measure_any(const Item &t, size_t at, size_t n, const Scalars &s, Prefetcher &ahead)
+{
+    if constexpr (std::is_same_v<typename K::P, bf16>) {
+        if (t.compensation && s.decay != 0) {
+            if (s.belief != 0) return measure_run<K, true, true, KAHAN>(t, at, n, s, ahead);
+            return measure_run<K, true, false, KAHAN>(t, at, n, s, ahead);
+        }
+    }
+    if (s.belief != 0) {
+        if (s.decay != 0) return measure_run<K, true, true, NEAREST>(t, at, n, s, ahead);
+        return measure_run<K, false, true, NEAREST>(t, at, n, s, ahead);
+    }
+    if (s.decay != 0) return measure_run<K, true, false, NEAREST>(t, at, n, s, ahead);
+    return measure_run<K, false, false, NEAREST>(t, at, n, s, ahead);
+}
+
+template <class K, Rounding ROUNDING>
+INLINE void apply_rounding(const Item &t, size_t at, size_t n, const Scalars &s, const Update &r,
+                           Prefetcher &ahead)
+{
+    if (s.decay != 0) apply_run<K, true, ROUNDING>(t, at, n, s, r, ahead);
+    else apply_run<K, false, ROUNDING>(t, at, n, s, r, ahead);
+}
+
+template <class K>
+INLINE void apply_any(const Item &t, size_t at, size_t n, const Scalars &s, const Update &r,
+                      Prefetcher &ahead)
+{
+    if constexpr (std::is_same_v<typename K::P, bf16>) {
+        if (t.compensation) return apply_rounding<K, KAHAN>(t, at, n, s, r, ahead);
+        if (s.stochastic != 0) return apply_rounding<K, STOCHASTIC>(t, at, n, s, r, ahead);
+    }
+    apply_rounding<K, NEAREST>(t, at, n, s, r, ahead);
+}
+
+// The kernel for one kind, compiled for one instruction set.
+struct Functions {
+    Sums (*measure)(const Item &, size_t at, size_t n, const Scalars &, Prefetcher &);
+    void (*apply)(const Item &, size_t at, size_t n, const Scalars &, const Update &, Prefetcher &);
+};
+struct Table {
+    Functions of[KINDS];
+};
+#define INSTRUCTION_SET(name, attribute)                                                           \
+    struct name {                                                                                  \
+        template <class K>                                                                         \
+        attribute static Sums measure(const Item &t, size_t at, size_t n, const Scalars &s,        \
+                                      Prefetcher &ahead)                                           \
+        {                                                                                          \
+            return measure_any<K>(t, at, n, s, ahead);                                             \
+        }                                                                                          \
+        template <class K>                                                                         \
+        attribute static void apply(const Item &t, size_t at, size_t n, const Scalars &s,          \
+                                    const Update &r, Prefetcher &ahead)                            \
+        {                                                                                          \
+            apply_any<K>(t, at, n, s, r, ahead);                                                   \
+        }                                                                                          \
+    };
+INSTRUCTION_SET(Baseline, )
+#if defined(__x86_64__) && !defined(NO_DISPATCH)
+INSTRUCTION_SET(Avx2, __attribute__((target("avx2"))))
+INSTRUCTION_SET(Avx512, __attribute__((target("avx2,avx512f,avx512bw,avx512dq,avx512vl"))))
+#endif
+#undef INSTRUCTION_SET
+
+template <class T, class... K> constexpr Table table_of(std::tuple<K...>)
+{
+    return {{{&T::template measure<K>, &T::template apply<K>}...}};
+}
+
+// The widest instruction set that this processor has, or the one that is named.
+inline const Table &functions(const char *name = nullptr)
+{
+    static constexpr Table baseline = table_of<Baseline>(Kinds{});
+#if defined(__x86_64__) && !defined(NO_DISPATCH)
+    static constexpr Table avx2 = table_of<Avx2>(Kinds{}), avx512 = table_of<Avx512>(Kinds{});
+    __builtin_cpu_init();
+    const bool has_avx2 = __builtin_cpu_supports("avx2");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                            __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const auto wanted = [name](const char *other) { return !name || strcmp(name, other) == 0; };
+    if (has_avx512 && wanted("avx512")) return avx512;
+    if (has_avx2 && wanted("avx2")) return avx2;
+#endif
+    (void)name;
+    return baseline;
+}
+
+// secant.py: the coefficient c, limited to what the type of B holds; NaN stays NaN.
+inline Update conclude(const Sums &total, const Scalars &s, int kind, uint32_t stream)
+{
+    Update r{};
+    r.e = total.e;
+    r.d = total.d;
+    r.threshold = s.threshold;
+    const double scale = power_of_2(total.e), n = scale * sqrt(sqrt(total.q4)) + s.eps;
+    if (n != 0) {
+        const double share = scale / n, c = share * share * share * (total.k / n);
+        const double most = kind == F64 ? Limits<double>::coefficient : Limits<float>::coefficient;
+        r.c = c > most ? most : c < -most ? -most : c;
+    }
+    r.key = mix((uint32_t)s.t ^ stream);
+    r.second_key = mix(r.key ^ stream ^ 0x9e3779b9u);
+    if (s.belief != 0) // a maximum may have passed over a NaN, k has not
+        r.threshold = total.k != total.k ? total.k : total.most;
+    return r;
+}
+
+} // namespace apollo

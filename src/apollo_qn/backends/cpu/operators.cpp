@@ -1,0 +1,489 @@
+// The torch operators apollo_qn::check, step_, measure, count_ and counters, through PyTorch's stable
+// ABI: the library needs neither Python's headers nor a certain version of torch (2.10 or newer).
+//
+// Nothing outlives a call: a call owns its lists, and with them the tensors whose memory it uses. The
+// lists are read through the C interface, because torch::stable::Tensor would allocate once more for
+// each tensor.
+
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "schedule.h"
+
+namespace {
+
+using namespace apollo;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class T> T take(StableIValue value) { return torch::stable::detail::to<T>(value); }
+
+[[noreturn]] void refuse(const std::string &message) { throw std::runtime_error(message); }
+
+void must(AOTITorchError error)
+{
+    if (error != AOTI_TORCH_SUCCESS) refuse("apollo_qn: a function of libtorch failed");
+}
+
+// A list of tensors that the call owns.
+class TensorList {
+  public:
+    explicit TensorList(StableIValue value) : list_(take<StableListHandle>(value))
+    {
+        size_t size = 0;
+        must(torch_list_size(list_, &size));
+        tensors_.reserve(size);
+        for (size_t i = 0; i < size; i++) {
+            StableIValue item{};
+            must(torch_list_get_item(list_, i, &item));
+            tensors_.push_back(take<AtenTensorHandle>(item));
+        }
+    }
+    TensorList(const TensorList &) = delete;
+    TensorList &operator=(const TensorList &) = delete;
+    ~TensorList()
+    {
+        for (AtenTensorHandle tensor : tensors_) (void)aoti_torch_delete_tensor_object(tensor);
+        (void)torch_delete_list(list_);
+    }
+
+    size_t size() const { return tensors_.size(); }
+    AtenTensorHandle operator[](size_t i) const { return tensors_[i]; }
+
+  private:
+    StableListHandle list_;
+    std::vector<AtenTensorHandle> tensors_;
+};
+
+struct Dtypes {
+    int32_t f32 = aoti_torch_dtype_float32(), f64 = aoti_torch_dtype_float64();
+    int32_t bf16 = aoti_torch_dtype_bfloat16(), cpu = aoti_torch_device_type_cpu();
+    int32_t strided = aoti_torch_layout_strided();
+
+    template <class T> int32_t of() const
+    {
+        return std::is_same_v<T, float> ? f32 : std::is_same_v<T, double> ? f64 : bf16;
+    }
+    template <class... K> int kind(int32_t p, int32_t g, int32_t m, std::tuple<K...>) const
+    {
+        int i = 0, found = -1;
+        (((p == of<typename K::P>() && g == of<typename K::G>() && m == of<typename K::M>())
+              ? (void)(found = i)
+              : (void)0,
+          i++),
+         ...);
+        return found;
+    }
+};
+
+const Dtypes &dtypes()
+{
+    static const Dtypes found;
+    return found;
+}
+
+// What a tensor is. Only a strided tensor in CPU memory that it has gets further than `usable`.
+struct View {
+    bool usable = false;
+    int32_t dtype = 0;
+    int64_t dim = 0, n = 0, *sizes = nullptr, *strides = nullptr;
+    char *data = nullptr;
+    size_t item = 0, bytes = 0; // of an element; from the first to the end of the last
+
+    View(AtenTensorHandle x, bool written)
+    {
+        const Dtypes &known = dtypes();
+        int32_t device = 0, layout = 0;
+        int64_t storage = 0, offset = 0;
+        if (aoti_torch_get_device_type(x, &device) || device != known.cpu) return;
+        if (aoti_torch_get_layout(x, &layout) || layout != known.strided) return;
+        if (aoti_torch_get_dtype(x, &dtype) || aoti_torch_get_dim(x, &dim)) return;
+        if (aoti_torch_get_sizes(x, &sizes) || aoti_torch_get_strides(x, &strides)) return;
+        if (aoti_torch_get_storage_size(x, &storage)) return;
+        if (aoti_torch_get_storage_offset(x, &offset)) return;
+        item = dtype == known.f32 ? 4 : dtype == known.bf16 ? 2 : aoti_torch_dtype_element_size(dtype);
+        int64_t last = 0;
+        n = 1;
+        for (int64_t k = 0; k < dim; k++) {
+            n *= sizes[k];
+            last += (sizes[k] - 1) * strides[k];
+        }
+        if (n == 0) return;
+        bytes = (size_t)(last + 1) * item;
+        if ((size_t)offset * item + bytes > (size_t)storage) return; // freed by its owner
+        const void *constant = nullptr;
+        void *mutable_data = nullptr;
+        if (written ? torch_get_mutable_data_ptr(x, &mutable_data)
+                    : torch_get_const_data_ptr(x, &constant))
+            return;
+        data = (char *)(written ? mutable_data : constant);
+        usable = data != nullptr;
+    }
+
+    bool same_sizes(const View &x) const { return same(x, sizes, x.sizes); }
+    bool same_strides(const View &x) const { return same(x, strides, x.strides); }
+
+    bool contiguous() const
+    {
+        int64_t expected = 1;
+        for (int64_t k = dim - 1; k >= 0; k--) {
+            if (sizes[k] != 1 && strides[k] != expected) return false;
+            expected *= sizes[k];
+        }
+        return true;
+    }
+
+    // Contiguous in some order of its dimensions: then none overlaps, and nothing lies between.
+    bool dense() const
+    {
+        int64_t expected = 1, found = 0;
+        for (int64_t k = 0; k < dim; k++) found += sizes[k] == 1;
+        while (found < dim) {
+            int64_t k = 0;
+            while (k < dim && (sizes[k] == 1 || strides[k] != expected)) k++;
+            if (k == dim) return false;
+            expected *= sizes[k];
+            found++;
+        }
+        return true;
+    }
+
+  private:
+    bool same(const View &x, const int64_t *mine, const int64_t *others) const
+    {
+        if (dim != x.dim) return false;
+        for (int64_t k = 0; k < dim; k++)
+            if (mine[k] != others[k]) return false;
+        return true;
+    }
+};
+
+struct Range {
+    uintptr_t start, end;
+    size_t owner;
+};
+
+// All tensors of a call: which of them the kernel can take, and where they lie.
+class Tensors {
+  public:
+    const TensorList params, grads, exp_avgs, hessian_diags, thresholds, compensations;
+
+    explicit Tensors(const StableIValue *stack)
+        : params(stack[0]), grads(stack[1]), exp_avgs(stack[2]), hessian_diags(stack[3]),
+          thresholds(stack[4]), compensations(stack[5])
+    {
+    }
+
+    size_t size() const { return params.size(); }
+
+    void check_lengths() const
+    {
+        const size_t n = size();
+        const auto fits = [n](const TensorList &x) { return x.size() == n; };
+        if (!fits(grads) || !fits(exp_avgs) || !fits(hessian_diags) ||
+            (thresholds.size() && !fits(thresholds)) ||
+            (compensations.size() && !fits(compensations)))
+            refuse("apollo_qn: lists of different lengths");
+    }
+
+    // Fills kinds, with -1 for what the kernel cannot take, and the places in items.
+    void look(bool written)
+    {
+        check_lengths();
+        const size_t n = size();
+        kinds.assign(n, -1);
+        items.assign(n, Item{});
+        std::vector<Range> writes, reads;
+        writes.reserve(5 * n);
+        reads.reserve(n);
+        for (size_t i = 0; i < n; i++) look(i, written, writes, reads);
+        forbid_overlaps(writes, reads);
+    }
+
+    bool all_fit() const
+    {
+        return std::find(kinds.begin(), kinds.end(), -1) == kinds.end();
+    }
+
+    std::vector<int8_t> kinds;
+    std::vector<Item> items;
+
+  private:
+    void look(size_t i, bool written, std::vector<Range> &writes, std::vector<Range> &reads)
+    {
+        const Dtypes &known = dtypes();
+        const View p(params[i], written), g(grads[i], false), m(exp_avgs[i], written);
+        const View B(hessian_diags[i], written);
+        const auto note = [i](std::vector<Range> &in, const View &x) {
+            if (x.usable) in.push_back({(uintptr_t)x.data, (uintptr_t)x.data + x.bytes, i});
+        };
+        note(writes, p), note(writes, m), note(writes, B), note(reads, g);
+        Item &item = items[i];
+        const int kind = known.kind(p.dtype, g.dtype, m.dtype, Kinds{});
+        bool fits = p.usable && g.usable && m.usable && B.usable && kind >= 0 && B.dtype == m.dtype;
+        fits = fits && g.same_sizes(p) && m.same_sizes(p) && B.same_sizes(p);
+        bool contiguous = fits && p.contiguous() && g.contiguous() && m.contiguous();
+        contiguous = contiguous && B.contiguous();
+        bool dense = fits && g.same_strides(p) && m.same_strides(p) && B.same_strides(p);
+        int64_t numel = 0;
+        if (thresholds.size()) {
+            must(aoti_torch_get_numel(thresholds[i], &numel));
+            if (numel) {
+                const View x(thresholds[i], written);
+                note(writes, x);
+                fits = fits && x.usable && numel == 1 && x.dtype == (kind == F64 ? known.f64 : known.f32);
+                item.threshold = x.data;
+            }
+        }
+        if (compensations.size()) {
+            must(aoti_torch_get_numel(compensations[i], &numel));
+            if (numel) {
+                const View x(compensations[i], written);
+                note(writes, x);
+                fits = fits && x.usable && x.dtype == p.dtype && p.dtype == known.bf16 && x.same_sizes(p);
+                contiguous = contiguous && fits && x.contiguous();
+                dense = dense && fits && x.same_strides(p);
+                item.compensation = x.data;
+            }
+        }
+        fits = fits && (contiguous || (dense && p.dense()));
+        kinds[i] = fits ? (int8_t)kind : -1;
+        item.p = p.data, item.g = g.data, item.m = m.data, item.B = B.data;
+        item.n = (size_t)p.n;
+        item.kind = kind;
+    }
+
+    // The order of tensors would matter where one writes what another one writes, or reads.
+    void forbid_overlaps(std::vector<Range> &writes, const std::vector<Range> &reads)
+    {
+        std::sort(writes.begin(), writes.end(),
+                  [](const Range &x, const Range &y) { return x.start < y.start; });
+        Range furthest{0, 0, 0};
+        for (Range &x : writes) {
+            if (x.start < furthest.end) kinds[x.owner] = kinds[furthest.owner] = -1;
+            if (x.end > furthest.end) furthest = x;
+            x.end = furthest.end; // from here on the end of all up to this one
+        }
+        for (const Range &g : reads) {
+            const auto after = std::lower_bound(
+                writes.begin(), writes.end(), g.end,
+                [](const Range &x, uintptr_t end) { return x.start < end; });
+            if (after == writes.begin() || (after - 1)->end <= g.start) continue;
+            std::fill(kinds.begin(), kinds.end(), (int8_t)-1);
+            return;
+        }
+    }
+};
+
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype)
+{
+    return torch::stable::empty(sizes, dtype);
+}
+
+// The memory of a tensor of numbers that belong to a call.
+template <class T> const T *numbers(const Tensor &x, ScalarType dtype, int64_t count, const char *name)
+{
+    if (x.scalar_type() != dtype || !x.is_contiguous() || !x.is_cpu() || x.numel() != count)
+        refuse(std::string("apollo_qn: ") + name + " has another type, size or place");
+    return (const T *)x.const_data_ptr();
+}
+
+// The numbers of each tensor's step, from the arguments after the lists.
+class Numbers {
+  public:
+    Numbers(const StableIValue *stack, bool with_sums)
+        : rows_(take<std::optional<Tensor>>(stack[6])), streams_(take<std::optional<Tensor>>(stack[7])),
+          scalars_(take<Tensor>(stack[8]))
+    {
+        if (with_sums) sums_ = take<std::optional<Tensor>>(stack[9]);
+    }
+
+    void fill(Tensors &tensors) const
+    {
+        const int64_t n = (int64_t)tensors.size();
+        constexpr int64_t columns = sizeof(Scalars) / sizeof(double);
+        const int64_t count = scalars_.dim() == 2 && scalars_.size(1) == columns ? scalars_.size(0) : 0;
+        if (n && !count) refuse("apollo_qn: scalars must be of shape [rows, 16]");
+        const auto *scalars = numbers<Scalars>(scalars_, ScalarType::Double, count * columns, "scalars");
+        const int64_t *rows = nullptr, *streams = nullptr;
+        const ShardSums *sums = nullptr;
+        if (rows_) rows = numbers<int64_t>(*rows_, ScalarType::Long, n, "rows");
+        if (streams_) streams = numbers<int64_t>(*streams_, ScalarType::Long, n, "streams");
+        if (sums_) sums = numbers<ShardSums>(*sums_, ScalarType::Double, 4 * n, "sums");
+        for (int64_t i = 0; i < n; i++) {
+            Item &item = tensors.items[(size_t)i];
+            const int64_t row = rows ? rows[i] : 0;
+            if (row < 0 || row >= count) refuse("apollo_qn: a row that scalars do not have");
+            item.scalars = scalars + row;
+            item.stream = streams ? (uint32_t)streams[i] : 0;
+            item.sums = sums && !(sums[i].scale < 0) ? sums + i : nullptr;
+            if (item.scalars->belief != 0 && !item.threshold)
+                refuse("apollo_qn: belief needs a threshold");
+        }
+    }
+
+  private:
+    std::optional<Tensor> rows_, streams_, sums_;
+    Tensor scalars_;
+};
+
+struct Parallel {
+    template <class F> void operator()(int64_t begin, int64_t end, int64_t grain, const F &f) const
+    {
+        torch::stable::parallel_for(begin, end, grain, f);
+    }
+};
+
+const Table &kernel()
+{
+    static const Table &found = functions(std::getenv("APOLLO_QN_INSTRUCTION_SET"));
+    return found;
+}
+
+void check(StableIValue *stack, uint64_t, uint64_t)
+{
+    Tensors tensors(stack);
+    tensors.look(false);
+    const Tensor result = empty({(int64_t)tensors.size()}, ScalarType::Char);
+    std::copy(tensors.kinds.begin(), tensors.kinds.end(), (int8_t *)result.mutable_data_ptr());
+    stack[0] = torch::stable::detail::from(result);
+}
+
+void step_(StableIValue *stack, uint64_t, uint64_t)
+{
+    Tensors tensors(stack);
+    const Numbers numbers(stack, true);
+    tensors.look(true);
+    const bool fits = tensors.all_fit();
+    if (fits) {
+        numbers.fill(tensors);
+        Schedule(tensors.items, kernel()).step(Parallel{}, torch::stable::get_num_threads());
+    }
+    stack[0] = torch::stable::detail::from(fits);
+}
+
+void measure(StableIValue *stack, uint64_t, uint64_t)
+{
+    Tensors tensors(stack);
+    const Numbers numbers(stack, false);
+    tensors.look(false);
+    if (!tensors.all_fit()) refuse("apollo_qn: measure() of a tensor that check() refuses");
+    numbers.fill(tensors);
+    const Tensor result = empty({(int64_t)tensors.size(), 4}, ScalarType::Double);
+    Schedule(tensors.items, kernel())
+        .measure(Parallel{}, torch::stable::get_num_threads(), (ShardSums *)result.mutable_data_ptr());
+    stack[0] = torch::stable::detail::from(result);
+}
+
+// The only number in a CPU tensor.
+template <class T> T *number(AtenTensorHandle x, int32_t dtype, bool written)
+{
+    const View view(x, written);
+    if (!view.usable || view.n != 1 || view.dtype != dtype)
+        refuse("apollo_qn: a step must be one float32 number in CPU memory, a rate one float64");
+    return (T *)view.data;
+}
+
+void count_(StableIValue *stack, uint64_t, uint64_t)
+{
+    const TensorList steps(stack[0]), rates(stack[1]);
+    const double rate = take<double>(stack[2]);
+    if (rates.size() && rates.size() != steps.size()) refuse("apollo_qn: lists of different lengths");
+    std::vector<float *> step(steps.size());
+    std::vector<double *> written(rates.size());
+    for (size_t i = 0; i < steps.size(); i++) step[i] = number<float>(steps[i], dtypes().f32, true);
+    for (size_t i = 0; i < rates.size(); i++) written[i] = number<double>(rates[i], dtypes().f64, true);
+    for (float *x : step) *x += 1;
+    for (double *x : written) *x = rate;
+}
+
+void counters(StableIValue *stack, uint64_t, uint64_t)
+{
+    const TensorList steps(stack[0]);
+    const Tensor result = empty({(int64_t)steps.size()}, ScalarType::Double);
+    auto *out = (double *)result.mutable_data_ptr();
+    for (size_t i = 0; i < steps.size(); i++)
+        out[i] = (double)*number<const float>(steps[i], dtypes().f32, false);
+    stack[0] = torch::stable::detail::from(result);
+}
+
+// Where a tensor is a lazy negation or conjugate of another, torch would give an operator copies of
+// them. The kernel takes no such tensor; who asks for each is told so.
+bool lazy(AtenTensorHandle x)
+{
+    for (const char *name : {"aten::is_neg", "aten::is_conj"}) {
+        AtenTensorHandle copy{};
+        must(aoti_torch_new_tensor_handle(x, &copy));
+        StableIValue value = torch::stable::detail::from(copy);
+        must(torch_call_dispatcher(name, "", &value, TORCH_ABI_VERSION));
+        if (take<bool>(value)) return true;
+    }
+    return false;
+}
+
+void check_lazy(StableIValue *stack, uint64_t, uint64_t)
+{
+    Tensors tensors(stack);
+    tensors.look(false);
+    const Tensor result = empty({(int64_t)tensors.size()}, ScalarType::Char);
+    const TensorList *const lists[] = {&tensors.params,        &tensors.grads,
+                                       &tensors.exp_avgs,      &tensors.hessian_diags,
+                                       &tensors.compensations, &tensors.thresholds};
+    for (const TensorList *list : lists)
+        for (size_t i = 0; i < list->size(); i++)
+            if (lazy((*list)[i])) tensors.kinds[i] = -1;
+    std::copy(tensors.kinds.begin(), tensors.kinds.end(), (int8_t *)result.mutable_data_ptr());
+    stack[0] = torch::stable::detail::from(result);
+}
+
+void step_lazy(StableIValue *stack, uint64_t, uint64_t)
+{
+    const Tensors tensors(stack);
+    const Numbers numbers(stack, true);
+    stack[0] = torch::stable::detail::from(false);
+}
+
+} // namespace
+
+#define LISTS(p, m, B, t, c)                                                                       \
+    "(Tensor" p "[] params, Tensor[] grads, Tensor" m "[] exp_avgs, Tensor" B "[] hessian_diags, "  \
+    "Tensor" t "[] thresholds, Tensor" c "[] compensations"
+#define NUMBERS ", Tensor? rows, Tensor? streams, Tensor scalars"
+
+STABLE_TORCH_LIBRARY(apollo_qn, library)
+{
+    library.def("check" LISTS("", "", "", "", "") ") -> Tensor");
+    library.def("step_" LISTS("(a!)", "(b!)", "(c!)", "(d!)", "(e!)") NUMBERS
+                ", Tensor? sums) -> bool");
+    library.def("measure" LISTS("", "", "", "", "") NUMBERS ") -> Tensor");
+    library.def("count_(Tensor(a!)[] state_steps, Tensor(b!)[] previous_lrs, float rate) -> ()");
+    library.def("counters(Tensor[] state_steps) -> Tensor");
+}
+
+// For every device and layout, so that check() can say of any tensor that it does not fit.
+STABLE_TORCH_LIBRARY_IMPL(apollo_qn, CompositeExplicitAutograd, library)
+{
+    library.impl("check", check);
+    library.impl("step_", step_);
+    library.impl("measure", measure);
+    library.impl("count_", count_);
+    library.impl("counters", counters);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(apollo_qn, Negative, library)
+{
+    library.impl("check", check_lazy);
+    library.impl("step_", step_lazy);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(apollo_qn, Conjugate, library)
+{
+    library.impl("check", check_lazy);
+    library.impl("step_", step_lazy);
+}
