@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import mmap
 import os
 import random
-import shutil
 import subprocess
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from apollo_qn import Apollo, ApolloW, apollo
-from apollo_qn.backends import cpu, kernel, memory
 from tests import tolerances
 from tests.backends.test_backends import Watched
 from tests.helpers import (
@@ -44,7 +37,7 @@ from tests.numpy_reference import Settings
 
 pytestmark = [NEEDS_KERNEL, NEEDS_CPU]
 
-# kernel.c's, in elements
+# of kernel.h and schedule.h, in elements
 BLOCK, CHUNK, SMALL, PORTION = 1024, 32 * 1024, 64 * 1024, 16 * 1024
 BORDERS = [n + i for n in (16, 256, BLOCK, PORTION, CHUNK, SMALL) for i in (-1, 0, 1)]
 Train = Callable[[], list[Any]]
@@ -57,11 +50,19 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-def untouched_by_torch(optimizer: Apollo) -> bool:
-    """Whether a step is the kernel's alone: no operation of torch's is called."""
+# what builds the table of scalars, and the profiler's mark of a step
+TABLES = {"lift_fresh", "detach", "arange", "repeat_interleave", "profiler::_record_function_exit"}
+TABLES |= {"profiler::_record_function_enter_new"}
+
+
+def done_by_the_operator(optimizer: Apollo) -> bool:
+    """Do a step; return whether one call of the operator has done all of it."""
     with Watched() as watched:
         optimizer.step()
-    return all(name.startswith("profiler::") for name in watched.calls)
+    own = {name for name in watched.calls if name.startswith("apollo_qn::")}
+    others = watched.calls.keys() - own - TABLES
+    assert not others, others
+    return watched.calls["apollo_qn::step_"] == 1
 
 
 @pytest.mark.parametrize("members", [1, 3])
@@ -168,7 +169,6 @@ def test_the_number_of_threads_does_not_matter(
     mode: dict[str, Any],
     kind: Kind,
     threads: Callable[[int], None],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     train = trained(mode, kind)
     threads(1)
@@ -176,8 +176,6 @@ def test_the_number_of_threads_does_not_matter(
     for members in (2, 4):
         threads(members)
         assert same(train(), wanted), members
-    monkeypatch.setattr(kernel, "_forked", True)  # threads of the kernel's own
-    assert same(train(), wanted)
 
 
 @EVERY_KIND
@@ -225,14 +223,14 @@ def test_large_tensors_follow_the_rule(
 
 @pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
 def test_one_call_for_all_groups_and_no_temporary(mode: dict[str, Any]) -> None:
-    """Not one operation of torch's, whatever the number of tensors and groups."""
+    """One call of the operator, whatever the number of tensors and groups."""
     params = parameters([(3,), (2, 5), (), (300,), (2, 3, 4, 5)] * 8)
     groups = [{"params": params[i::4], "lr": 0.1 * (i + 1), **mode} for i in range(4)]
     groups[3].update(decoupled_weight_decay=True, weight_decay=0.1, maximize=True)
     optimizer = Apollo(groups)
     run_steps(optimizer, range(2))
     give_gradients(params, 2)
-    assert untouched_by_torch(optimizer)
+    assert done_by_the_operator(optimizer)
 
 
 def test_only_what_the_kernel_cannot_take_falls_back() -> None:
@@ -279,7 +277,7 @@ def test_views_of_one_storage_that_do_not_overlap_are_taken() -> None:
     optimizer = Apollo(params)
     run_steps(optimizer, range(2))
     give_gradients(params, 2)
-    assert untouched_by_torch(optimizer)
+    assert done_by_the_operator(optimizer)
 
 
 @pytest.mark.parametrize("shift", [0, 3])
@@ -335,21 +333,12 @@ def test_tuples_for_lists() -> None:
     assert torch.equal(*found)
 
 
-def test_gradients_that_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two losses in turn: what was found out of both is kept."""
+def test_gradients_that_come_and_go() -> None:
+    """Another gradient is missing in each step: counters differ from tensor to tensor."""
     optimizers = []
     for back_end in ({"fused": True}, {"foreach": False, "fused": False}):
         params = [torch.nn.Parameter(normal((n,), n, dtype=torch.float32)) for n in (5, 70, 9)]
-        optimizers.append(Apollo(params, warmup_steps=0, lr=0.1, **back_end))
-    made: list[object] = []
-    plan = cpu.Plan
-
-    class Counted(plan):  # type: ignore[misc, valid-type]
-        def __init__(self, *arguments: Any) -> None:
-            made.append(self)
-            super().__init__(*arguments)
-
-    monkeypatch.setattr(cpu, "Plan", Counted)
+        optimizers.append(ApolloW(params, warmup_steps=5, weight_decay=0.1, lr=0.1, **back_end))
     for t in range(12):
         for optimizer in optimizers:
             params = optimizer.param_groups[0]["params"]
@@ -357,49 +346,8 @@ def test_gradients_that_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
                 g = normal(tuple(p.shape), ("g", t, i), dtype=torch.float32)
                 p.grad = None if i == t % 3 else g
             optimizer.step()
-    assert len(made) == 3
     for one, other in zip(*(o.param_groups[0]["params"] for o in optimizers), strict=True):
         torch.testing.assert_close(one, other)
-
-
-def test_a_mapped_file_of_any_name(tmp_path: Path) -> None:
-    name = os.path.join(os.fsencode(tmp_path), b"w\xe9ights.bin")
-    try:
-        Path(os.fsdecode(name)).write_bytes(bytes(4096))
-    except OSError:
-        pytest.skip("this file system takes only names in UTF-8")
-    with open(name, "r+b") as file, mmap.mmap(file.fileno(), 4096):
-        p = torch.nn.Parameter(torch.ones(3))
-        p.grad = torch.ones(3)
-        Apollo([p], fused=True).step()
-
-
-@pytest.mark.slow
-def test_threads_are_torchs_own(tmp_path: Path) -> None:
-    """Also where another package has brought an OpenMP of its own."""
-    home = Path(torch.__file__).parent
-    paths = {Path(x.path) for x in memory.regions() if "libgomp" in x.path}
-    own = [path for path in paths if path.is_relative_to(home)]
-    if not own:
-        pytest.skip("this torch brings no GNU OpenMP")
-    shutil.copy(own[0], tmp_path / "libgomp-other.so.1")
-    code = (
-        "import ctypes, torch\n"
-        f"ctypes.CDLL({str(tmp_path / 'libgomp-other.so.1')!r})\n"
-        "from apollo_qn.backends import kernel, memory\n"
-        "at = kernel.loaded().openmp[0]\n"
-        "print(next(x.path for x in memory.regions() if x.start <= at < x.end))\n"
-    )
-    for seed in ("0", "1", "2"):
-        environment = dict(os.environ, PYTHONHASHSEED=seed)
-        found = subprocess.run(
-            [sys.executable, "-c", code],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert Path(found.stdout.strip()).is_relative_to(home)
 
 
 def test_shared_gradients_and_steps() -> None:
@@ -417,30 +365,6 @@ def test_shared_gradients_and_steps() -> None:
 
     for got, wanted in zip(train(fused=True), train(foreach=True), strict=True):
         assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("which", ["parameter", "exp_avg", "hessian_diag"])
-def test_read_only_memory_is_refused(which: str, tmp_path: Path) -> None:
-    path = tmp_path / "numbers"
-    np.ones(5000, np.float32).tofile(path)
-    with open(path, "rb") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that the array is not writable
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        frozen = torch.from_numpy(np.frombuffer(mapped, np.float32))
-    others = parameters([(7,), (5000,)], torch.float32)
-    if which == "parameter":
-        others[1] = torch.nn.Parameter(frozen)
-    optimizer = Apollo(others)
-    give_gradients(others, 0)
-    if which != "parameter":
-        optimizer.step()
-        optimizer.state[others[1]][which] = frozen
-    before = snapshot(optimizer)
-    with pytest.raises(ValueError, match=r"parameter 1 of shape \(5000,\).*read-only"):
-        optimizer.step()
-    if which != "parameter":
-        assert same(before, snapshot(optimizer))
-    assert frozen.eq(1).all()
 
 
 def test_tensors_may_change_between_steps() -> None:
@@ -555,7 +479,6 @@ torch.set_num_threads(2)
 
 def train(steps):
     torch.manual_seed(0)
-    # many for the kernel, while torch itself, which cannot go on after a fork, needs no threads
     params = [torch.nn.Parameter(torch.randn(10_000)) for _ in range(20)]
     optimizer = Apollo(params, fused=True, warmup_steps=0, lr=0.1)
     for _ in range(steps):
@@ -574,7 +497,7 @@ got = [float(x) for x in loader]
 assert got == [wanted] * 6, (got, wanted)
 child = os.fork()
 if child == 0:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # as in a worker of DataLoader: OpenMP's threads do not survive a fork
     os._exit(0 if train(2) == wanted else 1)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert train(2) == wanted
@@ -704,15 +627,9 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("dlpack", [True, False], ids=["dlpack", "torch"])
 @pytest.mark.parametrize("seed", range(20))
-def test_whatever_changes_between_steps(
-    seed: int, dlpack: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whatever_changes_between_steps(seed: int) -> None:
     """Memory, layout, state and gradients change at random; the rule's numbers come out."""
-    if not dlpack:  # as with a torch that is older than DLPack's C functions
-        ready = dataclasses.replace(kernel.loaded(), describe=None)
-        monkeypatch.setattr(kernel, "loaded", lambda: ready)
     results = []
     for back_end in ({"fused": True}, {"foreach": False}):
         chance = random.Random(seed)
