@@ -148,7 +148,8 @@ def sweep(device: str, name: str, out: Path) -> None:
 
     from apollo_bench.steptime import parameter_sets, timing
     from apollo_qn import Apollo
-    from apollo_qn.backends import triton_kernel, triton_launch
+    from apollo_qn.backends.triton import kernel as triton_kernel
+    from apollo_qn.backends.triton import schedule as triton_launch
 
     where = timing.at(device)
     (chosen,) = parameter_sets.choose([name], where.device.type)

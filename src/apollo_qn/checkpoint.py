@@ -40,8 +40,8 @@ def prepared(state_dict: StateDict, groups: list[dict[str, Any]]) -> StateDict:
     sizes = [[len(g["params"]) for g in some] for some in (state_dict["param_groups"], groups)]
     if sizes[0] != sizes[1]:
         raise ValueError(
-            f"the state has groups of {sizes[0]} parameters, this optimizer of {sizes[1]}: make the "
-            "optimizer with the groups that were saved"
+            f"the state has groups of {sizes[0]} parameters, this optimizer of {sizes[1]}: "
+            "make the optimizer with the groups that were saved"
         )
     result = {**migrate.translated(state_dict, groups)}
     saved_groups = []

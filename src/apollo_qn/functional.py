@@ -561,7 +561,7 @@ def check_back_end_choice(foreach: bool | None, fused: bool | None, differentiab
         raise RuntimeError(
             "fused=True does not support differentiable=True; use fused=None or fused=False"
         )
-    if fused and (reason := cpu.why_not()) is not None and not _triton_may_serve():
+    if fused and (reason := cpu.why_not()) is not None and not triton.available():
         raise RuntimeError(
             f"fused=True: {reason}; use fused=None for the fastest back end that there is"
         )
@@ -569,10 +569,6 @@ def check_back_end_choice(foreach: bool | None, fused: bool | None, differentiab
         raise RuntimeError(
             "foreach=True does not support differentiable=True; use foreach=None or foreach=False"
         )
-
-
-def _triton_may_serve() -> bool:
-    return torch.cuda.is_available() and triton.why_not() is None
 
 
 def check_rounding(rounding: Rounding | None, seed: int) -> None:

@@ -27,7 +27,6 @@ from apollo_qn.hyperparameters import (
 )
 from apollo_qn.rounding import Rounding
 
-
 _rng_stream = lru_cache(maxsize=1 << 16)(storage.rng_stream)
 _made = itertools.count()  # optimizers of this process
 
@@ -100,8 +99,8 @@ class Apollo(Optimizer):
         seed: seed of the random bits of stochastic rounding, a whole number in [0, 2**64). None:
             drawn from torch's default generator, or, in a run of several processes, the number of
             optimizers made before, so that all ranks agree. It is saved with the group. The bits
-            are a function of seed, position of the parameter in the optimizer, step and element, the
-            same on every back end, so that a resumed run draws what it would have drawn.
+            are a function of seed, position of the parameter in the optimizer, step and element,
+            the same on every back end, so that a resumed run draws what it would have drawn.
 
     Raises:
         ValueError: a hyperparameter out of its range, named with its value; a parameter that FSDP1

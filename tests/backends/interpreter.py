@@ -60,13 +60,13 @@ def interpret(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def set_sizes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Small blocks and runs; returns what sets others."""
-    from apollo_qn.backends import triton_kernel, triton_launch
+    from apollo_qn.backends.triton import kernel, schedule
 
     def sizes(block: int = BLOCK, run: int = RUN, runs: int = RUNS, cache: int = 1 << 20) -> None:
-        monkeypatch.setattr(triton_kernel, "BLOCK", block)
-        monkeypatch.setattr(triton_kernel, "RUNS", runs)
-        monkeypatch.setattr(triton_launch, "RUN", run)
-        monkeypatch.setattr(triton_launch, "_budget", lambda _: triton_launch.WINDOW * cache)
+        monkeypatch.setattr(kernel, "BLOCK", block)
+        monkeypatch.setattr(kernel, "RUNS", runs)
+        monkeypatch.setattr(schedule, "RUN", run)
+        monkeypatch.setattr(schedule, "_budget", lambda _: schedule.WINDOW * cache)
 
     sizes()
     return sizes

@@ -15,13 +15,15 @@ from torch import Tensor
 
 import apollo_qn
 from apollo_qn import Apollo, rounding
-from apollo_qn.backends import kernel, triton
+from apollo_qn.backends import cpu, triton
+from apollo_qn.backends.base import Batch
+from apollo_qn.hyperparameters import StepScalars
 from tests import tolerances
 from tests.backends import interpreter
 from tests.backends.interpreter import BLOCK, RUN, RUNS
 from tests.backends.test_backends import check_sixteen_bits, stored_bits
-from tests.backends.test_parts import MODES as MODES_OF_PARTS
-from tests.backends.test_parts import check_parts
+from tests.backends.test_shards import MODES as MODES_OF_SHARDS
+from tests.backends.test_shards import check_shards
 from tests.helpers import (
     DEVICE,
     ON_GPU,
@@ -40,8 +42,8 @@ from tests.helpers import (
 )
 from tests.modes import MODES, STORING, slow_except
 from tests.numpy_reference import ReferenceApollo, Settings
-from tests.test_rule import EXTREMES
-from tests.test_rule import follow as follow_extremes
+from tests.test_algorithm import EXTREMES
+from tests.test_algorithm import follow as follow_extremes
 
 SetSizes = Callable[..., None]
 
@@ -60,18 +62,28 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> SetSizes:
     return interpreter.interpret(monkeypatch)
 
 
-def plans(optimizer: Apollo) -> list[triton.Plan]:
-    assert optimizer._kept is not None
-    found = list(optimizer._kept.plans.values())
-    assert all(isinstance(plan, triton.Plan) for plan in found)
-    return found  # type: ignore[return-value]
+def tables(optimizer: Apollo) -> Any:
+    """The tables of the last launch."""
+    assert optimizer._backends is not None
+    ((_, found),) = optimizer._backends.triton._tables.values()
+    return found
+
+
+def left_over(optimizer: Apollo) -> list[Tensor]:
+    """The parameters that the kernel hands back, among those that have a gradient."""
+    found = []
+    for group in optimizer.param_groups:
+        lists, h = optimizer._tensor_lists(group, group["params"], 0)
+        batch = Batch(lists, h, StepScalars.at(1.0, h, 0.0))
+        (taken,) = triton.Triton().takes([batch])
+        found += [p for p, on in zip(lists.params, taken, strict=True) if not on]
+    return found
 
 
 def check_all_taken(optimizer: Apollo) -> None:
     """The kernel takes every tensor that has an element."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    left = sum(len(rows) for plan in plans(optimizer) for rows in plan.left)
-    assert left == sum(p.numel() == 0 for p in params)
+    assert all(p.numel() == 0 for p in left_over(optimizer))
+    assert tables(optimizer)
 
 
 DTYPES = [torch.float64, torch.float32]
@@ -208,7 +220,7 @@ def test_windows_change_no_bit(mode: dict[str, Any], interpreted: SetSizes) -> N
         for t in range(2):
             give_gradients(params, t)
             optimizer.step()
-        launches = sum(len(one.steps) for one in plans(optimizer)[0]._tables._sets)
+        launches = sum(len(one.steps) for one in tables(optimizer)._sets)
         result = [[p.detach(), dict(optimizer.state[p])] for p in params[which]]
         return result, launches
 
@@ -222,12 +234,12 @@ def test_windows_change_no_bit(mode: dict[str, Any], interpreted: SetSizes) -> N
 
 def test_schedule(interpreted: SetSizes) -> None:
     """Every run is measured and then updated, once, in launches that follow each other."""
-    from apollo_qn.backends import triton_kernel, triton_launch
+    from apollo_qn.backends.triton import kernel, schedule
 
     n = [5, 4 * RUN, 3 * RUN + 1, 100 * RUN, 128, 129]
-    interpreted(cache=int(20 * RUN * 12 / triton_launch.WINDOW))
+    interpreted(cache=int(20 * RUN * 12 / schedule.WINDOW))
     types = [(torch.float32,) * 3] * 6
-    tables = triton_launch.Tables(torch.device("cpu"), [[0] * 6] * 5, n, types, [-1] * 6, [0] * 6)
+    tables = schedule.Tables(torch.device("cpu"), [[0] * 6] * 5, n, types, [-1] * 6, [0] * 6)
     tables._schedule([True] * 6)
     (one,) = tables._sets
     seen: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
@@ -236,10 +248,10 @@ def test_schedule(interpreted: SetSizes) -> None:
             seen.setdefault((tensor, role), []).append((start, length, launch))
     for tensor, size in enumerate(n):
         if size <= RUN:
-            assert seen.pop((tensor, triton_kernel.ALL)) == [(0, size, 0)]
+            assert seen.pop((tensor, kernel.ALL)) == [(0, size, 0)]
             continue
-        measured = seen.pop((tensor, triton_kernel.MEASURE))
-        updated = seen.pop((tensor, triton_kernel.APPLY))
+        measured = seen.pop((tensor, kernel.MEASURE))
+        updated = seen.pop((tensor, kernel.APPLY))
         assert len(measured) <= RUNS
         assert [start for start, _, _ in measured] == sorted(start for start, _, _ in measured)
         assert measured[0][0] == 0
@@ -256,14 +268,14 @@ def test_schedule(interpreted: SetSizes) -> None:
 
 
 def test_offsets_beyond_32_bits(interpreted: SetSizes) -> None:
-    from apollo_qn.backends import triton_kernel, triton_launch
+    from apollo_qn.backends.triton import kernel, schedule
 
     interpreted(block=1024, run=4096, runs=512)
     n = 2**33 + 5
     types = [(torch.bfloat16, torch.bfloat16, torch.float32)]
-    tables = triton_launch.Tables(torch.device("cpu"), [[0]] * 5, [n], types, [-1], [0])
+    tables = schedule.Tables(torch.device("cpu"), [[0]] * 5, [n], types, [-1], [0])
     tables._schedule([True])
-    last = tables._work[triton_kernel.RUNS - 1].tolist()
+    last = tables._work[kernel.RUNS - 1].tolist()
     assert last[2] + last[3] == n
     assert tables._work[:, 3].max() < 2**31
 
@@ -328,9 +340,9 @@ def test_extreme_gradients(
 
 
 @pytest.mark.parametrize("size", [1, 100, 3000])
-@pytest.mark.parametrize("mode", MODES_OF_PARTS, ids=["plain", "decoupled", "belief"])
-def test_parts_are_the_whole(mode: dict[str, Any], size: int, interpreted: SetSizes) -> None:
-    check_parts(triton.Plan, mode, size, steps=4)
+@pytest.mark.parametrize("mode", MODES_OF_SHARDS, ids=["plain", "decoupled", "belief"])
+def test_shards_are_the_whole(mode: dict[str, Any], size: int, interpreted: SetSizes) -> None:
+    check_shards(triton.Triton(), mode, size, steps=4)
 
 
 def test_strides_and_types_may_be_mixed(interpreted: SetSizes) -> None:
@@ -346,8 +358,7 @@ def test_strides_and_types_may_be_mixed(interpreted: SetSizes) -> None:
             q.grad = p.grad
         optimizer.step()
         plain.step()
-    left = [params[i] for plan in plans(optimizer) for i in plan.left[0]]
-    assert [tuple(p.shape) for p in left] == [(5, 7), (2, 3, 4)]
+    assert [tuple(p.shape) for p in left_over(optimizer)] == [(5, 7), (2, 3, 4)]
     for p, q in zip(params, plain.param_groups[0]["params"], strict=True):
         torch.testing.assert_close(p, q)
 
@@ -359,13 +370,13 @@ def test_unaligned_tensors(interpreted: SetSizes) -> None:
     wanted = references(params, settings := Settings(lr=0.3))
     optimizer = make(params, settings, **FUSED)
     follow(optimizer, params, wanted, 2, torch.float32)
-    assert plans(optimizer)[0]._tables._aligned == [False] * 2
+    assert tables(optimizer)._aligned == [False] * 2
     # what one is read with does not depend on the others, whose sums would have other roundings
     both = parameters([(300,), (200,)])
     wanted = references(both, settings)
     optimizer = make(both, settings, **FUSED)
     follow(optimizer, both, wanted, 1, torch.float32)
-    assert plans(optimizer)[0]._tables._aligned == [True, True]
+    assert tables(optimizer)._aligned == [True, True]
     give_gradients(both, 1)
     grad = both[0].grad
     assert grad is not None
@@ -373,8 +384,8 @@ def test_unaligned_tensors(interpreted: SetSizes) -> None:
     optimizer.step()
     step_references(both, wanted)
     Comparison().check_all(optimizer, both, wanted, torch.float32)
-    assert plans(optimizer)[0]._tables._aligned == [False, True]
-    assert [one.aligned for one in plans(optimizer)[0]._tables._sets] == [False, True]
+    assert tables(optimizer)._aligned == [False, True]
+    assert [one.aligned for one in tables(optimizer)._sets] == [False, True]
 
 
 @pytest.mark.parametrize("mode", [MODES[0], MODES[3]], ids=["plain", "decoupled"])
@@ -390,9 +401,7 @@ def test_without_the_cpu_kernel(
         return snapshot(optimizer)
 
     with_it = trained()
-    monkeypatch.setattr(kernel, "load", lambda: "there is none")
-    # fused is then asked for by its absence: the constructor knows of no device
-    monkeypatch.setitem(FUSED, "fused", None)
+    monkeypatch.setattr(cpu, "why_not", lambda: "there is none")
     without = trained()
     for group in (with_it[0], without[0]):
         group.pop("fused")
@@ -437,7 +446,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from apollo_qn.backends import triton_kernel as kernel
+from apollo_qn.backends.triton import kernel
 
 f32, f64, bf16 = tl.float32, tl.float64, tl.bfloat16
 pointers = {"tensors": "*i64", "work": "*i64", "gradients": "*i64"}

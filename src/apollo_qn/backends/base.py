@@ -110,6 +110,17 @@ class Backend:
         raise NotImplementedError
 
 
+def step_scalars(batch: Batch) -> tuple[Any, ...]:
+    """Return the row of scalars that the fused kernels read: ``step_scalars`` in ``kernel.h``."""
+    h, s = batch.h, batch.scalars
+    return (
+        *(s.alpha, s.rate, s.offset, h.sigma, s.previous_offset, s.kappa, s.omega),
+        *(h.sigma, h.secant_eps, -1.0 if h.maximize else 1.0),
+        *(h.weight_decay if h.l2 else 0.0, h.weight_decay if h.decoupled else 0.0),
+        *(float(h.decays), float(h.belief), float(h.rounding == "stochastic"), s.t),
+    )
+
+
 def is_plain(tensors: Sequence[Any]) -> bool:
     """Return whether all are of torch's own classes; a subclass may lack an operation."""
     return set(map(type, tensors)) <= _PLAIN

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from apollo_qn.backends.base import Backend, Batch, TensorLists, is_plain
+from apollo_qn.backends.base import Backend, Batch, TensorLists, is_plain, step_scalars
 from apollo_qn.secant import Sums
 
 _HOW = (
@@ -113,17 +112,6 @@ class _Arguments:
             [step_scalars(batch) for batch in batches], dtype=torch.float64, device="cpu"
         )
         return rows, streams, table
-
-
-def step_scalars(batch: Batch) -> tuple[Any, ...]:
-    """Return the columns of ``step_scalars`` in ``kernel.h``."""
-    h, s = batch.h, batch.scalars
-    return (
-        *(s.alpha, s.rate, s.offset, h.sigma, s.previous_offset, s.kappa, s.omega),
-        *(h.sigma, h.secant_eps, -1.0 if h.maximize else 1.0),
-        *(h.weight_decay if h.l2 else 0.0, h.weight_decay if h.decoupled else 0.0),
-        *(float(h.decays), float(h.belief), float(h.rounding == "stochastic"), s.t),
-    )
 
 
 def _joined(lists: list[TensorLists], name: str) -> list[Tensor]:

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apollo_qn.backends.base import Backend, Batch, is_plain
-from apollo_qn.backends.cpu import step_scalars
+from apollo_qn.backends.base import Backend, Batch, is_plain, step_scalars
 from apollo_qn.secant import Sums, arithmetic
 
 _f16, _bf16, _f32, _f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -53,6 +52,11 @@ def serves(device: torch.device) -> bool:
         return False
     # the interpreter reads addresses in the host's memory
     return device.type == "cpu" or os.environ.get("TRITON_INTERPRET", "0") != "1"
+
+
+def available() -> bool:
+    """Return whether there are a kernel and a device for it."""
+    return why_not() is None and (torch.cuda.is_available() or "cpu" in DEVICES)
 
 
 class Triton(Backend):
