@@ -73,4 +73,4 @@ docs: $(VENV)/.ready  ## the documentation as a site; open site/index.html
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf build dist site src/*.egg-info bench/build bench/src/*.egg-info src/apollo_qn/backends/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf build dist site src/*.egg-info bench/build bench/src/*.egg-info src/apollo_qn/backends/cpu/*.so build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

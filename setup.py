@@ -1,22 +1,147 @@
-"""The compiled part of the package; everything else is said in pyproject.toml."""
+"""Build the compiled part of the package; pyproject.toml says everything else.
+
+The CPU kernel is a torch operator that uses PyTorch's stable ABI: one build serves torch 2.10 and
+all later versions, with every Python. The build needs the headers of an installed torch and a C++
+compiler. Without them the package is built without the kernel. torch is no requirement of the
+build, because pip would then download it, gigabytes with CUDA, into a temporary environment.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError, CCompilerError
+
+KERNEL = "apollo_qn.backends.cpu._kernel"
+FOLDER = "src/apollo_qn/backends/cpu"
+OLDEST = (2, 10)  # torch with parallel_for in its stable ABI
+OFFERED = f"0x{OLDEST[0]:02x}{OLDEST[1]:02x}{'0' * 12}"
+COMPILE = [
+    *("-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra"),
+    # no fused multiply-add: the same bits on every machine
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+    f"-DTORCH_TARGET_VERSION={OFFERED}",
+]
+MISSING = """
+**********************************************************************
+apollo-qn is built WITHOUT its CPU kernel: {reason}.
+The optimizer works, but its steps on a CPU are slower. To get the kernel:
+  1. install torch 2.10 or newer, and a C++ compiler (GCC or Clang);
+  2. pip install "setuptools>=77"
+  3. pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps apollo-qn
+     (or the path or URL that you install from)
+**********************************************************************
+"""
+
+
+class NoKernelError(Exception):
+    """The reason why the kernel cannot be built here."""
+
+
+def torch_folder() -> Path:
+    """Return the folder of the installed torch.
+
+    pip hides the installed packages from an isolated build, so they are also looked up where this
+    interpreter keeps them.
+    """
+    spec = find_spec("torch")
+    folders = [Path(spec.origin).parent] if spec is not None and spec.origin else []
+    folders += [Path(sysconfig.get_path(kind)) / "torch" for kind in ("purelib", "platlib")]
+    for folder in folders:
+        version = folder / "version.py"
+        if not version.is_file():
+            continue
+        found = re.search(r"__version__ = '(\d+)\.(\d+)", version.read_text(encoding="utf-8"))
+        if found is None or (int(found[1]), int(found[2])) < OLDEST:
+            raise NoKernelError(f"the torch in {folder} is older than {OLDEST[0]}.{OLDEST[1]}")
+        if not (folder / "include/torch/csrc/stable/library.h").is_file():
+            raise NoKernelError(f"the torch in {folder} comes without its C++ headers")
+        return folder
+    raise NoKernelError("no installed torch was found")
+
+
+class BuildKernel(build_ext):
+    """Build the kernel where that is possible, and say why where it is not."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile and link; a kernel that cannot be built is dropped from the distribution."""
+        if ext.name != KERNEL:
+            super().build_extension(ext)
+            return
+        try:
+            self._build(ext, torch_folder())
+        except (NoKernelError, BaseError, CCompilerError) as error:
+            print(
+                MISSING.format(reason=error),
+                file=sys.stderr,
+                flush=True,
+            )
+            self._library().unlink(missing_ok=True)  # of an older build
+            self.distribution.ext_modules.remove(ext)
+            self.extensions = [other for other in self.extensions if other is not ext]
+
+    def _build(self, ext: Extension, torch: Path) -> None:
+        if self.compiler.compiler_type == "msvc":
+            raise NoKernelError("its source is for GCC and Clang")
+        objects = self.compiler.compile(
+            ext.sources,
+            output_dir=self.build_temp,
+            extra_postargs=[*ext.extra_compile_args, "-isystem", str(torch / "include")],
+            depends=ext.depends,
+        )
+        # torch has loaded its libraries before it loads this one, so no rpath is needed
+        mac = sys.platform == "darwin"
+        self.compiler.link_shared_object(
+            objects,
+            str(self._library()),
+            libraries=[] if mac else ["torch_cpu"],
+            library_dirs=[str(torch / "lib")],
+            extra_postargs=["-undefined", "dynamic_lookup"] if mac else [],
+            target_lang="c++",
+        )
+
+    def _library(self) -> Path:
+        return Path(self.build_lib, self.get_ext_filename(KERNEL))
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Return the library's path; it belongs to no version of Python."""
+        if fullname == KERNEL:
+            return str(Path(*fullname.split(".")).with_suffix(".so"))
+        path: str = super().get_ext_filename(fullname)
+        return path
+
+
+class Wheel(bdist_wheel):
+    """A wheel for every Python; without the kernel, for every platform too."""
+
+    def run(self) -> None:
+        """Build before the tag is chosen, because it depends on what could be built."""
+        if not self.skip_build:
+            self.run_command("build")
+        self.root_is_pure = not self.distribution.has_ext_modules()
+        super().run()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Return the tag of what has been built."""
+        return ("py3", "none", "any" if self.root_is_pure else super().get_tag()[2])
+
 
 setup(
+    cmdclass={"build_ext": BuildKernel, "bdist_wheel": Wheel},
     ext_modules=[
         Extension(
-            "apollo_qn.backends._kernel",
-            ["src/apollo_qn/backends/kernel.c"],
-            depends=["src/apollo_qn/backends/kernel.h"],
-            # no fused multiply-add: the same bits on every machine
-            extra_compile_args=[
-                *("-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno"),
-                *("-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wextra"),
-            ],
-            libraries=["m"],
-            py_limited_api=True,  # one wheel for all: it needs no header of Python or torch
-            optional=True,  # without a compiler the foreach back end serves
-        )
+            KERNEL,
+            [f"{FOLDER}/operators.cpp"],
+            depends=[f"{FOLDER}/kernel.h", f"{FOLDER}/schedule.h"],
+            extra_compile_args=COMPILE,
+            language="c++",
+        ),
     ],
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

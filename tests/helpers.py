@@ -197,7 +197,8 @@ def snapshot(optimizer: torch.optim.Optimizer) -> list[Any]:
     """Everything that a step may change, copied; for comparison with :func:`same`."""
     result: list[Any] = []
     for group in optimizer.param_groups:
-        result.append({k: v for k, v in group.items() if k != "params"})
+        # the seed is each optimizer's own
+        result.append({k: v for k, v in group.items() if k not in ("params", "seed")})
         for p in group["params"]:
             result.append(p.detach().clone())
             state = optimizer.state.get(p, {})

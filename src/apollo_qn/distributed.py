@@ -194,7 +194,9 @@ def _placed_like(tensor: Any, p: Any) -> Any:
 
 def _same_placement(tensor: Any, p: Any) -> bool:
     mesh = tensor.device_mesh
-    return (mesh is p.device_mesh or mesh == p.device_mesh) and tensor.placements == p.placements
+    return bool(mesh is p.device_mesh or mesh == p.device_mesh) and bool(
+        tensor.placements == p.placements
+    )
 
 
 def _checked_state(tensor: Any, p: Any, name: str) -> Any:

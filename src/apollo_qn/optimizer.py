@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from functools import lru_cache
 from typing import Any, overload
 
@@ -120,7 +120,7 @@ class Apollo(Optimizer):
 
     _backends: functional.Backends | None = None
     # the shape that each parameter had when it was given to this optimizer
-    _given_shapes: WeakTensorKeyDictionary | None = None
+    _given_shapes: MutableMapping[Tensor, torch.Size] | None = None
     _has_warned = False
     # torch's generator before and after the default seed was drawn
     _drawn_seed: tuple[Tensor, Tensor] | None = None

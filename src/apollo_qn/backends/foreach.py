@@ -387,6 +387,11 @@ def _measured_in_blocks(batch: Batch, flat: list[Tensor], s: StepScalars, block:
     return parts[0] if len(parts) == 1 else Sums.joined(parts, torch.stack).merged()
 
 
+def _number(x: Scalar) -> float:
+    assert not isinstance(x, Tensor)  # with differentiable alone, which the reference serves
+    return x
+
+
 def _rectify_(D: Tensor, threshold: Scalar, offset: Scalar) -> Tensor:
     D = D.clamp_(min=threshold)
     return D if isinstance(offset, float) and offset == 0 else D.add_(offset)
@@ -413,7 +418,7 @@ def _difference(work: _Work, h: Hyperparameters) -> Tensor:
     y = torch.add(work.m, work.g).neg_() if h.maximize else torch.sub(work.g, work.m)
     if h.l2:
         assert work.theta is not None
-        y.add_(work.theta, alpha=h.weight_decay)
+        y.add_(work.theta, alpha=_number(h.weight_decay))
     return y
 
 
@@ -456,5 +461,5 @@ def _apply(
     torch.div(work.m, d, out=d)
     if h.decoupled:
         assert work.theta is not None
-        d.add_(work.theta, alpha=h.weight_decay)
+        d.add_(work.theta, alpha=_number(h.weight_decay))
     return torch.mul(d, spread(s.rate), out=out)

@@ -27,7 +27,7 @@ def why_not() -> str | None:
     if not library.exists():
         return f"the fused CPU kernel was not compiled when apollo-qn was installed ({_HOW})"
     try:
-        torch.ops.load_library(library)
+        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     except OSError as error:  # of another torch
         return (
             f"the fused CPU kernel cannot be loaded by torch {torch.__version__} ({error}; {_HOW})"
@@ -60,7 +60,7 @@ class CPU(Backend):
         """Return the sums over each tensor of each batch; nothing is changed."""
         arguments = _Arguments(batches)
         table = torch.ops.apollo_qn.measure(*arguments.tensors, *arguments.numbers())
-        tables = table.split([len(batch.tensors) for batch in batches])
+        tables = table.split_with_sizes([len(batch.tensors) for batch in batches])
         return [
             Sums.from_table(rows, batch.h.belief)
             for rows, batch in zip(tables, batches, strict=True)

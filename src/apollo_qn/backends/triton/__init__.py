@@ -93,7 +93,7 @@ class Triton(Backend):
         device = batches[0].tensors.params[0].device
         table = torch.zeros(count, 4, dtype=torch.float64, device=device)
         self._launch(batches, table, measuring=True)
-        tables = table.split([len(batch.tensors) for batch in batches])
+        tables = table.split_with_sizes([len(batch.tensors) for batch in batches])
         return [
             Sums.from_table(rows, batch.h.belief)
             for rows, batch in zip(tables, batches, strict=True)
@@ -163,8 +163,8 @@ def _members(batches: list[Batch]) -> Iterator[tuple[int, int]]:
 
 def _written(batch: Batch, i: int) -> list[Tensor]:
     lists = batch.tensors
-    columns = (lists.params, lists.exp_avgs, lists.hessian_diags)
-    columns += (lists.thresholds, lists.compensations)
+    columns = [lists.params, lists.exp_avgs, lists.hessian_diags]
+    columns += [lists.thresholds, lists.compensations]
     return [column[i] for column in columns if column and column[i] is not None]
 
 
