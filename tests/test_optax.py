@@ -30,7 +30,7 @@ from apollo_qn import Apollo  # noqa: E402
 from apollo_qn.optax import ApolloState, apollo, apollow  # noqa: E402
 from tests import tolerances  # noqa: E402
 from tests.helpers import Comparison, as_numpy, gradient, normal, parameters  # noqa: E402
-from tests.test_rule import EXTREMES, of_scale  # noqa: E402
+from tests.test_algorithm import EXTREMES, of_scale  # noqa: E402
 
 SHAPES = ((), (0,), (3, 5), (257,))
 STEPS = 20
@@ -735,7 +735,7 @@ def test_example_of_the_docstring() -> None:
 
 IMPORTS = """
 import sys
-import apollo_qn, apollo_qn.functional, apollo_qn.sharded, apollo_qn.schedules
+import apollo_qn, apollo_qn.functional, apollo_qn.schedules
 assert not {"jax", "jaxlib", "optax", "apollo_qn.optax"} & set(sys.modules)
 sys.modules["jax"] = None  # as if it were not installed
 try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.faults import Fault
 
 QN = "src/apollo_qn"
-RULE = ("tests/test_rule.py", "tests/test_golden.py")
+RULE = ("tests/test_algorithm.py", "tests/test_golden.py")
 BACK_ENDS = ("tests/backends/test_backends.py",)
 OPTAX = ("tests/test_optax.py",)
 ROUNDING = ("tests/test_rounding.py",)
