@@ -23,7 +23,8 @@ from tests.faults import Fault, bench, optimizer
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIES = 2
-SOURCES = (".py", ".toml", ".c", ".h", ".cpp")
+COMPILED = (".c", ".h", ".cpp")
+SOURCES = (".py", ".toml", *COMPILED)
 LIMIT = 300  # seconds for the tests of one fault
 _print = threading.Lock()
 
@@ -103,14 +104,19 @@ def trial(fault: Fault, copies: queue.Queue[Path]) -> str | None:
         return None  # told already
     root = copies.get()
     (path,) = places(fault, root)
-    before = path.read_bytes()
+    changed = [path, *(root / "src").rglob("*.so")] if path.suffix in COMPILED else [path]
+    before = [(one, one.read_bytes()) for one in changed]
     try:
         path.write_text(path.read_text(encoding="utf-8").replace(fault.old, fault.new), "utf-8")
+        if path.suffix in COMPILED:
+            build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+            subprocess.run(build, cwd=root, check=True, capture_output=True)
         code, said = run_tests(root, fault.tests, "-x")
     except subprocess.TimeoutExpired:
         code, said = 1, "timeout"  # a hang is noticed too
     finally:
-        path.write_bytes(before)
+        for one, content in before:
+            one.write_bytes(content)
         copies.put(root)
     first = next((line for line in said.splitlines() if line.startswith("FAILED")), said[-300:])
     with _print:

@@ -129,6 +129,13 @@ FAULTS = [
         "tl.sum(u * (b * d - alpha * delta), 0)",
         ("tests/backends/test_triton.py",),
     ),
+    Fault(
+        "the kernel: the coefficient lacks a factor",
+        QN,
+        "c = share * share * share *",
+        "c = share * share *",
+        BACK_ENDS,
+    ),
     # 16 bits
     Fault(
         "stochastic rounding always rounds down",
@@ -152,6 +159,7 @@ FAULTS = [
         ROUNDING,
     ),
     # the class
+    Fault("a step counts twice", QN, "steps, 1.0)", "steps, 2.0)", BACK_ENDS),
     Fault(
         "a schedule's warmup rises from 0",
         QN,
