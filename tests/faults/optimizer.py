@@ -91,7 +91,7 @@ FAULTS = [
         QN,
         "(self.q4 * share**4).sum(0), (self.k * share).sum(0)",
         "self.q4.sum(0), self.k.sum(0)",
-        (*BACK_ENDS, "tests/backends/test_parts.py"),
+        (*BACK_ENDS, "tests/backends/test_shards.py"),
     ),
     Fault(
         "shards are not added up",
@@ -131,7 +131,7 @@ FAULTS = [
     ),
     Fault(
         "the kernel: the coefficient lacks a factor",
-        QN,
+        f"{QN}/backends/cpu",
         "c = share * share * share *",
         "c = share * share *",
         BACK_ENDS,
@@ -170,8 +170,8 @@ FAULTS = [
     Fault(
         "sigma of the authors' release",
         QN,
-        "else _FIRST_SIGMA",
-        "else _RELEASED_SIGMA",
+        "not in saved:\n        return _SIGMAS[0]",
+        "not in saved:\n        return _SIGMAS[1]",
         ("tests/test_checkpoint.py",),
     ),
     Fault(
