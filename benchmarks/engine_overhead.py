@@ -20,22 +20,22 @@ import torch
 
 from apollo_bench.config import recipe
 from apollo_bench.config.recipe import RunSpec
-from apollo_bench.optimizers.registry import build, rate_factor
+from apollo_bench.optimizers.registry import build_optimizer, lr_factor
 from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.training.loop import train
 from apollo_bench.workloads import tasks
-from apollo_bench.workloads.workload import Task
+from apollo_bench.workloads.workload import Workload
 
 
-def bare(spec: RunSpec, task: Task) -> None:
+def bare(spec: RunSpec, task: Workload) -> None:
     """The shortest loop that trains and evaluates the same."""
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(spec.seed)
     model = task.model()
-    optimizer = build(spec.optimizer, model.parameters())
+    optimizer = build_optimizer(spec.optimizer, model.parameters())
     steps = spec.train.schedule.steps(task.steps_per_epoch)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, rate_factor(spec.train.schedule, spec.name, steps)
+        optimizer, lr_factor(spec.train.schedule, spec.name, steps)
     )
     for epoch in range(spec.train.schedule.length):
         model.train()

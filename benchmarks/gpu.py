@@ -93,7 +93,7 @@ def about(device: str, _quick: bool, out: Path) -> None:
         out / "about.json",
         {
             "command": " ".join(sys.argv),
-            "device": timing.at(device).about(),
+            "device": timing.timer_for(device).about(),
             "torch": torch.__version__,
             "apollo_qn": apollo_qn.__version__,
             "python": platform.python_version(),
@@ -109,16 +109,16 @@ def bench(device: str, name: str, out: Path, optimizers: list[str], seconds: flo
 
     from apollo_bench.steptime import candidates, measurement, parameter_sets, timing
 
-    where = timing.at(device)
-    (chosen,) = parameter_sets.choose([name], where.device.type)
+    where = timing.timer_for(device)
+    (chosen,) = parameter_sets.choose_sets([name], where.device.type)
     result = measurement.measure(
         chosen,
-        candidates.choose(optimizers, where.device.type),
+        candidates.choose_candidates(optimizers, where.device.type),
         repeats=100,
         budget=seconds,
         dtype=torch.float32,
         seed=0,
-        tell=lambda *_: None,
+        report_progress=lambda *_: None,
         stop=lambda: False,
         where=where,
     )
@@ -151,8 +151,8 @@ def sweep(device: str, name: str, out: Path) -> None:
     from apollo_qn.backends.triton import kernel as triton_kernel
     from apollo_qn.backends.triton import schedule as triton_launch
 
-    where = timing.at(device)
-    (chosen,) = parameter_sets.choose([name], where.device.type)
+    where = timing.timer_for(device)
+    (chosen,) = parameter_sets.choose_sets([name], where.device.type)
     draw = torch.Generator(where.device).manual_seed(0)
 
     def drawn(shape: tuple[int, ...]) -> torch.Tensor:

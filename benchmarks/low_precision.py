@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import apollo_qn
+from apollo_bench.config.optimizer_settings import ApolloSettings
 from apollo_bench.config.recipe import RunSpec, load
-from apollo_bench.config.schema import ApolloSettings
-from apollo_bench.optimizers.registry import rate_factor
+from apollo_bench.optimizers.registry import lr_factor
 from apollo_bench.workloads import tasks
 from apollo_qn import Apollo
 
@@ -86,14 +86,14 @@ def train(spec: RunSpec, dtype: torch.dtype, settings: dict[str, Any]) -> dict[s
     chosen = spec.optimizer.model_dump(exclude={"method"})
     optimizer = Apollo(model.parameters(), **chosen, **settings)
     steps = spec.train.schedule.steps(task.steps_per_epoch)
-    factor = rate_factor(spec.train.schedule, spec.name, steps)
+    factor = lr_factor(spec.train.schedule, spec.name, steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     losses: list[float] = []
     start = time.perf_counter()
     model.train()
-    carried: tuple[Tensor, ...] = ()
+    hidden_state: tuple[Tensor, ...] = ()
     for batch in _batches(task, spec.seed, steps):
-        loss, carried = task.loss(model, batch, batch, carried)
+        loss, hidden_state = task.loss(model, batch, batch, hidden_state)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), spec.train.clip_norm or math.inf)

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy
 
-from apollo_bench.runs.run_directory import machine
+from apollo_bench.runs.run_directory import describe_machine
 from apollo_bench.workloads.language_modeling.one_billion_word import HELD_OUT, TRAIN
 
 WORDS = 793_471  # of the standard vocabulary
@@ -171,7 +171,7 @@ def main() -> None:
         found = {
             "command": " ".join(["python", *sys.argv]),
             "python": platform.python_version(),
-            "machine": machine(),
+            "machine": describe_machine(),
             "standard vocabulary": measure(
                 folder, str(folder / "words.txt"), arguments.workers, tokens
             ),

@@ -36,7 +36,7 @@ done
 curvature() {
   local task=$1 folder=$2 every=$3 settings=("${@:4}")
   apollo-bench train "results/$task/recipe.toml" --optimizer apollo --data "$folder" --threads 1 \
-    --diagnostics "$every" --out "$runs/$task-curvature" "${settings[@]}"
+    --diagnose-every "$every" --out "$runs/$task-curvature" "${settings[@]}"
   apollo-bench archive "$runs/$task-curvature" --out "results/$task/curvature"
 }
 curvature cifar10 data/cifar10 13 --set optimizer.lr=3.56 \

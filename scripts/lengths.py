@@ -17,11 +17,11 @@ from pathlib import Path
 from scipy import stats
 
 from apollo_bench.config import recipe
-from apollo_bench.config.recipe import Recipe, RunSpec, times_rate
-from apollo_bench.config.schema import Examples
+from apollo_bench.config.recipe import Recipe, RunSpec, scale_lr
+from apollo_bench.config.schema import ImageData
 from apollo_bench.runs import loading
 from apollo_bench.runs.archive import RUNS
-from apollo_bench.search.trials import best_try, score_of, tries
+from apollo_bench.search.trials import best_trial, make_trials, mean_score
 from apollo_bench.workloads.tasks import TASKS as FAMILIES
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -70,21 +70,21 @@ def chosen(task: str, length: str, results: Path = RESULTS) -> Recipe:
     """
     plan = recipe.load(str(results / task / f"length-{length}.toml"))
     folder = results / task / f"length-{SEARCHED[length]}-tuning"
-    runs = loading.find([folder])
+    runs = loading.load_runs([folder])
     sign = 1 if FAMILIES[task].curve.higher_is_better else -1
     best: dict[str, tuple[float, str, float]] = {}
     for name in plan.optimizers:
         trials = [run for run in runs if run.spec.name == name]
         if trials and all(run.verdict == "diverged" for run in trials):
             continue  # the other warmup is left
-        settings = best_try(trials, f"{folder}: {name}")
-        scores = [score_of([run]) for run in trials if run.spec.optimizer == settings]
+        settings = best_trial(trials, f"{folder}: {name}")
+        scores = [mean_score([run]) for run in trials if run.spec.optimizer == settings]
         [score] = [sign * score for score in scores if score is not None]
         method = name.removesuffix(OTHER_WARMUP)
         if method not in best or score > best[method][0]:  # of equals the short warmup
             best[method] = (score, name, settings.lr)
     optimizers = {
-        name: times_rate(
+        name: scale_lr(
             plan.run(name, plan.seeds[0]).optimizer, lr / plan.optimizers[name].lr
         ).model_copy(update={"lr": lr})
         for _, name, lr in best.values()
@@ -123,10 +123,10 @@ def planned(name: str, results: Path = RESULTS) -> list[RunSpec]:
     _, length, kind = piece.split("-")
     if kind == "tuning":
         plan = recipe.load(str(results / task / f"length-{length}.toml"))
-        if isinstance(plan.data, Examples):
+        if isinstance(plan.data, ImageData):
             data = plan.data.model_copy(update={"validation": HELD_OUT})
             plan = plan.model_copy(update={"data": data})
-        return tries(plan, list(plan.optimizers))
+        return make_trials(plan, list(plan.optimizers))
     plan = chosen(task, length, results)
     if kind == "comparison":
         return plan.runs()
@@ -137,7 +137,7 @@ def planned(name: str, results: Path = RESULTS) -> list[RunSpec]:
 @functools.cache
 def archived(path: Path) -> list[loading.Run]:
     """Return the runs of an archive."""
-    return loading.find([path])
+    return loading.load_runs([path])
 
 
 def by_method(path: Path) -> dict[str, list[loading.Run]]:

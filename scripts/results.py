@@ -26,13 +26,13 @@ os.environ.setdefault("MPLCONFIGDIR", str(ROOT / "build" / "matplotlib"))
 import lengths  # noqa: E402
 
 from apollo_bench.config import recipe  # noqa: E402
-from apollo_bench.config.schema import Examples  # noqa: E402
+from apollo_bench.config.schema import ImageData  # noqa: E402
 from apollo_bench.errors import ExperimentError  # noqa: E402
 from apollo_bench.report import narrative, page, tables  # noqa: E402
-from apollo_bench.report.statistics import Spread  # noqa: E402
-from apollo_bench.report.summary import Section, Summary, collect  # noqa: E402
+from apollo_bench.report.statistics import SampleStats  # noqa: E402
+from apollo_bench.report.summary import ScheduleSection, Summary, collect  # noqa: E402
 from apollo_bench.runs.archive import CURVATURE, EVALUATIONS, RUNS  # noqa: E402
-from apollo_bench.search import trials  # noqa: E402
+from apollo_bench.search import best_trials, trials  # noqa: E402
 from apollo_bench.workloads.tasks import TASKS as FAMILIES  # noqa: E402
 
 RESULTS = ROOT / "results"
@@ -195,17 +195,17 @@ def protocol(task: str, plan: str) -> Iterator[str]:
     known = recipe.load(str(RESULTS / task / f"{plan}.toml"))
     searched = summary_of(tried)
     held_out = known
-    if isinstance(known.data, Examples):
+    if isinstance(known.data, ImageData):
         size = getattr(searched.runs[0].spec.data, "validation", 0)
         held_out = known.model_copy(
             update={"data": known.data.model_copy(update={"validation": size})}
         )
     optimizers = list(known.optimizers)
-    yield from unlike(tried, searched, trials.tries(held_out, optimizers))
+    yield from unlike(tried, searched, trials.make_trials(held_out, optimizers))
     final = FAMILIES[task].final.name
     if final != FAMILIES[task].curve.name and any(final in run.result for run in searched.runs):
         yield f"{tried}: has seen the test data"
-    made = trials.apply(known, RESULTS / tried, optimizers)
+    made = best_trials.apply_best_settings(known, RESULTS / tried, optimizers)
     yield from unlike(compared, summary_of(compared), made.runs(optimizers))
     analyses = [*names]
     if plan == "recipe":
@@ -277,7 +277,7 @@ def block(name: str) -> str:
     if summary.sweep == "tuning":
         shown = shown[:1]
     text = "\n".join(tables.as_markdown(table) for table in shown)
-    return f"{text}\n{narrative.finding(summary)}\n"
+    return f"{text}\n{narrative.headline(summary)}\n"
 
 
 def narrow(table: tables.Table) -> tables.Table:
@@ -299,7 +299,7 @@ def overview() -> str:
     return "\n".join(lines) + "\n"
 
 
-def score(section: Section, names: tuple[str, ...]) -> str:
+def score(section: ScheduleSection, names: tuple[str, ...]) -> str:
     """Mean and deviation, bold where it is the best."""
     for row in section.rows:
         if row.name in names:
@@ -355,7 +355,7 @@ def published(task: str, names: tuple[str, ...]) -> str:
     numbers = recipe.load(theirs).paper[schedule]
     for name in (*names, "adam" if "adamw" in names else ""):
         if name in numbers:
-            return Spread(numbers[name].mean, numbers[name].std, 0).text(2)
+            return SampleStats(numbers[name].mean, numbers[name].std, 0).text(2)
     return tables.NOTHING
 
 

@@ -8,22 +8,22 @@ from typing import Any
 import torch
 
 from apollo_bench.config import recipe
-from apollo_bench.config.execution import Placement
+from apollo_bench.config.execution import Execution
 from apollo_bench.config.recipe import RunSpec
 from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.workloads import tasks
 
 # seconds that a real process may take: a bound for hangs, not for busy machines
 PATIENCE = 300
-ALONE = Placement()
+ALONE = Execution()
 
 
 def prepared(
-    path: Path, spec: RunSpec, placement: Placement = ALONE, folder: Path | None = None
+    path: Path, spec: RunSpec, execution: Execution = ALONE, folder: Path | None = None
 ) -> tuple[RunDirectory, tasks.Task]:
     task = tasks.make(spec, folder)
     directory = RunDirectory(path)
-    directory.prepare(spec, task.fingerprint, folder, ["test"], placement)
+    directory.prepare(spec, task.fingerprint, folder, ["test"], execution)
     return directory, task
 
 

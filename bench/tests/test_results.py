@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from apollo_bench.config import recipe
-from apollo_bench.config.schema import ApolloSettings, Examples, Shape
+from apollo_bench.config.optimizer_settings import ApolloSettings
+from apollo_bench.config.schema import ImageData, LRShape
 from apollo_bench.search import trials
 
 ROOT = Path(__file__).parents[2]
@@ -23,11 +24,11 @@ RECIPES = sorted((ROOT / "results").glob("*/*.toml"))
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_recipe_gives_all_the_same_chance(path: Path) -> None:
     plan = recipe.load(str(path))
-    held_out = ["data.validation=5000"] if isinstance(plan.data, Examples) else []
-    tried = trials.tries(recipe.load(str(path), held_out))
+    held_out = ["data.validation=5000"] if isinstance(plan.data, ImageData) else []
+    tried = trials.make_trials(recipe.load(str(path), held_out))
     assert plan.tuning is not None
     assert {spec.name for spec in tried} == set(plan.optimizers)
-    assert len(tried) == plan.tuning.tries * len(plan.optimizers)
+    assert len(tried) == plan.tuning.trials * len(plan.optimizers)
     for ranges in plan.tuning.ranges.values():
         assert set(ranges) == {"lr"}
         low, high = ranges["lr"]
@@ -41,7 +42,7 @@ def test_a_recipe_gives_all_the_same_chance(path: Path) -> None:
         warmups = {
             own.warmup_steps
             if isinstance(own, ApolloSettings)
-            else shape.instead.get(name, shape).warmup_steps
+            else shape.overrides.get(name, shape).warmup_steps
             for name, own in plan.optimizers.items()
             if own.method != "radam"
         }
@@ -58,7 +59,7 @@ def test_the_recipes_of_the_lengths_differ_in_length_alone(task: str) -> None:
     whole = plans[1]
     steps = whole.schedules["milestone"].steps(156)  # updates per epoch on images
 
-    def milestones(shape: Shape, length: int) -> list[float]:
+    def milestones(shape: LRShape, length: int) -> list[float]:
         assert shape.kind == "milestone"
         return [milestone / length for milestone in shape.milestones]
 
@@ -73,7 +74,7 @@ def test_the_recipes_of_the_lengths_differ_in_length_alone(task: str) -> None:
         assert plan.tuning == whole.tuning
         expected = milestones(reference, reference.length)
         for name, own in plan.optimizers.items():
-            shape = schedule.instead.get(name, schedule)
+            shape = schedule.overrides.get(name, schedule)
             assert milestones(shape, schedule.length) == pytest.approx(expected)
             warmup = own.warmup_steps if isinstance(own, ApolloSettings) else shape.warmup_steps
             long = name.endswith("-long-warmup")

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from apollo_bench.training.sync_batch_norm import over_all_processes
+from apollo_bench.training.sync_batch_norm import convert_sync_batch_norm
 from apollo_bench.workloads.image_classification.resnet import ResNet
 from apollo_qn import Apollo, GradientRelease, diagnostics
 from tests import tolerances
@@ -487,7 +487,7 @@ def batch_norm() -> None:
     mine = slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
     part = whole_batch[mine].detach().requires_grad_()
     alone, spread = (nn.Sequential(nn.BatchNorm2d(3)).double() for _ in range(2))
-    spread = over_all_processes(spread, torch.device("cpu"))
+    spread = convert_sync_batch_norm(spread, torch.device("cpu"))
     weights = normal((8, 3, 5, 4), "weights")
     for _ in range(2):
         one, other = alone(whole_batch), spread(part)
@@ -514,7 +514,7 @@ def residual_network() -> None:
     alone = ResNet(blocks=1, width=2, in_channels=1, classes=10).double()
     spread: nn.Module = ResNet(blocks=1, width=2, in_channels=1, classes=10).double()
     spread.load_state_dict(alone.state_dict())
-    spread = DistributedDataParallel(over_all_processes(spread, torch.device("cpu")))
+    spread = DistributedDataParallel(convert_sync_batch_norm(spread, torch.device("cpu")))
     size = 8 // dist.get_world_size()
     mine = slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
     for model, part in ((alone, slice(None)), (spread, mine)):

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Write files so that a crash never leaves half of one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file to write, which takes the place of the old one when all went well.
+    """Open a new file that replaces the old one if no error occurs.
 
-    A crash at any moment leaves the old one or the new one, whole.
+    A crash at any moment leaves either the whole old file or the whole new one.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -33,6 +33,6 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a crash at any moment leaves the old one or the new one, whole."""
+    """Write a file; a crash at any moment leaves the whole old file or the whole new one."""
     with replacing(path) as file:
         file.write(content)

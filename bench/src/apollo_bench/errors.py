@@ -1,12 +1,12 @@
-"""The error that a user can mend, told in one line."""
+"""The error that a user can correct; it is printed as one line."""
 
 from __future__ import annotations
 
 
 class ExperimentError(Exception):
-    """Something that the user can put right: the message names what is wrong and the remedy."""
+    """An error that the user can correct: the message says what is wrong, and what to do."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, in one line."""
+    """Return the first line of an error's message, or the name of its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

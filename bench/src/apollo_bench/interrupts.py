@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as something to look at between two pieces of work."""
+"""Ctrl-C and SIGTERM, noted for a check between two pieces of work."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import FrameType
 
 
 class Interrupted(Exception):  # noqa: N818  (not an error: the user's wish)
-    """Ctrl-C or SIGTERM: the work has been left in good order."""
+    """Ctrl-C or SIGTERM was received, and the work was stopped in a consistent state."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -17,8 +17,8 @@ class Interrupted(Exception):  # noqa: N818  (not an error: the user's wish)
 
 
 @contextmanager
-def signals() -> Iterator[list[int]]:
-    """Note SIGINT and SIGTERM in the list instead of being interrupted by them."""
+def catch_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list, instead of being interrupted by them."""
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""Libraries that only some data or ways to train need."""
+"""Import libraries that only some runs need."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 from apollo_bench.errors import ExperimentError
 
 
-def library(name: str, purpose: str, alternative: str = "") -> Any:
+def import_optional(name: str, purpose: str, alternative: str = "") -> Any:
     """Import a library that only some runs need.
 
     Args:
-        name: of the module.
-        purpose: what needs it; begins the error message.
-        alternative: what to do without it; ends the message.
+        name: name of the module.
+        purpose: what needs the library; the error message begins with it.
+        alternative: what to do without the library; the error message ends with it.
 
     Raises:
-        ExperimentError: it is not installed.
+        ExperimentError: the library is not installed.
     """
     try:
         return importlib.import_module(name)

@@ -1,4 +1,4 @@
-"""Seeds for every part of a run, from the run's own."""
+"""Derive the seed of every part of a run from the run's seed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import hashlib
 
 
 def derived_seed(*parts: int) -> int:
-    """A seed for each (seed, epoch, step), unrelated to its neighbours'."""
+    """Return a seed for (seed, epoch, step) that is unrelated to the seeds of its neighbors."""
     text = ",".join(str(part) for part in parts).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from apollo_bench.cli import app
 from apollo_bench.config import recipe
-from apollo_bench.config.execution import Placement
+from apollo_bench.config.execution import Execution
 from apollo_bench.config.recipe import RunSpec
 from apollo_bench.errors import ExperimentError
 from apollo_bench.launch import run_scheduler
@@ -136,7 +136,7 @@ def test_crash_and_divergence_leave_the_other_runs_alone(recipe_file: Path, tmp_
     assert rows["sgd"].remark == "0 of 1 finished, 1 diverged"
     assert rows["sgd"].score is None
     assert rows["apollo"].remark == "1"
-    assert "Not all runs have finished" in narrative.finding(summary)
+    assert "Not all runs have finished" in narrative.headline(summary)
     # the next call tries the crashed one again, and only that
     before = runs[2].directory.result.stat().st_mtime_ns
     second = states(recipe_file, tmp_path, ["adam", "sgd", "apollo"])
@@ -150,7 +150,7 @@ def test_live_table(finished: Path) -> None:
     for path in sorted((finished / "runs").iterdir()):
         directory = RunDirectory(path)
         runs.append(state_of(directory, directory.spec(), 24))
-        runs[-1].refresh()
+        runs[-1].read_progress()
     assert [run.done for run in runs] == [f"{n}/2 epochs" for n in (2, 1, 2, 2)]
     runs[1].status = "running"
     console = Console(width=100, force_terminal=True, record=True, file=io.StringIO())
@@ -208,7 +208,7 @@ def test_time_left() -> None:
         (["compare", "--schedules", "linear"], "no schedule 'linear'"),
         (["compare", "--set", "train.batch_size"], "--set is 'train.batch_size', allowed is key="),
         (["compare", "--set", "optimizer.lrr=1"], "optimizers.sgd.lrr: unknown key, allowed are"),
-        (["compare", "--data", "/nowhere"], "--data is '/nowhere', which task's? name one"),
+        (["compare", "--data", "/nowhere"], "--data is '/nowhere'; it needs a TASK: apollo-bench"),
         (
             ["compare", "fashion-mnist", "--data", "/nowhere"],
             "/nowhere/train-images-idx3-ubyte.gz: no such file",
@@ -272,32 +272,32 @@ def test_a_run_of_another_task_is_not_gone_on_with(recipe_file: Path, tmp_path: 
     directory, task = prepared(tmp_path / "run", spec)
     other = recipe.load("wordnet").run("sgd", 3)
     with pytest.raises(ExperimentError, match="holds a run of the task 'fashion-mnist'; choose"):
-        directory.check(other, task.fingerprint, Placement())
+        directory.check(other, task.fingerprint, Execution())
 
 
 def test_an_unfinished_run_may_move(recipe_file: Path, tmp_path: Path) -> None:
     spec = recipe.load(str(recipe_file)).run("sgd", 3)
-    directory, task = prepared(tmp_path / "run", spec, Placement(threads=2))
+    directory, task = prepared(tmp_path / "run", spec, Execution(threads=2))
 
-    def prepare(placement: Placement, data: Path | None = None, keep: bool = True) -> None:
-        directory.prepare(spec, task.fingerprint, data, ["test"], placement, (), keep)
+    def prepare(execution: Execution, data: Path | None = None, keep: bool = True) -> None:
+        directory.prepare(spec, task.fingerprint, data, ["test"], execution, (), keep)
 
-    prepare(Placement(), tmp_path)
-    assert directory.placement() == Placement(threads=2)
+    prepare(Execution(), tmp_path)
+    assert directory.execution() == Execution(threads=2)
     assert directory.read()["data"]["folder"] == str(tmp_path)
-    prepare(Placement(threads=3), keep=False)
-    assert directory.placement() == Placement(threads=3)
+    prepare(Execution(threads=3), keep=False)
+    assert directory.execution() == Execution(threads=3)
     assert directory.read()["data"]["folder"] is None
-    prepare(Placement(accelerator="gpu"))
-    assert directory.placement() == Placement(accelerator="gpu", threads=3)
-    prepare(Placement(devices=2))  # nothing has been trained
+    prepare(Execution(accelerator="gpu"))
+    assert directory.execution() == Execution(accelerator="gpu", threads=3)
+    prepare(Execution(devices=2))  # nothing has been trained
     directory.checkpoint.write_bytes(b"")
     message = r"holds an unfinished run of 2 processes \(--devices 2\), 1 asked for"
     with pytest.raises(ExperimentError, match=message):
-        prepare(Placement())
+        prepare(Execution())
     directory.result.write_text('{"verdict": "finished"}')
     before = directory.manifest.read_text()
-    prepare(Placement(accelerator="gpu", threads=7), keep=False)
+    prepare(Execution(accelerator="gpu", threads=7), keep=False)
     assert directory.manifest.read_text() == before
 
 
@@ -312,7 +312,7 @@ def test_train_and_report_commands(
     assert done.exit_code == 0, done.output
     run = out / "runs" / "fashion-mnist-adam-cosine-seed8"
     assert str(run) in done.stdout
-    assert RunDirectory(run).placement().threads == 1
+    assert RunDirectory(run).execution().threads == 1
     done = CliRunner().invoke(app, ["report", str(run), "--out", str(tmp_path / "page")])
     assert done.exit_code == 0, done.output
     assert (tmp_path / "page" / "report.html").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,17 @@ import pytest
 import torch
 
 from apollo_bench.config import recipe
-from apollo_bench.config.schema import SGD, ApolloSettings, Schedule, Shape, SweepKind
+from apollo_bench.config.optimizer_settings import ApolloSettings, SGDSettings
+from apollo_bench.config.schema import LRShape, Schedule, SweepKind
 from apollo_bench.errors import ExperimentError
-from apollo_bench.optimizers.registry import build, rate_factor
+from apollo_bench.optimizers.registry import build_optimizer, lr_factor
 from apollo_qn import Apollo
 from bench.tests.conftest import TINY
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 def error_of(text: str, path: Path) -> str:
@@ -127,11 +134,11 @@ def test_unknown_task_or_file(tmp_path: Path) -> None:
         recipe.load(str(tmp_path / "none.toml"))
 
 
-@pytest.mark.parametrize("name", recipe.available())
+@pytest.mark.parametrize("name", recipe.recipe_names())
 def test_our_recipes_are_valid(name: str) -> None:
     plan = recipe.load(name)
     for name in plan.schedules:
-        quick = plan.quickened().runs(schedules=[name])[0]
+        quick = plan.with_quick_settings().runs(schedules=[name])[0]
         assert quick.train.schedule.length < plan.schedules[name].length
 
 
@@ -200,7 +207,7 @@ def test_recipes_of_the_paper(task: str) -> None:
     }
     assert {name: (own.lr, own.weight_decay) for name, own in specs.items()} == expected
     sgd, apollo = specs["sgd"], specs["apollo"]
-    assert isinstance(sgd, SGD)
+    assert isinstance(sgd, SGDSettings)
     assert sgd.momentum == 0.9
     assert isinstance(apollo, ApolloSettings)
     assert (apollo.beta, apollo.eps, apollo.sigma) == (0.9, 1e-4, 1.0)
@@ -209,7 +216,7 @@ def test_recipes_of_the_paper(task: str) -> None:
 
 def test_the_rate_falls_at_the_end_of_an_epoch() -> None:
     schedule = recipe.load("cifar10").schedules["milestone"]
-    factor = rate_factor(schedule, "sgd", 164 * 390)
+    factor = lr_factor(schedule, "sgd", 164 * 390)
     assert [factor(80 * 390 - 1), factor(80 * 390)] == pytest.approx([1.0, 0.1])
     assert [factor(120 * 390 - 1), factor(120 * 390)] == pytest.approx([0.1, 0.01])
 
@@ -218,7 +225,7 @@ def test_runs_are_optimizers_times_seeds(recipe_file: Path) -> None:
     plan = recipe.load(str(recipe_file))
     pairs = [(spec.name, spec.seed) for spec in plan.runs(["apollo", "sgd"], 3)]
     assert pairs == [(name, seed) for seed in (3, 4, 5) for name in ("apollo", "sgd")]
-    assert [spec.seed for spec in plan.quickened().runs(["sgd"])] == [3]
+    assert [spec.seed for spec in plan.with_quick_settings().runs(["sgd"])] == [3]
     with pytest.raises(ExperimentError, match="no optimizer 'adagrad' in this recipe; there are"):
         plan.runs(["adagrad"])
 
@@ -226,7 +233,7 @@ def test_runs_are_optimizers_times_seeds(recipe_file: Path) -> None:
 def test_optimizers_are_built_with_the_recipes_settings(recipe_file: Path) -> None:
     plan = recipe.load(str(recipe_file))
     network = torch.nn.Linear(2, 2)
-    made = {name: build(plan.run(name, 1).optimizer, network) for name in plan.optimizers}
+    made = {name: build_optimizer(plan.run(name, 1).optimizer, network) for name in plan.optimizers}
     assert [type(one) for one in made.values()] == [
         torch.optim.SGD,
         torch.optim.AdamW,
@@ -242,7 +249,7 @@ def test_optimizers_are_built_with_the_recipes_settings(recipe_file: Path) -> No
     assert (groups["apollo"]["warmup_steps"], groups["apollo"]["warmup_init_lr"]) == (6, 0.01)
     assert groups["apollo"]["weight_decay"] == 4e-4
     with pytest.raises(TypeError, match="not resolved"):
-        build(plan.optimizers["adam"], network)
+        build_optimizer(plan.optimizers["adam"], network)
 
 
 def test_runs_of_several_schedules(recipe_file: Path) -> None:
@@ -258,22 +265,22 @@ def test_runs_of_several_schedules(recipe_file: Path) -> None:
     assert specs[0].train.schedule.milestones == [1, 3]
     assert specs[0].train.batch_size == plan.train.batch_size
     assert recipe.RunSpec.model_validate(specs[0].model_dump()) == specs[0]
-    quick = plan.quickened().run("sgd", 1, "steps").train.schedule
+    quick = plan.with_quick_settings().run("sgd", 1, "steps").train.schedule
     assert (quick.epochs, quick.milestones) == (1, [0.25, 0.75])
     with pytest.raises(ExperimentError, match="no schedule 'linear' in this recipe; there are "):
         plan.run("sgd", 1, "linear")
 
 
 def test_schedules() -> None:
-    cosine = rate_factor(Schedule(kind="cosine", epochs=4), "sgd", 100)
+    cosine = lr_factor(Schedule(kind="cosine", epochs=4), "sgd", 100)
     assert [cosine(0), cosine(50), cosine(100)] == pytest.approx([1.0, 0.5, 0.0])
-    steps = rate_factor(Schedule(kind="milestone", epochs=4, milestones=[2, 3]), "sgd", 100)
+    steps = lr_factor(Schedule(kind="milestone", epochs=4, milestones=[2, 3]), "sgd", 100)
     assert [steps(step) for step in (0, 49, 50, 74, 75, 100)] == pytest.approx(
         [1.0, 1.0, 0.1, 0.1, 0.01, 0.01]
     )
-    warm = Shape(kind="cosine", warmup_steps=50)
-    schedule = Schedule(kind="cosine", epochs=4, instead={"adam": warm})
-    adam, sgd = (rate_factor(schedule, name, 100) for name in ("adam", "sgd"))
+    warm = LRShape(kind="cosine", warmup_steps=50)
+    schedule = Schedule(kind="cosine", epochs=4, overrides={"adam": warm})
+    adam, sgd = (lr_factor(schedule, name, 100) for name in ("adam", "sgd"))
     assert [adam(step) / sgd(step) for step in (0, 24, 49, 75)] == pytest.approx([0.02, 0.5, 1, 1])
 
 
@@ -411,3 +418,39 @@ def test_the_papers_results_stand_in_its_recipes() -> None:
         assert [len(paper[schedule]) for schedule in ("milestone", "cosine")] == [6, 6]
     assert (cifar["milestone"]["apollo"].mean, cifar["milestone"]["apollo"].std) == (94.20, 0.12)
     assert imagenet["cosine"]["adam"].mean == 71.19
+
+
+FORMER = """
+[data]
+kind = "sentence-pairs"
+subwords = 300
+beams = 7
+
+[schedules.cosine]
+kind = "cosine"
+epochs = 2
+instead = { sgd = { kind = "constant" } }
+
+[train]
+batch_size = 32
+average_last = 3
+
+[model]
+family = "transformer"
+width = 8
+inner = 8
+heads = 2
+layers = 1
+longest = 77
+"""
+
+
+def test_former_keys_are_read(recipe_file: Path) -> None:
+    tables = tomllib.loads(recipe_file.read_text()) | tomllib.loads(FORMER)
+    spec = recipe.Recipe.model_validate(tables).run("sgd", 3)
+    now = spec.model_dump()
+    assert now["data"]["beam_size"] == 7
+    assert now["model"]["max_length"] == 77
+    assert now["train"]["average_checkpoints"] == 3
+    assert now["train"]["schedule"]["overrides"]["sgd"]["kind"] == "constant"
+    assert recipe.RunSpec.model_validate(now) == spec

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from apollo_bench.config import recipe
-from apollo_bench.config.execution import Placement, cores, share
+from apollo_bench.config.execution import Execution, available_cores, plan_execution
 from apollo_bench.errors import ExperimentError
-from apollo_bench.launch.run_scheduler import launcher
+from apollo_bench.launch.run_scheduler import worker_command
 from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.training.loop import train
 from bench.tests.conftest import TINY
@@ -59,8 +59,8 @@ def test_two_processes_killed_and_resumed(recipe_file: Path, tmp_path: Path) -> 
     spec = plan.run("apollo", 3)
     results = []
     for name in ("whole", "killed"):
-        directory, _ = prepared(tmp_path / name, spec, Placement(devices=2))
-        command = [*launcher(directory.placement()), str(directory.path)]
+        directory, _ = prepared(tmp_path / name, spec, Execution(devices=2))
+        command = [*worker_command(directory.execution()), str(directory.path)]
         if name == "killed":
             process = subprocess.Popen(command, start_new_session=True)
             deadline = time.monotonic() + PATIENCE
@@ -150,14 +150,14 @@ def test_bfloat16(recipe_file: Path, tmp_path: Path) -> None:
 
 
 def test_sharing_a_machine() -> None:
-    jobs, placement = share("cpu", 2, 1)
-    assert (jobs, placement.devices) == (1, 2)
-    there = cores()
-    assert share("cpu", 1, None) == (there, Placement())
-    assert share("cpu", 1, None, there) == (1, Placement(threads=there))
-    assert share("cpu", 1, 3, 5) == (3, Placement(threads=5))
+    jobs, execution = plan_execution("cpu", 2, 1)
+    assert (jobs, execution.devices) == (1, 2)
+    there = available_cores()
+    assert plan_execution("cpu", 1, None) == (there, Execution())
+    assert plan_execution("cpu", 1, None, there) == (1, Execution(threads=there))
+    assert plan_execution("cpu", 1, 3, 5) == (3, Execution(threads=5))
     with pytest.raises(ExperimentError, match="--accelerator is 'tpu', allowed are cpu, gpu"):
-        share("tpu", 1, None)
+        plan_execution("tpu", 1, None)
     if not torch.cuda.is_available():
         with pytest.raises(ExperimentError, match="1 GPUs are needed, there are 0"):
-            share("gpu", 1, None)
+            plan_execution("gpu", 1, None)

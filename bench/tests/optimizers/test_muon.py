@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from apollo_bench.config import recipe
-from apollo_bench.config.execution import Placement
+from apollo_bench.config.execution import Execution
 from apollo_bench.errors import ExperimentError
 from apollo_bench.optimizers.muon import MuonAndAdamW, as_matrix, split
 from apollo_bench.training.loop import train
@@ -33,7 +33,7 @@ def test_muon_has_the_matrices_within() -> None:
     )
     words = LanguageModel(100, 8, 16, 1, 0.0, [20], 2.0)
     assert names(words) == {"lstm.weight_ih_l0", "lstm.weight_hh_l0"}
-    translator = Transformer(50, 8, 16, 2, 1, padding=0, longest=16)
+    translator = Transformer(50, 8, 16, 2, 1, padding=0, max_length=16)
     found = names(translator)
     assert "embedding.weight" not in found
     assert {translator.get_parameter(name).dim() for name in found} == {2}
@@ -142,4 +142,4 @@ def test_a_run_that_is_stopped_is_equal_to_one_that_is_not(method: str, tmp_path
 def test_muon_is_not_sharded() -> None:
     spec = recipe.load("multi30k", ["optimizers.muon.method=muon", "optimizers.muon.lr=0.01"])
     with pytest.raises(ExperimentError, match=r"'muon' .* needs whole matrices"):
-        Placement(devices=2, strategy="fsdp2").check(spec.run("muon", 1))
+        Execution(devices=2, strategy="fsdp2").check(spec.run("muon", 1))

@@ -13,10 +13,10 @@ import pytest
 from rich.console import Console
 
 from apollo_bench.config import recipe
-from apollo_bench.config.execution import Placement
+from apollo_bench.config.execution import Execution
 from apollo_bench.config.recipe import RunSpec
 from apollo_bench.errors import ExperimentError
-from apollo_bench.optimizers.plot_style import STYLES, style
+from apollo_bench.optimizers.plot_style import STYLES, style_of
 from apollo_bench.report import narrative, page, tables
 from apollo_bench.report.figures import short
 from apollo_bench.report.summary import Summary, collect
@@ -85,7 +85,7 @@ def made_up(
 ) -> None:
     """A run whose metric after each epoch is this; each epoch takes ten seconds."""
     directory = RunDirectory(folder / "runs" / spec.label)
-    directory.prepare(spec, "made up", None, ["test"], Placement())
+    directory.prepare(spec, "made up", None, ["test"], Execution())
     with directory.metrics.open("w") as file:
         for epoch, value in enumerate(values, 1):
             line: dict[str, Any] = {
@@ -140,7 +140,7 @@ def test_finding_says_who_wins(
     recipe_file: Path, tmp_path: Path, finals: dict[str, list[float]], expected: str
 ) -> None:
     summary = summarise(tmp_path, recipe.load(str(recipe_file)), finals)
-    assert narrative.finding(summary) == expected
+    assert narrative.headline(summary) == expected
 
 
 def cells(summary: Summary, title: str) -> dict[str, str]:
@@ -237,9 +237,9 @@ def test_forms_of_apollo_are_laid_beside_the_best_of_the_others(
     assert leads["Apollo"].startswith("+0.00 [-2.00, +2.00]")
     assert leads["ApolloW"].startswith("-32.00 [")
     assert leads["Apollo, belief"] == "-"
-    assert summary.sections[0].rival is not None
-    assert summary.sections[0].rival.name == "sgd"
-    assert "the form of Apollo with the best mean is Apollo, 72.00" in narrative.finding(summary)
+    assert summary.sections[0].best_other is not None
+    assert summary.sections[0].best_other.name == "sgd"
+    assert "the form of Apollo with the best mean is Apollo, 72.00" in narrative.headline(summary)
 
 
 def test_a_pair_that_is_missing_is_told(recipe_file: Path, tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_divergence_is_no_robustness(recipe_file: Path, tmp_path: Path) -> None:
     [summary] = collect([tmp_path])
     assert cells(summary, "lr × 10") == {"SGD": "70.00", "Apollo": "diverged"}
     assert cells(summary, "best - worst") == {"SGD": "9.00", "Apollo": "diverged"}
-    assert "differs by: SGD 9.00, Apollo diverged at one." in narrative.finding(summary)
+    assert "differs by: SGD 9.00, Apollo diverged at one." in narrative.headline(summary)
 
 
 def test_divergent_and_unfinished_runs_are_told(recipe_file: Path, tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_divergent_and_unfinished_runs_are_told(recipe_file: Path, tmp_path: Pat
         "SGD": "1 of 2 finished, 1 diverged",
         "Apollo": "0 of 1 finished, 1 unfinished",
     }
-    assert narrative.finding(summary) == "No run has finished yet. Diverged: SGD (1 of 2 runs)."
+    assert narrative.headline(summary) == "No run has finished yet. Diverged: SGD (1 of 2 runs)."
     page.write([tmp_path], tmp_path / "page")
 
 
@@ -304,7 +304,7 @@ def test_a_mean_without_its_diverged_runs_is_not_the_best(
         [summary] = collect([place])
         best = [row[0].text for row in tables.tables(summary)[0].rows if any(c.best for c in row)]
         assert best == ["SGD"]
-        text = narrative.finding(summary)
+        text = narrative.headline(summary)
         assert text.endswith(" Diverged: Apollo (1 of 2 runs).")
         if folder == "compared":
             assert text.startswith("Best mean test accuracy: SGD, 63.50 ± 0.71 %. Apollo is 27.00")
@@ -320,7 +320,7 @@ def test_a_mean_without_its_diverged_runs_is_not_the_best(
     for name in ("sgd", "adam", "apollo"):
         made_up(tmp_path / "none", plan.run(name, 3), [], "diverged")
     [summary] = collect([tmp_path / "none"])
-    assert narrative.finding(summary).startswith(
+    assert narrative.headline(summary).startswith(
         "No run has finished. Diverged: SGD (1 of 1 runs), "
     )
 
@@ -333,7 +333,7 @@ def test_where_runs_were_trained(recipe_file: Path, tmp_path: Path) -> None:
     made_up(tmp_path, plan.run("sgd", 4), [50.0])
     manifest = RunDirectory(tmp_path / "runs" / plan.run("sgd", 4).label).manifest
     told = json.loads(manifest.read_text())
-    told["placement"] |= {"accelerator": "gpu", "devices": 2, "nodes": 3}
+    told["execution"] |= {"accelerator": "gpu", "devices": 2, "nodes": 3}
     told["machine"]["gpu"] = "NVIDIA H200"
     manifest.write_text(json.dumps(told))
     *_, where, warning = narrative.notes(collect([tmp_path])[0])
@@ -399,7 +399,7 @@ def test_sweeps(recipe_file: Path, tmp_path: Path) -> None:
             *("Apollo", "66.50 ± 0.71", "71.50 ± 0.71", "5.00", "4"),
         ]
         assert [[cell.best for cell in row[1:3]] for row in table.rows] == [[False] * 2, [True] * 2]
-        assert narrative.finding(summary) == (
+        assert narrative.headline(summary) == (
             "Between its best and worst value the mean test accuracy differs by: Apollo 5.00, "
             "SGD 5.00."
         )
@@ -437,10 +437,10 @@ def test_colours_differ_and_belong_to_the_optimizer() -> None:
     styles = STYLES.values()
     assert len({one.color for one in styles}) == len({one.marker for one in styles}) == len(styles)
     unknown = [f"mine-{i}" for i in range(3)]
-    found = [*styles, *map(style, unknown)]
+    found = [*styles, *map(style_of, unknown)]
     assert len({one.color for one in found}) == len({one.marker for one in found}) == len(found)
-    assert list(map(style, reversed(unknown)))[::-1] == found[-3:]
-    assert [style(name).label for name in ("mine-0", "sgd-no-warmup", "apollo-belief-2")] == [
+    assert list(map(style_of, reversed(unknown)))[::-1] == found[-3:]
+    assert [style_of(name).label for name in ("mine-0", "sgd-no-warmup", "apollo-belief-2")] == [
         "mine-0",
         "SGD, no warmup",
         "Apollo, belief, 2",
@@ -461,7 +461,7 @@ def test_a_metric_that_is_better_when_lower(tmp_path: Path) -> None:
     made_up(tmp_path / "images", images, [50.0, 60.0])
     first, second = page.write([tmp_path, tmp_path / "images"], tmp_path / "page")
     assert (first.task, second.task) == ("fashion-mnist", "wordnet")
-    assert narrative.finding(second) == (
+    assert narrative.headline(second) == (
         "Best mean test perplexity: Apollo, 286.00 ± 8.49. Apollo is 19.00 better than SGD (95 % "
         "interval of its lead +18.00 to +20.00, p = 0.033, 2 seeds)."
     )

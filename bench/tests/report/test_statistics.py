@@ -7,13 +7,13 @@ import statistics
 
 import pytest
 
-from apollo_bench.report.statistics import Spread, difference, spread
+from apollo_bench.report.statistics import SampleStats, difference, sample_stats
 
 
 def test_spread() -> None:
-    assert spread([]) is None
-    assert spread([None, 2.0]) == Spread(2.0, None, 1)
-    found = spread([1.0, None, 3.0])
+    assert sample_stats([]) is None
+    assert sample_stats([None, 2.0]) == SampleStats(2.0, None, 1)
+    found = sample_stats([1.0, None, 3.0])
     assert found is not None
     assert (found.mean, found.count, found.text(2)) == (2.0, 2, "2.00 ± 1.41")
 

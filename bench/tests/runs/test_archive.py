@@ -24,7 +24,7 @@ def ended_once(finished_once: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """The comparison with its last run trained to the end, and the trace of a folder of data."""
     folder = tmp_path_factory.mktemp("ended")
     finished = shutil.copytree(finished_once, folder / "compared")
-    for directory in compatibility.directories(finished):
+    for directory in compatibility.find_run_directories(finished):
         manifest = directory.read()
         manifest["command"] = [
             *("/opt/bin/apollo-bench", "compare", "--data", "/home/me/data", "--out=/home/me/out"),
@@ -46,7 +46,7 @@ def ended(ended_once: Path, tmp_path: Path) -> Path:
 
 
 def test_the_report_of_an_archive_is_that_of_the_runs(ended: Path, tmp_path: Path) -> None:
-    assert archive.write(compatibility.directories(ended), tmp_path / "kept") == 4
+    assert archive.write(compatibility.find_run_directories(ended), tmp_path / "kept") == 4
     page.write([ended], tmp_path / "of-runs")
     page.write([tmp_path / "kept"], tmp_path / "of-archive")
     for name in ("results.md", "training_loss.svg", "test_accuracy.svg"):
@@ -58,7 +58,7 @@ def test_the_report_of_an_archive_is_that_of_the_runs(ended: Path, tmp_path: Pat
 
 
 def test_nothing_tells_of_the_machines_paths(ended: Path, tmp_path: Path) -> None:
-    archive.write(compatibility.directories(ended), tmp_path / "kept")
+    archive.write(compatibility.find_run_directories(ended), tmp_path / "kept")
     for path in (tmp_path / "kept").iterdir():
         assert "/home" not in path.read_text()
         assert str(tmp_path) not in path.read_text()
@@ -73,9 +73,9 @@ def test_nothing_tells_of_the_machines_paths(ended: Path, tmp_path: Path) -> Non
 
 
 def test_what_is_read_is_what_was_written(ended: Path, tmp_path: Path) -> None:
-    archive.write(compatibility.directories(ended), tmp_path / "kept")
+    archive.write(compatibility.find_run_directories(ended), tmp_path / "kept")
     kept = {run.path.name: run for run in archive.read(tmp_path / "kept")}
-    for directory in compatibility.directories(ended):
+    for directory in compatibility.find_run_directories(ended):
         run = kept[directory.spec().label]
         assert run.manifest["recipe"] == directory.read()["recipe"]
         assert run.result["accuracy"] == directory.verdict()["accuracy"]  # type: ignore[index]
@@ -88,7 +88,7 @@ def test_what_is_read_is_what_was_written(ended: Path, tmp_path: Path) -> None:
 
 def test_only_ended_runs_are_kept(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(ExperimentError, match="not finished; the command that began it goes on"):
-        archive.write(compatibility.directories(finished), tmp_path / "kept")
+        archive.write(compatibility.find_run_directories(finished), tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
 
 
@@ -96,21 +96,21 @@ def test_a_diverged_run_is_kept_too(ended: Path, tmp_path: Path) -> None:
     directory = RunDirectory(next((ended / "runs").glob("*-sgd-*-seed3")))
     diverged = {"verdict": "diverged", "step": 5, "steps": 24, "time": {"seconds": 1.0}}
     directory.result.write_text(json.dumps(diverged))
-    archive.write(compatibility.directories(ended), tmp_path / "kept")
+    archive.write(compatibility.find_run_directories(ended), tmp_path / "kept")
     [summary] = page.write([tmp_path / "kept"], tmp_path / "report")
     assert summary.rows[0].remark == "1 of 2 finished, 1 diverged"
 
 
 @pytest.mark.parametrize("damage", ["{", '{"format": 2}', '{"format": 1, "runs": [{}]}'])
 def test_damage_is_named(ended: Path, tmp_path: Path, damage: str) -> None:
-    archive.write(compatibility.directories(ended), tmp_path / "kept")
+    archive.write(compatibility.find_run_directories(ended), tmp_path / "kept")
     (tmp_path / "kept" / archive.RUNS).write_text(damage)
     with pytest.raises(ExperimentError, match="kept"):
         page.write([tmp_path / "kept"], tmp_path / "report")
 
 
 def test_a_table_of_other_runs_is_named(ended: Path, tmp_path: Path) -> None:
-    archive.write(compatibility.directories(ended), tmp_path / "kept")
+    archive.write(compatibility.find_run_directories(ended), tmp_path / "kept")
     table = tmp_path / "kept" / archive.EVALUATIONS
     lines = table.read_text().splitlines(keepends=True)
     table.write_text("".join(lines[:-1]))

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from apollo_bench.cli import app
 from apollo_bench.config import recipe
-from apollo_bench.config.execution import Placement
+from apollo_bench.config.execution import Execution
 from apollo_bench.errors import ExperimentError
 from apollo_bench.report import page
 from apollo_bench.runs import archive, curvature_log
@@ -33,7 +33,7 @@ LINES = [5, 10, 15, 20]  # of 24 steps
 
 
 def lines_of(directory: RunDirectory) -> dict[int, list[TensorDiagnostics]]:
-    found = {line["step"]: curvature_log.read(line) for line in directory.diagnosed()}
+    found = {line["step"]: curvature_log.read(line) for line in directory.diagnostics_records()}
     assert len(found) == len(directory.diagnostics.read_bytes().splitlines()), "a step twice"
     return found
 
@@ -60,7 +60,9 @@ def test_a_run_is_the_same_with_it_and_without(recipe_file: Path, tmp_path: Path
     assert [one.numel for one in lines[5]] == [
         entry["exp_avg"].numel() for entry in state["optimizer"]["state"].values()
     ]
-    assert [line["epoch"] for line in measured.diagnosed()] == [step / 12 for step in LINES]
+    assert [line["epoch"] for line in measured.diagnostics_records()] == [
+        step / 12 for step in LINES
+    ]
     shown = shown_by_tensorboard(measured)
     assert shown["curvature.negative/all"] == [
         (step, pytest.approx(overall(tensors).negative)) for step, tensors in lines.items()
@@ -92,7 +94,7 @@ def test_killed_and_resumed(recipe_file: Path, tmp_path: Path) -> None:
     assert killed.diagnose_every() == 1
     process = subprocess.Popen([*WORKER, str(killed.path)])
     deadline = time.monotonic() + PATIENCE
-    while not (killed.checkpoint.exists() and len(list(killed.diagnosed())) >= 8):
+    while not (killed.checkpoint.exists() and len(list(killed.diagnostics_records())) >= 8):
         assert process.poll() is None, "ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -155,8 +157,8 @@ def test_the_command_line(recipe_file: Path, tmp_path: Path) -> None:
     directory = RunDirectory(out / "runs" / "fashion-mnist-apollo-cosine-seed3")
     spec = spec_of(recipe_file, "apollo")
     for arguments, message in (
-        (["--diagnostics", "0"], "Invalid value"),
-        (["--diagnostics", "-5"], "Invalid value"),
+        (["--diagnose-every", "0"], "Invalid value"),
+        (["--diagnose-every", "-5"], "Invalid value"),
         (["--optimizer", "sgd", "--diagnostics"], "the optimizer 'sgd' (sgd) has none"),
     ):
         code, said = invoke(*command, *arguments)
@@ -175,7 +177,7 @@ def test_the_command_line(recipe_file: Path, tmp_path: Path) -> None:
 
     page.write([out], out)
     assert (out / "curvature.png").read_bytes().startswith(b"\x89PNG")
-    assert "--diagnostics measured it" in (out / "report.html").read_text()
+    assert "of the runs with --diagnostics" in (out / "report.html").read_text()
     page.show(page.write([out], out), Console(quiet=True))
 
 
@@ -228,15 +230,15 @@ def test_another_optimizer_is_refused(recipe_file: Path, tmp_path: Path) -> None
 def test_sharded_weights(texts: Path, tmp_path: Path) -> None:  # noqa: F811
     """Two processes under FSDP2 write, once, what one process would."""
     settings = [*SETTINGS["phrases"], "model.dropout=0.0", "schedule.updates=4"]
-    settings += ["train.evaluate_every=4", "train.average_last=1"]
+    settings += ["train.evaluate_every=4", "train.average_checkpoints=1"]
     spec = recipe.load("phrases", settings).run("apollo", 3)
     found = []
-    for name, placement in (
-        ("one", Placement()),
-        ("two", Placement(devices=2, strategy="fsdp2")),
+    for name, execution in (
+        ("one", Execution()),
+        ("two", Execution(devices=2, strategy="fsdp2")),
     ):
-        directory, task = prepared(tmp_path / name, spec, placement, texts)
-        directory.prepare(spec, task.fingerprint, texts, ["test"], placement, diagnose_every=2)
+        directory, task = prepared(tmp_path / name, spec, execution, texts)
+        directory.prepare(spec, task.fingerprint, texts, ["test"], execution, diagnose_every=2)
         if name == "one":
             assert train(directory, spec, task, diagnose_every=2) == "finished"
         else:

@@ -14,14 +14,14 @@ from apollo_bench.config.recipe import Recipe
 from apollo_bench.errors import ExperimentError
 from apollo_bench.report import narrative, tables
 from apollo_bench.report.summary import collect
-from apollo_bench.search import trials
+from apollo_bench.search import best_trials, trials
 from apollo_bench.training.loop import train
 from bench.tests.conftest import TINY, settings_of_a_worker
 from bench.tests.helpers import prepared
 
 TUNING = """
 [tuning]
-tries = 3
+trials = 3
 
 [tuning.ranges]
 sgd = { lr = [0.01, 1.0] }
@@ -46,7 +46,7 @@ def load(path: Path, *settings: str) -> Recipe:
 
 
 def rates(plan: Recipe, name: str) -> list[float]:
-    return [spec.optimizer.lr for spec in trials.tries(plan, [name])]
+    return [spec.optimizer.lr for spec in trials.make_trials(plan, [name])]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def searched_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("searched")
     plan = load(write_recipe(folder), "tuning.ranges.apollo.lr=[1e-10, 1e30]")
     with settings_of_a_worker():
-        for spec in trials.tries(plan):
+        for spec in trials.make_trials(plan):
             directory, task = prepared(folder / "out" / "runs" / spec.label, spec)
             train(directory, spec, task)
     return folder / "out"
@@ -67,7 +67,7 @@ def searched(searched_once: Path, tmp_path: Path) -> Path:
 
 
 def test_the_places_are_evenly_spaced_and_the_same_for_all(tuned_recipe: Path) -> None:
-    plan = load(tuned_recipe, "tuning.tries=7")
+    plan = load(tuned_recipe, "tuning.trials=7")
     found = {name: sorted(rates(plan, name)) for name in ("sgd", "apollo")}
     for name, (low, high) in {"sgd": (0.01, 1.0), "apollo": (0.1, 1e3)}.items():
         shares = [math.log(rate / low) / math.log(high / low) for rate in found[name]]
@@ -77,7 +77,7 @@ def test_the_places_are_evenly_spaced_and_the_same_for_all(tuned_recipe: Path) -
 
 
 def test_decay_keeps_its_strength_and_the_warmup_its_share(tuned_recipe: Path) -> None:
-    for spec in trials.tries(load(tuned_recipe)):
+    for spec in trials.make_trials(load(tuned_recipe)):
         own, base = spec.optimizer, load(tuned_recipe).run(spec.name, 1).optimizer
         assert own.lr * own.weight_decay == pytest.approx(base.lr * base.weight_decay)  # type: ignore[operator]
         if spec.name == "apollo":
@@ -89,9 +89,9 @@ def test_several_settings_at_once(tuned_recipe: Path) -> None:
         tuned_recipe,
         "tuning.ranges.apollo.warmup_steps=[1, 100]",
         "tuning.ranges.apollo.weight_decay=[1e-6, 1e-2]",
-        "tuning.tries=4",
+        "tuning.trials=4",
     )
-    own = [spec.optimizer for spec in trials.tries(plan, ["apollo"])]
+    own = [spec.optimizer for spec in trials.make_trials(plan, ["apollo"])]
     assert len({one.warmup_steps for one in own}) == 4  # type: ignore[union-attr]
     assert all(isinstance(one.warmup_steps, int) for one in own)  # type: ignore[union-attr]
     assert all(1e-6 <= one.weight_decay <= 1e-2 for one in own)  # type: ignore[operator]
@@ -100,7 +100,7 @@ def test_several_settings_at_once(tuned_recipe: Path) -> None:
 
 def test_fresh_seeds_and_names(tuned_recipe: Path) -> None:
     plan = load(tuned_recipe)
-    specs = trials.tries(plan, seeds=2)
+    specs = trials.make_trials(plan, seeds=2)
     assert {spec.seed for spec in specs} == {101, 102}
     assert not {spec.seed for spec in specs} & set(plan.seeds)
     assert len({spec.label for spec in specs}) == len(specs) == 12
@@ -122,19 +122,19 @@ def test_what_cannot_be_tuned_is_named(
     tuned_recipe: Path, settings: list[str], message: str
 ) -> None:
     with pytest.raises(ExperimentError, match=message):
-        trials.tries(load(tuned_recipe, *settings))
+        trials.make_trials(load(tuned_recipe, *settings))
 
 
 def test_without_ranges(recipe_file: Path, tuned_recipe: Path) -> None:
     with pytest.raises(ExperimentError, match=r"no table \[tuning\] in this recipe; give it"):
-        trials.tries(recipe.load(str(recipe_file)))
+        trials.make_trials(recipe.load(str(recipe_file)))
     with pytest.raises(ExperimentError, match=r"tuning.ranges.adam is missing"):
-        trials.tries(load(tuned_recipe), ["adam"])
+        trials.make_trials(load(tuned_recipe), ["adam"])
 
 
 def test_the_best_try_is_taken(searched: Path, tuned_recipe: Path) -> None:
     plan = recipe.load(str(tuned_recipe))
-    made = trials.apply(plan, searched, ["sgd", "apollo"])
+    made = best_trials.apply_best_settings(plan, searched, ["sgd", "apollo"])
     [summary] = collect([searched])
     assert summary.metric.label == "validation accuracy"
     for name in ("sgd", "apollo"):
@@ -148,25 +148,25 @@ def test_the_best_try_is_taken(searched: Path, tuned_recipe: Path) -> None:
     assert chosen.rows[1][-1].text == "3, 2 diverged"
     assert [cell.text.endswith("diverged") for cell in tried.rows[1]].count(True) == 2
     assert chosen.rows[1][-2].text == "lr, the least"
-    assert "SGD lr " in narrative.finding(summary)
-    assert "Diverged: Apollo (2 of 3 runs)" in narrative.finding(summary)
+    assert "SGD lr " in narrative.headline(summary)
+    assert "Diverged: Apollo (2 of 3 runs)" in narrative.headline(summary)
 
 
 def test_decay_that_is_coupled_stays_so(tuned_recipe: Path, tmp_path: Path) -> None:
-    extra = ["tuning.ranges.adam.lr=[1e-3, 1e-1]", "tuning.tries=1"]
+    extra = ["tuning.ranges.adam.lr=[1e-3, 1e-1]", "tuning.trials=1"]
     out = tmp_path / "searched"
-    for spec in trials.tries(load(tuned_recipe, *extra), ["adam", "apollo"]):
+    for spec in trials.make_trials(load(tuned_recipe, *extra), ["adam", "apollo"]):
         directory, task = prepared(out / "runs" / spec.label, spec)
         train(directory, spec, task)
     plan = recipe.load(str(tuned_recipe), ["sweeps.weight-decay.values=[1e-3]"])
-    made = trials.apply(plan, out, ["adam", "apollo"])
+    made = best_trials.apply_best_settings(plan, out, ["adam", "apollo"])
     adam, apollo = (made.run(name, 1).optimizer for name in ("adam", "apollo"))
     assert adam.lr * adam.weight_decay == pytest.approx(apollo.lr * apollo.weight_decay)  # type: ignore[operator]
     swept = {spec.name: spec.optimizer for spec in made.sweep("weight-decay", ["adam", "apollo"])}
     assert swept["apollo"].weight_decay == 1e-3
     assert swept["adam"].weight_decay == pytest.approx(1e-3 * apollo.lr / adam.lr)
     # its reference is tuned along, whoever is asked for
-    alone = trials.apply(plan, out, ["adam"], coupled=True)
+    alone = best_trials.apply_best_settings(plan, out, ["adam"], coupled=True)
     [only] = alone.sweep("weight-decay", ["adam"], seeds=1)
     assert only.optimizer == swept["adam"]
 
@@ -180,21 +180,25 @@ def test_a_tuning_of_something_else_is_refused(searched: Path, tuned_recipe: Pat
         ("data.train_examples=320", "data"),
     ):
         with pytest.raises(ExperimentError, match=f"its {what} is another"):
-            trials.apply(recipe.load(str(tuned_recipe), [setting]), searched, names)
+            best_trials.apply_best_settings(
+                recipe.load(str(tuned_recipe), [setting]), searched, names
+            )
     # how often is evaluated is none of its business
-    trials.apply(recipe.load(str(tuned_recipe), ["train.evaluate_every=3"]), searched, names)
+    best_trials.apply_best_settings(
+        recipe.load(str(tuned_recipe), ["train.evaluate_every=3"]), searched, names
+    )
     with pytest.raises(ExperimentError, match="adam was not tuned"):
-        trials.apply(recipe.load(str(tuned_recipe)), searched, ["adam"])
+        best_trials.apply_best_settings(recipe.load(str(tuned_recipe)), searched, ["adam"])
     other = ["schedules.long.kind=constant", "schedules.long.epochs=2"]
     plan = recipe.load(str(tuned_recipe), other)
     with pytest.raises(ExperimentError, match=r"with the schedule long, only of .* \(cosine\)"):
-        trials.apply(plan, searched, names, ["long"])
+        best_trials.apply_best_settings(plan, searched, names, ["long"])
     with pytest.raises(ExperimentError, match="one schedule, asked for are cosine, long; choose"):
-        trials.apply(plan, searched, names)
-    assert trials.apply(plan, searched, names, ["cosine"]).optimizers["sgd"].lr
+        best_trials.apply_best_settings(plan, searched, names)
+    assert best_trials.apply_best_settings(plan, searched, names, ["cosine"]).optimizers["sgd"].lr
     with pytest.raises(ExperimentError, match="was tuned on other data; give the same --data"):
-        trials.check_data(searched, {"fashion-mnist": "0" * 64})
-    trials.check_data(searched, {"wordnet": "0" * 64})
+        best_trials.check_data(searched, {"fashion-mnist": "0" * 64})
+    best_trials.check_data(searched, {"wordnet": "0" * 64})
 
 
 def test_what_is_not_finished_or_all_diverged_has_no_best(
@@ -204,25 +208,25 @@ def test_what_is_not_finished_or_all_diverged_has_no_best(
     for folder in (searched / "runs").glob("*-apollo-*-try2-*"):
         (folder / "result.json").unlink()
     with pytest.raises(ExperimentError, match="apollo is not finished; the same command goes on"):
-        trials.apply(plan, searched, ["apollo"])
+        best_trials.apply_best_settings(plan, searched, ["apollo"])
     for result in (searched / "runs").glob("*-sgd-*/result.json"):
         result.write_text('{"verdict": "diverged", "step": 3, "steps": 9, "time": {"seconds": 1}}')
-    with pytest.raises(ExperimentError, match="sgd: all tries diverged; give it other ranges"):
-        trials.apply(plan, searched, ["sgd"])
+    with pytest.raises(ExperimentError, match="sgd: all trials diverged; give it other ranges"):
+        best_trials.apply_best_settings(plan, searched, ["sgd"])
 
 
 def test_the_mean_over_seeds_decides(tuned_recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "searched"
     scores = {(1.0, 101): 30.0, (1.0, 102): 30.0, (2.0, 101): 50.0, (2.0, 102): 5.0}
     scores |= {(3.0, 101): 31.0, (3.0, 102): 30.0}
-    for spec in trials.tries(load(tuned_recipe), ["sgd"], seeds=2):
+    for spec in trials.make_trials(load(tuned_recipe), ["sgd"], seeds=2):
         directory, _ = prepared(out / "runs" / spec.label, spec)
         assert spec.sweep is not None
         verdict = {"verdict": "finished", "step": 12, "steps": 12, "time": {"seconds": 1.0}}
         verdict["accuracy"] = scores[spec.sweep.value, spec.seed]
         directory.result.write_text(json.dumps(verdict))
     plan = load(tuned_recipe)
-    best = trials.apply(plan, out, ["sgd"]).optimizers["sgd"]
+    best = best_trials.apply_best_settings(plan, out, ["sgd"]).optimizers["sgd"]
     assert best.lr == rates(plan, "sgd")[2]
 
 
@@ -232,10 +236,10 @@ def test_a_try_never_sees_the_test_text(tmp_path: Path) -> None:
         [
             *("model.hidden=16", "model.embedding=4", "data.train_examples=2000"),
             *("train.batch_size=4", "schedules.cosine.updates=2"),
-            *("tuning.tries=1", "tuning.ranges.adam.lr=[0.01, 0.1]"),
+            *("tuning.trials=1", "tuning.ranges.adam.lr=[0.01, 0.1]"),
         ],
     )
-    [tried] = trials.tries(plan, ["adam"])
+    [tried] = trials.make_trials(plan, ["adam"])
     directory, task = prepared(tmp_path / "run", tried)
     train(directory, tried, task)
     result = directory.verdict()

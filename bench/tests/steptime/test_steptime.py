@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from apollo_bench.cli import app
 from apollo_bench.errors import ExperimentError
 from apollo_bench.steptime import candidates, measurement, parameter_sets, presentation, timing
-from apollo_bench.steptime.candidates import CONTENDERS, PEER, RULE, Contender
-from apollo_bench.steptime.measurement import Result, Taken
+from apollo_bench.steptime.candidates import CANDIDATES, PEER, RULE, Candidate
+from apollo_bench.steptime.measurement import SetResult, Timings
 from bench.tests.helpers import PATIENCE
 
 
@@ -35,14 +35,14 @@ from bench.tests.helpers import PATIENCE
     ],
 )
 def test_parameter_sets_are_those_of_the_models(name: str, tensors: int, parameters: int) -> None:
-    (chosen,) = parameter_sets.choose([name])
+    (chosen,) = parameter_sets.choose_sets([name])
     shapes = chosen.shapes()
     assert len(shapes) == tensors
     assert parameter_sets.numel(shapes) == parameters
 
 
 def test_the_language_model_is_scaled_by_its_vocabulary() -> None:
-    whole, eighth = parameter_sets.choose(["one-billion-word/1", "one-billion-word"])
+    whole, eighth = parameter_sets.choose_sets(["one-billion-word/1", "one-billion-word"])
     sizes = [parameter_sets.numel(chosen.shapes()) for chosen in (whole, eighth)]
     lstm = 2 * 4 * 2048 + 4 * 2048 * (300 + 2048) + 2 * 4 * 2048 + 4 * 2048 * (2048 + 2048)
     assert 793_471 * 300 + lstm < sizes[0] < 2 * 793_471 * 300 + 2 * lstm + 150e6
@@ -60,29 +60,32 @@ def test_the_language_model_is_scaled_by_its_vocabulary() -> None:
 )
 def test_sets_that_are_none(name: str, said: str) -> None:
     with pytest.raises(ExperimentError, match=said):
-        parameter_sets.choose([name])
+        parameter_sets.choose_sets([name])
 
 
 def test_the_peer_is_always_there() -> None:
-    assert [c.name for c in candidates.choose(["Apollo fused"])] == [PEER, "Apollo fused"]
+    assert [c.name for c in candidates.choose_candidates(["Apollo fused"])] == [
+        PEER,
+        "Apollo fused",
+    ]
     with pytest.raises(ExperimentError, match="no optimizer 'Apolo'; there are SGD loop, "):
-        candidates.choose(["Apolo"])
+        candidates.choose_candidates(["Apolo"])
 
 
 def test_contenders_of_a_gpu() -> None:
-    assert candidates.COMPILED not in [c.name for c in candidates.choose(None)]
-    assert candidates.COMPILED in [c.name for c in candidates.choose(None, "cuda")]
+    assert candidates.COMPILED not in [c.name for c in candidates.choose_candidates(None)]
+    assert candidates.COMPILED in [c.name for c in candidates.choose_candidates(None, "cuda")]
     too_many = [torch.nn.Parameter(torch.zeros(1)) for _ in range(1001)]
     with pytest.raises(RuntimeError, match="1,001 tensors would take long to compile"):
-        CONTENDERS[candidates.COMPILED].make(too_many)
-    by_default = [chosen.name for chosen in parameter_sets.choose(None, "cuda")]
+        CANDIDATES[candidates.COMPILED].make(too_many)
+    by_default = [chosen.name for chosen in parameter_sets.choose_sets(None, "cuda")]
     assert by_default == ["resnet-110", "resnext-50", "transformer-base", "decoder-1.3b/1"]
-    assert "decoder-1.3b/1" not in [chosen.name for chosen in parameter_sets.choose(None)]
+    assert "decoder-1.3b/1" not in [chosen.name for chosen in parameter_sets.choose_sets(None)]
 
 
 def test_a_decoder_is_halved_three_times() -> None:
     sizes = []
-    (chosen,) = parameter_sets.choose(["decoder-1.3b"])
+    (chosen,) = parameter_sets.choose_sets(["decoder-1.3b"])
     smaller: parameter_sets.ParameterSet | None = chosen
     while smaller is not None:
         sizes.append(parameter_sets.numel(smaller.shapes()))
@@ -92,8 +95,8 @@ def test_a_decoder_is_halved_three_times() -> None:
 
 
 def test_gradient_and_state_that_no_cache_holds_are_read_twice() -> None:
-    mine = Taken("Apollo fused", "apollo", 7, [1.0], [1.0], state_bytes=8000)
-    result = Result("set", "Set", 1, 1000, 4, [10.0], [mine])
+    mine = Timings("Apollo fused", "apollo", 7, [1.0], [1.0], state_bytes=8000)
+    result = SetResult("set", "Set", 1, 1000, 4, [10.0], [mine])
     assert result.bandwidth(mine) == 7 * 1000 * 4 / 1e-3
     assert result.bandwidth(mine, twice=True) == 10 * 1000 * 4 / 1e-3
     assert "at 10 words" not in " ".join(presentation.cells(result, mine))
@@ -103,32 +106,32 @@ def test_gradient_and_state_that_no_cache_holds_are_read_twice() -> None:
     assert result.bandwidth(mine, twice=True) == 10 * 1000 * 4 / 1e-3
 
 
-def taken(name: str, times: list[float], peer: list[float], words: int = 7) -> Taken:
-    return Taken(name, "apollo", words, times, peer)
+def taken(name: str, times: list[float], peer: list[float], words: int = 7) -> Timings:
+    return Timings(name, "apollo", words, times, peer)
 
 
 def test_ratios_are_of_the_same_round() -> None:
     # a disturbance of all in the second round leaves the ratio alone
     assert taken("a", [2.0, 20.0, 2.2, 2.0], [1.0, 10.0, 1.0, 1.0]).ratio == 2.0
     peer, rule = taken(PEER, [1.0, 1.0], [1.0, 1.0]), taken(RULE, [12.0, 14.0], [1.0, 1.0])
-    result = Result("set", "Set", 1, 1000, 4, [10.0], [peer, rule])
+    result = SetResult("set", "Set", 1, 1000, 4, [10.0], [peer, rule])
     assert result.faster_than_rule(peer) == 13.0
     assert result.bandwidth(peer) == 7 * 1000 * 4 / 1e-3
-    assert Result("set", "Set", 1, 1000, 4, [10.0], [peer]).faster_than_rule(peer) is None
+    assert SetResult("set", "Set", 1, 1000, 4, [10.0], [peer]).faster_than_rule(peer) is None
 
 
 def test_the_slow_take_part_in_the_first_rounds_only() -> None:
-    slow = Contender("slow", "other", 7, Sleeper)
-    (chosen,) = parameter_sets.choose(["many-tensors/1000"])
+    slow = Candidate("slow", "other", 7, Sleeper)
+    (chosen,) = parameter_sets.choose_sets(["many-tensors/1000"])
     told: list[tuple[str, int, int]] = []
     result = measurement.measure(
         chosen,
-        [CONTENDERS[PEER], slow],
+        [CANDIDATES[PEER], slow],
         repeats=9,
         budget=60.0,
         dtype=torch.float32,
         seed=0,
-        tell=lambda *what: told.append(what),
+        report_progress=lambda *what: told.append(what),
         stop=lambda: False,
     )
     rounds = {t.name: len(t.times) for t in result.taken}
@@ -146,15 +149,15 @@ def test_a_contender_that_cannot_be_made_is_shown_and_stops_nobody() -> None:
     def fail(params: object) -> torch.optim.Optimizer:
         raise RuntimeError("no kernel\nand more")
 
-    (chosen,) = parameter_sets.choose(["many-tensors/1000"])
+    (chosen,) = parameter_sets.choose_sets(["many-tensors/1000"])
     result = measurement.measure(
         chosen,
-        [CONTENDERS[PEER], Contender("broken", "apollo", 7, fail)],
+        [CANDIDATES[PEER], Candidate("broken", "apollo", 7, fail)],
         repeats=2,
         budget=60.0,
         dtype=torch.bfloat16,
         seed=0,
-        tell=lambda *_: None,
+        report_progress=lambda *_: None,
         stop=lambda: False,
     )
     peer, broken = result.taken
@@ -167,22 +170,22 @@ def test_a_contender_that_cannot_be_made_is_shown_and_stops_nobody() -> None:
 
 
 def test_lots_that_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    (chosen,) = parameter_sets.choose(["one-tensor"])
-    every = candidates.choose(None)
+    (chosen,) = parameter_sets.choose_sets(["one-tensor"])
+    every = candidates.choose_candidates(None)
     for gigabytes in (6, 8, 12, 1000):
-        monkeypatch.setattr(timing.HOST, "available", lambda n=gigabytes: n * 10**9)
+        monkeypatch.setattr(timing.CPU_TIMER, "available", lambda n=gigabytes: n * 10**9)
         same, lots = measurement.fitting(chosen, every, torch.float32)
         assert same == chosen
         assert all(PEER in [c.name for c in lot] for lot in lots)
         assert {c.name for lot in lots for c in lot} == {c.name for c in every}
         largest = max(map(len, lots))
         assert largest == len(every) or largest * 64e6 * 12 < gigabytes * 1e9
-    monkeypatch.setattr(timing.HOST, "available", lambda: 10**9)
+    monkeypatch.setattr(timing.CPU_TIMER, "available", lambda: 10**9)
     smaller, lots = measurement.fitting(chosen, every, torch.float32)
     assert smaller.name == "one-tensor/4"
     assert smaller.title == "One tensor of 64 M, 1/4 of the elements"
-    monkeypatch.setattr(timing.HOST, "available", lambda: 10**6)
-    (whole,) = parameter_sets.choose(["resnet-110"])
+    monkeypatch.setattr(timing.CPU_TIMER, "available", lambda: 10**6)
+    (whole,) = parameter_sets.choose_sets(["resnet-110"])
     with pytest.raises(ExperimentError, match="ResNet-110: two optimizers need"):
         measurement.fitting(whole, every, torch.float32)
 
@@ -235,7 +238,7 @@ def test_ctrl_c_leaves_what_is_complete(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + signal.SIGINT, errors
-    assert "what is complete lies in" in errors
+    assert "the complete results are in" in errors
     record = json.loads((out / "steptime.json").read_text())
     assert record["sets"][0]["name"] == "many-tensors/1000"
     assert not [name for name in os.listdir(out) if name.endswith(".tmp")]
@@ -257,4 +260,4 @@ def test_a_bad_option_is_one_line() -> None:
 )
 def test_devices_that_are_none(device: str, said: str) -> None:
     with pytest.raises(ExperimentError, match=said):
-        timing.at(device)
+        timing.timer_for(device)

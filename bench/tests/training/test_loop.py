@@ -238,8 +238,8 @@ def test_a_fork_does_not_keep_the_lock(recipe_file: Path, tmp_path: Path) -> Non
     hold = (
         "import os, sys, time\nfrom pathlib import Path\n"
         "from apollo_bench.runs.run_directory import RunDirectory\n"
-        "from apollo_bench.launch.worker import exclusive\n"
-        "file = exclusive(RunDirectory(Path(sys.argv[1])))\n"
+        "from apollo_bench.launch.worker import lock_run\n"
+        "file = lock_run(RunDirectory(Path(sys.argv[1])))\n"
         "if os.fork() == 0:\n    time.sleep(20)\n    os._exit(0)\n"
         "print('held', flush=True)\ntime.sleep(20)\n"
     )

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from apollo_bench.config import recipe
-from apollo_bench.config.execution import Placement
+from apollo_bench.config.execution import Execution
 from apollo_bench.config.recipe import RunSpec
 from apollo_bench.errors import ExperimentError
 from apollo_bench.runs.run_directory import RunDirectory
@@ -70,8 +70,8 @@ def test_two_processes_train_every_model_as_one(
     specs = {"images": recipe.load(str(recipe_file)).run("apollo", 3)}
     for task in ("wordnet", "phrases"):
         specs[task] = recipe.load(task, [*SETTINGS[task], *SAME]).run("apollo", 3)
-    placements = {name: Placement(devices=2) for name in specs}
-    placements["phrases, sharded"] = Placement(devices=2, strategy="fsdp2")
+    placements = {name: Execution(devices=2) for name in specs}
+    placements["phrases, sharded"] = Execution(devices=2, strategy="fsdp2")
     specs["phrases, sharded"] = specs["phrases"]
 
     several, alone = {}, {}
@@ -120,7 +120,7 @@ def test_a_lost_process_ends_the_job_and_a_restart_resumes_it(
 ) -> None:
     """Killed, a process ends all with a clear message; started anew they come to the same end."""
     spec = long_recipe(recipe_file)
-    whole, _ = prepared(tmp_path / "whole", spec, Placement(devices=2))
+    whole, _ = prepared(tmp_path / "whole", spec, Execution(devices=2))
     assert run("bench.tests.training.train_prepared", str(whole.path)).returncode == 0
 
     command = ["apollo_bench", "train", str(recipe_file), "--optimizer", "apollo"]
@@ -139,7 +139,7 @@ def test_a_lost_process_ends_the_job_and_a_restart_resumes_it(
         assert process.returncode == code, err
         message = f"apollo-bench: rank {1 - killed} of 2 has lost the connection to another process"
         assert err.count(message) == 1, err
-        assert "the same command goes on" in err
+        assert "the same command continues" in err
         assert "gloo" not in err  # no traceback but torchrun's own
         assert (directory.verdict() is None) == bool(code)
         # rank 0 alone speaks
@@ -170,7 +170,7 @@ def checkpoint_time(directory: RunDirectory) -> int:
 
 
 def test_what_torchrun_started_is_what_trains(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not process_group.started()
+    assert not process_group.launched_by_torchrun()
     for name, value in (
         ("RANK", "5"),
         ("WORLD_SIZE", "8"),
@@ -179,16 +179,18 @@ def test_what_torchrun_started_is_what_trains(monkeypatch: pytest.MonkeyPatch) -
         ("TORCHELASTIC_RUN_ID", "none"),
     ):
         monkeypatch.setenv(name, value)
-    assert process_group.started()
-    assert not process_group.speaks()
-    assert process_group.placement(Placement(threads=3)) == Placement(devices=4, nodes=2, threads=3)
-    assert process_group.placement(Placement(devices=4)).processes == 8
+    assert process_group.launched_by_torchrun()
+    assert not process_group.is_main_process()
+    assert process_group.torchrun_execution(Execution(threads=3)) == Execution(
+        devices=4, nodes=2, threads=3
+    )
+    assert process_group.torchrun_execution(Execution(devices=4)).processes == 8
     with pytest.raises(ExperimentError, match="--devices is 2, torchrun has started 4 processes"):
-        process_group.placement(Placement(devices=2))
+        process_group.torchrun_execution(Execution(devices=2))
 
 
 def test_only_transformers_are_sharded(recipe_file: Path) -> None:
-    sharded = Placement(devices=2, strategy="fsdp2")
+    sharded = Execution(devices=2, strategy="fsdp2")
     sharded.check(recipe.load("phrases").run("adam", 1))
     with pytest.raises(ExperimentError, match=r"--strategy is 'fsdp2'.*trained with 'ddp' only"):
         sharded.check(recipe.load(str(recipe_file)).run("apollo", 3))

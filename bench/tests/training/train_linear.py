@@ -13,14 +13,15 @@ import torch
 from torch import nn
 
 from apollo_bench.config import recipe
-from apollo_bench.config.execution import Placement, leave
+from apollo_bench.config.execution import Execution
 from apollo_bench.runs.run_directory import RunDirectory
+from apollo_bench.training.fabric_setup import destroy_process_group, launch_fabric
 from apollo_bench.training.loop import train
 from apollo_bench.workloads import tasks
-from apollo_bench.workloads.image_classification.image_workload import ImageTask
+from apollo_bench.workloads.image_classification.image_workload import ImageClassification
 
 
-class Linear(ImageTask):
+class Linear(ImageClassification):
     """The images of the recipe's task, a linear model and dropout of nothing."""
 
     def model(self) -> nn.Module:
@@ -33,10 +34,10 @@ def run(path: Path, recipe_file: Path) -> None:
     task = tasks.make(spec)
     task.__class__ = Linear
     directory = RunDirectory(path)
-    placement = Placement(devices=int(os.environ.get("WORLD_SIZE", "1")))
+    execution = Execution(devices=int(os.environ.get("WORLD_SIZE", "1")))
     if os.environ.get("RANK", "0") == "0":
-        directory.prepare(spec, task.fingerprint, None, sys.argv, placement)
-    fabric = placement.fabric(spec)
+        directory.prepare(spec, task.fingerprint, None, sys.argv, execution)
+    fabric = launch_fabric(execution, spec)
     fabric.barrier()
     train(directory, spec, task, fabric=fabric)
 
@@ -44,7 +45,7 @@ def run(path: Path, recipe_file: Path) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     run(Path(sys.argv[1]), Path(sys.argv[2]))
-    leave()
+    destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in the words of its file."""
+"""Describe errors in a recipe in terms of its file: key, value and what is allowed."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
-from apollo_bench.config.schema import Section
+from apollo_bench.config.schema_types import ConfigSection
 
 
-def describe(error: ValidationError, schema: type[Section]) -> str:
-    """One line for all complaints: key, value, and what is allowed."""
+def describe(error: ValidationError, schema: type[ConfigSection]) -> str:
+    """Return one line with every error: its key, its value and what is allowed."""
     lines = []
     for item in error.errors():
         shown, owner = _locate(schema, item["loc"])
@@ -35,21 +35,21 @@ def describe(error: ValidationError, schema: type[Section]) -> str:
 
 
 def _locate(
-    schema: type[Section], location: tuple[int | str, ...]
-) -> tuple[list[str], type[Section] | None]:
-    """The keys that the user wrote, and the table that the last of them stands in.
+    schema: type[ConfigSection], location: tuple[int | str, ...]
+) -> tuple[list[str], type[ConfigSection] | None]:
+    """Return the keys that the user wrote, and the table of the last of them.
 
-    A location of pydantic's names the chosen branch of every union on its way too.
+    A location of pydantic also names the branch that it chose in every union.
     """
     shown: list[str] = []
-    owner: type[Section] | None = schema
+    owner: type[ConfigSection] | None = schema
     there: Any = schema
     for part in location:
         there = _bare(there)
         if get_origin(there) in (Union, UnionType):
             there = next((one for one in get_args(there) if _is_branch(one, part)), None)
             continue
-        owner = there if isinstance(there, type) and issubclass(there, Section) else None
+        owner = there if isinstance(there, type) and issubclass(there, ConfigSection) else None
         shown.append(str(part))
         if owner is not None:
             field = owner.model_fields.get(str(part))
@@ -61,7 +61,7 @@ def _locate(
 
 
 def _bare(there: Any) -> Any:
-    """Without its annotations, and without the None that it may be."""
+    """Return a type without its annotations and without None."""
     while True:
         if get_origin(there) is Annotated:
             there = get_args(there)[0]
@@ -76,7 +76,7 @@ def _bare(there: Any) -> Any:
 
 def _is_branch(member: Any, tag: int | str) -> bool:
     member = _bare(member)
-    if not (isinstance(member, type) and issubclass(member, Section)):
+    if not (isinstance(member, type) and issubclass(member, ConfigSection)):
         return False
     literals = [get_args(field.annotation) for field in member.model_fields.values()]
     return member.__name__ == tag or any(tag in values for values in literals)

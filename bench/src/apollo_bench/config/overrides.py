@@ -1,4 +1,4 @@
-"""``--set key=value``: another value for anything that a recipe says."""
+"""``--set key=value``: override a value of a recipe."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-# what stands for those tables of a kind that the command line has chosen
+# shorthand for the tables that the command line selects
 _CHOSEN = {"optimizer": "optimizers", "schedule": "schedules"}
 
 
@@ -24,17 +24,18 @@ def override(
     optimizers: list[str] | None = None,
     schedules: list[str] | None = None,
 ) -> dict[str, Any]:
-    """A recipe's table with other values; the schema has still to judge them.
+    """Return a recipe's table with other values, not yet validated.
 
     Args:
-        table: of the recipe; stays as it is.
-        settings: as ``train.batch_size=64``. Values are TOML's; text needs no quotation marks.
-            ``optimizer.`` and ``schedule.`` stand for all that are chosen.
-        optimizers: which are chosen; None: all.
-        schedules: likewise.
+        table: table of the recipe; it is not changed.
+        settings: for example ``train.batch_size=64``. Values are TOML; strings need no quotes.
+            ``optimizer.`` and ``schedule.`` stand for all selected optimizers and schedules.
+        optimizers: selected optimizers; None: all.
+        schedules: selected schedules; None: all.
 
     Raises:
-        ExperimentError: not a key and a value, or the key goes through something that is no table.
+        ExperimentError: a setting is not key=value, or its key passes through something that is not
+            a table.
     """
     changed = copy.deepcopy(table)
     chosen = {"optimizer": optimizers, "schedule": schedules}
@@ -49,7 +50,7 @@ def override(
         if first in _CHOSEN and rest:
             tables = changed.get(_CHOSEN[first], {})
             for name in chosen[first] or tables:
-                if name in tables:  # that there is no such name is told when the runs are made
+                if name in tables:  # unknown names are reported when the runs are made
                     _put(tables[name], rest, value, setting)
         else:
             _put(changed, [first, *rest], value, setting)
@@ -66,7 +67,7 @@ def _value(text: str) -> Any:
 def _put(table: dict[str, Any], keys: list[str], value: Any, setting: str) -> None:
     *way, last = keys
     for key in way:
-        if table.get(key) is None:  # a table that the recipe does not have
+        if table.get(key) is None:  # the recipe has no such table
             table[key] = {}
         table = table[key]
         if not isinstance(table, dict):

@@ -1,7 +1,6 @@
-"""What a recipe says about its runs.
+"""Recipes: every number of an experiment, in a TOML file.
 
-A recipe is a TOML file; every number of an experiment stands in one. ``recipes/`` holds ours,
-``schema.py`` says what may stand there.
+``recipes/`` holds ours; ``schema.py`` says what a recipe may contain.
 """
 
 from __future__ import annotations
@@ -14,26 +13,25 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from apollo_bench.config.config_errors import describe
+from apollo_bench.config.optimizer_settings import EqualStrength, OptimizerSettings
 from apollo_bench.config.overrides import override
 from apollo_bench.config.schema import (
     Analysis,
-    Comparison,
+    CompareSettings,
     Data,
-    EqualStrength,
     Model,
-    Optimizer,
-    Published,
-    Quick,
+    PaperResult,
+    QuickSettings,
+    RunTrainSettings,
     Schedule,
-    Section,
-    SmallImages,
-    Steps,
-    Sweep,
+    SmallImageData,
     SweepKind,
     SweepPoint,
-    Training,
-    Tuning,
+    SweepSettings,
+    TrainSettings,
+    TuningSettings,
 )
+from apollo_bench.config.schema_types import ConfigSection
 from apollo_bench.errors import ExperimentError
 
 if sys.version_info >= (3, 11):
@@ -44,49 +42,49 @@ else:
 RECIPES = Path(__file__).parent / "recipes"
 
 
-class RunSpec(Section):
-    """A fully resolved recipe of one run: all numbers that its result depends on, but the data."""
+class RunSpec(ConfigSection):
+    """The resolved recipe of one run: every number that its result depends on, except the data."""
 
     task: str
     model: Annotated[Model, Field(discriminator="family")]
     data: Data
-    train: Training
-    schedule: str  # its name in the recipe
-    name: str  # of the optimizer in the recipe
-    optimizer: Optimizer
+    train: RunTrainSettings
+    schedule: str  # name of the schedule in the recipe
+    name: str  # name of the optimizer in the recipe
+    optimizer: OptimizerSettings
     seed: int
     sweep: SweepPoint | None = None  # None: the recipe as it stands
-    # of a try: what it was drawn from, as in Tuning
+    # of a trial: the ranges that its settings were sampled from, as in TuningSettings
     ranges: dict[str, list[float]] | None = None
 
     @property
-    def is_try(self) -> bool:
-        """Whether it is one of a tuning, which never sees the test data."""
+    def is_trial(self) -> bool:
+        """Whether the run is a trial of a tuning, which never sees the test data."""
         return self.sweep is not None and self.sweep.kind == "tuning"
 
     @property
     def label(self) -> str:
-        """Of all runs of an experiment only this one has it: the name of its directory."""
+        """Name of the run's directory, unique within an experiment."""
         point = "" if self.sweep is None else f"-{self.sweep}"
         return f"{self.task}-{self.name}-{self.schedule}{point}-seed{self.seed}"
 
 
-class Recipe(Section):
-    """One experiment: a task, and the optimizers, schedules and seeds to train it with."""
+class Recipe(ConfigSection):
+    """An experiment: a task, and the optimizers, schedules and seeds to train it with."""
 
     task: str
     seeds: Annotated[list[int], Field(min_length=1)]
     model: Annotated[Model, Field(discriminator="family")]
-    data: Data = SmallImages()
-    train: Steps
+    data: Data = SmallImageData()
+    train: TrainSettings
     schedules: Annotated[dict[str, Schedule], Field(min_length=1)]
-    optimizers: Annotated[dict[str, Optimizer], Field(min_length=1)]
-    quick: Quick
-    compare: Comparison = Comparison()
-    sweeps: dict[SweepKind, Sweep] = Field(default_factory=dict)
-    tuning: Tuning | None = None
+    optimizers: Annotated[dict[str, OptimizerSettings], Field(min_length=1)]
+    quick: QuickSettings
+    compare: CompareSettings = CompareSettings()
+    sweeps: dict[SweepKind, SweepSettings] = Field(default_factory=dict)
+    tuning: TuningSettings | None = None
     # the paper's results on this task, by schedule and optimizer
-    paper: dict[str, dict[str, Published]] = Field(default_factory=dict)
+    paper: dict[str, dict[str, PaperResult]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _decay_can_be_coupled(self) -> Recipe:
@@ -111,9 +109,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _names_are_there(self) -> Recipe:
-        if self.task not in available():
-            raise ValueError(f"task is {self.task!r}, allowed are {', '.join(available())}")
-        choices: dict[str, Comparison | Sweep] = {"compare": self.compare}
+        if self.task not in recipe_names():
+            raise ValueError(f"task is {self.task!r}, allowed are {', '.join(recipe_names())}")
+        choices: dict[str, CompareSettings | SweepSettings] = {"compare": self.compare}
         choices |= {f"sweeps.{kind}": plan for kind, plan in self.sweeps.items()}
         if self.tuning is not None:
             _check_names("tuning.ranges", list(self.tuning.ranges), self.optimizers)
@@ -122,15 +120,20 @@ class Recipe(Section):
             _check_names(f"{key}.optimizers", plan.optimizers, self.optimizers)
             _check_names(f"{key}.schedules", plan.schedules, self.schedules)
         for name, schedule in self.schedules.items():
-            there = list(schedule.instead) or None
-            _check_names(f"schedules.{name}.instead", there, self.optimizers)
+            there = list(schedule.overrides) or None
+            _check_names(f"schedules.{name}.overrides", there, self.optimizers)
         _check_names("paper", list(self.paper) or None, self.schedules)
         for name, published in self.paper.items():
             _check_names(f"paper.{name}", list(published), self.optimizers)
         return self
 
     def run(self, name: str, seed: int, schedule: str | None = None) -> RunSpec:
-        """Resolve the run of one optimizer, seed and schedule (None: the recipe's first).
+        """Resolve the run of one optimizer, seed and schedule.
+
+        Args:
+            name: name of the optimizer.
+            seed: seed of the run.
+            schedule: name of the schedule; None: the recipe's first.
 
         Raises:
             ExperimentError: the recipe has no such optimizer or schedule.
@@ -149,7 +152,7 @@ class Recipe(Section):
             task=self.task,
             model=self.model,
             data=self.data,
-            train=Training(**self.train.model_dump(), schedule=self.schedules[schedule]),
+            train=RunTrainSettings(**self.train.model_dump(), schedule=self.schedules[schedule]),
             schedule=schedule,
             name=name,
             optimizer=self.optimizers[name].model_copy(update={"weight_decay": decay}),
@@ -162,11 +165,11 @@ class Recipe(Section):
         seeds: int | None = None,
         schedules: list[str] | None = None,
     ) -> list[RunSpec]:
-        """Resolve optimizers x schedules x seeds, seed by seed, so that an early report has all.
+        """Resolve optimizers x schedules x seeds, seed by seed: an early report has all optimizers.
 
         Args:
             names: optimizers; None: those of the table [compare].
-            seeds: how many seeds; beyond the recipe's own they count on from its largest.
+            seeds: number of seeds; beyond the recipe's own they continue from its largest.
             schedules: None: those of the table [compare].
 
         Raises:
@@ -189,13 +192,13 @@ class Recipe(Section):
         """Resolve an analysis of the paper: its values x optimizers x schedules x seeds.
 
         Args:
-            kind: ``"lr-robustness"`` (section 4.1, figure 2) multiplies learning rates, and divides
-                weight decay so that their product stays (eq. 14). ``"weight-decay"`` (appendix C.2,
-                figure 4) is the decay of all optimizers that state a number; those that are coupled
-                follow.
-            names: optimizers; None: the table's.
-            seeds: as of ``runs``.
-            schedules: None: the table's.
+            kind: ``"lr-robustness"`` (section 4.1, figure 2) multiplies learning rates and divides
+                weight decay by the same factor, so that their product is unchanged (eq. 14).
+                ``"weight-decay"`` (appendix C.2, figure 4) sets the decay of all optimizers that
+                state a number; coupled decay follows.
+            names: optimizers; None: those of the table.
+            seeds: as in ``runs``.
+            schedules: None: those of the table.
 
         Raises:
             ExperimentError: the recipe has no such analysis, optimizer or schedule.
@@ -215,8 +218,8 @@ class Recipe(Section):
         ]
 
     def default_schedules(self, kind: Analysis | None = None) -> list[str]:
-        """Which schedules an analysis trains if it is not told; None: a comparison."""
-        plan: Comparison | Sweep | Tuning | None
+        """Return the default schedules of an analysis, or of a comparison (None)."""
+        plan: CompareSettings | SweepSettings | TuningSettings | None
         if kind is None:
             plan = self.compare
         else:
@@ -235,7 +238,7 @@ class Recipe(Section):
             return spec.model_copy(update={"sweep": point})
         spec = self.run(name, seed, schedule)
         return spec.model_copy(
-            update={"sweep": point, "optimizer": times_rate(spec.optimizer, point.value)}
+            update={"sweep": point, "optimizer": scale_lr(spec.optimizer, point.value)}
         )
 
     def _chosen_seeds(self, count: int | None) -> list[int]:
@@ -244,8 +247,8 @@ class Recipe(Section):
             chosen.append(max(chosen) + 1)
         return chosen
 
-    def quickened(self) -> Recipe:
-        """Apply the table [quick]."""
+    def with_quick_settings(self) -> Recipe:
+        """Return the recipe with its table [quick] applied."""
         quick = self.quick
         examples = quick.train_examples or self.data.train_examples
         every = quick.evaluate_every or self.train.evaluate_every
@@ -268,10 +271,10 @@ def _check_names(key: str, names: list[str] | None, there: Iterable[str]) -> Non
         raise ValueError(f"{key} is {names!r}, allowed are some of {', '.join(there)}")
 
 
-def times_rate(settings: Any, factor: float) -> Any:
-    """An optimizer at ``factor`` times its learning rate with a decay of equal strength, eq. (14).
+def scale_lr(settings: Any, factor: float) -> Any:
+    """Return settings at ``factor`` times the learning rate, with equally strong decay, eq. (14).
 
-    Where Apollo's warmup begins rises with the rate.
+    Apollo's warmup_init_lr is multiplied too.
     """
     update = {"lr": settings.lr * factor, "weight_decay": settings.weight_decay / factor}
     if getattr(settings, "warmup_init_lr", None) is not None:
@@ -280,11 +283,11 @@ def times_rate(settings: Any, factor: float) -> Any:
 
 
 def coupled_decay(name: str, optimizers: dict[str, Any]) -> float:
-    """Weight decay gamma of an optimizer as a number; eq. (14) where it is coupled.
+    """Return the weight decay gamma of an optimizer as a number, by eq. (14) if it is coupled.
 
-    Decay of equal strength shrinks the weights equally each step: gamma * eta is the same. So
-    gamma = gamma_reference * eta_reference / eta. Optimizers that state a number keep it: the
-    paper gives SGD and Apollo the same gamma.
+    Decay of equal strength shrinks the weights equally per step: gamma * eta is the same. So gamma
+    = gamma_reference * eta_reference / eta. Optimizers that state a number keep it: the paper gives
+    SGD and Apollo the same gamma.
 
     Raises:
         ValueError: the reference is missing, or is itself coupled.
@@ -307,8 +310,8 @@ def coupled_decay(name: str, optimizers: dict[str, Any]) -> float:
     return float(reference.weight_decay * reference.lr / own.lr)
 
 
-def available() -> list[str]:
-    """Names of the recipes that come with the package."""
+def recipe_names() -> list[str]:
+    """Return the names of the recipes in the package."""
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
@@ -322,20 +325,21 @@ def load(
     """Read a recipe by name, or from a path that ends in ``.toml``.
 
     Args:
-        name: of a recipe that comes with the package, or a path.
-        settings: other values, as ``override`` takes them; they go before ``quick``.
-        optimizers: which ``optimizer.`` in the settings stands for; None: all.
-        schedules: likewise.
-        quick: apply the table [quick].
+        name: name of a recipe in the package, or a path.
+        settings: overrides, as in ``override``; they are applied after ``quick``.
+        optimizers: optimizers that ``optimizer.`` in the settings stands for; None: all.
+        schedules: schedules that ``schedule.`` stands for; None: all.
+        quick: whether to apply the table [quick].
 
     Raises:
-        ExperimentError: no such recipe; a key or value that the schema does not allow, named
-            with file, key and what is allowed.
+        ExperimentError: no such recipe, or a key or value that the schema does not allow; the
+            message names file, key and what is allowed.
     """
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
-    if not name.endswith(".toml") and name not in available():
+    if not name.endswith(".toml") and name not in recipe_names():
         raise ExperimentError(
-            f"no task {name!r}; there are {', '.join(available())}, or give a recipe's .toml file"
+            f"no task {name!r}; there are {', '.join(recipe_names())}, or give a recipe's .toml "
+            "file"
         )
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -345,7 +349,7 @@ def load(
         raise ExperimentError(f"{path}: not valid TOML: {error}") from None
     recipe = _validated(table, str(path))
     if quick:
-        recipe = recipe.quickened()
+        recipe = recipe.with_quick_settings()
     if settings:
         changed = override(recipe.model_dump(), settings, optimizers, schedules)
         recipe = _validated(changed, f"{path} with --set {' --set '.join(settings)}")

@@ -32,13 +32,13 @@ _STYLES: dict[Status, str] = {
     "stopped": "yellow",
 }
 
-# which to show first where the terminal is lower than the table
+# order in which runs are shown when the terminal has too few lines
 _URGENT: tuple[Status, ...] = ("running", "failed", "diverged", "stopped", "waiting", "finished")
-_AROUND = 4  # lines: titles, what is hidden, the bar, the cursor's
+_AROUND = 4  # lines for titles, the count of hidden runs, the bar and the cursor
 
 
 def duration(seconds: float | None) -> str:
-    """Minutes and seconds, as 1:05; a dash where unknown."""
+    """Return a time as 1:05 or 1:02:05; a dash if it is unknown."""
     if seconds is None:
         return "-"
     minutes, rest = divmod(round(seconds), 60)
@@ -47,7 +47,7 @@ def duration(seconds: float | None) -> str:
 
 
 def seconds_left(runs: list[RunState], jobs: int) -> float | None:
-    """What all runs together still take; None before the first has been measured."""
+    """Return the time that all runs together still need; None before the first measurement."""
     measured = [run for run in runs if run.step]
     if not measured:
         return None
@@ -58,7 +58,7 @@ def seconds_left(runs: list[RunState], jobs: int) -> float | None:
 
 
 class LiveTable:
-    """A row for each run and a bar for all; use as a context manager."""
+    """A table with one row per run and a bar for all of them; a context manager."""
 
     def __init__(self, console: Console) -> None:
         self._live = Live(console=console, auto_refresh=False, transient=False)
@@ -123,7 +123,7 @@ class PlainLines:
         pass
 
     def update(self, runs: list[RunState], jobs: int) -> None:
-        """Print what is new."""
+        """Print the changes since the last call."""
         for run in runs:
             now = (run.status, run.evaluated)
             if self._shown.get(run.name, ("waiting", run.evaluated)) != now:
@@ -144,15 +144,15 @@ class PlainLines:
 
 
 def display(console: Console) -> LiveTable | PlainLines:
-    """What fits the console."""
+    """Return a live table on a terminal, and plain lines elsewhere."""
     return LiveTable(console) if console.is_terminal else PlainLines(console)
 
 
 @contextmanager
 def counter(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """Shows one thing after the other: what it is, how much is done, and of how much (0: unknown).
+    """Return a function that shows one piece of work after the other, with its progress.
 
-    A bar on a terminal; elsewhere a line for each thing.
+    On a terminal it draws a bar; elsewhere it prints one line per piece.
     """
     if not console.is_terminal:
         shown: list[str] = []
@@ -181,7 +181,7 @@ def counter(console: Console) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _fitting(runs: list[RunState], rows: int) -> list[RunState]:
-    """The runs that matter most, as many as fit, in their order: those that go on before all."""
+    """Return the most important runs that fit, in their order; training runs come first."""
     ranked = sorted(enumerate(runs), key=lambda item: (_URGENT.index(item[1].status), item[0]))
     chosen = {run.name for _, run in ranked[: max(1, rows)]}
     return [run for run in runs if run.name in chosen]
@@ -195,7 +195,7 @@ def _more(runs: list[RunState], shown: list[RunState]) -> str:
 
 
 def _score(run: RunState) -> str:
-    """What the last evaluation found, with its unit or its name."""
+    """Return the metric of the last evaluation, with its unit or its name."""
     return _number(run.score, ".2f", f" {run.metric.unit or run.metric.label.split()[-1]}")
 
 

@@ -1,7 +1,7 @@
-"""Many runs as tasks of a Ray cluster, which finds each its cores or GPUs on some machine.
+"""Runs as tasks of a Ray cluster, which assigns each task its cores or GPUs.
 
-The runs' directories, on a file system that all machines share, are all that driver and tasks have
-in common: there a run that Ray starts anew goes on, and there its progress is read.
+The driver and the tasks share only the run directories, on a file system that all machines see. A
+restarted task continues from its directory, and the driver reads progress there.
 """
 
 from __future__ import annotations
@@ -14,42 +14,42 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from apollo_bench.config.execution import cores
+from apollo_bench.available_cores import available_cores
 from apollo_bench.errors import ExperimentError
-from apollo_bench.interrupts import Interrupted, signals
+from apollo_bench.interrupts import Interrupted, catch_signals
 from apollo_bench.launch import run_scheduler, worker
 from apollo_bench.launch.run_scheduler import Display, RunState
-from apollo_bench.optional_imports import library
+from apollo_bench.optional_imports import import_optional
 from apollo_bench.runs.run_directory import RunDirectory
 
 ENGINES = ("ray",)
 
-_RETRIES = 10  # of a run whose machine or Ray worker has died; its own errors are not tried again
+_RETRIES = 10  # of a run whose machine or Ray worker died; its own errors are final
 _CONNECT = 10.0  # seconds
 _CANCEL_EVERY = 5.0  # seconds
-_RELEASE = 120.0  # seconds that a lost task's lock may take to be released
+_RELEASE = 120.0  # seconds until a lost task must have released its lock
 
 
 def run_all(runs: list[RunState], jobs: int | None, display: Display) -> None:
-    """Train all runs that are not finished on the cluster of RAY_ADDRESS, or on this machine's own.
+    """Train all unfinished runs on the cluster of RAY_ADDRESS, or on a local one.
 
     Args:
-        runs: prepared; their status says at the end what became of them.
-        jobs: tasks at a time; None: as many as the cluster finds room for.
-        display: told several times a second.
+        runs: prepared runs; their status is updated.
+        jobs: tasks at the same time; None: as many as the cluster has room for.
+        display: updated several times per second.
 
     Raises:
-        ExperimentError: Ray is missing, or there is no such cluster.
+        ExperimentError: Ray is not installed, or the cluster does not answer.
         Interrupted: on SIGINT or SIGTERM, after the tasks have stopped.
     """
-    ray = library("ray", "--cluster ray")
+    ray = import_optional("ray", "--cluster ray")
     for run in runs:
-        run.refresh()
-        run.settle()
+        run.read_progress()
+        run.update_status()
     _join(ray)
     tasks: dict[int, Any] = {}
     before: dict[int, float] = {}
-    with signals() as received:
+    with catch_signals() as received:
         try:
             while any(run.status in ("waiting", "running") for run in runs):
                 for i, run in enumerate(runs):
@@ -58,9 +58,11 @@ def run_all(runs: list[RunState], jobs: int | None, display: Display) -> None:
                         tasks[i] = _submit(ray, run.directory)
                 display.update(runs, max(1, sum(run.status == "running" for run in runs)))
                 waiting = list(tasks.values())
-                done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=run_scheduler.POLL)
+                done, _ = ray.wait(
+                    waiting, num_returns=len(waiting), timeout=run_scheduler.POLL_SECONDS
+                )
                 for i, reference in list(tasks.items()):
-                    runs[i].refresh()
+                    runs[i].read_progress()
                     if reference in done:
                         del tasks[i]
                         _settle(ray, runs[i], reference)
@@ -75,37 +77,37 @@ def run_all(runs: list[RunState], jobs: int | None, display: Display) -> None:
 
 
 def _submit(ray: Any, directory: RunDirectory) -> Any:
-    placement = directory.placement()
-    resources = {"num_cpus": placement.devices * placement.threads}
-    if placement.accelerator == "gpu":
-        resources["num_gpus"] = placement.devices
-    task = ray.remote(**resources, max_retries=_RETRIES)(train_run)
+    execution = directory.execution()
+    resources = {"num_cpus": execution.devices * execution.threads}
+    if execution.accelerator == "gpu":
+        resources["num_gpus"] = execution.devices
+    task = ray.remote(**resources, max_retries=_RETRIES)(train_as_ray_task)
     return task.remote(str(directory.path.resolve()))
 
 
-def train_run(path: str) -> int:
-    """The task: train a prepared run in processes of its own; how they ended."""
+def train_as_ray_task(path: str) -> int:
+    """Train a prepared run in processes of its own, and return their exit status."""
     directory = RunDirectory(Path(path))
     _wait_for_lock(directory)
-    process = run_scheduler.start(directory)
+    process = run_scheduler.start_worker(directory)
     try:
         while process.poll() is None:
-            time.sleep(run_scheduler.POLL)  # wait() could not be interrupted
+            time.sleep(run_scheduler.POLL_SECONDS)  # Popen.wait() cannot be interrupted
         return process.returncode
     except BaseException:  # cancelled
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
-            process.wait(run_scheduler.GRACE)
+            process.wait(run_scheduler.GRACE_SECONDS)
         process.kill()
         raise
 
 
 def _wait_for_lock(directory: RunDirectory) -> None:
-    """Until the processes of a task that was lost are gone; they notice it after their step."""
+    """Wait until the processes of a lost task have ended; they notice it after their step."""
     deadline = time.monotonic() + _RELEASE
     while time.monotonic() < deadline:
         try:
-            worker.exclusive(directory).close()
+            worker.lock_run(directory).close()
         except ExperimentError:
             time.sleep(0.2)
         else:
@@ -116,7 +118,7 @@ def _join(ray: Any) -> None:
     quiet = {"logging_level": "error", "log_to_driver": False}
     given = os.environ.get("RAY_ADDRESS")
     host, _, port = (given or "").rpartition(":")
-    if host and "/" not in host and port.isdecimal():  # Ray tries for minutes
+    if host and "/" not in host and port.isdecimal():  # Ray itself would try for minutes
         try:
             socket.create_connection((host, int(port)), _CONNECT).close()
         except OSError as error:
@@ -128,7 +130,7 @@ def _join(ray: Any) -> None:
         if given:
             ray.init(**quiet)
         else:
-            ray.init(num_cpus=cores(), include_dashboard=False, **quiet)
+            ray.init(num_cpus=available_cores(), include_dashboard=False, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         where = f"at {given}" if given else "on this machine"
@@ -136,7 +138,7 @@ def _join(ray: Any) -> None:
 
 
 def _begun(run: RunState) -> float:
-    """When the run's lock was last taken."""
+    """Return when the run's lock was last taken."""
     try:
         return run.directory.lock.stat().st_mtime
     except FileNotFoundError:
@@ -145,23 +147,23 @@ def _begun(run: RunState) -> float:
 
 def _settle(ray: Any, run: RunState, reference: Any) -> None:
     try:
-        run.settle(ray.get(reference))
+        run.update_status(ray.get(reference))
     except ray.exceptions.RayError as error:
-        run.settle(worker.STOPPED)
+        run.update_status(worker.EXIT_STOPPED)
         if run.status == "stopped":
             run.status, run.reason = "failed", str(error).splitlines()[0]
 
 
 def _stop(ray: Any, tasks: dict[int, Any], runs: list[RunState], received: list[int]) -> None:
-    deadline = time.monotonic() + run_scheduler.GRACE
+    deadline = time.monotonic() + run_scheduler.GRACE_SECONDS
     left, again = list(tasks.values()), 0.0
-    # a second Ctrl-C means: now
+    # a second Ctrl-C stops at once
     while left and time.monotonic() < deadline and len(received) < 2:
-        if time.monotonic() > again:  # one that is just starting does not notice it
+        if time.monotonic() > again:  # a task that is just starting misses the first request
             again = time.monotonic() + _CANCEL_EVERY
             for reference in left:
                 ray.cancel(reference)
-        _, left = ray.wait(left, num_returns=len(left), timeout=run_scheduler.POLL)
+        _, left = ray.wait(left, num_returns=len(left), timeout=run_scheduler.POLL_SECONDS)
     for i in tasks:
-        runs[i].refresh()
-        runs[i].settle(worker.STOPPED)
+        runs[i].read_progress()
+        runs[i].update_status(worker.EXIT_STOPPED)

@@ -1,4 +1,4 @@
-"""Many runs one after the other, each in all the processes that torchrun has started."""
+"""Train many runs one after the other, each in all processes that torchrun started."""
 
 from __future__ import annotations
 
@@ -8,24 +8,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from apollo_bench.config.execution import leave
-from apollo_bench.interrupts import Interrupted, signals
+from apollo_bench.interrupts import Interrupted, catch_signals
 from apollo_bench.launch import worker
 from apollo_bench.launch.run_scheduler import Display, RunState
 from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.training import process_group
+from apollo_bench.training.fabric_setup import destroy_process_group
 
 _SHOWN_EVERY = 0.5  # seconds
 
 
 def run_all(folders: list[Path], runs: list[RunState], display: Display | None) -> None:
-    """Train all runs that are not finished; every process calls this.
+    """Train all unfinished runs; every process calls this.
 
     Args:
-        folders: of the runs, which the first process has prepared.
-        runs: the same in the first process; none in the others. Their status says at the end what
-            became of them.
-        display: told of them now and then.
+        folders: folders of the runs, which the main process has prepared.
+        runs: the same runs in the main process, whose status is updated; empty in the others.
+        display: updated several times per second; None in the other processes.
 
     Raises:
         ExperimentError: a run or its data cannot be used, or another process is lost.
@@ -33,31 +32,33 @@ def run_all(folders: list[Path], runs: list[RunState], display: Display | None) 
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for run in runs:
-        run.refresh()
-        run.settle()
-    with signals() as received, _shown(runs, display):
+        run.read_progress()
+        run.update_status()
+    with catch_signals() as received, _shown(runs, display):
         for i, folder in enumerate(folders):
-            if process_group.from_first(bool(runs) and runs[i].status != "waiting"):
+            if process_group.broadcast_from_main(bool(runs) and runs[i].status != "waiting"):
                 continue
             if runs:
                 runs[i].status, runs[i].pid = "running", os.getpid()
             try:
-                outcome = worker.work(RunDirectory(folder), lambda: bool(received))
+                outcome = worker.train_prepared_run(RunDirectory(folder), lambda: bool(received))
             except BaseException:
                 if runs:
                     runs[i].status = "stopped"
                 raise
             if runs:
-                runs[i].refresh()
-                runs[i].settle(worker.STOPPED if outcome == "stopped" else 0)
+                runs[i].read_progress()
+                runs[i].update_status(worker.EXIT_STOPPED if outcome == "stopped" else 0)
             if outcome == "stopped":
-                raise Interrupted((process_group.from_first(received) or received or [15])[0])
-    leave()
+                raise Interrupted(
+                    (process_group.broadcast_from_main(received) or received or [15])[0]
+                )
+    destroy_process_group()
 
 
 @contextmanager
 def _shown(runs: list[RunState], display: Display | None) -> Iterator[None]:
-    """Show the runs from a thread: this one trains."""
+    """Update the display from a thread, because this thread trains."""
     if display is None:
         yield
         return
@@ -67,7 +68,7 @@ def _shown(runs: list[RunState], display: Display | None) -> Iterator[None]:
         while not over.wait(_SHOWN_EVERY):
             for run in runs:
                 if run.status == "running":
-                    run.refresh()
+                    run.read_progress()
             display.update(runs, 1)
 
     thread = threading.Thread(target=show, daemon=True)

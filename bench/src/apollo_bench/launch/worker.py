@@ -1,6 +1,6 @@
-"""One run in a process of its own: ``python -m apollo_bench.launch.worker RUN``.
+"""Train one run in a process of its own: ``python -m apollo_bench.launch.worker RUN``.
 
-Ends at once after a checkpoint when it is asked to (SIGTERM, SIGINT) or when its parent is gone.
+On SIGTERM or SIGINT, or when its parent ends, it writes a checkpoint and ends.
 """
 
 from __future__ import annotations
@@ -17,67 +17,70 @@ from typing import TextIO
 
 import torch
 
-from apollo_bench.config.execution import Placement, leave
+from apollo_bench.config.execution import Execution
 from apollo_bench.config.recipe import RunSpec
 from apollo_bench.errors import ExperimentError
 from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.training import process_group
+from apollo_bench.training.fabric_setup import destroy_process_group, launch_fabric
 from apollo_bench.training.loop import Outcome, train
 from apollo_bench.workloads import tasks
 
-STOPPED = 75  # exit status: not finished, there is a checkpoint to go on from
-UNUSABLE = 2  # exit status: an error that the user can mend
-PARENT = "APOLLO_QN_PARENT"  # whose end is a worker's too; between them there may be torchrun
-COMPLAINT = "apollo-bench: "  # begins the line that tells such an error
+EXIT_STOPPED = 75  # exit status: not finished; the run continues from its checkpoint
+EXIT_USER_ERROR = 2  # exit status: an error that the user can correct
+PARENT_PID = "APOLLO_QN_PARENT"  # a worker ends with this process; torchrun may stand between them
+ERROR_PREFIX = "apollo-bench: "  # of the line that tells such an error
 
 
 def main() -> int:
-    """Train the run that the command line names; the exit status says how it ended."""
+    """Train the run that the command line names, and return the exit status."""
     parser = argparse.ArgumentParser(description="Train one prepared run.")
     parser.add_argument("run", type=Path)
     arguments = parser.parse_args()
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: asked.append(number))
-    parent = int(os.environ.get(PARENT, os.getppid()))
+    parent = int(os.environ.get(PARENT_PID, os.getppid()))
     directory = RunDirectory(arguments.run)
     try:
-        outcome = work(directory, lambda: bool(asked) or not _is_alive(parent))
-        leave()
+        outcome = train_prepared_run(directory, lambda: bool(asked) or not _is_alive(parent))
+        destroy_process_group()
     except ExperimentError as error:
-        print(f"{COMPLAINT}{error}", file=sys.stderr, flush=True)
-        return UNUSABLE
-    return STOPPED if outcome == "stopped" else 0
+        print(f"{ERROR_PREFIX}{error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    return EXIT_STOPPED if outcome == "stopped" else 0
 
 
-def work(directory: RunDirectory, stop: Callable[[], bool]) -> Outcome:
-    """Train a prepared run, in as many processes as have been started for it.
+def train_prepared_run(directory: RunDirectory, stop: Callable[[], bool]) -> Outcome:
+    """Train a prepared run, in all processes that were started for it.
 
     Raises:
-        ExperimentError: the run or its data cannot be used, or another process of it is lost.
+        ExperimentError: the run or its data cannot be used, or another process is lost.
     """
-    lock = process_group.agreed(lambda: exclusive(directory) if process_group.speaks() else None)
+    lock = process_group.run_on_all(
+        lambda: lock_run(directory) if process_group.is_main_process() else None
+    )
     with lock or nullcontext():
-        # one process reads: on a shared file system the others may see it later
-        reads = process_group.speaks() or not process_group.joined()
-        found = process_group.agreed(lambda: _wanted(directory) if reads else None)
-        found = process_group.from_first(found)
+        # Only one process reads: on a shared file system the others may see a file later.
+        reads = process_group.is_main_process() or not process_group.is_distributed()
+        found = process_group.run_on_all(lambda: _read_manifest(directory) if reads else None)
+        found = process_group.broadcast_from_main(found)
         assert found is not None
-        spec, placement, data, diagnose_every = found
-        # the order of sums depends on it: a resumed run keeps the number it began with
-        torch.set_num_threads(placement.threads)
-        with process_group.losing_none():
-            fabric = placement.fabric(spec)
-            task = process_group.agreed(
-                lambda: tasks.make(spec, data, fabric.device, placement.threads)
+        spec, execution, data, diagnose_every = found
+        # The order of additions depends on it: a resumed run keeps its number of threads.
+        torch.set_num_threads(execution.threads)
+        with process_group.translate_lost_connection():
+            fabric = launch_fabric(execution, spec)
+            task = process_group.run_on_all(
+                lambda: tasks.make(spec, data, fabric.device, execution.threads)
             )
             return train(directory, spec, task, stop, fabric, diagnose_every)
 
 
-def _wanted(directory: RunDirectory) -> tuple[RunSpec, Placement, Path | None, int | None]:
+def _read_manifest(directory: RunDirectory) -> tuple[RunSpec, Execution, Path | None, int | None]:
     folder = directory.read()["data"]["folder"]
     data = None if folder is None else Path(folder)
-    return directory.spec(), directory.placement(), data, directory.diagnose_every()
+    return directory.spec(), directory.execution(), data, directory.diagnose_every()
 
 
 def _is_alive(process: int) -> bool:
@@ -86,14 +89,17 @@ def _is_alive(process: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True  # another user's
+        return True  # a process of another user
     return True
 
 
-def exclusive(directory: RunDirectory) -> TextIO:
-    """Hold the run's lock until the file is closed; raises ExperimentError if another has it.
+def lock_run(directory: RunDirectory) -> TextIO:
+    """Lock the run until the returned file is closed.
 
-    Of lockf, for processes that decode images must not inherit it and outlive this one.
+    The lock is one of lockf: processes that decode images do not inherit it.
+
+    Raises:
+        ExperimentError: another process holds the lock.
     """
     file = directory.lock.open("w")
     try:

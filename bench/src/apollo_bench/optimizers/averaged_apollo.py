@@ -1,6 +1,6 @@
 """Apollo with a moving average of B, which section 3.2 of the paper leaves to future work.
 
-An experiment, and no part of the optimizer: what came of it stands in results/.
+An experiment, not part of the optimizer. results/ has what it measured.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from apollo_qn import Apollo
 
 
 class AveragedApollo(torch.optim.Optimizer):
-    """Algorithm 1, but D is that of the exponential moving average of B, its bias corrected.
+    """Algorithm 1 with D taken from the bias-corrected exponential moving average of B.
 
     B itself still follows the secant condition for the direction that was taken. With
-    ``hessian_beta = 0`` this is Apollo. One loop over tensors; L2 decay; float32.
+    ``hessian_beta = 0`` this is Apollo. It loops over tensors, with L2 decay, in float32.
 
     Args:
-        params: parameters, one group.
+        params: parameters, as one group.
         lr: learning rate.
-        beta: of the moving average of gradients.
-        hessian_beta: of the moving average of B.
-        eps: as of Apollo.
-        sigma: likewise.
-        weight_decay: likewise, L2.
-        warmup_steps: likewise.
-        warmup_init_lr: likewise.
+        beta: decay of the moving average of gradients.
+        hessian_beta: decay of the moving average of B.
+        eps: as in Apollo.
+        sigma: as in Apollo.
+        weight_decay: as in Apollo, L2.
+        warmup_steps: as in Apollo.
+        warmup_init_lr: as in Apollo.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class AveragedApollo(torch.optim.Optimizer):
         )  # fmt: skip
         if not 0 <= hessian_beta < 1:
             raise ValueError(f"hessian_beta is {hessian_beta!r}, allowed is 0 <= hessian_beta < 1")
-        # one that is given is a share of the rate that it was given with, as Apollo's
+        # like Apollo's, warmup_init_lr is a fraction of the lr that it was given with
         first = plain.param_groups[0]["warmup_init_lr"]
         share = 1e-3 if first is None else first / lr
         super().__init__(
@@ -99,6 +99,6 @@ def _update(p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) 
 
 
 def _rectified(average: Tensor, beta: float, steps: int, sigma: float) -> Tensor:
-    """D of the average over so many steps."""
+    """Return D of the average over the given number of steps."""
     correction = 1 - beta**steps if steps else 1.0
     return (average / correction).abs().clamp(min=sigma)

@@ -1,4 +1,4 @@
-"""Muon as its users take it: the matrices within a network by it, all the rest by AdamW."""
+"""Muon as it is commonly used: for the hidden matrices, with AdamW for the other parameters."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 class MuonAndAdamW(torch.optim.Optimizer):
     """torch.optim.Muon and torch.optim.AdamW under one learning rate.
 
-    Muon has the weights of two or more dimensions within the network, filters of convolutions as
-    matrices of one row an output channel; AdamW has embeddings, the output layer, biases and norms
-    (Jordan, 2024, "Muon: an optimizer for hidden layers"). Muon's step is scaled to the size of one
-    of AdamW ("match_rms_adamw", Liu et al., 2025), so that one rate and one decay serve both.
+    Muon updates the hidden weights of two or more dimensions; a convolution's filters form a matrix
+    with one row per output channel. AdamW updates embeddings, the output layer, biases and norms
+    (Jordan, 2024, "Muon: an optimizer for hidden layers"). Muon's step is scaled to the size of
+    AdamW's ("match_rms_adamw", Liu et al., 2025), so that both use one rate and one decay.
 
     Args:
         network: on its device; its attribute ``output`` names its output layer, if it has one.
-        lr: of both.
-        weight_decay: of both, decoupled.
-        momentum: of Muon, Nesterov's.
+        lr: learning rate of both.
+        weight_decay: decoupled decay of both.
+        momentum: Nesterov momentum of Muon.
         betas: of AdamW.
         eps: of AdamW.
     """
@@ -41,7 +41,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
             {"lr": lr, "weight_decay": weight_decay},
         )
         self._inner: list[torch.optim.Optimizer] = []
-        # the same memory under a shape that Muon takes
+        # the same memory, as the matrix that Muon needs
         self._views = [(p, nn.Parameter(as_matrix(p.detach()))) for p in matrices]
         if matrices:
             self._inner.append(
@@ -57,7 +57,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
             self._inner.append(torch.optim.AdamW(others, lr, betas, eps, weight_decay, fused=True))
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take a step of both."""
+        """Take a step of both optimizers."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -71,11 +71,11 @@ class MuonAndAdamW(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """The groups, and the states of both."""
+        """Return the groups, and the states of both optimizers."""
         return {**super().state_dict(), "inner": [inner.state_dict() for inner in self._inner]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of the same network."""
+        """Load the state dict of the same network."""
         own = dict(state_dict)
         for inner, state in zip(self._inner, own.pop("inner"), strict=True):
             inner.load_state_dict(state)
@@ -83,7 +83,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
 
 def split(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The parameters that Muon has, and all others."""
+    """Return the parameters that Muon updates, and all others."""
     outer = {
         id(p)
         for module in network.modules()
@@ -101,9 +101,10 @@ def split(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
 
 
 def as_matrix(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """One row for each output; of ``like``'s memory (None: its own) the order of columns.
+    """Return a tensor as a matrix with one row per output.
 
-    A view where the two have one memory format: orthogonalising does not depend on the order.
+    The order of the columns follows the memory of ``like`` (None: of ``x``), so that the result is
+    a view. Orthogonalization does not depend on that order.
     """
     like = x if like is None else like
     if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):

@@ -1,4 +1,4 @@
-"""How optimizers are written and drawn: the same everywhere."""
+"""Labels, colors and markers of optimizers, the same in every table and figure."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 
 class Style(NamedTuple):
-    """Name, colour and marker."""
+    """Label, color and marker."""
 
     label: str
     color: str
     marker: str
 
 
-# Okabe and Ito's palette, which the colour-blind can tell apart; markers for print in grey
+# Palette of Okabe and Ito, which color-blind readers can tell apart; markers for gray print.
 STYLES = {
     "sgd": Style("SGD", "#0072B2", "s"),
     "adam": Style("Adam", "#009E73", "^"),
@@ -22,7 +22,7 @@ STYLES = {
     "adam-adj": Style("Adam-adj", "#56B4E9", "v"),
     "radam-adj": Style("RAdam-adj", "#E69F00", "P"),
     "apollo": Style("Apollo", "#D55E00", "o"),
-    # not the paper's
+    # not in the paper
     "adamw": Style("AdamW", "#117733", "<"),
     "nadamw": Style("NAdamW", "#332288", "X"),
     "muon": Style("Muon", "#000000", "x"),
@@ -32,7 +32,7 @@ STYLES = {
     "apollow-belief": Style("ApolloW, belief", "#AA4499", "*"),
 }
 
-# of optimizers that are none of the paper's: of Tol's palettes what the first leaves
+# for optimizers that are not in the paper: from Tol's palettes, unlike the colors above
 _MORE = (
     ("#882255", ">"),
     ("#44AA99", "p"),
@@ -42,7 +42,7 @@ _MORE = (
     ("#997700", "3"),
     ("#EE99AA", "H"),
 )
-_given: dict[str, int] = {}  # which of them a name has in this process
+_given: dict[str, int] = {}  # index of the color that a name has in this process
 
 # of matplotlib
 SETTINGS: Any = {
@@ -55,15 +55,16 @@ SETTINGS: Any = {
     "grid.color": "#dddddd",
     "figure.constrained_layout.use": True,
     "figure.dpi": 144.0,
-    "svg.hashsalt": "apollo-qn",  # the same runs draw the same bytes
+    "svg.hashsalt": "apollo-qn",  # the same runs give the same bytes; the value must not change
 }
 
 
-def style(name: str) -> Style:
-    """Of an optimizer of a recipe; one that is none of the paper's is written as it is named.
+def style_of(name: str) -> Style:
+    """Return the style of an optimizer of a recipe.
 
-    A form of a known one, as ``apollo-long-warmup``, is "Apollo, long warmup". The colour is a
-    function of the name, or the next one where another name has that.
+    A variant such as ``apollo-long-warmup`` is labeled "Apollo, long warmup". An optimizer that is
+    not in the paper keeps its name as label. Its color is a function of the name, or the next free
+    one.
     """
     if name in STYLES:
         return STYLES[name]
@@ -82,7 +83,7 @@ def _label(name: str) -> str:
     return name
 
 
-def place(name: str) -> tuple[int, str]:
-    """Sorts optimizers in the order of the paper's tables, others after them."""
+def sort_key(name: str) -> tuple[int, str]:
+    """Return a key that sorts optimizers as the paper's tables do, with others after them."""
     known = list(STYLES)
     return (known.index(name) if name in known else len(known), name)

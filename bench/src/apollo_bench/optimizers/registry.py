@@ -1,4 +1,4 @@
-"""From the settings of a recipe to an optimizer and its schedule."""
+"""The registry: make an optimizer and its learning rate schedule from a recipe's settings."""
 
 from __future__ import annotations
 
@@ -8,33 +8,36 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from apollo_bench.config.schema import (
-    SGD,
-    Adam,
+from apollo_bench.config.optimizer_settings import (
+    AdamSettings,
     ApolloSettings,
     AveragedSettings,
-    Muon,
-    NAdam,
-    Optimizer,
-    Schedule,
-    Shape,
+    MuonSettings,
+    NAdamSettings,
+    OptimizerSettings,
+    SGDSettings,
 )
+from apollo_bench.config.schema import LRShape, Schedule
 from apollo_bench.optimizers.averaged_apollo import AveragedApollo
 from apollo_bench.optimizers.muon import MuonAndAdamW
 from apollo_qn import Apollo
 from apollo_qn.schedules import inverse_square_root
 
 
-def build(settings: Optimizer, network: nn.Module) -> torch.optim.Optimizer:
-    """Make the optimizer on the fastest back end that it has: what a user would take.
+def build_optimizer(settings: OptimizerSettings, network: nn.Module) -> torch.optim.Optimizer:
+    """Make an optimizer on its fastest back end, as a user would.
+
+    Args:
+        settings: of one run: weight decay is a number.
+        network: on its device.
 
     Raises:
-        TypeError: the weight decay is still a reference; resolve the run first.
+        TypeError: the weight decay is a reference; resolve the run first.
     """
     decay, parameters = settings.weight_decay, network.parameters()
     if not isinstance(decay, float):
         raise TypeError(f"weight decay is not resolved: {decay!r}")
-    if isinstance(settings, SGD):
+    if isinstance(settings, SGDSettings):
         return torch.optim.SGD(
             parameters, settings.lr, settings.momentum, weight_decay=decay, fused=True
         )
@@ -54,32 +57,32 @@ def build(settings: Optimizer, network: nn.Module) -> torch.optim.Optimizer:
     if isinstance(settings, AveragedSettings):
         return AveragedApollo(parameters, **settings.model_dump(exclude={"method"}))
     lr, betas, eps = settings.lr, (settings.betas[0], settings.betas[1]), settings.eps
-    if isinstance(settings, Adam):
+    if isinstance(settings, AdamSettings):
         return torch.optim.AdamW(parameters, lr, betas, eps, decay, fused=True)
-    if isinstance(settings, Muon):
+    if isinstance(settings, MuonSettings):
         return MuonAndAdamW(network, lr, decay, settings.momentum, betas, eps)
-    kind = torch.optim.NAdam if isinstance(settings, NAdam) else torch.optim.RAdam
-    # torch has no fused one of either
+    kind = torch.optim.NAdam if isinstance(settings, NAdamSettings) else torch.optim.RAdam
+    # PyTorch has no fused form of these two
     return kind(parameters, lr, betas, eps, decay, decoupled_weight_decay=True, foreach=True)
 
 
-def rate_factor(schedule: Schedule, name: str, steps: int) -> Callable[[int], float]:
-    """The factor on an optimizer's learning rate at step 0, 1, ..., of ``steps``, for LambdaLR.
+def lr_factor(schedule: Schedule, name: str, steps: int) -> Callable[[int], float]:
+    """Return the factor on the learning rate as a function of the step, for LambdaLR.
 
     Args:
-        schedule: of the run.
-        name: of the optimizer, which may have a shape of its own in the schedule.
-        steps: of the whole training.
+        schedule: schedule of the run.
+        name: name of the optimizer, for which the schedule may have overrides.
+        steps: steps of the whole run.
     """
-    shape: Shape = schedule.instead.get(name, schedule)
+    shape: LRShape = schedule.overrides.get(name, schedule)
     warmup = shape.warmup_steps
     if shape.kind == "inverse-sqrt" and warmup is not None:
         return inverse_square_root(warmup)
-    fall = _fall(shape, schedule, steps)
+    fall = _decay(shape, schedule, steps)
     return fall if warmup is None else lambda step: min(1.0, (step + 1) / warmup) * fall(step)
 
 
-def _fall(shape: Shape, schedule: Schedule, steps: int) -> Callable[[int], float]:
+def _decay(shape: LRShape, schedule: Schedule, steps: int) -> Callable[[int], float]:
     if shape.kind == "constant":
         return lambda step: 1.0
     if shape.kind == "cosine":

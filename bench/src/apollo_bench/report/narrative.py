@@ -1,17 +1,17 @@
-"""The outcome and what the numbers stand for, in words."""
+"""The headline of a report and the notes below its tables, as sentences."""
 
 from __future__ import annotations
 
 import math
 
 from apollo_bench.config.recipe import Recipe, RunSpec
-from apollo_bench.report.summary import Row, Section, Summary, best_of
+from apollo_bench.report.summary import Row, ScheduleSection, Summary, best_of
 from apollo_bench.report.tables import settings_of
 from apollo_bench.runs.loading import Run
 
 
-def finding(summary: Summary) -> str:
-    """The outcome, whoever wins."""
+def headline(summary: Summary) -> str:
+    """Return the outcome in a few sentences, whichever optimizer wins."""
     unfinished = any(run.verdict == "unfinished" for run in summary.runs)
     diverged = _diverged(summary)
     if all(row.score is None for row in summary.rows):
@@ -30,7 +30,7 @@ def finding(summary: Summary) -> str:
 
 
 def _diverged(summary: Summary) -> str:
-    """Whose runs have."""
+    """Return a sentence on the optimizers with diverged runs; "" if there are none."""
     told = []
     for label, rows in _by_label(summary).items():
         count, total = sum(row.diverged for row in rows), sum(len(row.runs) for row in rows)
@@ -40,7 +40,7 @@ def _diverged(summary: Summary) -> str:
 
 
 def _by_label(summary: Summary) -> dict[str, list[Row]]:
-    """The rows of each optimizer and, where there are several, schedule."""
+    """Return the rows of each optimizer, and of each schedule if there are several."""
     found: dict[str, list[Row]] = {}
     for section in summary.sections:
         for row in section.rows:
@@ -50,8 +50,8 @@ def _by_label(summary: Summary) -> dict[str, list[Row]]:
     return found
 
 
-def _compared(section: Section, summary: Summary) -> str:
-    best, rival, ours = section.best, section.rival, section.ours
+def _compared(section: ScheduleSection, summary: Summary) -> str:
+    best, rival, ours = section.best, section.best_other, section.apollo_row
     if best is None or best.score is None:
         return "no run has finished."
     unit = f" {summary.metric.unit}".rstrip()
@@ -68,15 +68,15 @@ def _compared(section: Section, summary: Summary) -> str:
         text += f" (95 % interval of its lead {lead.low:+.2f} to {lead.high:+.2f}"
         text += "" if lead.p is None else f", p = {lead.p:.2g}"
         text += f", {lead.pairs} seeds)"
-    if len(section.forms) > 1:
-        form = best_of(section.forms)
+    if len(section.apollo_variants) > 1:
+        form = best_of(section.apollo_variants)
         if form is not None and form.score is not None:
             text += f"; the form of Apollo with the best mean is {form.label}, {form.score.text(2)}"
             text += unit
     return text + "."
 
 
-def _tuned(section: Section, summary: Summary) -> str:
+def _tuned(section: ScheduleSection, summary: Summary) -> str:
     names = dict.fromkeys(row.name for row in section.rows)
     chosen = [
         best_of([row for row in section.rows if row.name == name and not row.diverged])
@@ -90,14 +90,14 @@ def _tuned(section: Section, summary: Summary) -> str:
     return f"Best {summary.metric.label}: {', '.join(told)}."
 
 
-def _swept(section: Section, summary: Summary) -> str:
+def _swept(section: ScheduleSection, summary: Summary) -> str:
     rows: dict[str, list[Row]] = {}
     for row in section.rows:
         rows.setdefault(row.label, []).append(row)
     spans = []
     for label, mine in rows.items():
         means = [row.score.mean for row in mine if row.score is not None]
-        bad = any(row.diverged for row in mine)  # worse than any number
+        bad = any(row.diverged for row in mine)  # divergence is worse than any number
         if means or bad:
             spans.append((math.inf if bad else max(means) - min(means), label))
     if not spans:
@@ -110,7 +110,7 @@ def _swept(section: Section, summary: Summary) -> str:
 
 
 def notes(summary: Summary) -> list[str]:
-    """What the numbers stand for."""
+    """Return the notes that explain the numbers."""
     spec = summary.runs[0].spec
     examples = spec.data.train_examples
     part = f", the first {examples} training examples" if examples else ""
@@ -182,17 +182,17 @@ def _listed(numbers: set[int]) -> str:
 
 
 def _place(run: Run) -> str:
-    """Where and how it was trained, as far as its times hang on that."""
-    machine, placement = run.manifest["machine"], run.placement
+    """Return where and how a run was trained, as far as its times depend on it."""
+    machine, execution = run.manifest["machine"], run.execution
     told = [machine["cpu"], f"{machine['cores']} cores"]
-    if placement.accelerator == "gpu":
-        told.insert(0, f"{placement.devices} x {machine.get('gpu', 'GPU')}")
-    elif placement.devices > 1:
-        told.append(f"{placement.devices} processes a run")
-    if placement.nodes > 1:
-        told.append(f"{placement.nodes} such machines")
-    if placement.accelerator == "cpu":
-        threads = placement.threads
+    if execution.accelerator == "gpu":
+        told.insert(0, f"{execution.devices} x {machine.get('gpu', 'GPU')}")
+    elif execution.devices > 1:
+        told.append(f"{execution.devices} processes a run")
+    if execution.nodes > 1:
+        told.append(f"{execution.nodes} such machines")
+    if execution.accelerator == "cpu":
+        threads = execution.threads
         told.append(f"{threads} thread{'s' if threads > 1 else ''} a process")
     told.append(f"precision {run.spec.train.precision}")
     return ", ".join(told)
@@ -214,7 +214,7 @@ def _on_differences(summary: Summary) -> str:
             f" Updates and time to a target: to the first evaluation at which the "
             f"{summary.curve.label} reaches {', '.join(targets)}"
         )
-        if all(section.asked_target is None for section in summary.sections):
+        if all(section.given_target is None for section in summary.sections):
             text += ", which is what the best of the others has after three quarters of a run"
         text += (
             "; it is found at an evaluation, and seconds count evaluations too. Where a run does "
@@ -243,7 +243,7 @@ def _on_paper(summary: Summary, spec: RunSpec) -> str:
 
 
 def _differing(summary: Summary, spec: RunSpec, theirs: Recipe) -> list[str]:
-    """In what our runs are not the paper's."""
+    """Return in what our runs differ from the paper's."""
     steps = theirs.train
     shapes = [
         theirs.schedules.get(section.schedule) == section.rows[0].runs[0].spec.train.schedule
@@ -265,7 +265,9 @@ def _differing(summary: Summary, spec: RunSpec, theirs: Recipe) -> list[str]:
         "gradient clipping": all(
             run.spec.train.clip_norm == steps.clip_norm for run in summary.runs
         ),
-        "averaging": all(run.spec.train.average_last == steps.average_last for run in summary.runs),
+        "averaging": all(
+            run.spec.train.average_checkpoints == steps.average_checkpoints for run in summary.runs
+        ),
         f"the settings of {', '.join(dict.fromkeys(labels))}": not labels,
     }
     return [what for what, equal in same.items() if not equal]

@@ -1,4 +1,4 @@
-"""The files of a report: one page, Markdown, CSV and the pictures."""
+"""The files of a report: HTML page, Markdown, CSV and figures."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import jinja2
 from rich.console import Console
 
 from apollo_bench.atomic_write import write_atomically
-from apollo_bench.optimizers.plot_style import style
+from apollo_bench.optimizers.plot_style import style_of
 from apollo_bench.report import figures, narrative, tables
+from apollo_bench.report.figure_axes import FigureFile
 from apollo_bench.report.summary import Row, Summary, collect
 
 
@@ -18,12 +19,12 @@ def write(paths: list[Path], out: Path, target: float | None = None) -> list[Sum
     """Write report.html, results.md, results.csv and the figures (PNG, SVG) into a folder.
 
     Args:
-        paths: as of ``collect``.
-        out: made where it is missing; a report that is there is replaced.
-        target: as of ``collect``.
+        paths: as in ``collect``.
+        out: folder, created if it is missing; a report that is there is replaced.
+        target: as in ``collect``.
 
     Raises:
-        ExperimentError: as ``collect`` does.
+        ExperimentError: as in ``collect``.
     """
     summaries = collect(paths, target)
     several = len(summaries) > 1
@@ -44,14 +45,14 @@ def write(paths: list[Path], out: Path, target: float | None = None) -> list[Sum
 
 
 def show(summaries: list[Summary], console: Console) -> None:
-    """Print the tables and the outcome."""
+    """Print the tables and the headline."""
     for summary in summaries:
         if len(summaries) > 1:
             console.print(f"\n[bold]{summary.task}[/bold]")
         for table in tables.tables(summary):
             if sum(column.on_console for column in table.columns) > 1:
                 console.print(tables.for_console(table))
-        console.print(narrative.finding(summary), highlight=False)
+        console.print(narrative.headline(summary), highlight=False)
 
 
 def _markdown(summaries: list[Summary]) -> str:
@@ -60,11 +61,11 @@ def _markdown(summaries: list[Summary]) -> str:
         if len(summaries) > 1:
             parts.append(f"## {summary.task}\n")
         parts += [tables.as_markdown(table) for table in tables.tables(summary)]
-        parts += [narrative.finding(summary), "", *narrative.notes(summary), ""]
+        parts += [narrative.headline(summary), "", *narrative.notes(summary), ""]
     return "\n".join(parts)
 
 
-def _page(summaries: list[Summary], pictures: list[list[figures.Picture]]) -> str:
+def _page(summaries: list[Summary], pictures: list[list[FigureFile]]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -72,13 +73,13 @@ def _page(summaries: list[Summary], pictures: list[list[figures.Picture]]) -> st
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["color"] = lambda name: style(name).color
+    environment.filters["color"] = lambda name: style_of(name).color
     environment.filters["base64"] = lambda content: base64.b64encode(content).decode("ascii")
     return environment.get_template("report.html").render(
         tasks=[
             {
                 "name": summary.task,
-                "finding": narrative.finding(summary),
+                "finding": narrative.headline(summary),
                 "tables": tables.tables(summary),
                 "notes": narrative.notes(summary),
                 "pictures": drawn,

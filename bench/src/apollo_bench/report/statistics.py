@@ -1,4 +1,4 @@
-"""Means, spreads and differences over seeds."""
+"""Statistics over seeds: mean, standard deviation, paired differences."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ _RESAMPLES = 9999
 
 
 @dataclass(frozen=True)
-class Spread:
+class SampleStats:
     """Mean and sample standard deviation of some values."""
 
     mean: float
-    std: float | None  # of one value there is none
+    std: float | None  # None for one value
     count: int
 
     def text(self, digits: int) -> str:
-        """As 87.12 ± 0.34."""
+        """Return the values as "87.12 ± 0.34"."""
         mean = f"{self.mean:.{digits}f}"
         return mean if self.std is None else f"{mean} ± {self.std:.{digits}f}"
 
 
-def spread(values: Iterable[float | None]) -> Spread | None:
-    """Summarise the values that there are; None: there are none."""
+def sample_stats(values: Iterable[float | None]) -> SampleStats | None:
+    """Return the statistics of the values that are not None; None if there are none."""
     known = [value for value in values if value is not None]
     if not known:
         return None
     std = statistics.stdev(known) if len(known) > 1 else None
-    return Spread(statistics.fmean(known), std, len(known))
+    return SampleStats(statistics.fmean(known), std, len(known))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Between two optimizers, paired by seed."""
+    """Difference between two optimizers, paired by seed."""
 
     mean: float
     pairs: int
-    low: float | None  # of the 95 % bootstrap interval of the mean; None: one pair has none
+    low: float | None  # of the 95 % bootstrap interval of the mean; None for one pair
     high: float | None
-    p: float | None  # two-sided paired t-test; None: one pair, or all differences equal
+    p: float | None  # of a two-sided paired t-test; None for one pair or equal differences
 
     def text(self, digits: int) -> str:
-        """As +0.34 [-0.10, +0.71]."""
+        """Return the values as "+0.34 [-0.10, +0.71]"."""
         mean = f"{self.mean:+.{digits}f}"
         if self.low is None or self.high is None:
             return mean
@@ -54,9 +54,9 @@ class Difference:
 
 
 def difference(one: dict[int, float], other: dict[int, float]) -> Difference | None:
-    """``one`` minus ``other`` over the seeds that both have; None: they have none in common.
+    """Return ``one`` minus ``other`` over their common seeds; None if there are none.
 
-    The bootstrap draws pairs anew and takes percentiles; its draws are the same every time. Of few
+    The bootstrap resamples pairs and takes percentiles; its draws are always the same. For few
     pairs its interval is too narrow.
     """
     seeds = sorted(one.keys() & other.keys())
@@ -66,7 +66,7 @@ def difference(one: dict[int, float], other: dict[int, float]) -> Difference | N
     mean = float(values.mean())
     if len(seeds) == 1:
         return Difference(mean, 1, None, None, None)
-    # equal but for the rounding of the subtraction
+    # equal, except for rounding of the subtraction
     if numpy.ptp(values) <= 1e-9 * max(abs(x) for seed in seeds for x in (one[seed], other[seed])):
         return Difference(mean, len(seeds), mean, mean, None)
     interval = stats.bootstrap(

@@ -1,4 +1,4 @@
-"""What a report says: each optimizer's runs summarised over their seeds."""
+"""Summaries: the runs of each optimizer over their seeds."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from apollo_bench.config import recipe
-from apollo_bench.config.schema import Analysis, Published, SweepPoint
-from apollo_bench.optimizers.plot_style import place, style
-from apollo_bench.report.statistics import Difference, Spread, difference, spread
+from apollo_bench.config.schema import Analysis, PaperResult, SweepPoint
+from apollo_bench.optimizers.plot_style import sort_key, style_of
+from apollo_bench.report.statistics import Difference, SampleStats, difference, sample_stats
 from apollo_bench.runs import loading
 from apollo_bench.runs.loading import Run
 from apollo_bench.workloads.tasks import TASKS
 from apollo_bench.workloads.workload import Metric
 
-OURS = "apollo"
-_BUDGET = 0.75  # of a run; what the best other optimizer reaches by then is the target
+APOLLO = "apollo"
+_TARGET_FRACTION = 0.75  # of a run; the target is what the best other optimizer has reached by then
 
 
-class Reached(NamedTuple):
-    """When a run reaches a target; of one that does not, the whole run: it takes at least that."""
+class TargetReached(NamedTuple):
+    """When a run reaches a target; for a run that does not, its whole length, a lower bound."""
 
     updates: int
     seconds: float
@@ -39,47 +39,47 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The optimizer's name as people write it."""
-        return style(self.name).label
+        """Name of the optimizer, as tables show it."""
+        return style_of(self.name).label
 
     @property
     def schedule(self) -> str:
-        """Of all its runs."""
+        """Schedule of the runs."""
         return self.runs[0].spec.schedule
 
     @property
     def point(self) -> SweepPoint | None:
-        """Of all its runs."""
+        """Point in the sweep of the runs; None without a sweep."""
         return self.runs[0].spec.sweep
 
     @functools.cached_property
-    def score(self) -> Spread | None:
-        """Of the task's metric, over the finished runs."""
-        return spread(run.final(self.metric.name) for run in self.runs)
+    def score(self) -> SampleStats | None:
+        """Statistics of the task's metric over the finished runs."""
+        return sample_stats(run.final(self.metric.name) for run in self.runs)
 
     @functools.cached_property
-    def train_loss(self) -> Spread | None:
-        """Mean since the last evaluation but one, over the finished runs."""
-        return spread(run.final("train_loss") for run in self.runs)
+    def train_loss(self) -> SampleStats | None:
+        """Training loss since the previous evaluation, over the finished runs."""
+        return sample_stats(run.final("train_loss") for run in self.runs)
 
     @functools.cached_property
-    def seconds(self) -> Spread | None:
+    def seconds(self) -> SampleStats | None:
         """Wall time of the finished runs."""
-        return spread(run.seconds for run in self.runs if run.finished)
+        return sample_stats(run.seconds for run in self.runs if run.finished)
 
     @functools.cached_property
-    def optimizer_ms(self) -> Spread | None:
-        """Time of an optimizer step, over the finished runs."""
-        return spread(run.optimizer_ms for run in self.runs if run.finished)
+    def optimizer_ms(self) -> SampleStats | None:
+        """Time of an optimizer step in milliseconds, over the finished runs."""
+        return sample_stats(run.optimizer_ms for run in self.runs if run.finished)
 
     @functools.cached_property
-    def optimizer_share(self) -> Spread | None:
-        """Percent of a training step, over the finished runs."""
-        return spread(run.optimizer_share for run in self.runs if run.finished)
+    def optimizer_share(self) -> SampleStats | None:
+        """Share of a training step in percent, over the finished runs."""
+        return sample_stats(run.optimizer_share for run in self.runs if run.finished)
 
     @property
     def remark(self) -> str:
-        """How many runs the numbers stand for, where it is not all of them."""
+        """The number of finished runs, and of the others if there are any."""
         parts = []
         for verdict in ("diverged", "unfinished"):
             count = sum(run.verdict == verdict for run in self.runs)
@@ -90,18 +90,18 @@ class Row:
 
     @property
     def diverged(self) -> int:
-        """How many of its runs have."""
+        """The number of diverged runs."""
         return sum(run.verdict == "diverged" for run in self.runs)
 
     def by_seed(self) -> dict[int, float]:
-        """The metric of the finished runs."""
+        """Return the metric of the finished runs, by seed."""
         values = {run.spec.seed: run.final(self.metric.name) for run in self.runs}
         return {seed: value for seed, value in values.items() if value is not None}
 
     def at(self, share: float) -> float | None:
-        """The mean of the curve after a share of a run; None: not all runs are there yet.
+        """Return the mean of the curve after a fraction of a run; None if a run is unfinished.
 
-        The last evaluation up to there counts; the first, where that is later.
+        It takes the last evaluation up to there, or the first if that is later.
         """
         values = []
         for run in self.runs:
@@ -109,13 +109,13 @@ class Row:
                 until = share * run.evaluations[-1]["step"]
                 lines = [line for line in run.evaluations if line["step"] <= until]
                 values.append((lines or run.evaluations)[: len(lines) or 1][-1][self.curve.name])
-        found = spread(values)
+        found = sample_stats(values)
         return found.mean if found is not None and found.count == len(self.runs) else None
 
-    def reaching(self, target: float) -> dict[int, Reached]:
-        """When each ended run first has an evaluation that reaches the target, by seed.
+    def time_to_target(self, target: float) -> dict[int, TargetReached]:
+        """Return when each ended run first has an evaluation that reaches the target, by seed.
 
-        A run that diverged has not reached it, whatever it had before.
+        A run that diverged has not reached it, whatever its evaluations before.
         """
         found = {}
         for run in self.runs:
@@ -129,19 +129,21 @@ class Row:
                 and not self.curve.better(target, line[self.curve.name])
             ]
             if lines:
-                found[run.spec.seed] = Reached(lines[0]["step"], lines[0]["time"]["seconds"], True)
+                found[run.spec.seed] = TargetReached(
+                    lines[0]["step"], lines[0]["time"]["seconds"], True
+                )
             else:
-                found[run.spec.seed] = Reached(int(run.result["steps"]), run.seconds, False)
+                found[run.spec.seed] = TargetReached(int(run.result["steps"]), run.seconds, False)
         return found
 
     @property
-    def is_ours(self) -> bool:
-        """Whether it is a form of Apollo."""
+    def is_apollo(self) -> bool:
+        """Whether the optimizer is a variant of Apollo."""
         return self.runs[0].spec.optimizer.method.startswith("apollo")
 
 
 def best_of(rows: list[Row]) -> Row | None:
-    """The first row of the best mean; one with diverged runs only where all have some."""
+    """Return the first row with the best mean; diverged rows count only if all diverged."""
     scored = [row for row in rows if row.score is not None]
     sound = [row for row in scored if not row.diverged] or scored
 
@@ -153,58 +155,58 @@ def best_of(rows: list[Row]) -> Row | None:
 
 
 @dataclass(frozen=True)
-class Section:
+class ScheduleSection:
     """All rows of one schedule."""
 
     schedule: str
     rows: list[Row]
     curve: Metric
     metric: Metric
-    asked_target: float | None = None
+    given_target: float | None = None
 
     @property
-    def ours(self) -> Row | None:
-        """Apollo's row; in a sweep there are several, and this is none of them."""
-        mine = [row for row in self.rows if row.name == OURS]
+    def apollo_row(self) -> Row | None:
+        """The row of Apollo; None in a sweep, which has several."""
+        mine = [row for row in self.rows if row.name == APOLLO]
         return mine[0] if len(mine) == 1 else None
 
     @property
     def length(self) -> str:
-        """Of every run, in words."""
+        """Length of every run, for example "8 epochs"."""
         return str(self.rows[0].runs[0].spec.train.schedule)
 
     @property
     def best(self) -> Row | None:
-        """The row of the best mean, as of ``best_of``."""
+        """The row with the best mean, as in ``best_of``."""
         return best_of(self.rows)
 
     @property
-    def rival(self) -> Row | None:
-        """The best of those that are no form of Apollo."""
-        return best_of([row for row in self.rows if not row.is_ours])
+    def best_other(self) -> Row | None:
+        """The best row that is not a variant of Apollo."""
+        return best_of([row for row in self.rows if not row.is_apollo])
 
     @property
-    def forms(self) -> list[Row]:
-        """Of Apollo: ApolloW, the belief bound."""
-        return [row for row in self.rows if row.is_ours]
+    def apollo_variants(self) -> list[Row]:
+        """The rows of Apollo's variants: ApolloW, the belief bound and others."""
+        return [row for row in self.rows if row.is_apollo]
 
     def lead(self, row: Row) -> Difference | None:
-        """By how much Apollo's metric is better than that of a row, paired by seed."""
-        return self._between(self.ours, row)
+        """Return by how much Apollo's metric is better than that of a row, paired by seed."""
+        return self._between(self.apollo_row, row)
 
-    def over_rival(self, row: Row) -> Difference | None:
-        """By how much a row is better than the best of the others, paired by seed."""
-        return self._between(row, self.rival)
+    def lead_over_best_other(self, row: Row) -> Difference | None:
+        """Return by how much a row is better than the best other optimizer, paired by seed."""
+        return self._between(row, self.best_other)
 
     def updates_saved(self, row: Row) -> Difference | None:
-        """By how many updates a row reaches the target before the best of the others, by seed.
+        """Return how many updates a row saves until the target, against the best other optimizer.
 
-        A run that does not reach it counts with its whole length.
+        A run that does not reach the target counts with its whole length.
         """
-        rival = self.rival
+        rival = self.best_other
         if self.target is None or rival is None or row is rival:
             return None
-        one, other = row.reaching(self.target), rival.reaching(self.target)
+        one, other = row.time_to_target(self.target), rival.time_to_target(self.target)
         return difference(
             {seed: float(when.updates) for seed, when in other.items()},
             {seed: float(when.updates) for seed, when in one.items()},
@@ -218,15 +220,15 @@ class Section:
 
     @functools.cached_property
     def target(self) -> float | None:
-        """The value of the curve to which times are taken.
+        """The value of the curve that times are measured to.
 
-        What was asked for, or what the best of those that are no form of Apollo reaches at three
-        quarters of a run (of Apollo, where it is alone).
+        The given target, or what the best optimizer other than Apollo reaches at three quarters of
+        a run (Apollo itself, if it is alone).
         """
-        if self.asked_target is not None:
-            return self.asked_target
-        others = [row for row in self.rows if not row.is_ours] or self.rows
-        values = [value for row in others if (value := row.at(_BUDGET)) is not None]
+        if self.given_target is not None:
+            return self.given_target
+        others = [row for row in self.rows if not row.is_apollo] or self.rows
+        values = [value for row in others if (value := row.at(_TARGET_FRACTION)) is not None]
         if not values:
             return None
         return max(values) if self.curve.higher_is_better else min(values)
@@ -234,55 +236,54 @@ class Section:
 
 @dataclass(frozen=True)
 class Summary:
-    """All that a report shows."""
+    """Everything that a report shows."""
 
     runs: list[Run]
-    sections: list[Section]
+    sections: list[ScheduleSection]
     curve: Metric
     metric: Metric
 
     @property
     def task(self) -> str:
-        """Its name."""
+        """Name of the task."""
         return self.runs[0].spec.task
 
     @property
     def sweep(self) -> Analysis | None:
-        """Which analysis it is; None: a comparison."""
+        """The analysis; None for a comparison."""
         point = self.runs[0].spec.sweep
         return None if point is None else point.kind
 
     @property
     def rows(self) -> list[Row]:
-        """Of all sections."""
+        """The rows of all sections."""
         return [row for section in self.sections for row in section.rows]
 
     @functools.cached_property
     def paper(self) -> recipe.Recipe | None:
-        """The recipe of the paper for this task, if it has results of this."""
-        if self.sweep is not None or self.task not in recipe.available():
+        """The recipe of this task, if the paper has results for it."""
+        if self.sweep is not None or self.task not in recipe.recipe_names():
             return None
         found = recipe.load(self.task)
         return found if found.paper else None
 
-    def published(self, row: Row) -> Published | None:
-        """What the paper has for a row."""
+    def published(self, row: Row) -> PaperResult | None:
+        """Return the paper's result for a row; None if there is none."""
         return None if self.paper is None else self.paper.paper.get(row.schedule, {}).get(row.name)
 
 
 def collect(paths: list[Path], target: float | None = None) -> list[Summary]:
-    """Read runs and summarise them, task by task.
+    """Load runs and summarize them, task by task.
 
     Args:
-        paths: as of ``reading.find``.
-        target: value of the curve to which times are taken; None: chosen for each schedule.
+        paths: as in ``load_runs``.
+        target: value of the curve that times are measured to; None: chosen for each schedule.
 
     Raises:
-        ExperimentError: there is no run, a run is damaged, or the runs of a task cannot be
-            compared.
+        ExperimentError: there is no run, a run is damaged, or the runs of a task are incompatible.
     """
     by_task: dict[str, list[Run]] = {}
-    for run in loading.find(paths):
+    for run in loading.load_runs(paths):
         by_task.setdefault(run.spec.task, []).append(run)
     known = list(TASKS)
     return [_summarise(by_task[task], target) for task in sorted(by_task, key=known.index)]
@@ -291,20 +292,20 @@ def collect(paths: list[Path], target: float | None = None) -> list[Summary]:
 def _summarise(runs: list[Run], target: float | None) -> Summary:
     task = runs[0].spec.task
     curve, final = TASKS[task].curve, TASKS[task].final
-    if runs[0].spec.is_try:
+    if runs[0].spec.is_trial:
         final = curve
     if getattr(runs[0].spec.data, "validation", 0):
         curve, final = (
             metric._replace(label=metric.label.replace("test ", "validation "))
             for metric in (curve, final)
         )
-    order = list(recipe.load(task).schedules) if task in recipe.available() else []
+    order = list(recipe.load(task).schedules) if task in recipe.recipe_names() else []
 
     def key(run: Run) -> tuple[object, ...]:
         spec = run.spec
         at = order.index(spec.schedule) if spec.schedule in order else len(order)
         value = 0.0 if spec.sweep is None else spec.sweep.value
-        return (at, spec.schedule, place(spec.name), value, spec.seed)
+        return (at, spec.schedule, sort_key(spec.name), value, spec.seed)
 
     runs.sort(key=key)
     rows: dict[tuple[object, ...], list[Run]] = {}
@@ -314,5 +315,5 @@ def _summarise(runs: list[Run], target: float | None) -> Summary:
     for mine in rows.values():
         row = Row(mine[0].spec.name, mine, curve, final)
         sections.setdefault(row.schedule, []).append(row)
-    made = [Section(name, found, curve, final, target) for name, found in sections.items()]
+    made = [ScheduleSection(name, found, curve, final, target) for name, found in sections.items()]
     return Summary(runs, made, curve, final)

@@ -1,4 +1,4 @@
-"""The tables of a report, as cells; and what a console, Markdown and CSV make of them."""
+"""The tables of a report as cells, and their form on a console, in Markdown and in CSV."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple
 from rich import table as rich
 
 from apollo_bench.config.recipe import RunSpec
-from apollo_bench.report.statistics import Difference, Spread, spread
-from apollo_bench.report.summary import Row, Section, Summary, best_of
+from apollo_bench.report.statistics import Difference, SampleStats, sample_stats
+from apollo_bench.report.summary import Row, ScheduleSection, Summary, best_of
 
 NOTHING = "-"
 
@@ -20,27 +20,27 @@ class Cell(NamedTuple):
     """Text in a table."""
 
     text: str
-    best: bool = False  # of its column
-    color: str | None = None  # of a key before it
+    best: bool = False  # whether it is the best of its column
+    color: str | None = None  # color of the key in front of the text
 
 
 class Column(NamedTuple):
-    """A column; not all fit on a console."""
+    """Title of a column, and whether a console shows it."""
 
     title: str
     on_console: bool = True
 
 
 class Table(NamedTuple):
-    """Rows of cells under titles."""
+    """Rows of cells below titles."""
 
-    heading: str  # "" where there is but one table
+    heading: str  # "" for a single table
     columns: list[Column]
     rows: list[list[Cell]]
 
 
 def tables(summary: Summary) -> list[Table]:
-    """One or two for each schedule."""
+    """Return the tables of a summary: one or two per schedule."""
     if summary.sweep == "tuning":
         return [
             make(summary, section) for section in summary.sections for make in (_chosen, _tries)
@@ -49,16 +49,16 @@ def tables(summary: Summary) -> list[Table]:
     return [make(summary, section) for section in summary.sections]
 
 
-def _heading(summary: Summary, section: Section) -> str:
+def _heading(summary: Summary, section: ScheduleSection) -> str:
     several = len(summary.sections) > 1
     return f"Schedule {section.schedule}, {section.length}" if several else ""
 
 
-def _spread(value: Spread | None, digits: int) -> str:
+def _spread(value: SampleStats | None, digits: int) -> str:
     return NOTHING if value is None else value.text(digits)
 
 
-def _comparison(summary: Summary, section: Section) -> Table:
+def _comparison(summary: Summary, section: ScheduleSection) -> Table:
     target = section.target
 
     def told(row: Row, found: Difference | None, digits: int = 2) -> str:
@@ -77,14 +77,18 @@ def _comparison(summary: Summary, section: Section) -> Table:
 
     def published(row: Row) -> str:
         found = summary.published(row)
-        return NOTHING if found is None else Spread(found.mean, found.std, 0).text(2)
+        return NOTHING if found is None else SampleStats(found.mean, found.std, 0).text(2)
 
     def over_rival(row: Row) -> str:
-        return told(row, section.over_rival(row)) if len(section.forms) > 1 else NOTHING
+        return (
+            told(row, section.lead_over_best_other(row))
+            if len(section.apollo_variants) > 1
+            else NOTHING
+        )
 
     def reaching(row: Row, field: Literal["updates", "seconds"], digits: int) -> str:
-        when = {} if target is None else row.reaching(target)
-        found = spread(float(getattr(one, field)) for one in when.values())
+        when = {} if target is None else row.time_to_target(target)
+        found = sample_stats(float(getattr(one, field)) for one in when.values())
         if found is None:
             return NOTHING
         count = sum(one.reached for one in when.values())
@@ -93,9 +97,13 @@ def _comparison(summary: Summary, section: Section) -> Table:
         return f"> {found.text(digits)} ({count} of {len(row.runs)})"
 
     def saved(row: Row) -> str:
-        return told(row, section.updates_saved(row), 0) if len(section.forms) > 1 else NOTHING
+        return (
+            told(row, section.updates_saved(row), 0)
+            if len(section.apollo_variants) > 1
+            else NOTHING
+        )
 
-    rival = section.rival
+    rival = section.best_other
     columns: list[tuple[Column, Callable[[Row], str]]] = [
         (Column("optimizer"), lambda row: row.label),
         (Column("learning rate", False), lambda row: f"{row.runs[0].spec.optimizer.lr:g}"),
@@ -142,7 +150,7 @@ def _comparison(summary: Summary, section: Section) -> Table:
     return Table(_heading(summary, section), [column for column, _ in shown], rows)
 
 
-def _sweep(summary: Summary, section: Section) -> Table:
+def _sweep(summary: Summary, section: ScheduleSection) -> Table:
     factor = summary.sweep == "lr-robustness"
     values = sorted({row.point.value for row in section.rows if row.point is not None})
     at = {(row.name, row.point.value): row for row in section.rows if row.point is not None}
@@ -161,7 +169,7 @@ def _sweep(summary: Summary, section: Section) -> Table:
             cells.append(Cell(text, row is not None and score is not None and row is best[value]))
         bad = sum(row.diverged > 0 for row in there)
         span = f"{max(means) - min(means):.2f}" if means else NOTHING
-        # what diverged is worse than any number
+        # divergence is worse than any number
         cells.append(Cell("diverged" if bad else span))
         runs = [run for row in there for run in row.runs]
         done = sum(run.finished for run in runs)
@@ -181,8 +189,8 @@ def _sweep(summary: Summary, section: Section) -> Table:
     )
 
 
-def _chosen(summary: Summary, section: Section) -> Table:
-    """What the tuning found."""
+def _chosen(summary: Summary, section: ScheduleSection) -> Table:
+    """Return the table of the best trials of a tuning."""
     rows = []
     for name in dict.fromkeys(row.name for row in section.rows):
         mine = [row for row in section.rows if row.name == name]
@@ -200,7 +208,7 @@ def _chosen(summary: Summary, section: Section) -> Table:
                 Cell(f"{len(mine)}, {diverged} diverged" if diverged else str(len(mine))),
             ]
         )
-    titles = ("optimizer", "chosen", summary.metric.title, "range", "at an end", "tries")
+    titles = ("optimizer", "chosen", summary.metric.title, "range", "at an end", "trials")
     heading = _heading(summary, section)
     return Table(
         f"{heading}: chosen" if heading else "Chosen",
@@ -209,8 +217,8 @@ def _chosen(summary: Summary, section: Section) -> Table:
     )
 
 
-def _tries(summary: Summary, section: Section) -> Table:
-    """All that was tried, each optimizer's in the order of its first setting."""
+def _tries(summary: Summary, section: ScheduleSection) -> Table:
+    """Return the table of all trials, sorted by the first sampled setting."""
     rows = []
     keys = dict.fromkeys(key for row in section.rows for key in _ranges(row))
     for name in dict.fromkeys(row.name for row in section.rows):
@@ -221,13 +229,13 @@ def _tries(summary: Summary, section: Section) -> Table:
             for row in mine
         ]
         rows.append([Cell(mine[0].label, color=name), *cells])
-    longest = max(map(len, rows))
-    rows = [[*cells, *[Cell("")] * (longest - len(cells))] for cells in rows]
+    max_length = max(map(len, rows))
+    rows = [[*cells, *[Cell("")] * (max_length - len(cells))] for cells in rows]
     heading = _heading(summary, section)
     title = f"all tries, {', '.join(keys)}: {summary.metric.title}"
     return Table(
         f"{heading}: {title}" if heading else f"{title[0].upper()}{title[1:]}",
-        [Column("optimizer"), *(Column(str(i), False) for i in range(1, longest))],
+        [Column("optimizer"), *(Column(str(i), False) for i in range(1, max_length))],
         rows,
     )
 
@@ -243,7 +251,7 @@ def _ranges(row: Row) -> dict[str, list[float]]:
 
 
 def settings_of(row: Row, short: bool = False) -> str:
-    """Of a try those settings that were drawn."""
+    """Return the sampled settings of a trial as text."""
     return _drawn(row.runs[0].spec, short)
 
 
@@ -260,7 +268,7 @@ def _in_order(rows: list[Row]) -> list[Row]:
 
 
 def _at_an_end(best: Row, rows: list[Row]) -> str:
-    """Which of the settings has nothing tried beyond it on one side."""
+    """Return the settings that no trial lies beyond, on one side."""
     found = []
     for key in _ranges(best):
         values = sorted({getattr(row.runs[0].spec.optimizer, key) for row in rows})
@@ -271,7 +279,7 @@ def _at_an_end(best: Row, rows: list[Row]) -> str:
 
 
 def for_console(table: Table) -> rich.Table:
-    """As wide as 80 columns take; the best is bold."""
+    """Return a table that fits 80 columns; the best cells are bold."""
     made = rich.Table(pad_edge=False, box=None, title=table.heading or None, title_justify="left")
     shown = [place for place, column in enumerate(table.columns) if column.on_console]
     for place in shown:
@@ -289,7 +297,7 @@ def for_console(table: Table) -> rich.Table:
 
 
 def as_markdown(table: Table) -> str:
-    """A table of GitHub's Markdown."""
+    """Return the table in GitHub's Markdown."""
     lines = [f"**{table.heading}**\n"] if table.heading else []
     lines.append(f"| {' | '.join(column.title for column in table.columns)} |")
     lines.append(f"|{'|'.join('---' for _ in table.columns)}|")
@@ -300,7 +308,7 @@ def as_markdown(table: Table) -> str:
 
 
 def as_csv(summaries: list[Summary]) -> str:
-    """A line for each run, its numbers in full."""
+    """Return one line per run, with all digits."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     metrics = list(dict.fromkeys(summary.metric.name for summary in summaries))

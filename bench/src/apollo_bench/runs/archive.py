@@ -1,9 +1,9 @@
-"""Ended runs, compactly: what a report reads of them, as text that can be kept with the code.
+"""Archives: finished runs as small text files that can be kept with the code.
 
-``runs.json`` holds what ``run.json`` and ``result.json`` of every run say, what they all have in
-common once; ``evaluations.csv`` has a line for each evaluation; ``curvature.csv``, where some were
-trained with ``--diagnostics``, one for each measurement of all tensors together. No weights, no
-paths of a machine.
+``runs.json`` holds the content of ``run.json`` and ``result.json`` of every run; what all runs have
+in common stands there once. ``evaluations.csv`` has one line per evaluation. ``curvature.csv`` has
+one line per measurement of all tensors, for runs with ``--diagnostics``. An archive holds no
+weights and no paths of a machine.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from typing import Any, NamedTuple
 
 from apollo_bench.atomic_write import write_atomically
 from apollo_bench.errors import ExperimentError
-from apollo_bench.runs.curvature_log import Curvature, measured
+from apollo_bench.runs.curvature_log import Curvature, overall_curvature
 from apollo_bench.runs.run_directory import Record, RunDirectory
 from apollo_qn.diagnostics import TensorDiagnostics
 
 RUNS, EVALUATIONS, CURVATURE = "runs.json", "evaluations.csv", "curvature.csv"
 _FORMAT = 1
-_PLACE = ("run", "step", "epoch")  # first columns of the table
-_TIMES = ("seconds", "optimizer_ms", "step_ms")  # its last ones
+_POSITION_COLUMNS = ("run", "step", "epoch")  # first columns of evaluations.csv
+_TIME_COLUMNS = ("seconds", "optimizer_ms", "step_ms")  # its last columns
 
 
 class Archived(NamedTuple):
     """A run of an archive."""
 
-    path: Path  # of the archive, and the run's name
+    path: Path  # folder of the archive, with the run's name
     manifest: Record
     result: Record
     evaluations: list[Record]
@@ -40,17 +40,17 @@ class Archived(NamedTuple):
 
 
 def write(directories: Iterable[RunDirectory], out: Path) -> int:
-    """Write an archive, in place of one that is there.
+    """Write an archive; an archive that is there is replaced.
 
     Args:
-        directories: of runs that have ended.
+        directories: directories of finished runs.
         out: folder of the archive.
 
     Returns:
-        How many runs are in it.
+        Number of runs in the archive.
 
     Raises:
-        ExperimentError: a run has not ended, or is damaged.
+        ExperimentError: a run is unfinished or damaged.
     """
     manifests, results, lines = {}, {}, []
     curvature: dict[str, list[Curvature]] = {}
@@ -70,19 +70,19 @@ def write(directories: Iterable[RunDirectory], out: Path) -> int:
             for record in directory.records()
             if record["kind"] == "evaluation"
         ]
-        if found := measured(directory.diagnosed()):
+        if found := overall_curvature(directory.diagnostics_records()):
             curvature[label] = found
     common = _common(list(manifests.values()))
     runs = [
         {"run": label, "manifest": _without(manifest, common), "result": results[label]}
         for label, manifest in manifests.items()
     ]
-    # a line a run, so that a change of one is one line
+    # one line per run, so that a change of one run changes one line
     told = ",\n".join(json.dumps(run, allow_nan=False) for run in runs)
     tables = {EVALUATIONS: _table(lines).encode()}
     if curvature:
         tables[CURVATURE] = _curvature_table(curvature).encode()
-    # they belong together
+    # the checksums tie the files together
     sums = {name: hashlib.sha256(table).hexdigest() for name, table in tables.items()}
     head = {"format": _FORMAT, **sums, "common": common}
     out.mkdir(parents=True, exist_ok=True)
@@ -96,10 +96,10 @@ def write(directories: Iterable[RunDirectory], out: Path) -> int:
 
 
 def read(folder: Path) -> list[Archived]:
-    """The runs of an archive; none where the folder is none.
+    """Return the runs of an archive; none if the folder is no archive.
 
     Raises:
-        ExperimentError: it is damaged, or of a later version.
+        ExperimentError: the archive is damaged, or of a later version.
     """
     path = folder / RUNS
     if not path.exists():
@@ -110,10 +110,10 @@ def read(folder: Path) -> list[Archived]:
             raise ExperimentError(
                 f"{path}: format is {content['format']!r}, this version reads {_FORMAT}"
             )
-        lines = _evaluations(_whole(folder / EVALUATIONS, content[EVALUATIONS]))
+        lines = _evaluations(_verified_table(folder / EVALUATIONS, content[EVALUATIONS]))
         curvature: dict[str, list[Curvature]] = {}
         if CURVATURE in content:
-            curvature = _curvatures(_whole(folder / CURVATURE, content[CURVATURE]))
+            curvature = _curvatures(_verified_table(folder / CURVATURE, content[CURVATURE]))
         return [
             Archived(
                 folder / run["run"],
@@ -128,7 +128,7 @@ def read(folder: Path) -> list[Archived]:
         raise ExperimentError(f"{folder}: damaged archive ({error!r})") from None
 
 
-def _whole(path: Path, digest: str) -> str:
+def _verified_table(path: Path, digest: str) -> str:
     table = path.read_bytes()
     if hashlib.sha256(table).hexdigest() != digest:
         raise ExperimentError(
@@ -138,7 +138,7 @@ def _whole(path: Path, digest: str) -> str:
 
 
 def _anonymous(manifest: Record) -> Record:
-    """Without the paths of the machine that it was trained on."""
+    """Return a manifest without the paths of the machine."""
     command = [_anonymous_word(word) for word in manifest["command"]]
     return {
         **manifest,
@@ -148,7 +148,7 @@ def _anonymous(manifest: Record) -> Record:
 
 
 def _anonymous_word(word: str) -> str:
-    """Of a path that tells where something lies, and of ``--option=path``, the last name."""
+    """Return the last name of a path that reveals a location, also of ``--option=path``."""
     option, equals, value = word.rpartition("=")
     path = Path(value)
     return f"{option}{equals}{path.name}" if path.is_absolute() or ".." in path.parts else word
@@ -159,15 +159,17 @@ def _rounded(times: Record) -> Record:
 
 
 def _table(lines: list[Record]) -> str:
-    metrics = dict.fromkeys(key for line in lines for key in line if key not in (*_PLACE, "time"))
+    metrics = dict.fromkeys(
+        key for line in lines for key in line if key not in (*_POSITION_COLUMNS, "time")
+    )
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([*_PLACE, *metrics, *_TIMES])
+    writer.writerow([*_POSITION_COLUMNS, *metrics, *_TIME_COLUMNS])
     for line in lines:
         times = _rounded(line["time"])
         values = [line.get(key, "") for key in metrics]
-        place = [line[key] for key in _PLACE]
-        writer.writerow([*place, *values, *(times.get(key) for key in _TIMES)])
+        place = [line[key] for key in _POSITION_COLUMNS]
+        writer.writerow([*place, *values, *(times.get(key) for key in _TIME_COLUMNS)])
     return buffer.getvalue()
 
 
@@ -175,7 +177,7 @@ def _evaluations(table: str) -> dict[str, list[Record]]:
     found: dict[str, list[Record]] = {}
     for row in csv.DictReader(io.StringIO(table)):
         numbers = {key: float(value) for key, value in row.items() if key != "run" and value}
-        times = {key: numbers.pop(key, None) for key in _TIMES}
+        times = {key: numbers.pop(key, None) for key in _TIME_COLUMNS}
         record = {**numbers, "step": int(row["step"]), "time": times}
         found.setdefault(row["run"], []).append(record)
     return found
@@ -189,7 +191,7 @@ def _curvature_table(found: dict[str, list[Curvature]]) -> str:
     )
     for label, curvature in found.items():
         for one in curvature:
-            # repr of a float is all of it
+            # repr keeps every digit of a float
             writer.writerow([label, one.step, one.epoch, *asdict(one.tensors).values()])
     return buffer.getvalue()
 
@@ -209,7 +211,7 @@ def _curvatures(table: str) -> dict[str, list[Curvature]]:
 
 
 def _common(records: list[Record]) -> Record:
-    """What is the same in all."""
+    """Return the entries that are equal in all records."""
     if not records:
         return {}
     same: dict[str, Any] = {}

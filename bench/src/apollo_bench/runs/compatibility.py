@@ -1,4 +1,4 @@
-"""Which runs can stand in one table: one check before they are trained, and when they are shown."""
+"""Compatibility of runs: which runs can share a table, checked before training and in reports."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from apollo_bench.runs.run_directory import RunDirectory
 PATTERNS = ("run.json", "*/run.json", "runs/*/run.json", "*/runs/*/run.json")
 
 
-class Candidate(NamedTuple):
-    """A run as far as it decides what it can be compared with."""
+class RunIdentity(NamedTuple):
+    """What decides which other runs a run can be compared with."""
 
     path: Path
     spec: RunSpec
-    fingerprint: str  # of its data
+    fingerprint: str  # of the data
 
 
-def directories(folder: Path) -> list[RunDirectory]:
-    """The runs that a report of this folder shows: itself, in it, or in its ``runs``."""
+def find_run_directories(folder: Path) -> list[RunDirectory]:
+    """Return the run directories of a folder: itself, its children, or those of its ``runs``."""
     manifests = [path for pattern in PATTERNS for path in sorted(folder.glob(pattern))]
     return [RunDirectory(manifest.parent) for manifest in manifests]
 
 
-def candidate(directory: RunDirectory) -> Candidate:
-    """Of a run that is there; raises ExperimentError where it is damaged."""
+def identity_of(directory: RunDirectory) -> RunIdentity:
+    """Return the identity of an existing run; raise ExperimentError if it is damaged."""
     fingerprint = directory.read()["data"]["fingerprint"]
-    return Candidate(directory.path, directory.spec(), fingerprint)
+    return RunIdentity(directory.path, directory.spec(), fingerprint)
 
 
-def check(runs: Iterable[Candidate]) -> None:
-    """Raise ExperimentError where two runs of a task differ in more than a report tells apart."""
-    same: dict[object, tuple[Candidate, object]] = {}
+def check(runs: Iterable[RunIdentity]) -> None:
+    """Raise ExperimentError if two runs of a task differ in more than a report can show."""
+    same: dict[object, tuple[RunIdentity, object]] = {}
     for run in runs:
         spec = run.spec
         kind = None if spec.sweep is None else spec.sweep.kind
-        # what must be equal, for which runs, and what it is called
+        # what must be equal, between which runs, and how a message calls it
         for what, scope, value in (
             ("model", (), spec.model),
             ("data", (), (spec.data, run.fingerprint)),

@@ -1,4 +1,4 @@
-"""What ``--diagnostics`` adds to a run: ``diagnostics.jsonl``, and its curves in TensorBoard."""
+"""The curvature log of a run with ``--diagnostics``: ``diagnostics.jsonl`` and TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from torch import nn
 
+from apollo_bench.config.optimizer_settings import ApolloSettings
 from apollo_bench.config.recipe import RunSpec
-from apollo_bench.config.schema import ApolloSettings
 from apollo_bench.errors import ExperimentError
 from apollo_bench.runs.run_directory import Record
 from apollo_qn import Apollo
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 
 class Curvature(NamedTuple):
-    """Apollo's at a step."""
+    """Apollo's curvature at a step."""
 
     step: int
     epoch: float
-    tensors: TensorDiagnostics  # all together
+    tensors: TensorDiagnostics  # of all tensors together
 
 
-def check(spec: RunSpec) -> None:
-    """Raise ExperimentError where the run's optimizer has no curvature to measure."""
+def require_apollo(spec: RunSpec) -> None:
+    """Raise ExperimentError if the run's optimizer has no curvature to measure."""
     if not isinstance(spec.optimizer, ApolloSettings):
         raise ExperimentError(
             f"--diagnostics measures Apollo's curvature, the optimizer {spec.name!r} "
@@ -40,19 +40,19 @@ def check(spec: RunSpec) -> None:
 
 
 class CurvatureLog:
-    """Measures every so many steps of a run, from its last checkpoint on.
+    """Measures Apollo's curvature at an interval of steps, from the last checkpoint on.
 
-    All processes take part, for the numbers of sharded tensors; the first one writes. What was
-    written of steps after the checkpoint will be written again.
+    All processes take part, because tensors may be sharded; the main process writes. Lines after
+    the checkpoint are written again.
 
     Args:
-        path: of the lines.
-        every: steps.
-        optimizer: Apollo itself.
-        network: gives the parameters' names.
-        step: of the checkpoint.
-        epoch: how far the training is at a step.
-        events: of the first process; None: another one.
+        path: file of the lines.
+        every: interval in steps.
+        optimizer: Apollo, without a wrapper.
+        network: network that names the parameters.
+        step: step of the checkpoint.
+        epoch: function from a step to the number of epochs.
+        events: TensorBoard writer of the main process; None in the others.
     """
 
     def __init__(
@@ -80,11 +80,11 @@ class CurvatureLog:
 
     @property
     def due(self) -> bool:
-        """Whether the coming step will be measured."""
+        """Whether the next step will be measured."""
         return self._recorder.due
 
     def close(self) -> None:
-        """Measure no more."""
+        """Stop measuring."""
         self._recorder.detach()
         if self._file is not None:
             self._file.close()
@@ -103,7 +103,7 @@ class CurvatureLog:
 
 
 def read(line: Record) -> list[TensorDiagnostics]:
-    """The tensors of a line."""
+    """Return the tensors of a line."""
     found = []
     for tensor in line["tensors"]:
         numbers: dict[str, Any] = {k: math.nan if x is None else x for k, x in tensor.items()}
@@ -111,13 +111,13 @@ def read(line: Record) -> list[TensorDiagnostics]:
     return found
 
 
-def measured(lines: Iterable[Record]) -> list[Curvature]:
-    """What a run's lines say of all tensors together."""
+def overall_curvature(lines: Iterable[Record]) -> list[Curvature]:
+    """Return the curvature of all tensors together, for each line."""
     return [Curvature(line["step"], float(line["epoch"]), overall(read(line))) for line in lines]
 
 
 def _jsonable(numbers: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no NaN and no infinity."""
+    """Return numbers with None for NaN and infinity, which JSON does not have."""
     return {
         name: None if isinstance(x, float) and not math.isfinite(x) else x
         for name, x in numbers.items()
@@ -125,7 +125,7 @@ def _jsonable(numbers: dict[str, Any]) -> dict[str, Any]:
 
 
 def _bytes_until(path: Path, step: int) -> int:
-    """How many bytes the whole lines up to a step take."""
+    """Return the size of the complete lines up to a step."""
     return sum(len(line) for line in _lines_until(path.read_bytes(), step))
 
 
@@ -134,7 +134,7 @@ def _lines_until(content: bytes, step: int) -> Iterator[bytes]:
         try:
             known = line.endswith(b"\n") and json.loads(line)["step"] <= step
         except (ValueError, KeyError, TypeError):
-            known = False  # cut short
+            known = False  # an incomplete line
         if not known:
             return
         yield line

@@ -1,4 +1,4 @@
-"""What run directories say, brought together."""
+"""Load finished or running runs, and archived ones, for reports and for the search."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from apollo_bench.config.execution import Placement
+from apollo_bench.config.execution import Execution
 from apollo_bench.config.recipe import RunSpec
 from apollo_bench.errors import ExperimentError
 from apollo_bench.runs import archive, compatibility
-from apollo_bench.runs.curvature_log import Curvature, measured
-from apollo_bench.runs.run_directory import Record, RunDirectory
+from apollo_bench.runs.curvature_log import Curvature, overall_curvature
+from apollo_bench.runs.run_directory import Record, RunDirectory, execution_of
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run directory says, or an archive of it."""
+    """A run, read from its directory or from an archive."""
 
     path: Path
     spec: RunSpec
     manifest: Record
     verdict: str  # "finished", "diverged" or "unfinished"
-    result: Record  # what result.json says; {}: there is none
-    evaluations: list[Record]  # the lines of the metrics that say how good the model is
-    curvature: list[Curvature]  # of all tensors together; none where it was not asked for
+    result: Record  # content of result.json; {} if there is none
+    evaluations: list[Record]  # evaluation records of metrics.jsonl
+    curvature: list[Curvature]  # of all tensors together; empty without --diagnostics
     seconds: float  # of training so far
 
     @property
-    def placement(self) -> Placement:
-        """Where it was trained."""
-        return Placement.model_validate(self.manifest["placement"])
+    def execution(self) -> Execution:
+        """How the run was executed."""
+        return execution_of(self.manifest)
 
     @property
     def finished(self) -> bool:
-        """Trained to its end."""
+        """Whether the run was trained to its end."""
         return self.verdict == "finished"
 
     @property
@@ -46,7 +46,7 @@ class Run:
 
     @property
     def optimizer_share(self) -> float | None:
-        """Percent of a training step (forward, backward, update) that the optimizer takes."""
+        """Percentage of a training step (forward, backward, update) that the optimizer takes."""
         step, own = self._median("step_ms"), self.optimizer_ms
         return None if not step or own is None else 100.0 * own / step
 
@@ -56,41 +56,43 @@ class Run:
         return statistics.median(known) if known else None
 
     def final(self, name: str) -> float | None:
-        """A metric of a finished run; None: it has none."""
+        """Return a metric of a finished run; None if there is none."""
         value: float | None = self.result.get(name) if self.finished else None
         return value
 
     @property
     def progress(self) -> str:
-        """How far it is, in words."""
+        """How far the run is, for example "3 of 8 epochs"."""
         schedule = self.spec.train.schedule
         key = "epoch" if schedule.unit == "epoch" else "step"
         done = self.evaluations[-1][key] if self.evaluations else 0
         return f"{done:g} of {schedule}"
 
 
-def find(paths: list[Path]) -> list[Run]:
-    """Read runs that can be compared, those of a task with each other.
+def load_runs(paths: list[Path]) -> list[Run]:
+    """Load runs, and check that those of a task are compatible with each other.
 
     Args:
-        paths: run directories, or folders with run directories in them or in their ``runs``, or
-            archives.
+        paths: run directories, folders that contain some (also in ``runs``), or archives.
 
     Raises:
-        ExperimentError: there is no run, a run is damaged, or the runs cannot be compared.
+        ExperimentError: there is no run, a run is damaged, or runs are incompatible.
     """
     found: dict[Path, Run] = {}
     for path in paths:
         if not path.is_dir():
             raise ExperimentError(f"{path}: no such folder")
         kept = [_unpacked(run) for run in archive.read(path)]
-        there = [*kept, *(_read(directory) for directory in compatibility.directories(path))]
+        there = [
+            *kept,
+            *(_read(directory) for directory in compatibility.find_run_directories(path)),
+        ]
         if not there:
             raise ExperimentError(f"{path}: no runs in it; `apollo-bench compare` makes some")
         for run in there:
             found.setdefault(run.path.resolve(), run)
     compatibility.check(
-        compatibility.Candidate(run.path, run.spec, run.manifest["data"]["fingerprint"])
+        compatibility.RunIdentity(run.path, run.spec, run.manifest["data"]["fingerprint"])
         for run in found.values()
     )
     return list(found.values())
@@ -99,7 +101,7 @@ def find(paths: list[Path]) -> list[Run]:
 def _unpacked(run: archive.Archived) -> Run:
     try:
         spec = RunSpec.model_validate(run.manifest["recipe"])
-        Placement.model_validate(run.manifest["placement"])
+        execution_of(run.manifest)
         return Run(
             run.path,
             spec,
@@ -117,7 +119,7 @@ def _unpacked(run: archive.Archived) -> Run:
 def _read(directory: RunDirectory) -> Run:
     records = list(directory.records())
     verdict = directory.verdict()
-    directory.placement()  # what is damaged is told here
+    directory.execution()  # raises if it is damaged
     seconds = records[-1]["time"]["seconds"] if records else 0.0
     return Run(
         directory.path,
@@ -126,6 +128,6 @@ def _read(directory: RunDirectory) -> Run:
         "unfinished" if verdict is None else verdict["verdict"],
         verdict or {},
         [record for record in records if record["kind"] == "evaluation"],
-        measured(directory.diagnosed()),
+        overall_curvature(directory.diagnostics_records()),
         seconds if verdict is None else verdict["time"]["seconds"],
     )

@@ -1,10 +1,9 @@
 """A run is a directory: ``run.json``, ``metrics.jsonl``, ``checkpoint/``, ``result.json``.
 
-``checkpoint/newest.pt`` holds all that the training goes on from, ``checkpoint/best.pt`` the
-weights of the best evaluation, for those who want to use them (no table of ours does), and
-``checkpoint/averaged.pt`` the mean of the last ones, where the recipe asks for it.
-``diagnostics.jsonl`` is there where ``--diagnostics`` has been asked for. ``tensorboard/`` shows
-both.
+``checkpoint/newest.pt`` holds everything that training continues from. ``checkpoint/best.pt`` holds
+the weights of the best evaluation, for use elsewhere; no table uses them.
+``checkpoint/averaged.pt`` holds the mean of the last weights, if the recipe averages.
+``diagnostics.jsonl`` exists with ``--diagnostics``. ``tensorboard/`` shows metrics and diagnostics.
 """
 
 from __future__ import annotations
@@ -21,8 +20,9 @@ from pydantic import ValidationError
 
 import apollo_qn
 from apollo_bench.atomic_write import write_atomically
+from apollo_bench.available_cores import available_cores
 from apollo_bench.config.config_errors import describe
-from apollo_bench.config.execution import Placement, cores
+from apollo_bench.config.execution import Execution
 from apollo_bench.config.recipe import RunSpec
 from apollo_bench.errors import ExperimentError
 
@@ -30,27 +30,31 @@ Record = dict[str, Any]
 
 
 class RunDirectory:
-    """The paths of one run, and what they say about it."""
+    """The files of one run.
+
+    Args:
+        path: folder of the run.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest = path / "run.json"
         self.metrics = path / "metrics.jsonl"
-        self.diagnostics = path / "diagnostics.jsonl"  # where they were asked for
+        self.diagnostics = path / "diagnostics.jsonl"  # with --diagnostics
         self.checkpoint = path / "checkpoint" / "newest.pt"
         self.best = path / "checkpoint" / "best.pt"
         self.averaged = path / "checkpoint" / "averaged.pt"
         self.events = path / "tensorboard"
         self.result = path / "result.json"
         self.log = path / "worker.log"
-        self.lock = path / "lock"  # held while it is trained
+        self.lock = path / "lock"  # locked during training
 
     def evaluated(self, step: int) -> Path:
-        """The weights of the evaluation after a step, kept where those of several are averaged."""
+        """Return the file of the weights at an evaluation, kept if several are averaged."""
         return self.checkpoint.with_name(f"evaluated-{step:09}.pt")
 
-    def all_evaluated(self, step: int) -> list[Path]:
-        """Those that there are up to a step, in order."""
+    def kept_evaluations(self, step: int) -> list[Path]:
+        """Return the files of the weights at evaluations up to a step, in order."""
         last = self.evaluated(step)
         return sorted(path for path in last.parent.glob("evaluated-*.pt") if path.name <= last.name)
 
@@ -60,30 +64,30 @@ class RunDirectory:
         fingerprint: str,
         data: Path | None,
         command: list[str],
-        placement: Placement = Placement(),  # noqa: B008  (frozen)
+        execution: Execution = Execution(),  # noqa: B008  (frozen)
         remarks: Sequence[str] = (),
         keep_threads: bool = True,
         diagnose_every: int | None = None,
     ) -> None:
-        """Create the run, or make sure that what is there is this very run.
+        """Create the run, or check that the existing run is the same.
 
         Args:
             spec: the resolved recipe.
-            fingerprint: of the data.
+            fingerprint: fingerprint of the data.
             data: folder of local data, or None; the same data may have moved.
-            command: the command line, kept for the record.
-            placement: where it is trained, or goes on.
-            remarks: of the task, for the report.
-            keep_threads: a run that is there goes on with as many threads as it began with, for
-                the order of sums depends on them; False: with those of ``placement``.
-            diagnose_every: steps between diagnostics, from here on; None: no more of them.
+            command: command line, kept for the record.
+            execution: how the run is executed, or continues.
+            remarks: remarks of the workload, for the report.
+            keep_threads: whether an existing run keeps its number of threads, which the order of
+                additions depends on; otherwise ``execution`` gives it.
+            diagnose_every: steps between measurements of the curvature from now on; None: none.
 
         Raises:
-            ExperimentError: as ``check`` does.
+            ExperimentError: as in ``check``.
         """
-        if self.check(spec, fingerprint, placement):
+        if self.check(spec, fingerprint, execution):
             if self.verdict() is None:
-                self._move(data, placement, keep_threads, diagnose_every)
+                self._move(data, execution, keep_threads, diagnose_every)
             return
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         manifest = {
@@ -100,20 +104,20 @@ class RunDirectory:
                 "numpy": numpy.__version__,
                 "python": platform.python_version(),
             },
-            "machine": machine(placement),
-            "placement": placement.model_dump(),
+            "machine": describe_machine(execution),
+            "execution": execution.model_dump(),
             "diagnose_every": diagnose_every,
             "command": command,
         }
         self._write(manifest)
 
-    def check(self, spec: RunSpec, fingerprint: str, placement: Placement) -> bool:
-        """Whether this very run is there; writes nothing.
+    def check(self, spec: RunSpec, fingerprint: str, execution: Execution) -> bool:
+        """Return whether this run exists; write nothing.
 
         Raises:
             ExperimentError: the directory holds a run with another recipe or other data, or an
-                unfinished one of another number of processes, each of which has its own part of
-                the checkpoint.
+                unfinished run of another number of processes, each of which has its own part of the
+                checkpoint.
         """
         if not self.manifest.exists():
             return False
@@ -123,7 +127,7 @@ class RunDirectory:
             raise ExperimentError(
                 f"{self.path}: holds a run of the task {task!r}; choose another --out"
             )
-        # read as a recipe: a setting that is younger than the run has its default there
+        # validated as a recipe, so that a setting that is younger than the run has its default
         differing = _differences(self.spec().model_dump(), spec.model_dump())
         if there["data"]["fingerprint"] != fingerprint:
             differing.append("the data")
@@ -132,32 +136,32 @@ class RunDirectory:
                 f"{self.path}: holds a run with other settings ({', '.join(differing)}); "
                 "choose another --out, or remove it"
             )
-        own = self.placement()
+        own = self.execution()
         begun = self.checkpoint.exists() and self.verdict() is None
-        if begun and (own.devices, own.nodes) != (placement.devices, placement.nodes):
+        if begun and (own.devices, own.nodes) != (execution.devices, execution.nodes):
             raise ExperimentError(
                 f"{self.path}: holds an unfinished run of {own.processes} "
                 f"process{'es' if own.processes > 1 else ''} (--devices {own.devices}), "
-                f"{placement.processes} asked for; go on with as many, or remove it"
+                f"{execution.processes} asked for; continue with as many, or remove it"
             )
         return True
 
     def _move(
         self,
         data: Path | None,
-        placement: Placement,
+        execution: Execution,
         keep_threads: bool,
         diagnose_every: int | None,
     ) -> None:
-        """Let an unfinished run go on with data in another place, or on other devices."""
+        """Let an unfinished run continue with data in another place, or on other devices."""
         manifest = self.read()
         if keep_threads:
-            placement = placement.model_copy(update={"threads": self.placement().threads})
+            execution = execution.model_copy(update={"threads": self.execution().threads})
         now = {
             **manifest,
             "data": {**manifest["data"], "folder": _absolute(data)},
-            "placement": placement.model_dump(),
-            "machine": machine(placement),
+            "execution": execution.model_dump(),
+            "machine": describe_machine(execution),
             "diagnose_every": diagnose_every,
         }
         if now != manifest:
@@ -167,7 +171,7 @@ class RunDirectory:
         write_atomically(self.manifest, json.dumps(manifest, indent=2).encode() + b"\n")
 
     def read(self) -> Record:
-        """The content of run.json.
+        """Return the content of run.json.
 
         Raises:
             ExperimentError: this is no run directory, or its run.json is damaged.
@@ -183,28 +187,32 @@ class RunDirectory:
         return manifest
 
     def spec(self) -> RunSpec:
-        """The resolved recipe; raises ExperimentError as ``read`` does."""
+        """Return the resolved recipe; raise ExperimentError as ``read`` does."""
         try:
             return RunSpec.model_validate(self.read()["recipe"])
         except ValidationError as error:
             raise ExperimentError(f"{self.manifest}: {describe(error, RunSpec)}") from None
 
-    def placement(self) -> Placement:
-        """Where it is trained; raises ExperimentError as ``read`` does."""
+    def execution(self) -> Execution:
+        """Return how the run is executed; raise ExperimentError as ``read`` does."""
         try:
-            return Placement.model_validate(self.read()["placement"])
+            return execution_of(self.read())
         except (KeyError, ValidationError) as error:
-            raise ExperimentError(f"{self.manifest}: placement is damaged ({error})") from None
+            raise ExperimentError(f"{self.manifest}: execution is damaged ({error})") from None
 
     def diagnose_every(self) -> int | None:
-        """Steps between diagnostics; None: there are none. Raises as ``read`` does."""
+        """Return the steps between measurements of the curvature; None: none.
+
+        Raises:
+            ExperimentError: as in ``read``.
+        """
         every = self.read().get("diagnose_every")
         if every is not None and (not isinstance(every, int) or every < 1):
             raise ExperimentError(f"{self.manifest}: diagnose_every is damaged ({every!r})")
         return every
 
     def verdict(self) -> Record | None:
-        """How the run ended; None: it has not."""
+        """Return how the run ended; None if it has not ended."""
         try:
             verdict: Record = json.loads(self.result.read_text())
         except FileNotFoundError:
@@ -214,12 +222,18 @@ class RunDirectory:
         return verdict
 
     def records(self) -> Iterator[Record]:
-        """The lines of metrics.jsonl; a last line that is still being written is left out."""
+        """Yield the records of metrics.jsonl, without a last line that is still being written."""
         return _lines(self.metrics)
 
-    def diagnosed(self) -> Iterator[Record]:
-        """Likewise the lines of diagnostics.jsonl."""
+    def diagnostics_records(self) -> Iterator[Record]:
+        """Yield the records of diagnostics.jsonl, likewise."""
         return _lines(self.diagnostics)
+
+
+def execution_of(manifest: Record) -> Execution:
+    """Return how a run is executed; older manifests call it ``placement``."""
+    key = "execution" if "execution" in manifest else "placement"
+    return Execution.model_validate(manifest[key])
 
 
 def _lines(path: Path) -> Iterator[Record]:
@@ -238,8 +252,8 @@ def _absolute(folder: Path | None) -> str | None:
     return None if folder is None else str(folder.resolve())
 
 
-def machine(placement: Placement | None = None) -> Record:
-    """CPU model, cores and platform of this machine; for a run on GPUs their model too."""
+def describe_machine(execution: Execution | None = None) -> Record:
+    """Return CPU model, cores and platform of this machine, and the GPU model of a run on GPUs."""
     model = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
@@ -247,8 +261,8 @@ def machine(placement: Placement | None = None) -> Record:
         model = names[0] if names else model
     except OSError:
         pass  # not Linux
-    found: Record = {"cpu": model, "cores": cores(), "platform": platform.platform()}
-    if placement is not None and placement.accelerator == "gpu" and torch.cuda.is_available():
+    found: Record = {"cpu": model, "cores": available_cores(), "platform": platform.platform()}
+    if execution is not None and execution.accelerator == "gpu" and torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
 

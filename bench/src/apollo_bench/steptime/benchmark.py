@@ -13,14 +13,15 @@ import torch
 
 import apollo_qn
 from apollo_bench.atomic_write import write_atomically
-from apollo_bench.config.execution import cores
+from apollo_bench.available_cores import available_cores
 from apollo_bench.errors import ExperimentError
-from apollo_bench.interrupts import Interrupted, signals
-from apollo_bench.runs.run_directory import machine
+from apollo_bench.interrupts import Interrupted, catch_signals
+from apollo_bench.progress_callback import ProgressCallback
+from apollo_bench.runs.run_directory import describe_machine
 from apollo_bench.steptime import presentation, timing
-from apollo_bench.steptime.candidates import choose as choose_contenders
-from apollo_bench.steptime.measurement import Result, measure
-from apollo_bench.steptime.parameter_sets import choose as choose_sets
+from apollo_bench.steptime.candidates import choose_candidates as choose_contenders
+from apollo_bench.steptime.measurement import SetResult, measure
+from apollo_bench.steptime.parameter_sets import choose_sets as choose_sets
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -43,8 +44,8 @@ def run(
     options: Options,
     out: Path,
     command: str,
-    tell: Callable[[str, int, int], None],
-    finished: Callable[[Result], None],
+    report_progress: ProgressCallback,
+    finished: Callable[[SetResult], None],
 ) -> None:
     """Measure set after set; after each, all files in ``out`` are written anew.
 
@@ -59,7 +60,7 @@ def run(
         ExperimentError: an option that is not possible.
         Interrupted: on SIGINT or SIGTERM; what was complete has been written.
     """
-    where = timing.at(options.device)
+    where = timing.timer_for(options.device)
     kind = where.device.type
     sets, contenders = choose_sets(options.sets, kind), choose_contenders(options.optimizers, kind)
     if options.dtype not in DTYPES:
@@ -68,8 +69,8 @@ def run(
         torch.set_num_threads(options.threads)
     about = _about(options, command, where)
     out.mkdir(parents=True, exist_ok=True)
-    results: list[Result] = []
-    with signals() as received:
+    results: list[SetResult] = []
+    with catch_signals() as received:
         for chosen in sets:
             result = measure(
                 chosen,
@@ -78,7 +79,7 @@ def run(
                 budget=options.seconds,
                 dtype=DTYPES[options.dtype],
                 seed=options.seed,
-                tell=tell,
+                report_progress=report_progress,
                 stop=lambda: bool(received),
                 where=where,
             )
@@ -90,7 +91,7 @@ def run(
                 raise Interrupted(received[0])
 
 
-def _write(results: list[Result], about: dict[str, Any], out: Path) -> None:
+def _write(results: list[SetResult], about: dict[str, Any], out: Path) -> None:
     record = {**about, "sets": [result.as_record() for result in results]}
     files = {
         "steptime.json": json.dumps(record, indent=1).encode() + b"\n",
@@ -102,13 +103,13 @@ def _write(results: list[Result], about: dict[str, Any], out: Path) -> None:
         write_atomically(out / name, content)
 
 
-def _about(options: Options, command: str, where: timing.Host) -> dict[str, Any]:
-    its, device = machine(), where.about()
+def _about(options: Options, command: str, where: timing.CpuTimer) -> dict[str, Any]:
+    its, device = describe_machine(), where.about()
     on_gpu = f"{device.pop('title')}; " if device else ""
     return {
         "command": command,
         **({"device": device} if device else {}),
-        "machine": f"{on_gpu}{its['cpu']}, {torch.get_num_threads()} of {cores()} cores, "
+        "machine": f"{on_gpu}{its['cpu']}, {torch.get_num_threads()} of {available_cores()} cores, "
         f"{torch.backends.cpu.get_cpu_capability()}, {options.dtype}",
         "platform": its["platform"],
         "torch": torch.__version__,

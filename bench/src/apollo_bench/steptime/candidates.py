@@ -24,7 +24,7 @@ _MOST_COMPILED = 1000  # tensors; the compiler unrolls the loop over them
 
 
 @dataclass(frozen=True)
-class Contender:
+class Candidate:
     """An optimizer that can be made for any parameters.
 
     ``family`` gives its colour. ``words`` is how many numbers of a parameter's or a state's type a
@@ -38,18 +38,18 @@ class Contender:
     make: Make
 
 
-def _torch(family: str, cls: Any, words: int, fused: bool, **settings: Any) -> list[Contender]:
+def _torch(family: str, cls: Any, words: int, fused: bool, **settings: Any) -> list[Candidate]:
     back_ends = {"loop": {"foreach": False}, "foreach": {"foreach": True}}
     if fused:
         back_ends["fused"] = {"fused": True}
     return [
-        Contender(f"{cls.__name__} {name}", family, words, partial(cls, **settings, **back_end))
+        Candidate(f"{cls.__name__} {name}", family, words, partial(cls, **settings, **back_end))
         for name, back_end in back_ends.items()
     ]
 
 
-def _apollo(name: str, cls: Any = Apollo, **settings: Any) -> Contender:
-    return Contender(name, "apollo", 7, partial(cls, **settings))
+def _apollo(name: str, cls: Any = Apollo, **settings: Any) -> Candidate:
+    return Candidate(name, "apollo", 7, partial(cls, **settings))
 
 
 def _compiled_adamw(params: list[nn.Parameter]) -> Optimizer:
@@ -67,7 +67,7 @@ def _pytorch_optimizer(params: list[nn.Parameter]) -> Optimizer:
     return made
 
 
-CONTENDERS = {
+CANDIDATES = {
     contender.name: contender
     for contender in [
         # reads g, momentum and theta, writes the two last
@@ -75,7 +75,7 @@ CONTENDERS = {
         # reads g, m, v and theta, writes the three last
         *_torch("adam", torch.optim.Adam, 7, True),
         *_torch("adam", torch.optim.AdamW, 7, True),
-        Contender(COMPILED, "adam", 7, _compiled_adamw),
+        Candidate(COMPILED, "adam", 7, _compiled_adamw),
         *_torch("radam", torch.optim.RAdam, 7, False),
         _apollo(RULE, foreach=False, fused=False),
         _apollo("Apollo foreach", foreach=True),
@@ -83,12 +83,12 @@ CONTENDERS = {
         _apollo("Apollo fused L2", fused=True, weight_decay=5e-4),
         _apollo("ApolloW fused", ApolloW, fused=True, weight_decay=5e-4),
         _apollo("Apollo fused belief", fused=True, rebound="belief"),
-        Contender("pytorch-optimizer ApolloDQN", "other", 7, _pytorch_optimizer),
+        Candidate("pytorch-optimizer ApolloDQN", "other", 7, _pytorch_optimizer),
     ]
 }
 
 
-def choose(names: list[str] | None, device: str = "cpu") -> list[Contender]:
+def choose_candidates(names: list[str] | None, device: str = "cpu") -> list[Candidate]:
     """The named contenders, always with the peer; None: all that are installed.
 
     On the CPU the compiled one must be named, for it takes minutes to compile.
@@ -97,12 +97,12 @@ def choose(names: list[str] | None, device: str = "cpu") -> list[Contender]:
         ExperimentError: a name that is none.
     """
     for name in names or []:
-        if name not in CONTENDERS:
-            raise ExperimentError(f"no optimizer {name!r}; there are {', '.join(CONTENDERS)}")
+        if name not in CANDIDATES:
+            raise ExperimentError(f"no optimizer {name!r}; there are {', '.join(CANDIDATES)}")
     if names is None:
-        names = [name for name in CONTENDERS if "pytorch-optimizer" not in name]
+        names = [name for name in CANDIDATES if "pytorch-optimizer" not in name]
         if device == "cpu":
             names.remove(COMPILED)
         if find_spec("pytorch_optimizer") is not None:
             names.append("pytorch-optimizer ApolloDQN")
-    return [c for c in CONTENDERS.values() if c.name in names or c.name == PEER]
+    return [c for c in CANDIDATES.values() if c.name in names or c.name == PEER]

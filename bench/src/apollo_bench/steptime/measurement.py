@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from apollo_bench.errors import ExperimentError
-from apollo_bench.steptime.candidates import PEER, RULE, Contender
+from apollo_bench.progress_callback import ProgressCallback
+from apollo_bench.steptime.candidates import PEER, RULE, Candidate
 from apollo_bench.steptime.parameter_sets import ParameterSet, numel
-from apollo_bench.steptime.timing import HOST, Host
+from apollo_bench.steptime.timing import CPU_TIMER, CpuTimer
 
 COPY = "copy"
 WARM_UP = 3  # steps before the first that counts
@@ -27,7 +28,7 @@ _SHARE_OF_MEMORY = 0.7  # of what is free, that may be used at once
 
 
 @dataclass
-class Taken:
+class Timings:
     """What was measured of one contender on one set; times in milliseconds.
 
     ``peer`` has the peer's time in the same rounds. ``state_bytes`` are of all tensors of the
@@ -64,7 +65,7 @@ class Taken:
 
 
 @dataclass
-class Result:
+class SetResult:
     """All contenders on one set.
 
     ``copied`` is how large the tensor is that each of ``copy_times`` copied, in bytes.
@@ -78,9 +79,9 @@ class Result:
     parameters: int
     element_bytes: int
     copy_times: list[float]
-    taken: list[Taken]
+    taken: list[Timings]
     interrupted: bool = False
-    copied: int = HOST.copied
+    copied: int = CPU_TIMER.copied
     reads_twice: bool = False
 
     @property
@@ -88,7 +89,7 @@ class Result:
         """Bytes read and written a second by a large copy."""
         return 2 * self.copied / (statistics.median(self.copy_times) / 1e3)
 
-    def bandwidth(self, taken: Taken, twice: bool = False) -> float:
+    def bandwidth(self, taken: Timings, twice: bool = False) -> float:
         """Bytes a second that a contender moved, if it moved no more than it must.
 
         That is gradient and parameter read, the parameter written, all of the state both; with
@@ -104,7 +105,7 @@ class Result:
             moved += self.parameters * self.element_bytes + (taken.state_bytes or states)
         return moved / (taken.milliseconds / 1e3)
 
-    def faster_than_rule(self, taken: Taken) -> float | None:
+    def faster_than_rule(self, taken: Timings) -> float | None:
         """How many times faster than a Python loop of the rule; None: that was not measured."""
         rule = next((t for t in self.taken if t.name == RULE and t.times), None)
         return None if rule is None else rule.milliseconds / taken.milliseconds
@@ -118,10 +119,10 @@ class _Entry:
     """A contender with parameters of its own and the gradients of all."""
 
     def __init__(
-        self, contender: Contender, values: list[Tensor], gradients: list[Tensor], where: Host
+        self, contender: Candidate, values: list[Tensor], gradients: list[Tensor], where: CpuTimer
     ) -> None:
         self._where = where
-        self.taken = Taken(contender.name, contender.family, contender.words)
+        self.taken = Timings(contender.name, contender.family, contender.words)
         self.optimizer: Optimizer | None = None
         params = [nn.Parameter(value.clone()) for value in values]
         for p, g in zip(params, gradients, strict=True):
@@ -153,16 +154,16 @@ class _Entry:
 
 def measure(
     chosen: ParameterSet,
-    contenders: list[Contender],
+    contenders: list[Candidate],
     *,
     repeats: int,
     budget: float,
     dtype: torch.dtype,
     seed: int,
-    tell: Callable[[str, int, int], None],
+    report_progress: ProgressCallback,
     stop: Callable[[], bool],
-    where: Host = HOST,
-) -> Result:
+    where: CpuTimer = CPU_TIMER,
+) -> SetResult:
     """Step all contenders in turn, round after round, each round from another one on.
 
     A contender that takes more than 8 times as long as the peer takes part in 5 rounds only. Where
@@ -191,14 +192,16 @@ def measure(
         return [one.mul_(size).to(dtype) for one in made]
 
     values, gradients = drawn(0.05), drawn(0.01)
-    result = Result(chosen.name, chosen.title, len(shapes), numel(shapes), dtype.itemsize, [], [])
+    result = SetResult(
+        chosen.name, chosen.title, len(shapes), numel(shapes), dtype.itemsize, [], []
+    )
     result.copied = where.copied
     largest = max(map(math.prod, shapes)) * (dtype.itemsize + 2 * max(4, dtype.itemsize))
     result.reads_twice = bool(where.cache) and largest > where.cache
     source = torch.ones(where.copied // 4, device=where.device)
     target = torch.empty_like(source)
     for number, lot in enumerate(lots):
-        tell(f"{chosen.title}: making", 0, 0)
+        report_progress(f"{chosen.title}: making", 0, 0)
         entries = []
         for contender in lot:
             entries.append(_Entry(contender, values, gradients, where))
@@ -212,7 +215,7 @@ def measure(
             result.copy_times,
             repeats=repeats,
             budget=budget / len(lots),
-            tell=tell,
+            report_progress=report_progress,
             stop=stop,
         )
         for entry in entries:
@@ -240,7 +243,7 @@ def _rounds(
     *,
     repeats: int,
     budget: float,
-    tell: Callable[[str, int, int], None],
+    report_progress: ProgressCallback,
     stop: Callable[[], bool],
 ) -> bool:
     """False: it was stopped; the round that was going on is not counted."""
@@ -249,7 +252,7 @@ def _rounds(
     for done in range(repeats):
         if done >= FEWEST and time.perf_counter() - start > budget:
             break
-        tell(title, done, repeats)
+        report_progress(title, done, repeats)
         part = [e for e in entries if done < FEWEST or e.milliseconds <= _SLOW * peer.milliseconds]
         first = done % len(part)
         times: dict[str, float] = {}
@@ -265,8 +268,11 @@ def _rounds(
 
 
 def fitting(
-    chosen: ParameterSet, contenders: list[Contender], dtype: torch.dtype, where: Host = HOST
-) -> tuple[ParameterSet, list[list[Contender]]]:
+    chosen: ParameterSet,
+    contenders: list[Candidate],
+    dtype: torch.dtype,
+    where: CpuTimer = CPU_TIMER,
+) -> tuple[ParameterSet, list[list[Candidate]]]:
     """The set, or the largest part of it of which two optimizers fit into memory, and lots that do.
 
     Raises:

@@ -17,7 +17,7 @@ Shape: TypeAlias = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Family:
+class ModelFamily:
     """Sets of one kind, in several scales where ``scaled`` says what the scale divides."""
 
     title: str
@@ -67,7 +67,7 @@ def numel(shapes: Iterable[Shape]) -> int:
     return sum(map(math.prod, shapes))
 
 
-def choose(names: list[str] | None, device: str = "cpu") -> list[ParameterSet]:
+def choose_sets(names: list[str] | None, device: str = "cpu") -> list[ParameterSet]:
     """The named sets; None: those for this type of device.
 
     Args:
@@ -159,16 +159,18 @@ def _decoder(scale: int) -> list[Shape]:
 
 
 FAMILIES = {
-    "resnet-110": Family("ResNet-110", _resnet110),
-    "resnext-50": Family("ResNeXt-50 32x4d", _resnext50),
+    "resnet-110": ModelFamily("ResNet-110", _resnet110),
+    "resnext-50": ModelFamily("ResNeXt-50 32x4d", _resnext50),
     # whole it takes 2 GB, and 8 GB with AdamW's state: more time and memory than a default run has
-    "one-billion-word": Family("One Billion Words LSTM", _one_billion_word, "vocabulary", 8),
-    "transformer-base": Family("Transformer-base", _transformer_base),
-    "decoder-1.3b": Family(
+    "one-billion-word": ModelFamily("One Billion Words LSTM", _one_billion_word, "vocabulary", 8),
+    "transformer-base": ModelFamily("Transformer-base", _transformer_base),
+    "decoder-1.3b": ModelFamily(
         "Decoder of 1.3 B", _decoder, "layers and the vocabulary", largest_scale=8
     ),
-    "one-tensor": Family("One tensor of 64 M", lambda scale: [(64_000_000 // scale,)], "elements"),
-    "many-tensors": Family(
+    "one-tensor": ModelFamily(
+        "One tensor of 64 M", lambda scale: [(64_000_000 // scale,)], "elements"
+    ),
+    "many-tensors": ModelFamily(
         "10,000 tensors of 64", lambda scale: [(64,)] * (10_000 // scale), "tensors"
     ),
 }

@@ -9,9 +9,9 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from apollo_bench.optimizers.plot_style import SETTINGS, style
+from apollo_bench.optimizers.plot_style import SETTINGS, style_of
 from apollo_bench.steptime.candidates import PEER
-from apollo_bench.steptime.measurement import Result, Taken
+from apollo_bench.steptime.measurement import SetResult, Timings
 
 HEADINGS = (
     "optimizer",
@@ -26,7 +26,7 @@ HEADINGS = (
 )
 
 
-def heading(result: Result) -> str:
+def heading(result: SetResult) -> str:
     """What the set is, and what the machine can do."""
     return (
         f"{_size(result)}, {result.parameters:,} parameters; "
@@ -34,11 +34,11 @@ def heading(result: Result) -> str:
     )
 
 
-def _size(result: Result) -> str:
+def _size(result: SetResult) -> str:
     return f"{result.title}: {result.tensors:,} tensor{'s' * (result.tensors != 1)}"
 
 
-def cells(result: Result, taken: Taken) -> list[str]:
+def cells(result: SetResult, taken: Timings) -> list[str]:
     """One row of the table."""
     if taken.unavailable is not None:
         return [f"{taken.name}: not available, {taken.unavailable}", *[""] * (len(HEADINGS) - 1)]
@@ -58,7 +58,7 @@ def cells(result: Result, taken: Taken) -> list[str]:
     ]
 
 
-def _share_of_a_copy(result: Result, taken: Taken) -> str:
+def _share_of_a_copy(result: SetResult, taken: Timings) -> str:
     """At the words that the algorithm moves and, where Apollo reads some twice, with these."""
     share = f"{result.bandwidth(taken) / result.copy_bandwidth:.0%}"
     if not (result.reads_twice and taken.family == "apollo"):
@@ -67,7 +67,7 @@ def _share_of_a_copy(result: Result, taken: Taken) -> str:
     return f"{share} ({more:.0%} at 10 words)"
 
 
-def table(result: Result) -> Table:
+def table(result: SetResult) -> Table:
     """For a terminal."""
     shown = Table(title=heading(result), title_justify="left", box=None, pad_edge=False)
     for i, name in enumerate(HEADINGS):
@@ -77,7 +77,7 @@ def table(result: Result) -> Table:
     return shown
 
 
-def markdown(results: list[Result], about: dict[str, Any]) -> str:
+def markdown(results: list[SetResult], about: dict[str, Any]) -> str:
     """All tables."""
     lines = [f"# Step times\n\n`{about['command']}`, {about['machine']}, torch {about['torch']}.\n"]
     for result in results:
@@ -88,7 +88,7 @@ def markdown(results: list[Result], about: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(results: list[Result], about: dict[str, Any], kind: str) -> bytes:
+def draw(results: list[SetResult], about: dict[str, Any], kind: str) -> bytes:
     """Bars of the step times, relative to the peer's, with quartiles; one panel a set.
 
     Args:
@@ -113,7 +113,7 @@ def draw(results: list[Result], about: dict[str, Any], kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def _panel(axis: Any, result: Result, rows: list[Taken]) -> None:
+def _panel(axis: Any, result: SetResult, rows: list[Timings]) -> None:
     peer = next(taken for taken in rows if taken.name == PEER).milliseconds
     places = list(range(len(rows)))
     ratios = [taken.ratio for taken in rows]
@@ -123,7 +123,7 @@ def _panel(axis: Any, result: Result, rows: list[Taken]) -> None:
         places,
         ratios,
         xerr=[low, high],
-        color=[style(taken.family).color for taken in rows],
+        color=[style_of(taken.family).color for taken in rows],
         height=0.7,
         error_kw={"elinewidth": 1.2, "capsize": 2.5, "ecolor": "#444444"},
     )

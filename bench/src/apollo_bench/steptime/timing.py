@@ -18,17 +18,17 @@ from torch import Tensor
 
 from apollo_bench.errors import ExperimentError
 
-Work = Callable[[], object]
+Step = Callable[[], object]
 
 
-class Host:
+class CpuTimer:
     """The CPU and its memory."""
 
     device = torch.device("cpu")
     copied = 64 << 20  # bytes of the tensor whose copying measures the bandwidth
     cache = 0  # bytes of the last cache; 0: not asked
 
-    def milliseconds(self, work: Work) -> float:
+    def milliseconds(self, work: Step) -> float:
         """How long it takes."""
         start = time.perf_counter()
         work()
@@ -38,7 +38,7 @@ class Host:
         """Bytes of memory that are free, or None where the system does not tell."""
         return _kilobytes("/proc/meminfo", "MemAvailable")
 
-    def growth(self, work: Work) -> int | None:
+    def growth(self, work: Step) -> int | None:
         """Bytes by which memory grows at most while it works; None where it is not known.
 
         What the allocator keeps from before is given back first, for it would hide what is asked
@@ -64,7 +64,7 @@ class Host:
         return {}
 
 
-class Gpu(Host):
+class GpuTimer(CpuTimer):
     """A CUDA (or ROCm) device.
 
     A step begins on an idle device, with caches that hold nothing of what it reads, and ends when
@@ -84,7 +84,7 @@ class Gpu(Host):
     def _spoiler(self) -> Tensor:
         return torch.empty(2 * self.cache // 4, device=self.device)
 
-    def milliseconds(self, work: Work) -> float:
+    def milliseconds(self, work: Step) -> float:
         """How long the device takes, launches with it."""
         event = partial(torch.cuda.Event, enable_timing=True)
         start, end = event(), event()
@@ -102,7 +102,7 @@ class Gpu(Host):
         kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return free + kept
 
-    def growth(self, work: Work) -> int | None:
+    def growth(self, work: Step) -> int | None:
         """Bytes by which the tensors on the device grow at most while it works."""
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -134,10 +134,10 @@ class Gpu(Host):
         return {"title": title, **found}
 
 
-HOST = Host()
+CPU_TIMER = CpuTimer()
 
 
-def at(name: str) -> Host:
+def timer_for(name: str) -> CpuTimer:
     """The place of a device's name, which becomes the current one.
 
     Raises:
@@ -147,7 +147,7 @@ def at(name: str) -> Host:
     if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
         raise ExperimentError(f"--device is {name!r}, allowed are cpu, cuda, cuda:1 and so on")
     if kind == "cpu":
-        return HOST
+        return CPU_TIMER
     if torch.cuda.device_count() <= int(number or 0):
         raise ExperimentError(
             f"--device is {name!r}, but torch {torch.__version__} sees "
@@ -155,7 +155,7 @@ def at(name: str) -> Host:
         )
     device = torch.device(name)
     torch.cuda.set_device(device)
-    return Gpu(device)
+    return GpuTimer(device)
 
 
 def _driver() -> str | None:

@@ -1,6 +1,6 @@
-"""Weights and optimizer states of sharded models as whole tensors, and back.
+"""Full state dicts of sharded models and optimizers.
 
-A checkpoint holds whole tensors whatever the run was trained on, so that it can be read anywhere.
+A checkpoint holds full tensors, however the run was sharded, so that it can be read anywhere.
 """
 
 from __future__ import annotations
@@ -10,54 +10,76 @@ from typing import Any
 
 from torch import Tensor, nn
 
-State = dict[str, Any]
+StateDict = dict[str, Any]
 
 
 def is_sharded(network: nn.Module) -> bool:
-    """Whether its parameters lie in parts on several processes."""
-    return any(_is_sharded(p) for p in network.parameters())
+    """Return whether parameters of the network are sharded over several processes."""
+    return any(_is_dtensor(p) for p in network.parameters())
 
 
-def gathered(state: Any) -> Any:
-    """The same nested state with whole tensors; all processes must call it."""
-    if isinstance(state, dict):
-        return {key: gathered(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(gathered(value) for value in state)
-    return state.full_tensor() if _is_sharded(state) else state
+def full_model_state(network: nn.Module) -> StateDict:
+    """Return the state dict with full tensors; every process must call this."""
+    if not is_sharded(network):
+        return network.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(network, options=StateDictOptions(full_state_dict=True))
 
 
-def load_weights(network: nn.Module, state: State) -> None:
-    """Load whole tensors, of which every process has a copy."""
-    own = network.state_dict()
-    network.load_state_dict({name: _as(own.get(name), value) for name, value in state.items()})
+def load_model_state(network: nn.Module, state: StateDict) -> None:
+    """Load full tensors, of which every process has a copy, into a sharded or unsharded network."""
+    if not is_sharded(network):
+        network.load_state_dict(state)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    set_model_state_dict(network, dict(state), options=StateDictOptions(full_state_dict=True))
 
 
-def load_optimizer(optimizer: Any, state: State) -> None:
-    """Likewise, into an optimizer (or Fabric's form of one) of the same parameters."""
+# torch.distributed.checkpoint would take a step with a new optimizer before it loads its state;
+# a step advances the warmup of Apollo, so the state of optimizers is gathered and sharded here.
+
+
+def full_optimizer_state(optimizer: Any) -> StateDict:
+    """Return the optimizer's state dict with full tensors; every process must call this."""
+    state: StateDict = _full(optimizer.state_dict())
+    return state
+
+
+def load_optimizer_state(optimizer: Any, state: StateDict) -> None:
+    """Load a full state dict into an optimizer, or Fabric's wrapper of one."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    parts = {
-        number: {
-            name: _as(params[number], x)
-            if isinstance(x, Tensor) and x.shape == params[number].shape and x.dim()
+    shards = {
+        index: {
+            name: _shard_like(params[index], x)
+            if isinstance(x, Tensor) and x.shape == params[index].shape and x.dim()
             else x
             for name, x in entries.items()
         }
-        for number, entries in state["state"].items()
+        for index, entries in state["state"].items()
     }
-    optimizer.load_state_dict({**state, "state": parts})
+    optimizer.load_state_dict({**state, "state": shards})
 
 
-def _as(like: Any, value: Any) -> Any:
-    if not _is_sharded(like):
+def _full(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: _full(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_full(value) for value in state)
+    return state.full_tensor() if _is_dtensor(state) else state
+
+
+def _shard_like(like: Any, value: Any) -> Any:
+    if not _is_dtensor(like):
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    # every process cuts its part out of its own copy
+    # every process cuts its shard out of its own copy
     value = value.to(like.device)
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def _is_sharded(x: Any) -> bool:
+def _is_dtensor(x: Any) -> bool:
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)

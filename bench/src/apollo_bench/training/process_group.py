@@ -1,4 +1,4 @@
-"""The processes of one run where torchrun, on one machine or on many, has started this command."""
+"""The process group of one run, when torchrun started this command."""
 
 from __future__ import annotations
 
@@ -10,49 +10,50 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from apollo_bench.errors import ExperimentError
 
 if TYPE_CHECKING:
-    from apollo_bench.config.execution import Placement
+    from apollo_bench.config.execution import Execution
 
 T = TypeVar("T")
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
 
 
-def started() -> bool:
-    """Whether torchrun has started this process."""
+def launched_by_torchrun() -> bool:
+    """Return whether torchrun started this process."""
     return all(name in os.environ for name in _NAMES)
 
 
 def rank() -> int:
-    """This process's number; 0 where it is alone."""
-    return int(os.environ["RANK"]) if started() else 0
+    """Return the rank of this process; 0 without torchrun."""
+    return int(os.environ["RANK"]) if launched_by_torchrun() else 0
 
 
-def speaks() -> bool:
-    """Whether it is the one that prints and writes."""
+def is_main_process() -> bool:
+    """Return whether this process has rank 0, which prints and writes."""
     return rank() == 0
 
 
-def speaks_of(error: ExperimentError) -> bool:
-    """Whether this process is to tell an error that all have."""
-    return speaks() or (isinstance(error, LostError) and rank() == 1)  # the first may be lost
+def reports_error(error: ExperimentError) -> bool:
+    """Return whether this process prints an error that all processes have."""
+    # rank 0 may be the process that was lost
+    return is_main_process() or (isinstance(error, ConnectionLostError) and rank() == 1)
 
 
-def placement(asked: Placement) -> Placement:
-    """Where the run is trained: on the processes that torchrun has started.
+def torchrun_execution(requested: Execution) -> Execution:
+    """Return how the run is executed: on the processes that torchrun started.
 
     Raises:
-        ExperimentError: it has started another number on a machine than is asked for.
+        ExperimentError: torchrun started another number of processes per machine.
     """
     devices, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
-    if asked.devices not in (1, devices):
+    if requested.devices not in (1, devices):
         raise ExperimentError(
-            f"--devices is {asked.devices}, torchrun has started {devices} processes on this "
+            f"--devices is {requested.devices}, torchrun has started {devices} processes on this "
             "machine; leave --devices out"
         )
-    return asked.model_copy(update={"devices": devices, "nodes": world // devices})
+    return requested.model_copy(update={"devices": devices, "nodes": world // devices})
 
 
-def join(accelerator: str) -> None:
-    """Meet the other processes."""
+def init_process_group(accelerator: str) -> None:
+    """Initialize the default process group."""
     import torch
     import torch.distributed as dist
     from torch._C._distributed_c10d import PrefixStore, TCPStore
@@ -65,8 +66,9 @@ def join(accelerator: str) -> None:
     if os.environ["WORLD_SIZE"] != os.environ["LOCAL_WORLD_SIZE"] or not _store_survives():
         dist.init_process_group(backend)
         return
-    # torchrun's store still holds the addresses of the processes before a restart
-    # (pytorch/pytorch#135712); on several machines their agents count restarts differently
+    # After a restart torchrun's store still holds the addresses of the processes before it
+    # (pytorch/pytorch#135712). On several machines the agents count restarts differently, so that
+    # this prefix works on one machine only.
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     store = PrefixStore(attempt, TCPStore(*address, is_master=False))
@@ -75,12 +77,12 @@ def join(accelerator: str) -> None:
 
 
 def _store_survives() -> bool:
-    """Whether torchrun keeps one store over all restarts."""
+    """Return whether torchrun keeps one store over all restarts."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def advice() -> str | None:
-    """What is to be told of the way in which torchrun was called."""
+def restart_advice() -> str | None:
+    """Return advice on the call of torchrun; None if it is fine."""
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     several = os.environ["WORLD_SIZE"] != os.environ["LOCAL_WORLD_SIZE"]
     if restarts and several and _store_survives():
@@ -92,44 +94,44 @@ def advice() -> str | None:
     return None
 
 
-def joined() -> bool:
-    """Whether this process and others have met."""
+def is_distributed() -> bool:
+    """Return whether the process group is initialized and has several processes."""
     import torch.distributed as dist
 
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
-def agreed(work: Callable[[], T]) -> T:
-    """Do it in every process; what one of them complains of ends all.
+def run_on_all(work: Callable[[], T]) -> T:
+    """Call ``work`` in every process, and raise in all of them if it fails in one.
 
     Raises:
-        ExperimentError: in every process, where ``work`` has raised one in any.
+        ExperimentError: in every process, if ``work`` raised one in any process.
     """
     import torch.distributed as dist
 
     done: T | None = None
-    complaint = None
+    message = None
     try:
         done = work()
     except (ExperimentError, OSError) as error:
-        complaint = str(error)
-    if joined():
-        complaints: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(complaints, complaint)
+        message = str(error)
+    if is_distributed():
+        messages: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(messages, message)
     else:
-        complaints = [complaint]
-    found = [(i, text) for i, text in enumerate(complaints) if text is not None]
+        messages = [message]
+    found = [(i, text) for i, text in enumerate(messages) if text is not None]
     if found:
         which, text = found[0]
         raise ExperimentError(text if which == 0 else f"on rank {which}: {text}")
     return done  # type: ignore[return-value]
 
 
-def from_first(value: T) -> T:
-    """What the first process has."""
+def broadcast_from_main(value: T) -> T:
+    """Return the value of the main process."""
     import torch.distributed as dist
 
-    if not joined():
+    if not is_distributed():
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
@@ -140,28 +142,27 @@ _LOST = ("closed by peer", "reset by peer", "Connection refused", "Broken pipe",
 
 
 @contextmanager
-def losing_none() -> Iterator[None]:
-    """Turn the many ways in which another process's end shows into one that can be read.
+def translate_lost_connection() -> Iterator[None]:
+    """Turn the errors that PyTorch raises for a lost process into a readable one.
 
     Raises:
-        ExperimentError: the connection to another process is lost.
+        ConnectionLostError: the connection to another process is lost.
     """
     import torch.distributed as dist
 
     try:
         yield
     except RuntimeError as error:
-        if not joined() or not (
+        if not is_distributed() or not (
             isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST)
         ):
             raise
-        raise LostError(
+        raise ConnectionLostError(
             f"rank {dist.get_rank()} of {dist.get_world_size()} has lost the connection to another "
-            "process of this run, which has ended or cannot be reached; nothing is lost since the "
-            "last checkpoint: the same command goes on from there (torchrun --max-restarts N does "
-            "so by itself)"
+            "process of this run, which has ended or cannot be reached; the same command continues "
+            "from the last checkpoint (torchrun --max-restarts N does so by itself)"
         ) from None
 
 
-class LostError(ExperimentError):
-    """Another process of the run is gone."""
+class ConnectionLostError(ExperimentError):
+    """Another process of the run ended or cannot be reached."""

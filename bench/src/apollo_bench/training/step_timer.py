@@ -1,4 +1,4 @@
-"""How long a part of every step takes, without making the device wait."""
+"""Measure how long a part of every step takes, without synchronizing the device."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from contextlib import contextmanager
 import torch
 
 
-class Stopwatch:
-    """Collects times in milliseconds; on a GPU between two events in its stream."""
+class StepTimer:
+    """Collect times in milliseconds; on a GPU, between two events in its stream.
+
+    Args:
+        device: device on which the timed work runs.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.times: list[float] = []
@@ -19,7 +23,7 @@ class Stopwatch:
         self._on_gpu = device.type == "cuda"
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def measure(self) -> Iterator[None]:
         """Time what is done inside."""
         if self._on_gpu:
             start, end = (
@@ -36,7 +40,7 @@ class Stopwatch:
         self.times.append(1e3 * (time.perf_counter() - before))
 
     def collect(self) -> list[float]:
-        """All times so far; waits for the device."""
+        """Return all times so far; wait for the device."""
         for start, end in self._events:
             end.synchronize()
             self.times.append(start.elapsed_time(end))
@@ -44,6 +48,6 @@ class Stopwatch:
         return self.times
 
     def median(self) -> float | None:
-        """Of all times so far; None where there are none."""
+        """Return the median of all times so far; None if there are none."""
         times = self.collect()
         return statistics.median(times) if times else None

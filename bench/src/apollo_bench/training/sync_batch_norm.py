@@ -1,4 +1,4 @@
-"""Batch normalisation whose batch is that of all processes."""
+"""Batch normalization over the batches of all processes, also on a CPU."""
 
 from __future__ import annotations
 
@@ -9,23 +9,30 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def over_all_processes(network: nn.Module, device: torch.device) -> nn.Module:
-    """Let its batch normalisations take mean and variance over the batches of all processes.
+def convert_sync_batch_norm(network: nn.Module, device: torch.device) -> nn.Module:
+    """Make every batch normalization use the mean and variance over all processes.
 
-    So the same batch in many processes trains as it does in one. Parameters, buffers and their
-    names remain.
+    A batch then trains the network in many processes as in one. Parameters, buffers and their names
+    stay the same.
+
+    Args:
+        network: changed in place.
+        device: device of the network.
+
+    Returns:
+        The network.
     """
     if device.type == "cuda":
         converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
         return converted
     for module in network.modules():
         if type(module) is nn.BatchNorm2d:
-            module.__class__ = _BatchNorm2d  # the same parameters and settings, another forward
+            module.__class__ = _BatchNorm2d  # replaces forward, keeps parameters and settings
     return network
 
 
 class _BatchNorm2d(nn.BatchNorm2d):
-    """What ``nn.SyncBatchNorm`` is, which serves GPUs alone."""
+    """Batch normalization over all processes; ``nn.SyncBatchNorm`` works on GPUs only."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -35,14 +42,14 @@ class _BatchNorm2d(nn.BatchNorm2d):
         sums = _sum(torch.cat([x.sum((0, 2, 3)), count]))
         count = sums[-1]
         mean = sums[:-1] / count
-        centred = x - mean[:, None, None]
-        variance = _sum(centred.square().sum((0, 2, 3))) / count
-        self._keep(mean.detach(), variance.detach(), count.detach())
+        centered = x - mean[:, None, None]
+        variance = _sum(centered.square().sum((0, 2, 3))) / count
+        self._update_running(mean.detach(), variance.detach(), count.detach())
         scale = torch.rsqrt(variance + self.eps) * self.weight
-        y: Tensor = centred * scale[:, None, None] + self.bias[:, None, None]
+        y: Tensor = centered * scale[:, None, None] + self.bias[:, None, None]
         return y.to(dtype)
 
-    def _keep(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+    def _update_running(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         assert self.momentum is not None
         assert self.running_mean is not None
         assert self.running_var is not None
@@ -56,7 +63,7 @@ class _BatchNorm2d(nn.BatchNorm2d):
 
 
 class _Sum(torch.autograd.Function):
-    """Over all processes; every one's loss depends on it."""
+    """Sum over all processes; the loss of every process depends on the result."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run."""
+"""The TensorBoard events of a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 
-def events(folder: Path, step: int) -> SummaryWriter:
-    """A writer that goes on after ``step``; what was written of later steps is shown no more."""
+def make_event_writer(folder: Path, step: int) -> SummaryWriter:
+    """Return a writer that continues after ``step``; events of later steps are hidden."""
     after = step + 1 if step else None
     return SummaryWriter(str(folder), purge_step=after)

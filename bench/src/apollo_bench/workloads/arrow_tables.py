@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from apollo_bench.errors import ExperimentError, first_line
-from apollo_bench.optional_imports import library
+from apollo_bench.optional_imports import import_optional
 from apollo_bench.workloads.image_classification.image_set import checked_labels
 
 _IMAGES = ("image", "img")
@@ -46,8 +46,8 @@ def find_shards(folder: Path, split: str) -> list[Path]:
 
 def read_parquet(path: Path) -> Any:
     """Read one file, a ``pyarrow.Table``; raises ExperimentError for a bad one."""
-    parquet = library("pyarrow.parquet", f"{path}, a parquet file,")
-    arrow = library("pyarrow", f"{path}, a parquet file,")
+    parquet = import_optional("pyarrow.parquet", f"{path}, a parquet file,")
+    arrow = import_optional("pyarrow", f"{path}, a parquet file,")
     try:
         # not memory-mapped: a file that changes later must not change the run
         return parquet.read_table(path, memory_map=False)
@@ -66,7 +66,7 @@ def open_hub(name: str, remedy: str) -> Any:
         ExperimentError: the library, the network or the data set is not there.
     """
     splits = hub_splits(name, remedy)
-    datasets = library("datasets", f"{name} of the Hugging Face hub")
+    datasets = import_optional("datasets", f"{name} of the Hugging Face hub")
     for split, rows in splits.items():
         column = image_column(rows, f"{name}, split {split}")
         splits[split] = rows.cast_column(column, datasets.Image(decode=False))
@@ -81,7 +81,9 @@ def hub_splits(name: str, remedy: str, subset: str | None = None) -> Any:
         remedy: as there.
         subset: which of the configurations that the hub has under the name; None: the only one.
     """
-    datasets = library("datasets", f"{name} of the Hugging Face hub", f"; without it {remedy}")
+    datasets = import_optional(
+        "datasets", f"{name} of the Hugging Face hub", f"; without it {remedy}"
+    )
     try:
         return datasets.load_dataset(name, subset)
     except Exception as error:  # whatever stands between here and the hub

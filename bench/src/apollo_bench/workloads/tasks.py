@@ -13,13 +13,13 @@ from apollo_bench.errors import ExperimentError
 from apollo_bench.workloads.image_classification import image_workload
 from apollo_bench.workloads.language_modeling import language_workload
 from apollo_bench.workloads.translation import translation_workload
-from apollo_bench.workloads.workload import Metric, Resources, Task
+from apollo_bench.workloads.workload import Metric, Resources, Workload
 
 
-class TaskFamily(NamedTuple):
+class TaskEntry(NamedTuple):
     """How a task is made, and what ``apollo-bench tasks`` says of it."""
 
-    make: Callable[[RunSpec, Resources], Task]
+    make: Callable[[RunSpec, Resources], Workload]
     curve: Metric  # during training
     final: Metric  # of the trained model
     data: str
@@ -27,61 +27,61 @@ class TaskFamily(NamedTuple):
 
 
 TASKS = {
-    "fashion-mnist": TaskFamily(
-        image_workload.fashion,
+    "fashion-mnist": TaskEntry(
+        image_workload.make_fashion_mnist,
         image_workload.ACCURACY,
         image_workload.ACCURACY,
         "8000 + 2000 grey images 28 x 28, 10 classes (whole set: 60000 + 10000)",
         "embedded; whole set: --data /usr/share/datasets/fashion-mnist "
         "(Debian's dataset-fashion-mnist)",
     ),
-    "cifar10": TaskFamily(
-        image_workload.cifar,
+    "cifar10": TaskEntry(
+        image_workload.make_cifar10,
         image_workload.ACCURACY,
         image_workload.ACCURACY,
         "50000 + 10000 colour images 32 x 32, 10 classes",
         "Hugging Face hub (uoft-cs/cifar10), or --data with cifar-10-python.tar.gz, its folder, "
         "or parquet files",
     ),
-    "imagenet": TaskFamily(
-        image_workload.photographs,
+    "imagenet": TaskEntry(
+        image_workload.make_imagenet,
         image_workload.ACCURACY,
         image_workload.ACCURACY,
         "1281167 + 50000 photographs, 1000 classes",
         "Hugging Face hub (ILSVRC/imagenet-1k), or --data with train/CLASS/*.JPEG and "
         "val/CLASS/*.JPEG",
     ),
-    "wordnet": TaskFamily(
-        language_workload.of_wordnet,
+    "wordnet": TaskEntry(
+        language_workload.make_wordnet,
         language_workload.VALIDATION,
         language_workload.TEST,
         "765 thousand words of WordNet's definitions (the larger set: 1.36 million)",
         "embedded; larger: --data with wordnet_{train,valid,test}.txt.gz",
     ),
-    "one-billion-word": TaskFamily(
-        language_workload.of_one_billion_words,
+    "one-billion-word": TaskEntry(
+        language_workload.make_one_billion_word,
         language_workload.VALIDATION,
         language_workload.TEST,
         "0.8 billion words of news, a vocabulary of 793471",
         "statmt.org/lm-benchmark; `apollo-bench prepare` makes what --data needs",
     ),
-    "phrases": TaskFamily(
-        translation_workload.of_phrases,
+    "phrases": TaskEntry(
+        translation_workload.make_phrases,
         translation_workload.VALIDATION,
         translation_workload.TEST,
         "20000 + 1000 + 1000 pairs of English and German dates, numbers, amounts and times",
         "embedded",
     ),
-    "multi30k": TaskFamily(
-        translation_workload.of_multi30k,
+    "multi30k": TaskEntry(
+        translation_workload.make_multi30k,
         translation_workload.VALIDATION,
         translation_workload.TEST,
         "29000 + 1014 + 1000 pairs of English and German captions",
         "Hugging Face hub (bentrevett/multi30k), or --data with {train,val,test_2016_flickr}."
         "{en,de}.gz",
     ),
-    "wmt14-en-de": TaskFamily(
-        translation_workload.of_wmt14,
+    "wmt14-en-de": TaskEntry(
+        translation_workload.make_wmt14,
         translation_workload.VALIDATION,
         translation_workload.TEST,
         "4.5 million + 3000 + 3003 pairs of English and German sentences",
@@ -95,7 +95,7 @@ def make(
     folder: Path | None = None,
     device: torch.device | str = "cpu",
     workers: int | None = None,
-) -> Task:
+) -> Workload:
     """Make the task of a run.
 
     Args:

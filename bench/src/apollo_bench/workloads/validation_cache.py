@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-class Remembered:
+class ValidationCache:
     """Names and the digests of what they held when it was found good.
 
     Args:
@@ -26,7 +26,7 @@ class Remembered:
             self._saved = dict(json.loads(self._path.read_text()))
         self._good = dict(self._saved)
 
-    def knows(self, name: str, digest: str) -> bool:
+    def contains(self, name: str, digest: str) -> bool:
         """Whether it was found good as it is now."""
         return self._good.get(name) == digest
 
@@ -42,7 +42,7 @@ class Remembered:
         """
         there = path.stat()
         digest = f"{sha256} {there.st_size} {there.st_mtime_ns}"
-        if not self.knows(str(path.resolve()), digest):
+        if not self.contains(str(path.resolve()), digest):
             with path.open("rb") as file:
                 if _sha256(file) != sha256:
                     return False

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 Batch = tuple[Tensor, ...]  # with one row for each example
-Carried = tuple[Tensor, ...]  # likewise: what a step leaves to the next; () at an epoch's start
+HiddenState = tuple[Tensor, ...]  # likewise: what a step leaves to the next; () at an epoch's start
 
 
 class Metric(NamedTuple):
@@ -39,12 +39,14 @@ class Resources(NamedTuple):
     workers: int | None = None  # processes that decode images; None: one a core
 
 
-class Task(Protocol):
+class Workload(Protocol):
     """One problem to train; the optimizer is none of its business."""
 
     curve: Metric  # during training; the best weights are those of its best value
     final: Metric  # of the trained model
-    examines: bool  # whether the trained model is measured in another way than during training
+    has_final_test: (
+        bool  # whether the trained model is measured in another way than during training
+    )
     unit: str  # what throughput counts: "images", "words"
     units_per_step: float  # over all processes
     fingerprint: str  # of the data
@@ -65,8 +67,8 @@ class Task(Protocol):
         """
 
     def loss(
-        self, model: nn.Module, part: Batch, batch: Batch, carried: Carried
-    ) -> tuple[Tensor, Carried]:
+        self, model: nn.Module, part: Batch, batch: Batch, hidden_state: HiddenState
+    ) -> tuple[Tensor, HiddenState]:
         """What a part of a process's batch adds to the loss, a 0-dim tensor, and what it leaves.
 
         The sum over the parts of ``batch``, averaged over the processes, is the mean loss of the

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from apollo_bench.workloads.image_classification.cropping import (
-    centre_square,
+    center_crop,
     random_box,
-    random_square,
+    random_resized_crop,
 )
 from bench.tests.image_trees import photograph
 
@@ -55,14 +55,14 @@ def test_a_random_square_is_the_box_resized_perhaps_mirrored() -> None:
     image = photograph(1, 60, 50)
     seen = set()
     for seed in range(8):
-        square = random_square(image, 24, 0.08, True, Random(seed))
+        square = random_resized_crop(image, 24, 0.08, True, Random(seed))
         box = random_box(60, 50, 0.08, Random(seed))
         plain = image.crop(box).resize((24, 24), Image.Resampling.BILINEAR)
         both = [numpy.asarray(plain), numpy.asarray(plain)[:, ::-1]]
         matches = [numpy.array_equal(numpy.asarray(square), one) for one in both]
         assert sum(matches) == 1
         seen.add(matches[0])
-        unflipped = random_square(image, 24, 0.08, False, Random(seed))
+        unflipped = random_resized_crop(image, 24, 0.08, False, Random(seed))
         assert numpy.array_equal(numpy.asarray(unflipped), both[0])
     assert seen == {True, False}
 
@@ -80,7 +80,7 @@ def test_the_centre_square(
     width: int, height: int, resized: tuple[int, int], corner: tuple[int, int]
 ) -> None:
     image = photograph(2, width, height)
-    square = centre_square(image, 32, 24)
+    square = center_crop(image, 32, 24)
     expected = image.resize(resized, Image.Resampling.BILINEAR)
     left, upper = corner
     expected = expected.crop((left, upper, left + 24, upper + 24))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from apollo_bench.workloads.image_classification.image_validation import find_fault
+from apollo_bench.workloads.image_classification.image_validation import image_file_error
 from bench.tests.image_trees import jpeg, photograph
 
 
@@ -41,9 +41,9 @@ WHOLE = {
 def test_whole_files(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "image.JPEG"
     path.write_bytes(WHOLE[kind])
-    assert find_fault(path) is None
+    assert image_file_error(path) is None
     path.write_bytes(WHOLE[kind] + bytes(100))
-    assert find_fault(path) is None
+    assert image_file_error(path) is None
 
 
 @pytest.mark.parametrize("kind", WHOLE)
@@ -53,10 +53,10 @@ def test_files_cut_short(tmp_path: Path, kind: str, missing: float) -> None:
     content = WHOLE[kind]
     lost = round(missing * len(content)) if missing < 1 else int(missing)
     path.write_bytes(content[: len(content) - lost])
-    assert find_fault(path) is not None
+    assert image_file_error(path) is not None
     if kind != "bmp":  # as a download ends whose space was reserved
         path.write_bytes(content[: len(content) - lost] + bytes(lost))
-        assert find_fault(path) is not None
+        assert image_file_error(path) is not None
 
 
 def test_damage_inside(tmp_path: Path) -> None:
@@ -65,27 +65,28 @@ def test_damage_inside(tmp_path: Path) -> None:
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     assert (
-        find_fault(path) == "not a whole image (broken PNG file (bad header checksum in b'IDAT'))"
+        image_file_error(path)
+        == "not a whole image (broken PNG file (bad header checksum in b'IDAT'))"
     )
     content = bytearray(WHOLE["jpeg"])
     tables = content.index(b"\xff\xc4")  # of Huffman's code, without which nothing is decoded
     content[tables + 5 : tables + 21] = bytes([255] * 16)
     path.write_bytes(content)
-    assert str(find_fault(path)).startswith("not a")
+    assert str(image_file_error(path)).startswith("not a")
 
 
 def test_what_is_said(tmp_path: Path) -> None:
     path = tmp_path / "image.JPEG"
-    assert find_fault(path) == "cannot be read (No such file or directory)"
+    assert image_file_error(path) == "cannot be read (No such file or directory)"
     path.write_bytes(b"")
-    assert find_fault(path) == "empty"
+    assert image_file_error(path) == "empty"
     path.write_bytes(b"<html>404 Not Found</html>")
-    assert find_fault(path) == "not an image"
+    assert image_file_error(path) == "not an image"
     content = WHOLE["jpeg"][:-1]
     path.write_bytes(content)
-    assert find_fault(path) == (
+    assert image_file_error(path) == (
         f"cut short: {len(content)} bytes without the mark that ends its format"
     )
     path.unlink()
     path.mkdir()
-    assert find_fault(path) == "cannot be read (Is a directory)"
+    assert image_file_error(path) == "cannot be read (Is a directory)"

@@ -6,23 +6,23 @@ import pytest
 import torch
 
 from apollo_bench.config import recipe, schema
-from apollo_bench.config.schema import ResNetModel, ResNeXtModel, SmallImages
+from apollo_bench.config.schema import ResNetModel, ResNeXtModel, SmallImageData
 from apollo_bench.errors import ExperimentError
 from apollo_bench.workloads import tasks
 from apollo_bench.workloads.image_classification import fashion_mnist
-from apollo_bench.workloads.image_classification.image_workload import ImageTask
-from apollo_bench.workloads.image_classification.in_memory_images import MemoryImages
+from apollo_bench.workloads.image_classification.image_workload import ImageClassification
+from apollo_bench.workloads.image_classification.in_memory_images import InMemoryImageSource
 
 MODEL = ResNetModel(family="resnet", depth=8, width=2)
 
 
-def task_of(data: SmallImages, batch_size: int) -> ImageTask:
-    source = MemoryImages(fashion_mnist.load(), 10, data, torch.device("cpu"))
-    return ImageTask(source, MODEL, batch_size)
+def task_of(data: SmallImageData, batch_size: int) -> ImageClassification:
+    source = InMemoryImageSource(fashion_mnist.load(), 10, data, torch.device("cpu"))
+    return ImageClassification(source, MODEL, batch_size)
 
 
 def test_batches_are_a_function_of_seed_epoch_and_step() -> None:
-    task = task_of(SmallImages(train_examples=100), 32)
+    task = task_of(SmallImageData(train_examples=100), 32)
     assert task.steps_per_epoch == 3
     whole = list(task.batches(1, 4, 0))
     rest = list(task.batches(1, 4, 2))
@@ -35,7 +35,7 @@ def test_batches_are_a_function_of_seed_epoch_and_step() -> None:
 
 def test_an_epoch_shows_every_training_image_once() -> None:
     images = fashion_mnist.load()
-    plain = SmallImages(train_examples=96, crop_padding=0, flip=False)
+    plain = SmallImageData(train_examples=96, crop_padding=0, flip=False)
     task = task_of(plain, 32)
     shown = torch.cat([batch[0] for batch in task.batches(1, 0, 0)])
     pixels = images.train_images[:96].float() / 255
@@ -59,7 +59,7 @@ class Recorder(torch.nn.Module):
 @pytest.mark.parametrize("validation", [0, 500])
 def test_evaluation_sees_the_untouched_held_out_images(validation: int) -> None:
     images = fashion_mnist.load()
-    task = task_of(SmallImages(validation=validation), 64)
+    task = task_of(SmallImageData(validation=validation), 64)
     recorder = Recorder()
     metrics = task.metrics(task.tally(recorder))
     trained = images.train_images[: 8000 - validation].float() / 255
@@ -73,12 +73,12 @@ def test_evaluation_sees_the_untouched_held_out_images(validation: int) -> None:
 
 def test_fewer_images_than_a_batch() -> None:
     with pytest.raises(ExperimentError, match=r"10 training images are left.*batch of 64"):
-        task_of(SmallImages(validation=7990), 64)
+        task_of(SmallImageData(validation=7990), 64)
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_parts_of_several_processes_are_the_batch_of_one(world: int) -> None:
-    task = task_of(SmallImages(train_examples=100), 32)
+    task = task_of(SmallImageData(train_examples=100), 32)
     whole = list(task.batches(1, 4, 1))
     parts = [list(task.batches(1, 4, 1, rank, world)) for rank in range(world)]
     for step, batch in enumerate(whole):
@@ -88,13 +88,13 @@ def test_the_parts_of_several_processes_are_the_batch_of_one(world: int) -> None
 
 
 def test_processes_that_cannot_share_a_batch() -> None:
-    task = task_of(SmallImages(train_examples=100), 32)
+    task = task_of(SmallImageData(train_examples=100), 32)
     with pytest.raises(ExperimentError, match=r"batch_size is 32, which 3 processes cannot share"):
         task.batches(1, 0, 0, 0, 3)
 
 
 def test_the_tallies_of_several_processes_add_up() -> None:
-    task = task_of(SmallImages(validation=1003), 32)
+    task = task_of(SmallImageData(validation=1003), 32)
     torch.manual_seed(0)
     model = task.model().eval()
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_tasks_that_do_not_fit() -> None:
     spec = recipe.load("fashion-mnist").run("sgd", 1)
     with pytest.raises(ExperimentError, match="task is 'mnist', allowed are "):
         tasks.make(spec.model_copy(update={"task": "mnist"}))
-    photographs = schema.Photographs(kind="photographs")
+    photographs = schema.PhotographData(kind="photographs")
     with pytest.raises(ExperimentError, match="'photographs', the task fashion-mnist needs 'small"):
         tasks.make(spec.model_copy(update={"data": photographs}))
 
@@ -127,10 +127,10 @@ def test_tasks_that_do_not_fit() -> None:
 @pytest.mark.parametrize(("width", "channels_last"), [(2, False), (4, False), (8, True)])
 def test_memory_of_networks_that_are_narrow(width: int, channels_last: bool) -> None:
     """In channels-last memory the backward pass of a narrow one may write beyond its own."""
-    source = MemoryImages(
-        fashion_mnist.load(), 10, SmallImages(train_examples=32), torch.device("cpu")
+    source = InMemoryImageSource(
+        fashion_mnist.load(), 10, SmallImageData(train_examples=32), torch.device("cpu")
     )
-    task = ImageTask(source, ResNetModel(family="resnet", depth=8, width=width), 32)
+    task = ImageClassification(source, ResNetModel(family="resnet", depth=8, width=width), 32)
     network, orders = task.model(), []
     for module in network.modules():
         if isinstance(module, torch.nn.Conv2d):

@@ -18,21 +18,21 @@ import torch
 
 from apollo_bench.config import recipe, schema
 from apollo_bench.config.recipe import RunSpec
-from apollo_bench.config.schema import Photographs
+from apollo_bench.config.schema import PhotographData
 from apollo_bench.errors import ExperimentError
 from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.seeds import derived_seed
 from apollo_bench.training.loop import train
 from apollo_bench.workloads import tasks
 from apollo_bench.workloads.image_classification import imagenet
-from apollo_bench.workloads.image_classification.cropping import centre_square, random_square
+from apollo_bench.workloads.image_classification.cropping import center_crop, random_resized_crop
 from apollo_bench.workloads.image_classification.encoded_images import EncodedImages
 from apollo_bench.workloads.image_classification.image_decoding import decode
-from apollo_bench.workloads.image_classification.image_loader import DecodedPhotographs
-from apollo_bench.workloads.image_classification.image_workload import ImageTask
+from apollo_bench.workloads.image_classification.image_loader import DecodingImageSource
+from apollo_bench.workloads.image_classification.image_workload import ImageClassification
 from bench.tests.image_trees import WNIDS, jpeg, photograph, write_tree
 
-DATA = Photographs(kind="photographs", size=24, test_resize=32)
+DATA = PhotographData(kind="photographs", size=24, test_resize=32)
 TINY = schema.ResNetModel(family="resnet", depth=8, width=2)
 
 
@@ -43,8 +43,8 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write_tree(tmp_path / "imagenet")
 
 
-def source(tree: Path, data: Photographs = DATA, workers: int = 0) -> DecodedPhotographs:
-    return DecodedPhotographs(
+def source(tree: Path, data: PhotographData = DATA, workers: int = 0) -> DecodingImageSource:
+    return DecodingImageSource(
         imagenet.load(tree),
         imagenet.MEAN,
         imagenet.STD,
@@ -54,8 +54,8 @@ def source(tree: Path, data: Photographs = DATA, workers: int = 0) -> DecodedPho
     )
 
 
-def task_of(tree: Path, data: Photographs = DATA, workers: int = 0) -> ImageTask:
-    return ImageTask(source(tree, data, workers), TINY, 4)
+def task_of(tree: Path, data: PhotographData = DATA, workers: int = 0) -> ImageClassification:
+    return ImageClassification(source(tree, data, workers), TINY, 4)
 
 
 def pixels(images: torch.Tensor) -> torch.Tensor:
@@ -147,7 +147,7 @@ def spoil(path: Path, later: bool) -> None:
 
 def test_good_files_are_remembered_until_they_change(tree: Path, tmp_path: Path) -> None:
     imagenet.load(tree)
-    (remembered,) = (tmp_path / "cache" / "apollo-bench").iterdir()
+    (validated,) = (tmp_path / "cache" / "apollo-bench").iterdir()
     path = tree / "train" / WNIDS[1] / f"{WNIDS[1]}_0.JPEG"
     spoil(path, later=False)
     imagenet.load(tree)  # not looked at again
@@ -159,7 +159,7 @@ def test_good_files_are_remembered_until_they_change(tree: Path, tmp_path: Path)
     # a damaged memory is none
     spoil(path, later=False)
     for content in ("", "[1, 2]", "{", "null"):
-        remembered.write_text(content)
+        validated.write_text(content)
         assert error_of(tree) == f"{path}: not an image"
 
 
@@ -179,7 +179,7 @@ def test_training_images_are_random_squares_seeded_by_epoch_and_image(tree: Path
     for index in range(12):
         random = Random(derived_seed(7, 2, index))
         image = decode(images.train.read(index), "")
-        square = numpy.asarray(random_square(image, 24, 0.08, True, random))
+        square = numpy.asarray(random_resized_crop(image, 24, 0.08, True, random))
         expected[square.transpose(2, 0, 1).tobytes()] = int(images.train.labels[index])
     shown = []
     for batch, labels in task.batches(7, 2, 0):
@@ -231,7 +231,7 @@ def test_evaluation_sees_the_centres_of_the_validation_images(tree: Path) -> Non
     ((batch, labels),) = source(tree).evaluation(0, 1)
     assert torch.equal(labels, images.test.labels)
     for index, picture in enumerate(pixels(batch)):
-        square = centre_square(decode(images.test.read(index), ""), 32, 24)
+        square = center_crop(decode(images.test.read(index), ""), 32, 24)
         assert numpy.array_equal(picture.permute(1, 2, 0).numpy(), numpy.asarray(square))
 
 
@@ -253,7 +253,7 @@ def test_held_out_images_are_of_all_classes_and_not_trained_on(tree: Path) -> No
     data = DATA.model_copy(update={"validation": 4, "train_examples": 6})
     images = imagenet.load(tree)
     noted = Noted(images.train)
-    parts = DecodedPhotographs(
+    parts = DecodingImageSource(
         images._replace(train=noted),
         imagenet.MEAN,
         imagenet.STD,
@@ -267,7 +267,7 @@ def test_held_out_images_are_of_all_classes_and_not_trained_on(tree: Path) -> No
     held_out = set(noted.indices)
     assert len(held_out) == 4
     noted.indices.clear()
-    list(ImageTask(parts, TINY, 3).batches(1, 0, 0))
+    list(ImageClassification(parts, TINY, 3).batches(1, 0, 0))
     assert parts.train_size == len(set(noted.indices)) == 6
     assert held_out.isdisjoint(noted.indices)
 
@@ -308,7 +308,7 @@ def test_a_run(tree: Path, tmp_path: Path) -> None:
 def test_tasks_that_do_not_fit(tree: Path) -> None:
     with pytest.raises(ExperimentError, match="12 training images are left, fewer than one batch"):
         tasks.make(spec_of(batch_size=16), tree)
-    small = spec_of().model_copy(update={"data": schema.SmallImages()})
+    small = spec_of().model_copy(update={"data": schema.SmallImageData()})
     with pytest.raises(ExperimentError, match="'small-images', the task imagenet needs 'photogra"):
         tasks.make(small, tree)
 

@@ -9,24 +9,29 @@ import pytest
 import torch
 
 from apollo_bench.errors import ExperimentError
-from apollo_bench.workloads.language_modeling.bptt_batches import IGNORED, Pair, Sequences, held_out
-from apollo_bench.workloads.language_modeling.token_corpus import Tokens
+from apollo_bench.workloads.language_modeling.bptt_batches import (
+    IGNORED,
+    BPTTBatches,
+    InputTargetPair,
+    evaluation_batches,
+)
+from apollo_bench.workloads.language_modeling.token_corpus import TokenStream
 
 END = 7_000
 
 
-def corpus(count: int) -> Tokens:
+def corpus(count: int) -> TokenStream:
     """Tokens 0, 1, 2, ..., so that each tells its place; in parts."""
     whole = numpy.arange(count, dtype=numpy.int32)
-    return Tokens([whole[: count // 3], whole[count // 3 : count - 5], whole[count - 5 :]])
+    return TokenStream([whole[: count // 3], whole[count // 3 : count - 5], whole[count - 5 :]])
 
 
-def joined(pairs: list[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
+def joined(pairs: list[InputTargetPair]) -> tuple[torch.Tensor, torch.Tensor]:
     inputs, targets = zip(*pairs, strict=True)
     return torch.cat(inputs, 1), torch.cat(targets, 1)
 
 
-def same(one: list[Pair], other: list[Pair]) -> bool:
+def same(one: list[InputTargetPair], other: list[InputTargetPair]) -> bool:
     return len(one) == len(other) and all(
         torch.equal(left, right)
         for pair, twin in zip(one, other, strict=True)
@@ -35,7 +40,7 @@ def same(one: list[Pair], other: list[Pair]) -> bool:
 
 
 def test_streams_go_on_where_they_ended() -> None:
-    sequences = Sequences(corpus(100), batch=4, steps=5)
+    sequences = BPTTBatches(corpus(100), batch=4, steps=5)
     # 99 tokens have a next one: 24 for each stream, 4 whole pieces of 5
     assert sequences.batches == 4
     pairs = list(sequences.epoch())
@@ -53,9 +58,9 @@ def test_streams_go_on_where_they_ended() -> None:
 def test_number_of_batches(count: int, batches: int) -> None:
     if not batches:
         with pytest.raises(ExperimentError, match=r"20 tokens do not fill a batch .* 21 do"):
-            Sequences(corpus(count), 4, 5)
+            BPTTBatches(corpus(count), 4, 5)
         return
-    sequences = Sequences(corpus(count), 4, 5)
+    sequences = BPTTBatches(corpus(count), 4, 5)
     assert sequences.batches == batches
     assert len(list(sequences.epoch())) == batches
     assert len(list(sequences.epoch(offset=count - 3))) == batches
@@ -63,14 +68,14 @@ def test_number_of_batches(count: int, batches: int) -> None:
 
 @pytest.mark.parametrize("offset", [0, 57])
 def test_resumed_at_any_step(offset: int) -> None:
-    sequences = Sequences(corpus(120), 3, 4)
+    sequences = BPTTBatches(corpus(120), 3, 4)
     whole = list(sequences.epoch(offset=offset))
     for start in range(sequences.batches + 1):
         assert same(list(sequences.epoch(start, offset)), whole[start:])
 
 
 def test_processes_share_the_streams() -> None:
-    sequences = Sequences(corpus(300), 6, 7)
+    sequences = BPTTBatches(corpus(300), 6, 7)
     whole = list(sequences.epoch(2, 11))
     for world in (2, 3, 6):
         parts = [list(sequences.epoch(2, 11, rank, world)) for rank in range(world)]
@@ -84,7 +89,7 @@ def test_processes_share_the_streams() -> None:
 
 
 def test_the_corpus_is_a_ring() -> None:
-    sequences = Sequences(corpus(101), 4, 5)
+    sequences = BPTTBatches(corpus(101), 4, 5)
     for offset in (1, 50, 98, 100):
         inputs, targets = joined(list(sequences.epoch(offset=offset)))
         for stream in range(4):
@@ -94,17 +99,17 @@ def test_the_corpus_is_a_ring() -> None:
 
 
 def test_offsets_are_a_function_of_seed_and_epoch() -> None:
-    sequences = Sequences(corpus(1_000), 4, 5)
+    sequences = BPTTBatches(corpus(1_000), 4, 5)
     offsets = [sequences.offset(seed, epoch) for seed in range(4) for epoch in range(10)]
     assert all(0 <= offset < 1_000 for offset in offsets)
     assert len(set(offsets)) > 30
-    again = Sequences(corpus(1_000), 8, 3)
+    again = BPTTBatches(corpus(1_000), 8, 3)
     assert offsets == [again.offset(seed, epoch) for seed in range(4) for epoch in range(10)]
 
 
 def test_batches_are_copies() -> None:
     tokens = corpus(50)
-    inputs, targets = next(Sequences(tokens, 2, 5).epoch())
+    inputs, targets = next(BPTTBatches(tokens, 2, 5).epoch())
     inputs.zero_()
     assert targets.tolist()[0] == [1, 2, 3, 4, 5]
     assert tokens[:3].tolist() == [0, 1, 2]
@@ -113,9 +118,9 @@ def test_batches_are_copies() -> None:
 @pytest.mark.parametrize(("batch", "steps"), [(0, 5), (4, 0), (-1, 5)])
 def test_sizes_that_make_no_sense(batch: int, steps: int) -> None:
     with pytest.raises(ValueError, match="both must be 1 at least"):
-        Sequences(corpus(50), batch, steps)
+        BPTTBatches(corpus(50), batch, steps)
     with pytest.raises(ValueError, match="both must be 1 at least"):
-        list(held_out(corpus(50), batch, steps, END))
+        list(evaluation_batches(corpus(50), batch, steps, END))
 
 
 SIZES = [(10, 1, 3), (10, 3, 3), (10, 3, 4), (10, 3, 99), (12, 4, 3), (13, 4, 2), (7, 9, 2)]
@@ -123,7 +128,7 @@ SIZES = [(10, 1, 3), (10, 3, 3), (10, 3, 4), (10, 3, 99), (12, 4, 3), (13, 4, 2)
 
 @pytest.mark.parametrize(("count", "batch", "steps"), SIZES)
 def test_held_out_tokens_are_targets_once(count: int, batch: int, steps: int) -> None:
-    pairs = list(held_out(corpus(count), batch, steps, END))
+    pairs = list(evaluation_batches(corpus(count), batch, steps, END))
     assert max(pair[0].shape[1] for pair in pairs) <= steps
     inputs, targets = joined(pairs)
     assert inputs.shape[0] == batch
@@ -138,19 +143,19 @@ def test_held_out_tokens_are_targets_once(count: int, batch: int, steps: int) ->
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_processes_share_held_out_tokens(world: int) -> None:
-    whole = joined(list(held_out(corpus(40), 4, 3, END)))
-    parts = [list(held_out(corpus(40), 4, 3, END, rank, world)) for rank in range(world)]
+    whole = joined(list(evaluation_batches(corpus(40), 4, 3, END)))
+    parts = [list(evaluation_batches(corpus(40), 4, 3, END, rank, world)) for rank in range(world)]
     together = [joined(part) for part in parts if part]
     for place in range(2):
         assert torch.equal(torch.cat([pair[place] for pair in together]), whole[place])
 
 
 def test_nothing_held_out() -> None:
-    assert list(held_out(Tokens([]), 4, 3, END)) == []
+    assert list(evaluation_batches(TokenStream([]), 4, 3, END)) == []
 
 
 def test_more_than_one_epoch_differs_by_its_offset_alone() -> None:
-    sequences = Sequences(corpus(200), 4, 5)
+    sequences = BPTTBatches(corpus(200), 4, 5)
     epochs = [list(sequences.epoch(offset=sequences.offset(1, epoch))) for epoch in range(3)]
     for one, other in itertools.pairwise(epochs):
         assert not same(one, other)

@@ -14,16 +14,16 @@ import sacrebleu
 import torch
 
 from apollo_bench.config import recipe
-from apollo_bench.config.execution import Placement
+from apollo_bench.config.execution import Execution
 from apollo_bench.config.recipe import RunSpec
 from apollo_bench.errors import ExperimentError
-from apollo_bench.launch.run_scheduler import launcher
+from apollo_bench.launch.run_scheduler import worker_command
 from apollo_bench.training.loop import train
 from apollo_bench.workloads import tasks
 from apollo_bench.workloads.language_modeling import wordnet
 from apollo_bench.workloads.translation import encoded_corpus, phrases
 from apollo_bench.workloads.translation.token_batches import padded
-from apollo_bench.workloads.translation.translation_workload import SIGNATURE, TranslationTask
+from apollo_bench.workloads.translation.translation_workload import SIGNATURE, Translation
 from bench.tests.helpers import PATIENCE, assert_identical, prepared, result
 
 SETTINGS = {
@@ -34,9 +34,9 @@ SETTINGS = {
     ],
     "phrases": [
         *("model.width=16", "model.inner=16", "model.heads=2", "model.layers=1"),
-        *("data.train_examples=600", "data.beams=2", "train.batch_size=1024"),
+        *("data.train_examples=600", "data.beam_size=2", "train.batch_size=1024"),
         *("train.log_every=5", "train.evaluate_every=10", "train.checkpoint_every=0.05"),
-        *("train.average_last=2", "schedule.updates=25"),
+        *("train.average_checkpoints=2", "schedule.updates=25"),
     ],
 }
 
@@ -82,7 +82,7 @@ def test_stopped_many_times_is_equal_to_never(task: str, texts: Path, tmp_path: 
     else:
         assert [line["step"] for line in lines] == [10, 20, 25]
         assert 0 <= found["test_bleu"] <= 100
-        states = [torch.load(path, weights_only=True) for path in whole.all_evaluated(10**8)]
+        states = [torch.load(path, weights_only=True) for path in whole.kept_evaluations(10**8)]
         assert len(states) == 2
         mean = torch.load(whole.averaged, weights_only=True)["model"]
         for name, value in mean.items():
@@ -157,12 +157,12 @@ def test_the_state_is_carried_over(texts: Path) -> None:
     torch.manual_seed(0)
     model = made.model()
     steps = list(zip(range(3), made.batches(1, 0, 0), strict=False))
-    carried: Any = ()
+    hidden_state: Any = ()
     losses = []
     for _, batch in steps:
-        loss, carried = made.loss(model, batch, batch, carried)
+        loss, hidden_state = made.loss(model, batch, batch, hidden_state)
         losses.append(loss.item())
-    assert [tuple(x.shape) for x in carried] == [(8, 1, 8)] * 2
+    assert [tuple(x.shape) for x in hidden_state] == [(8, 1, 8)] * 2
     afresh, _ = made.loss(model, steps[1][1], steps[1][1], ())
     assert afresh.item() != losses[1]
     long = tuple(torch.cat([batch[side] for _, batch in steps], 1) for side in (0, 1))
@@ -170,7 +170,7 @@ def test_the_state_is_carried_over(texts: Path) -> None:
     assert whole.item() == pytest.approx(sum(losses) / 3, rel=1e-5)
 
 
-class Oracle(TranslationTask):
+class Oracle(Translation):
     """Knows the references."""
 
     wrong: list[str] = []  # noqa: RUF012
@@ -225,7 +225,7 @@ def test_what_a_reader_must_know(tmp_path: Path) -> None:
             if split == "train":
                 lines += ["", f"{dog} " * (20 if side == "de" else 1), f"{dog} " * 100]
             (tmp_path / f"{split}.{side}").write_text("\n".join(lines) + "\n")
-    settings = ["model.longest=64", "data.subwords=300", "train.batch_size=512"]
+    settings = ["model.max_length=64", "data.subwords=300", "train.batch_size=512"]
     made = tasks.make(recipe.load("multi30k", settings).run("sgd", 1), tmp_path)
     assert made.remarks[0] == (
         "Of the training text 31 of 33 pairs, without 1 empty, 1 of unlike lengths; trained on 30, "
@@ -243,8 +243,8 @@ def test_settings_that_do_not_fit(texts: Path) -> None:
         ("wordnet", "model.cutoffs=[30000]", "allowed are numbers below the vocabulary's size"),
         (
             "phrases",
-            "model.longest=12",
-            "model.longest is 12, but line 6 of the validation sentences has 21",
+            "model.max_length=12",
+            "model.max_length is 12, but line 6 of the validation sentences has 21",
         ),
         ("phrases", "train.batch_size=1", "every training pair has more than 1 subwords"),
     ):
@@ -306,11 +306,11 @@ def test_a_prepared_corpus_is_the_raw_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("task", SETTINGS)
 def test_two_processes_train_as_one(task: str, texts: Path, tmp_path: Path) -> None:
     short = "schedule.updates=12"
-    spec = spec_of(task, "model.dropout=0.0", short, "train.average_last=1", name="sgd")
+    spec = spec_of(task, "model.dropout=0.0", short, "train.average_checkpoints=1", name="sgd")
     found = []
     for devices in (1, 2):
-        directory, _ = prepared(tmp_path / str(devices), spec, Placement(devices=devices), texts)
-        command = [*launcher(directory.placement()), str(directory.path)]
+        directory, _ = prepared(tmp_path / str(devices), spec, Execution(devices=devices), texts)
+        command = [*worker_command(directory.execution()), str(directory.path)]
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=PATIENCE
         )

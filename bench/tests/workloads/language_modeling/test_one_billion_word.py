@@ -16,7 +16,7 @@ import pytest
 from apollo_bench.errors import ExperimentError
 from apollo_bench.workloads.language_modeling import one_billion_word
 from apollo_bench.workloads.language_modeling.one_billion_word import HELD_OUT, TRAIN, load, prepare
-from apollo_bench.workloads.language_modeling.token_corpus import Corpus, Tokens
+from apollo_bench.workloads.language_modeling.token_corpus import Corpus, TokenStream
 from bench.tests.helpers import PATIENCE
 
 VOCABULARY = ("</S>", "<S>", "<UNK>", "the", "café", "dog", "barks", ".")
@@ -60,7 +60,7 @@ def prepared(folder: Path, workers: int = 1, **lines: str) -> tuple[Corpus, Said
     return load(folder / "out"), said
 
 
-def text(corpus: Corpus, tokens: Tokens) -> str:
+def text(corpus: Corpus, tokens: TokenStream) -> str:
     return " ".join(corpus.vocabulary.decode(tokens[:]))
 
 

@@ -13,14 +13,14 @@ import pytest
 
 from apollo_bench.errors import ExperimentError
 from apollo_bench.workloads.language_modeling import token_files
-from apollo_bench.workloads.language_modeling.token_corpus import Numbers, Tokens
-from apollo_bench.workloads.language_modeling.token_files import Source
+from apollo_bench.workloads.language_modeling.token_corpus import TokenIds, TokenStream
+from apollo_bench.workloads.language_modeling.token_files import SourceFile
 
-SOURCE = Source("news.en-00001-of-00100", 12, "ab" * 32)
+SOURCE = SourceFile("news.en-00001-of-00100", 12, "ab" * 32)
 VALUES = numpy.array([3, 0, 793_470, 1, 2], numpy.int32)
 
 
-def write(path: Path, values: Numbers = VALUES) -> Path:
+def write(path: Path, values: TokenIds = VALUES) -> Path:
     blocks = [values[:2], values[2:2], values[2:]]
     token_files.write(path, blocks, "digest", [SOURCE], {"sentences": 1})
     return path
@@ -85,7 +85,7 @@ def test_failed_writing_leaves_no_description(tmp_path: Path) -> None:
     """What an earlier description says must not be believed of half a file."""
     path = write(tmp_path / "a.tokens")
 
-    def blocks() -> Iterator[Numbers]:
+    def blocks() -> Iterator[TokenIds]:
         yield VALUES
         raise ExperimentError("no more")
 
@@ -118,13 +118,13 @@ def test_source(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes(b"ab" * 1_000_000)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert token_files.source(path) == Source("text", 2_000_000, digest)
+    assert token_files.describe_source(path) == SourceFile("text", 2_000_000, digest)
 
 
 def test_parts_are_one_stream() -> None:
     whole = numpy.arange(23, dtype=numpy.int32)
     ends = [0, 0, 4, 5, 5, 15, 23, 23]
-    tokens = Tokens([whole[first:last] for first, last in itertools.pairwise(ends)])
+    tokens = TokenStream([whole[first:last] for first, last in itertools.pairwise(ends)])
     assert len(tokens) == 23
     for start in range(-3, 26):
         for stop in range(-3, 26):
@@ -138,10 +138,10 @@ def test_parts_are_one_stream() -> None:
 
 
 def test_no_parts() -> None:
-    assert len(Tokens([])) == 0
-    assert tokens_are_empty(Tokens([])[0:4])
-    assert tokens_are_empty(Tokens([VALUES[:0]])[:])
+    assert len(TokenStream([])) == 0
+    assert tokens_are_empty(TokenStream([])[0:4])
+    assert tokens_are_empty(TokenStream([VALUES[:0]])[:])
 
 
-def tokens_are_empty(found: Numbers) -> bool:
+def tokens_are_empty(found: TokenIds) -> bool:
     return found.dtype == numpy.int32 and found.shape == (0,)

@@ -81,11 +81,11 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_counted_words_come_by_frequency() -> None:
     counts = {"b": 5, "a": 5, "c": 7, "rare": 1, "</S>": 90, "<S>": 90, "<UNK>": 3}
-    words = vocabulary.from_counts(counts, least=2)
+    words = vocabulary.from_counts(counts, min_count=2)
     assert words.words == ("</S>", "<UNK>", "c", "a", "b")
     backwards = dict(reversed(counts.items()))
-    assert vocabulary.from_counts(backwards, least=2).digest == words.digest
-    assert vocabulary.from_counts(iter(counts.items()), least=2).digest == words.digest
+    assert vocabulary.from_counts(backwards, min_count=2).digest == words.digest
+    assert vocabulary.from_counts(iter(counts.items()), min_count=2).digest == words.digest
 
 
 def test_limits_of_counted_words() -> None:

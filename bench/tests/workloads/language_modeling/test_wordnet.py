@@ -11,7 +11,7 @@ import pytest
 
 from apollo_bench.errors import ExperimentError
 from apollo_bench.workloads.language_modeling import wordnet
-from apollo_bench.workloads.language_modeling.token_corpus import Corpus, Tokens
+from apollo_bench.workloads.language_modeling.token_corpus import Corpus, TokenStream
 
 SHARED = Path(__file__).parents[5] / "shared" / "data"
 TEXTS = {
@@ -28,7 +28,7 @@ def folder(path: Path, **texts: str) -> Path:
     return path
 
 
-def words(corpus: Corpus, tokens: Tokens) -> str:
+def words(corpus: Corpus, tokens: TokenStream) -> str:
     return " ".join(corpus.vocabulary.decode(tokens[:]))
 
 
@@ -54,7 +54,7 @@ def test_embedded_numbers_fall_in_frequency(embedded: Corpus) -> None:
     counts = Counter(embedded.train[:].tolist())
     frequencies = [counts[number] for number in range(2, len(embedded.vocabulary))]
     assert frequencies == sorted(frequencies, reverse=True)
-    assert frequencies[-1] >= wordnet.LEAST
+    assert frequencies[-1] >= wordnet.MIN_COUNT
 
 
 def test_embedded_sentences_are_in_one_split() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from apollo_bench.workloads.translation.beam_search import search
+from apollo_bench.workloads.translation.beam_search import beam_search
 from apollo_bench.workloads.translation.transformer import Cache, Transformer
 
 PAD, BEGIN, END, VOCABULARY = 0, 1, 2, 14
@@ -20,9 +20,9 @@ PENALTIES = pytest.mark.parametrize("penalty", [0.0, 0.6, 1.0, 2.0])
 Hypothesis = tuple[float, list[int]]
 
 
-def small(seed: int, vocabulary: int = VOCABULARY, longest: int = 40) -> Transformer:
+def small(seed: int, vocabulary: int = VOCABULARY, max_length: int = 40) -> Transformer:
     torch.manual_seed(seed)
-    model = Transformer(vocabulary, 16, 32, 4, 2, padding=PAD, longest=longest)
+    model = Transformer(vocabulary, 16, 32, 4, 2, padding=PAD, max_length=max_length)
     # an untrained model repeats one word; with these weights and positions it varies
     for module in model.modules():
         if isinstance(module, torch.nn.LayerNorm):
@@ -87,14 +87,14 @@ def test_as_many_beams_as_sentences_find_the_best_of_all(penalty: float) -> None
             scores = [score(model, row, words, penalty) for words in every]
             best.append(every[scores.index(max(scores))])
         found, greedy = (
-            search(
+            beam_search(
                 model,
                 source,
                 begin=BEGIN,
                 end=END,
-                beams=number,
+                beam_size=number,
                 length_penalty=penalty,
-                longest=(0, 3),
+                max_length=(0, 3),
             )
             for number in (beams, 1)
         )
@@ -111,14 +111,14 @@ def test_it_is_the_search_described(beams: int, penalty: float) -> None:
     for seed in range(4):
         model, source = small(seed), sources(3, 5, seed)
         expected = [plain(model, row, beams, penalty, 7)[0][1] for row in source]
-        found = search(
+        found = beam_search(
             model,
             source,
             begin=BEGIN,
             end=END,
-            beams=beams,
+            beam_size=beams,
             length_penalty=penalty,
-            longest=(1, 2),
+            max_length=(1, 2),
         )
         assert found == expected
         lengths |= {len(words) for words in found}
@@ -131,7 +131,7 @@ def test_one_beam_takes_the_likeliest_word() -> None:
     for seed in range(4):
         model, source = small(seed), sources(3, 4, seed)
         for row, found in zip(
-            source, search(model, source, begin=BEGIN, end=END, beams=1), strict=True
+            source, beam_search(model, source, begin=BEGIN, end=END, beam_size=1), strict=True
         ):
             words: list[int] = []
             while len(words) < 39:
@@ -152,7 +152,7 @@ def test_a_batch_of_different_lengths_gives_what_each_gives_alone() -> None:
 
     # the limit too is each sentence's own
     def found_in(some: Tensor) -> list[list[int]]:
-        return search(model, some, begin=BEGIN, end=END, longest=(1.5, 1))
+        return beam_search(model, some, begin=BEGIN, end=END, max_length=(1.5, 1))
 
     batch = found_in(source)
     for row, length, found in zip(source, lengths, batch, strict=True):
@@ -166,15 +166,15 @@ def test_padding_changes_nothing() -> None:
     model = small(1)
     source = sources(4, 5)
     wider = torch.nn.functional.pad(source, (0, 6), value=PAD)
-    found = search(model, source, begin=BEGIN, end=END, longest=(1, 2))
-    assert search(model, wider, begin=BEGIN, end=END, longest=(1, 2)) == found
+    found = beam_search(model, source, begin=BEGIN, end=END, max_length=(1, 2))
+    assert beam_search(model, wider, begin=BEGIN, end=END, max_length=(1, 2)) == found
 
 
 class Scripted(Transformer):
     """Probabilities of the next word by the last word alone."""
 
     def __init__(self, table: dict[int, dict[int, float]], unlikely: float = 1e-9) -> None:
-        super().__init__(VOCABULARY, 4, 4, 1, 1, padding=PAD, longest=40)
+        super().__init__(VOCABULARY, 4, 4, 1, 1, padding=PAD, max_length=40)
         self.table = torch.full((VOCABULARY, VOCABULARY), 1 / VOCABULARY)
         for last, row in table.items():
             self.table[last] = unlikely
@@ -201,7 +201,7 @@ def test_more_beams_find_what_the_likeliest_word_misses() -> None:
     model, source = Scripted(GARDEN_PATH), sources(1, 3)
     # 0.6 x 0.5 x 1 against 0.4 x 0.9
     found = [
-        search(model, source, begin=BEGIN, end=END, beams=beams, length_penalty=0.0)
+        beam_search(model, source, begin=BEGIN, end=END, beam_size=beams, length_penalty=0.0)
         for beams in (1, 2)
     ]
     assert found == [[[3, 5]], [[4]]]
@@ -212,8 +212,14 @@ def test_length_penalty_divides_by_the_length_with_the_end() -> None:
     # log 0.3 / 3^p against log 0.36 / 2^p: they cross at p = log(1.1785) / log(1.5) = 0.405;
     # without the end they would cross at 0.237
     for penalty, words in ((0.0, [4]), (0.3, [4]), (0.39, [4]), (0.42, [3, 5]), (0.6, [3, 5])):
-        found = search(
-            model, source, begin=BEGIN, end=END, beams=3, length_penalty=penalty, longest=(0, 2)
+        found = beam_search(
+            model,
+            source,
+            begin=BEGIN,
+            end=END,
+            beam_size=3,
+            length_penalty=penalty,
+            max_length=(0, 2),
         )
         assert found == [words], penalty
 
@@ -221,7 +227,9 @@ def test_length_penalty_divides_by_the_length_with_the_end() -> None:
 def test_a_sentence_is_done_when_as_many_as_the_beams_have_ended() -> None:
     def found(beams: int, table: dict[int, dict[int, float]]) -> tuple[list[list[int]], int]:
         model = Scripted({BEGIN: {3: 0.6, 4: 0.4}, 4: {END: 1.0}, 5: {END: 1.0}, **table})
-        best = search(model, sources(1, 3), begin=BEGIN, end=END, beams=beams, length_penalty=3.0)
+        best = beam_search(
+            model, sources(1, 3), begin=BEGIN, end=END, beam_size=beams, length_penalty=3.0
+        )
         return best, len(model.batches)
 
     # 4 END 0.4, 3 5 0.33, 3 END 0.27: of two beams one ends, and the other in the third step; the
@@ -238,7 +246,7 @@ def test_sentences_that_are_done_leave_the_batch() -> None:
     source = sources(3, 6)
     source[1, 2:] = PAD
     source[2, 4:] = PAD
-    found = search(model, source, begin=BEGIN, end=END, beams=1, longest=(1, 0))
+    found = beam_search(model, source, begin=BEGIN, end=END, beam_size=1, max_length=(1, 0))
     assert found == [[3] * 6, [3] * 2, [3] * 4]
     # as many words as allowed, and the end
     assert model.batches == [3, 3, 3, 2, 2, 1, 1]
@@ -248,24 +256,36 @@ def test_neither_padding_nor_begin_nor_an_empty_sentence_is_produced() -> None:
     row = {PAD: 0.4, BEGIN: 0.3, END: 0.2, 3: 0.1}
     model = Scripted({word: row for word in range(VOCABULARY)})
     source = sources(2, 3)
-    assert search(model, source, begin=BEGIN, end=END, beams=4, longest=(0, 5)) == [[3]] * 2
+    assert (
+        beam_search(model, source, begin=BEGIN, end=END, beam_size=4, max_length=(0, 5))
+        == [[3]] * 2
+    )
     # where one word serves for both, as in fairseq, it can end
-    assert search(model, source, begin=END, end=END, beams=4, longest=(0, 5)) == [[BEGIN]] * 2
+    assert (
+        beam_search(model, source, begin=END, end=END, beam_size=4, max_length=(0, 5))
+        == [[BEGIN]] * 2
+    )
 
 
 def test_an_impossible_end_is_none() -> None:
     # after 4 there is no end; were it counted, twelve would have ended long before 15 words
     table = {BEGIN: {3: 1.0}, 3: {4: 0.999, END: 0.001}, 4: {3: 1.0}}
     model = Scripted(table, unlikely=0.0)
-    found = search(
-        model, sources(1, 3), begin=BEGIN, end=END, beams=12, length_penalty=2.0, longest=(0, 15)
+    found = beam_search(
+        model,
+        sources(1, 3),
+        begin=BEGIN,
+        end=END,
+        beam_size=12,
+        length_penalty=2.0,
+        max_length=(0, 15),
     )
     assert found == [[3, *[4, 3] * 7]]
 
 
 def test_the_models_longest_is_a_limit() -> None:
     model = Scripted({BEGIN: {3: 1.0}, 3: {3: 1.0}})
-    assert search(model, sources(1, 3), begin=BEGIN, end=END, beams=1) == [[3] * 39]
+    assert beam_search(model, sources(1, 3), begin=BEGIN, end=END, beam_size=1) == [[3] * 39]
 
 
 def test_logits_that_are_no_numbers_give_no_words() -> None:
@@ -273,38 +293,38 @@ def test_logits_that_are_no_numbers_give_no_words() -> None:
     with torch.no_grad():
         model.embedding.weight[4] = math.nan
     source = torch.tensor([[3, 5], [3, 4]])
-    assert search(model, source, begin=BEGIN, end=END, longest=(0, 3)) == [[], []]
+    assert beam_search(model, source, begin=BEGIN, end=END, max_length=(0, 3)) == [[], []]
 
 
 def test_no_dropout_no_gradient_and_the_model_as_it_was() -> None:
     model, source = small(0), sources(4, 5)
     assert model.training
     state = torch.get_rng_state()
-    found = search(model, source, begin=BEGIN, end=END)
+    found = beam_search(model, source, begin=BEGIN, end=END)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
-    assert search(model.eval(), source, begin=BEGIN, end=END) == found
+    assert beam_search(model.eval(), source, begin=BEGIN, end=END) == found
     assert not model.training
     kept = []
     model.decoder[0].register_forward_hook(lambda *_: kept.append(torch.is_grad_enabled()))
     model.embedding.register_forward_hook(lambda *_: kept.append(torch.is_grad_enabled()))
-    search(model, source, begin=BEGIN, end=END)
+    beam_search(model, source, begin=BEGIN, end=END)
     assert kept
     assert not any(kept)
 
 
 def test_an_empty_batch() -> None:
-    assert search(small(0), sources(0, 3), begin=BEGIN, end=END) == []
+    assert beam_search(small(0), sources(0, 3), begin=BEGIN, end=END) == []
 
 
 def test_arguments_are_checked() -> None:
     model = small(0)
-    with pytest.raises(ValueError, match="beams is 0, allowed are 1 and more"):
-        search(model, sources(1, 3), begin=BEGIN, end=END, beams=0)
+    with pytest.raises(ValueError, match="beam_size is 0, allowed are 1 and more"):
+        beam_search(model, sources(1, 3), begin=BEGIN, end=END, beam_size=0)
     with pytest.raises(
         ValueError, match=r"longest is \(0.4, 0\), which leaves 0 words to a source of 2"
     ):
-        search(model, sources(1, 2), begin=BEGIN, end=END, longest=(0.4, 0))
+        beam_search(model, sources(1, 2), begin=BEGIN, end=END, max_length=(0.4, 0))
     with pytest.raises(ValueError, match="source has 41 words, allowed are 40 at most"):
-        search(model, sources(1, 41), begin=BEGIN, end=END)
+        beam_search(model, sources(1, 41), begin=BEGIN, end=END)
     assert model.training

@@ -13,7 +13,7 @@ import pytest
 from apollo_bench.errors import ExperimentError
 from apollo_bench.workloads import arrow_tables
 from apollo_bench.workloads.translation import multi30k, wmt14
-from apollo_bench.workloads.translation.parallel_text import Counts, ParallelCorpus, TextPairs
+from apollo_bench.workloads.translation.parallel_text import FilterCounts, ParallelCorpus, TextPairs
 
 SHARED = Path(__file__).parents[5] / "shared" / "data" / "multi30k"
 TRAIN = TextPairs(
@@ -54,7 +54,7 @@ def assert_is_the_corpus(corpus: ParallelCorpus) -> None:
     )
     assert corpus.valid == VALID
     assert corpus.test == TEST
-    assert corpus.counts == Counts(read=4, empty=1)
+    assert corpus.counts == FilterCounts(read=4, empty=1)
     assert (corpus.source_language, corpus.target_language) == ("en", "de")
 
 

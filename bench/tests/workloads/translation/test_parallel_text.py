@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from apollo_bench.errors import ExperimentError
 from apollo_bench.workloads.translation.parallel_text import (
     FAIRSEQ,
-    Counts,
-    Limits,
+    FilterCounts,
+    LengthLimits,
     TextPairs,
     clean,
-    corpus,
     find_text,
+    make_corpus,
+    passes_filter,
     read_pairs,
-    within,
 )
 
 
@@ -90,7 +90,7 @@ def test_cleaning_as_moses_does() -> None:
     assert [(len(one.split()), len(other.split())) for one, other in zip(*kept, strict=True)] == [
         *((1, 1), (250, 250), (3, 2), (2, 3), (250, 167))
     ]
-    assert counts == Counts(read=12, empty=2, long=2, ratio=3)
+    assert counts == FilterCounts(read=12, empty=2, long=2, ratio=3)
     assert counts.kept == 5
     assert str(counts) == "5 of 12 pairs, without 2 empty, 2 too long, 3 of unlike lengths"
 
@@ -100,15 +100,15 @@ sizes = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), max_size=30)
 
 @given(sizes, st.integers(1, 12), st.sampled_from([1.0, 1.5, 3.0]))
 def test_limits_hold_for_every_kept_pair(
-    lengths: list[tuple[int, int]], longest: int, ratio: float
+    lengths: list[tuple[int, int]], max_length: int, ratio: float
 ) -> None:
     sides = numpy.array(lengths, numpy.int64).reshape(-1, 2).T
-    kept, counts = within(sides[0], sides[1], Limits(1, longest, ratio))
+    kept, counts = passes_filter(sides[0], sides[1], LengthLimits(1, max_length, ratio))
     for (one, other), good in zip(lengths, kept.tolist(), strict=True):
         # the order of Moses's own tests
         assert good == (
-            0 < one <= longest
-            and 0 < other <= longest
+            0 < one <= max_length
+            and 0 < other <= max_length
             and one / other <= ratio
             and other / one <= ratio
         )
@@ -119,32 +119,32 @@ def test_limits_hold_for_every_kept_pair(
 def test_only_training_pairs_are_dropped() -> None:
     train = TextPairs(["a", "", "c", words(9)], ["x", "y", "", "z"])
     tests = TextPairs(["d", words(300)], ["y", "x"])
-    read = corpus(train, tests, tests, ("en", "de"), "here")
+    read = make_corpus(train, tests, tests, ("en", "de"), "here")
     assert read.train == (["a", words(9)], ["x", "z"])
-    assert read.counts == Counts(read=4, empty=2)
+    assert read.counts == FilterCounts(read=4, empty=2)
     assert read.valid == tests
     assert read.test == tests
     assert (read.source_language, read.target_language) == ("en", "de")
     with pytest.raises(ExperimentError, match="here: no sentence pairs in the split train"):
-        corpus(TextPairs([""], [""]), tests, tests, ("en", "de"), "here")
+        make_corpus(TextPairs([""], [""]), tests, tests, ("en", "de"), "here")
     for splits, name in (
         ((train, TextPairs([], []), tests), "valid"),
         ((train, tests, TextPairs([], [])), "test"),
     ):
         with pytest.raises(ExperimentError, match=f"here: no sentence pairs in the split {name}"):
-            corpus(*splits, ("en", "de"), "here")
+            make_corpus(*splits, ("en", "de"), "here")
     hole = TextPairs(["a", "b"], ["x", ""])
     for splits, name in (((train, hole, tests), "valid"), ((train, tests, hole), "test")):
         message = f"here: line 2 of the split {name} is empty in de"
         with pytest.raises(ExperimentError, match=message):
-            corpus(*splits, ("en", "de"), "here")
+            make_corpus(*splits, ("en", "de"), "here")
 
 
 def test_fingerprint_is_of_the_sentences() -> None:
     one = TextPairs(["a", "b"], ["x", "y"])
 
     def fingerprint(train: TextPairs, test: TextPairs = one) -> str:
-        return corpus(train, one, test, ("en", "de"), "here").fingerprint
+        return make_corpus(train, one, test, ("en", "de"), "here").fingerprint
 
     same = TextPairs(["a", "", "b"], ["x", "", "y"])
     assert fingerprint(same) == fingerprint(one)

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apollo_bench.errors import ExperimentError
-from apollo_bench.workloads.translation.encoded_pairs import EncodedPairs, Sentences
-from apollo_bench.workloads.translation.parallel_text import Counts, Limits, TextPairs
+from apollo_bench.workloads.translation.encoded_pairs import EncodedPairs, TokenizedSentences
+from apollo_bench.workloads.translation.parallel_text import FilterCounts, LengthLimits, TextPairs
 from apollo_bench.workloads.translation.subwords import (
     BEGIN,
     END,
@@ -23,7 +23,7 @@ from apollo_bench.workloads.translation.subwords import (
     SPECIAL,
     UNKNOWN,
     Subwords,
-    normalised,
+    normalize,
 )
 
 TEXT = TextPairs(
@@ -54,12 +54,12 @@ def test_every_text_comes_back(text: str) -> None:
     subwords = Subwords.learned(TEXT, 290)
     numbers = subwords.encode(text)
     assert min(numbers, default=len(SPECIAL)) >= len(SPECIAL)
-    assert subwords.decode(numbers) == normalised(text)
+    assert subwords.decode(numbers) == normalize(text)
 
 
 def test_normalisation_is_the_one_stated(subwords: Subwords) -> None:
     text = " \ta\u0308  5\u00a0000\u202f€\r\n"
-    assert normalised(text) == "\u00e4 5 000 €"
+    assert normalize(text) == "\u00e4 5 000 €"
     assert subwords.decode(subwords.encode(text)) == "\u00e4 5 000 €"
 
 
@@ -160,15 +160,15 @@ def test_encoding_in_chunks(subwords: Subwords, monkeypatch: pytest.MonkeyPatch)
     assert EncodedPairs.of(TextPairs([], []), subwords).size == 0
 
 
-def sentences(*lengths: int) -> Sentences:
+def sentences(*lengths: int) -> TokenizedSentences:
     tokens = numpy.arange(sum(lengths), dtype=numpy.int32) + 10
-    return Sentences.joined([(tokens, numpy.array(lengths, numpy.int64))])
+    return TokenizedSentences.joined([(tokens, numpy.array(lengths, numpy.int64))])
 
 
 def test_cleaning_counts_subwords() -> None:
     pairs = EncodedPairs(sentences(4, 3, 0, 9, 8), sentences(6, 5, 2, 8, 8))
-    kept, counts = pairs.cleaned(Limits(1, 8, 1.5))
-    assert counts == Counts(read=5, empty=1, long=1, ratio=1)
+    kept, counts = pairs.cleaned(LengthLimits(1, 8, 1.5))
+    assert counts == FilterCounts(read=5, empty=1, long=1, ratio=1)
     assert kept.source.lengths.tolist() == [4, 8]
     assert kept.target.lengths.tolist() == [6, 8]
     assert kept.target.sentence(1).tolist() == pairs.target.sentence(4).tolist()
@@ -184,5 +184,7 @@ def test_longer_than_the_model() -> None:
     pairs.check_fitting(11, "test.en")
     with pytest.raises(ExperimentError) as caught:
         pairs.check_fitting(9, "test.en")
-    assert str(caught.value).startswith("model.longest is 9, but line 2 of test.en has 10 subwords")
+    assert str(caught.value).startswith(
+        "model.max_length is 9, but line 2 of test.en has 10 subwords"
+    )
     assert str(caught.value).endswith("allowed is 11 or more")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apollo_bench.errors import ExperimentError
-from apollo_bench.workloads.translation.encoded_pairs import EncodedPairs, Sentences
+from apollo_bench.workloads.translation.encoded_pairs import EncodedPairs, TokenizedSentences
 from apollo_bench.workloads.translation.subwords import BEGIN, END, PADDING
 from apollo_bench.workloads.translation.token_batches import TokenBatches, group, padded
 
@@ -24,7 +24,7 @@ def encoded(of: Lengths) -> EncodedPairs:
     for side in (0, 1):
         counts = numpy.array([pair[side] for pair in of], numpy.int64)
         tokens = numpy.arange(counts.sum(), dtype=numpy.int32) + 10
-        sides.append(Sentences.joined([(tokens, counts)]))
+        sides.append(TokenizedSentences.joined([(tokens, counts)]))
     return EncodedPairs(*sides)
 
 
@@ -46,8 +46,8 @@ def test_groups_hold_every_pair_once_within_the_limit(of: Lengths, room: int) ->
 @given(lengths, st.integers(1, 4), st.integers(0, 60))
 def test_every_process_gets_a_pair_of_every_batch(of: Lengths, world: int, room: int) -> None:
     pairs = encoded(of)
-    longest = 1 + max(map(max, of))
-    max_tokens = (2 * world - 1) * longest + room
+    max_length = 1 + max(map(max, of))
+    max_tokens = (2 * world - 1) * max_length + room
     if len(of) < world:
         with pytest.raises(ExperimentError, match=f"{len(of)} sentence pairs for {world}"):
             TokenBatches(pairs, max_tokens, world)

@@ -28,7 +28,7 @@ SEEN = 1e-3
 @pytest.fixture
 def model() -> Transformer:
     torch.manual_seed(0)
-    return Transformer(VOCABULARY, WIDTH, 32, 4, 3, padding=PAD, longest=12).eval()
+    return Transformer(VOCABULARY, WIDTH, 32, 4, 3, padding=PAD, max_length=12).eval()
 
 
 def words(n: int, time: int, seed: int = 1) -> Tensor:

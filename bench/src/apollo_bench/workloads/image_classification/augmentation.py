@@ -9,19 +9,19 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 
-class Shifts(NamedTuple):
+class CropShifts(NamedTuple):
     """What is drawn for each image of a batch."""
 
     top: Tensor  # shape=(n,), dtype=int64, 0 to twice the padding
     left: Tensor  # the same
     mirrored: Tensor  # shape=(n,), dtype=bool
 
-    def part(self, part: slice, device: torch.device) -> Shifts:
+    def part(self, part: slice, device: torch.device) -> CropShifts:
         """Those of some images of the batch."""
-        return Shifts(*(values[part].to(device, non_blocking=True) for values in self))
+        return CropShifts(*(values[part].to(device, non_blocking=True) for values in self))
 
 
-def draw_shifts(n: int, padding: int, flip: bool, generator: Generator) -> Shifts:
+def draw_shifts(n: int, padding: int, flip: bool, generator: Generator) -> CropShifts:
     """Draw for n images; half of them are mirrored.
 
     Args:
@@ -33,10 +33,10 @@ def draw_shifts(n: int, padding: int, flip: bool, generator: Generator) -> Shift
     top = torch.randint(0, 2 * padding + 1, (n,), generator=generator)
     left = torch.randint(0, 2 * padding + 1, (n,), generator=generator)
     mirrored = torch.rand(n, generator=generator) < 0.5
-    return Shifts(top, left, mirrored if flip else torch.zeros_like(mirrored))
+    return CropShifts(top, left, mirrored if flip else torch.zeros_like(mirrored))
 
 
-def crop_and_flip(images: Tensor, shifts: Shifts, padding: int) -> Tensor:
+def crop_and_flip(images: Tensor, shifts: CropShifts, padding: int) -> Tensor:
     """Shift each image within a frame of zeros, and mirror left and right.
 
     Args:

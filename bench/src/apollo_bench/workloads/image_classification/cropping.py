@@ -14,7 +14,7 @@ _TRIES = 10
 Box = tuple[int, int, int, int]  # left, upper, right, lower
 
 
-def random_box(width: int, height: int, smallest_area: float, random: Random) -> Box:
+def random_box(width: int, height: int, min_area: float, random: Random) -> Box:
     """Draw a part of an image: its area uniformly, its aspect uniformly in the logarithm.
 
     Args:
@@ -25,7 +25,7 @@ def random_box(width: int, height: int, smallest_area: float, random: Random) ->
     """
     lowest, highest = (math.log(aspect) for aspect in _ASPECTS)
     for _ in range(_TRIES):
-        area = width * height * random.uniform(smallest_area, 1.0)
+        area = width * height * random.uniform(min_area, 1.0)
         aspect = math.exp(random.uniform(lowest, highest))
         across, down = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < across <= width and 0 < down <= height:
@@ -39,11 +39,11 @@ def random_box(width: int, height: int, smallest_area: float, random: Random) ->
     return left, upper, left + across, upper + down
 
 
-def random_square(
-    image: Image.Image, size: int, smallest_area: float, flip: bool, random: Random
+def random_resized_crop(
+    image: Image.Image, size: int, min_area: float, flip: bool, random: Random
 ) -> Image.Image:
     """A random part of an image, resized to ``size`` pixels each way, half of them mirrored."""
-    box = random_box(image.width, image.height, smallest_area, random)
+    box = random_box(image.width, image.height, min_area, random)
     mirrored = random.random() < 0.5
     # cropped before it is resized: pixels beside the box stay out of it
     square = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
@@ -52,7 +52,7 @@ def random_square(
     return square
 
 
-def centre_square(image: Image.Image, resize: int, size: int) -> Image.Image:
+def center_crop(image: Image.Image, resize: int, size: int) -> Image.Image:
     """The middle ``size`` pixels each way, after the shorter side became ``resize``."""
     shorter = min(image.size)
     width, height = (max(resize, side * resize // shorter) for side in image.size)

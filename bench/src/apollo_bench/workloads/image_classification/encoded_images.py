@@ -25,7 +25,7 @@ class EncodedImages(Protocol):
         """The content of its file; raises ExperimentError."""
 
 
-class EncodedSet(NamedTuple):
+class EncodedImageSet(NamedTuple):
     """Two splits and what they show."""
 
     train: EncodedImages

@@ -20,8 +20,11 @@ from rich.progress import Progress
 
 from apollo_bench.errors import ExperimentError
 from apollo_bench.workloads.image_classification.encoded_images import EncodedImages
-from apollo_bench.workloads.image_classification.image_validation import fault_in, find_fault
-from apollo_bench.workloads.validation_cache import Remembered
+from apollo_bench.workloads.image_classification.image_validation import (
+    image_error,
+    image_file_error,
+)
+from apollo_bench.workloads.validation_cache import ValidationCache
 
 _SUFFIXES = (".jpeg", ".jpg", ".png")
 _THREADS = 16  # they wait for the disk, and decoding leaves Python to the others
@@ -30,7 +33,7 @@ _CHUNK = 256  # images that a thread checks at a time
 _LARGE = 10_000  # files; fewer are checked before anyone asks what is going on
 
 
-class Folder(NamedTuple):
+class ClassFolder(NamedTuple):
     """The images of one class."""
 
     name: str  # relative to the root, with slashes
@@ -39,7 +42,7 @@ class Folder(NamedTuple):
     digest: str  # changes when a file does
 
 
-def index_tree(root: Path, splits: tuple[str, ...], cache: Path | None = None) -> list[Folder]:
+def index_tree(root: Path, splits: tuple[str, ...], cache: Path | None = None) -> list[ClassFolder]:
     """List and check the images of some splits.
 
     Args:
@@ -54,21 +57,21 @@ def index_tree(root: Path, splits: tuple[str, ...], cache: Path | None = None) -
         ExperimentError: a folder or its images are missing, or files are bad: the first are named.
     """
     place = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
-    remembered = Remembered(f"tree-{place}.json", cache)
+    validated = ValidationCache(f"tree-{place}.json", cache)
     names = [name for split in splits for name in _classes(root, split)]
     faults: list[str] = []
 
-    def look(name: str) -> tuple[Folder, list[str]]:
+    def look(name: str) -> tuple[ClassFolder, list[str]]:
         folder = _list(root, name)
-        if remembered.knows(name, folder.digest):
+        if validated.contains(name, folder.digest):
             return folder, []
         paths = (root / name / file for file in folder.files)
-        return folder, [f"{path}: {fault}" for path in paths if (fault := find_fault(path))]
+        return folder, [f"{path}: {fault}" for path in paths if (fault := image_file_error(path))]
 
     found = []
     pool = ThreadPoolExecutor(_THREADS)
     try:
-        waiting: list[Future[tuple[Folder, list[str]]]] = [
+        waiting: list[Future[tuple[ClassFolder, list[str]]]] = [
             pool.submit(look, name) for name in names
         ]
         with _shown(root, len(names)) as advance:
@@ -78,16 +81,16 @@ def index_tree(root: Path, splits: tuple[str, ...], cache: Path | None = None) -
                 found.append(folder)
                 faults += bad
                 if not bad:
-                    remembered.add(folder.name, folder.digest)
+                    validated.add(folder.name, folder.digest)
     finally:
         pool.shutdown(cancel_futures=True)
-        remembered.save()
-    _complain(sorted(faults))
+        validated.save()
+    _raise_damaged(sorted(faults))
     order = {name: place for place, name in enumerate(names)}
     return sorted(found, key=lambda folder: order[folder.name])
 
 
-def check_images(images: EncodedImages, name: str, digest: str, remembered: Remembered) -> None:
+def check_images(images: EncodedImages, name: str, digest: str, validated: ValidationCache) -> None:
     """Check the images of a split that lies in no tree.
 
     Args:
@@ -99,13 +102,13 @@ def check_images(images: EncodedImages, name: str, digest: str, remembered: Reme
     Raises:
         ExperimentError: images are bad: the first are named.
     """
-    if remembered.knows(name, digest):
+    if validated.contains(name, digest):
         return
     count = len(images.labels)
     faults = []
 
     def look(rows: range) -> list[str]:
-        read = ((row, fault_in(images.read(row))) for row in rows)
+        read = ((row, image_error(images.read(row))) for row in rows)
         return [f"{images.where(row)}: {fault}" for row, fault in read if fault]
 
     chunks = [range(i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK)]
@@ -113,12 +116,12 @@ def check_images(images: EncodedImages, name: str, digest: str, remembered: Reme
         for rows, bad in zip(chunks, pool.map(look, chunks), strict=True):
             advance(len(rows))
             faults += bad
-    _complain(faults)
-    remembered.add(name, digest)
-    remembered.save()
+    _raise_damaged(faults)
+    validated.add(name, digest)
+    validated.save()
 
 
-def _complain(faults: list[str]) -> None:
+def _raise_damaged(faults: list[str]) -> None:
     if faults:
         more = f"; and {len(faults) - _TOLD} more" if len(faults) > _TOLD else ""
         raise ExperimentError("; ".join(faults[:_TOLD]) + more)
@@ -139,7 +142,7 @@ def _classes(root: Path, split: str) -> list[str]:
     return [f"{split}/{name}" for name in names]
 
 
-def _list(root: Path, name: str) -> Folder:
+def _list(root: Path, name: str) -> ClassFolder:
     digest = hashlib.sha256()
     files = []
     try:
@@ -157,7 +160,7 @@ def _list(root: Path, name: str) -> Folder:
     files.sort()
     digest.update(repr(files).encode(errors="surrogateescape"))
     listed, sizes, _ = zip(*files, strict=True)
-    return Folder(name, listed, sizes, digest.hexdigest())
+    return ClassFolder(name, listed, sizes, digest.hexdigest())
 
 
 @contextmanager

@@ -11,18 +11,25 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from apollo_bench.config.schema import Photographs
+from apollo_bench.config.schema import PhotographData
 from apollo_bench.errors import ExperimentError
 from apollo_bench.seeds import derived_seed
-from apollo_bench.workloads.image_classification.cropping import centre_square, random_square
-from apollo_bench.workloads.image_classification.encoded_images import EncodedImages, EncodedSet
+from apollo_bench.workloads.image_classification.cropping import center_crop, random_resized_crop
+from apollo_bench.workloads.image_classification.encoded_images import (
+    EncodedImages,
+    EncodedImageSet,
+)
 from apollo_bench.workloads.image_classification.image_decoding import decode
-from apollo_bench.workloads.image_classification.image_source import ImageBatch, Step, divide
+from apollo_bench.workloads.image_classification.image_source import (
+    BatchRequest,
+    ImageBatch,
+    rank_part,
+)
 
 _EVALUATION_PIXELS = 1 << 23  # in a batch: 167 images of 224 x 224
 
 
-class DecodedPhotographs:
+class DecodingImageSource:
     """A set of encoded images, decoded and cropped by ``workers`` processes.
 
     What an image becomes is a function of seed, epoch and image alone, whoever decodes it.
@@ -40,15 +47,15 @@ class DecodedPhotographs:
 
     def __init__(
         self,
-        images: EncodedSet,
+        images: EncodedImageSet,
         mean: tuple[float, ...],
         std: tuple[float, ...],
-        data: Photographs,
+        data: PhotographData,
         device: torch.device,
         workers: int,
     ) -> None:
         count = len(images.train.labels)
-        self.train_size, held_out = divide(count, data)
+        self.train_size, held_out = rank_part(count, data)
         self.fingerprint = images.fingerprint
         self.classes = images.classes
         self._data, self._device, self._workers = data, device, workers
@@ -67,7 +74,7 @@ class DecodedPhotographs:
                 torch.arange(len(images.test.labels)),
             )
 
-    def training(self, steps: Iterable[Step]) -> Iterator[ImageBatch]:
+    def training(self, steps: Iterable[BatchRequest]) -> Iterator[ImageBatch]:
         """Random crops, resized and mirrored at random."""
         requests = (
             _Request(self._order[step.examples[step.part]].tolist(), step.seed[:2])
@@ -110,7 +117,7 @@ class _Request(NamedTuple):
 
 
 class _Decoder(Dataset[tuple[Tensor, Tensor, str]]):
-    def __init__(self, images: EncodedImages, data: Photographs) -> None:
+    def __init__(self, images: EncodedImages, data: PhotographData) -> None:
         self._images, self._data = images, data
 
     def __getitem__(self, request: _Request) -> tuple[Tensor, Tensor, str]:
@@ -122,10 +129,10 @@ class _Decoder(Dataset[tuple[Tensor, Tensor, str]]):
             for row, index in enumerate(request.images):
                 image = decode(self._images.read(index), self._images.where(index))
                 if request.seed is None:
-                    square = centre_square(image, data.test_resize, data.size)
+                    square = center_crop(image, data.test_resize, data.size)
                 else:
                     random = Random(derived_seed(*request.seed, index))
-                    square = random_square(image, data.size, data.smallest_area, data.flip, random)
+                    square = random_resized_crop(image, data.size, data.min_area, data.flip, random)
                 pixels[row] = numpy.asarray(square)
         except ExperimentError as error:
             # an exception would come out of the worker with its whole traceback for a message

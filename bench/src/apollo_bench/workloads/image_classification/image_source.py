@@ -7,12 +7,12 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from apollo_bench.config.schema import Examples
+from apollo_bench.config.schema import ImageData
 
 ImageBatch = tuple[Tensor, Tensor]  # normalised images (n, channels, height, width), labels (n,)
 
 
-class Step(NamedTuple):
+class BatchRequest(NamedTuple):
     """The examples of one step of training, and which of them this process sees."""
 
     examples: Tensor  # shape=(batch size,), dtype=int64: of the training split, on the CPU
@@ -28,14 +28,14 @@ class ImageSource(Protocol):
     channels: int
     train_size: int
 
-    def training(self, steps: Iterable[Step]) -> Iterator[ImageBatch]:
+    def training(self, steps: Iterable[BatchRequest]) -> Iterator[ImageBatch]:
         """The parts of these steps, augmented as a function of seed, epoch, step and example."""
 
     def evaluation(self, rank: int, world: int) -> Iterator[ImageBatch]:
         """The images to evaluate on, as they are; every ``world``-th, from the ``rank``-th on."""
 
 
-def divide(images: int, examples: Examples) -> tuple[int, int]:
+def rank_part(images: int, examples: ImageData) -> tuple[int, int]:
     """How many images are trained on, from the first, and at which the held-out ones begin."""
     held_out = images - examples.validation
     return max(0, min(held_out, examples.train_examples or held_out)), held_out

@@ -19,16 +19,16 @@ _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 _START_OF_SCAN = 0xDA
 
 
-def find_fault(path: Path) -> str | None:
+def image_file_error(path: Path) -> str | None:
     """What is wrong with an image file, in words; None: nothing that can be seen."""
     try:
         content = path.read_bytes()
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    return fault_in(content)
+    return image_error(content)
 
 
-def fault_in(content: bytes) -> str | None:
+def image_error(content: bytes) -> str | None:
     """What is wrong with the content of an image file; None: nothing that can be seen."""
     if not content:
         return "empty"

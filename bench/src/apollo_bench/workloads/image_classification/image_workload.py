@@ -8,22 +8,26 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from apollo_bench.config.execution import cores
+from apollo_bench.available_cores import available_cores
 from apollo_bench.config.recipe import RunSpec
-from apollo_bench.config.schema import Photographs, ResNetModel, ResNeXtModel, SmallImages
+from apollo_bench.config.schema import PhotographData, ResNetModel, ResNeXtModel, SmallImageData
 from apollo_bench.errors import ExperimentError
 from apollo_bench.seeds import derived_seed
 from apollo_bench.workloads.image_classification import cifar10, fashion_mnist, imagenet, networks
-from apollo_bench.workloads.image_classification.image_loader import DecodedPhotographs
+from apollo_bench.workloads.image_classification.image_loader import DecodingImageSource
 from apollo_bench.workloads.image_classification.image_set import ImageSet
-from apollo_bench.workloads.image_classification.image_source import ImageBatch, ImageSource, Step
-from apollo_bench.workloads.image_classification.in_memory_images import MemoryImages
-from apollo_bench.workloads.workload import Batch, Carried, Metric, Resources
+from apollo_bench.workloads.image_classification.image_source import (
+    BatchRequest,
+    ImageBatch,
+    ImageSource,
+)
+from apollo_bench.workloads.image_classification.in_memory_images import InMemoryImageSource
+from apollo_bench.workloads.workload import Batch, HiddenState, Metric, Resources
 
 ACCURACY = Metric("accuracy", "test accuracy", "%", higher_is_better=True)
 
 
-class ImageTask:
+class ImageClassification:
     """Images to classes; cross entropy; accuracy in percent on images never trained on.
 
     Args:
@@ -37,7 +41,7 @@ class ImageTask:
     """
 
     curve = final = ACCURACY
-    examines = False
+    has_final_test = False
     unit = "images"
 
     def __init__(
@@ -58,7 +62,7 @@ class ImageTask:
 
     def model(self) -> nn.Module:
         """A new network, in channels-last memory where that is safe: a quarter faster on a CPU."""
-        network = networks.build(self._model, self._source.channels, self._source.classes)
+        network = networks.build_network(self._model, self._source.channels, self._source.classes)
         if _is_narrow(network):
             network.register_forward_pre_hook(_contiguous)
             return network
@@ -81,16 +85,16 @@ class ImageTask:
         part = slice(rank * share, (rank + 1) * share)
         return self._source.training(self._steps(seed, epoch, start, part))
 
-    def _steps(self, seed: int, epoch: int, start: int, part: slice) -> Iterator[Step]:
+    def _steps(self, seed: int, epoch: int, start: int, part: slice) -> Iterator[BatchRequest]:
         shuffle = Generator().manual_seed(derived_seed(seed, epoch))
         order = torch.randperm(self._source.train_size, generator=shuffle)
         for step in range(start, self.steps_per_epoch):
             examples = order[step * self.batch_size : (step + 1) * self.batch_size]
-            yield Step(examples, part, (seed, epoch, step))
+            yield BatchRequest(examples, part, (seed, epoch, step))
 
     def loss(
-        self, model: nn.Module, part: Batch, batch: Batch, carried: Carried
-    ) -> tuple[Tensor, Carried]:
+        self, model: nn.Module, part: Batch, batch: Batch, hidden_state: HiddenState
+    ) -> tuple[Tensor, HiddenState]:
         """Mean cross entropy, weighted by the part's share of the batch."""
         images, labels = part
         loss = functional.cross_entropy(model(images), labels)
@@ -113,26 +117,26 @@ class ImageTask:
         return {"accuracy": 100.0 * right / images, "test_loss": loss / images}
 
 
-def fashion(spec: RunSpec, resources: Resources) -> ImageTask:
+def make_fashion_mnist(spec: RunSpec, resources: Resources) -> ImageClassification:
     """Fashion-MNIST: embedded, or whole from a folder; raises ExperimentError for bad files."""
     data = _small_images(spec)
     images = fashion_mnist.load(resources.folder)
     return _in_memory(images, len(fashion_mnist.CLASSES), spec, data, resources)
 
 
-def cifar(spec: RunSpec, resources: Resources) -> ImageTask:
+def make_cifar10(spec: RunSpec, resources: Resources) -> ImageClassification:
     """CIFAR-10 from local files or the hub; raises ExperimentError for bad files."""
     data = _small_images(spec)
     images = cifar10.load(resources.folder)
     return _in_memory(images, len(cifar10.CLASSES), spec, data, resources)
 
 
-def photographs(spec: RunSpec, resources: Resources) -> ImageTask:
+def make_imagenet(spec: RunSpec, resources: Resources) -> ImageClassification:
     """ImageNet from a folder tree or the hub; raises ExperimentError for bad files."""
-    if not isinstance(spec.data, Photographs):
+    if not isinstance(spec.data, PhotographData):
         raise _wrong_kind(spec, "photographs")
-    workers = cores() if resources.workers is None else resources.workers
-    source = DecodedPhotographs(
+    workers = available_cores() if resources.workers is None else resources.workers
+    source = DecodingImageSource(
         imagenet.load(resources.folder),
         imagenet.MEAN,
         imagenet.STD,
@@ -140,18 +144,18 @@ def photographs(spec: RunSpec, resources: Resources) -> ImageTask:
         resources.device,
         workers,
     )
-    return ImageTask(source, _network(spec), spec.train.batch_size)
+    return ImageClassification(source, _network(spec), spec.train.batch_size)
 
 
 def _in_memory(
-    images: ImageSet, classes: int, spec: RunSpec, data: SmallImages, resources: Resources
-) -> ImageTask:
-    source = MemoryImages(images, classes, data, resources.device)
-    return ImageTask(source, _network(spec), spec.train.batch_size)
+    images: ImageSet, classes: int, spec: RunSpec, data: SmallImageData, resources: Resources
+) -> ImageClassification:
+    source = InMemoryImageSource(images, classes, data, resources.device)
+    return ImageClassification(source, _network(spec), spec.train.batch_size)
 
 
-def _small_images(spec: RunSpec) -> SmallImages:
-    if not isinstance(spec.data, SmallImages):
+def _small_images(spec: RunSpec) -> SmallImageData:
+    if not isinstance(spec.data, SmallImageData):
         raise _wrong_kind(spec, "small-images")
     return spec.data
 

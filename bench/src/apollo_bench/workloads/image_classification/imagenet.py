@@ -10,16 +10,16 @@ import torch
 from apollo_bench.errors import ExperimentError
 from apollo_bench.workloads import arrow_tables
 from apollo_bench.workloads.image_classification.encoded_images import (
-    EncodedSet,
+    EncodedImageSet,
     HubImages,
     ImageFiles,
 )
 from apollo_bench.workloads.image_classification.image_folder import (
-    Folder,
+    ClassFolder,
     check_images,
     index_tree,
 )
-from apollo_bench.workloads.validation_cache import Remembered
+from apollo_bench.workloads.validation_cache import ValidationCache
 
 HUB = "ILSVRC/imagenet-1k"
 # of the training images' channels, in units of the brightest pixel; the values that all pipelines
@@ -29,7 +29,7 @@ STD = (0.229, 0.224, 0.225)
 _REMEDY = "--data needs a folder with train/CLASS/*.JPEG and val/CLASS/*.JPEG"
 
 
-def load(place: Path | None = None, hub: str = HUB, cache: Path | None = None) -> EncodedSet:
+def load(place: Path | None = None, hub: str = HUB, cache: Path | None = None) -> EncodedImageSet:
     """Find and check all images.
 
     Args:
@@ -46,7 +46,7 @@ def load(place: Path | None = None, hub: str = HUB, cache: Path | None = None) -
         if not (place / split).is_dir():
             raise ExperimentError(f"{place / split}: no such folder; {_REMEDY}")
     folders = index_tree(place, ("train", "val"), cache)
-    classes: dict[str, dict[str, Folder]] = {"train": {}, "val": {}}
+    classes: dict[str, dict[str, ClassFolder]] = {"train": {}, "val": {}}
     for folder in folders:
         split, _, name = folder.name.partition("/")
         classes[split][name] = folder
@@ -60,16 +60,16 @@ def load(place: Path | None = None, hub: str = HUB, cache: Path | None = None) -
         digest.update(repr((folder.name, folder.files, folder.sizes)).encode("utf-8", "replace"))
     numbers = {name: number for number, name in enumerate(classes["train"])}
     train, val = (_files(place, classes[split], numbers) for split in ("train", "val"))
-    return EncodedSet(train, val, len(numbers), digest.hexdigest())
+    return EncodedImageSet(train, val, len(numbers), digest.hexdigest())
 
 
-def _files(root: Path, folders: dict[str, Folder], numbers: dict[str, int]) -> ImageFiles:
+def _files(root: Path, folders: dict[str, ClassFolder], numbers: dict[str, int]) -> ImageFiles:
     names = [f"{folder.name}/{file}" for folder in folders.values() for file in folder.files]
     labels = [numbers[name] for name, folder in folders.items() for _ in folder.files]
     return ImageFiles(root, names, torch.tensor(labels, dtype=torch.int64))
 
 
-def _from_hub(name: str, cache: Path | None) -> EncodedSet:
+def _from_hub(name: str, cache: Path | None) -> EncodedImageSet:
     splits = arrow_tables.open_hub(name, _REMEDY)
     digest = hashlib.sha256()
     key = hashlib.sha256(name.encode()).hexdigest()[:16]
@@ -83,6 +83,6 @@ def _from_hub(name: str, cache: Path | None) -> EncodedSet:
         labels = arrow_tables.labels(table, None, where)
         digest.update(labels.numpy().data)
         both.append(HubImages(rows, arrow_tables.image_column(rows, where), labels, where))
-        check_images(both[-1], split, rows._fingerprint, Remembered(f"hub-{key}.json", cache))
+        check_images(both[-1], split, rows._fingerprint, ValidationCache(f"hub-{key}.json", cache))
     classes = 1 + max(int(images.labels.max()) for images in both)
-    return EncodedSet(both[0], both[1], classes, digest.hexdigest())
+    return EncodedImageSet(both[0], both[1], classes, digest.hexdigest())

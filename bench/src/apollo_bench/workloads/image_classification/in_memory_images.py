@@ -7,16 +7,20 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Generator, Tensor
 
-from apollo_bench.config.schema import SmallImages
+from apollo_bench.config.schema import SmallImageData
 from apollo_bench.seeds import derived_seed
 from apollo_bench.workloads.image_classification.augmentation import crop_and_flip, draw_shifts
 from apollo_bench.workloads.image_classification.image_set import ImageSet
-from apollo_bench.workloads.image_classification.image_source import ImageBatch, Step, divide
+from apollo_bench.workloads.image_classification.image_source import (
+    BatchRequest,
+    ImageBatch,
+    rank_part,
+)
 
 _EVALUATION_BATCH = 500
 
 
-class MemoryImages:
+class InMemoryImageSource:
     """An image set as bytes on a device, cut and normalised there batch by batch.
 
     Args:
@@ -27,9 +31,9 @@ class MemoryImages:
     """
 
     def __init__(
-        self, images: ImageSet, classes: int, data: SmallImages, device: torch.device
+        self, images: ImageSet, classes: int, data: SmallImageData, device: torch.device
     ) -> None:
-        self.train_size, held_out = divide(len(images.train_images), data)
+        self.train_size, held_out = rank_part(len(images.train_images), data)
         self.fingerprint = images.fingerprint
         self.classes = classes
         self.channels = images.train_images.shape[1]
@@ -46,7 +50,7 @@ class MemoryImages:
         )
         self._evaluated = evaluated[0].to(device), evaluated[1].to(device)
 
-    def training(self, steps: Iterable[Step]) -> Iterator[ImageBatch]:
+    def training(self, steps: Iterable[BatchRequest]) -> Iterator[ImageBatch]:
         """Shifted and mirrored at random."""
         device = self._images.device
         for step in steps:

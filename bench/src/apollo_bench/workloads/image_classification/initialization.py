@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 
-def he_initialisation(network: nn.Module) -> None:
+def he_initialization(network: nn.Module) -> None:
     """Draw every convolution from torch's global generator, and set the biases to zero.
 
     The fan is outputs x kernel area, of a grouped convolution too, as in the implementation that

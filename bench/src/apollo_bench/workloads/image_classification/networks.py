@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from apollo_bench.config.schema import ResNetModel, ResNeXtModel
 
 
-def build(model: ResNetModel | ResNeXtModel, in_channels: int, classes: int) -> nn.Module:
+def build_network(model: ResNetModel | ResNeXtModel, in_channels: int, classes: int) -> nn.Module:
     """Make the network that a recipe names, drawn from torch's global generator."""
     from apollo_bench.config.schema import ResNetModel  # not needed for a network itself
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from apollo_bench.workloads.image_classification.initialization import he_initialisation
+from apollo_bench.workloads.image_classification.initialization import he_initialization
 
 
 class BasicBlock(nn.Module):
@@ -51,7 +51,7 @@ class ResNet(nn.Module):
                 channels = width << stage
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(channels, classes)
-        he_initialisation(self)
+        he_initialization(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images, shape (n, in_channels, height, width), to logits, shape (n, classes)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from apollo_bench.workloads.image_classification.initialization import he_initialisation
+from apollo_bench.workloads.image_classification.initialization import he_initialization
 
 # bottlenecks in each of the four stages
 STAGES = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -68,7 +68,7 @@ class ResNeXt(nn.Module):
                 channels = outputs
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(channels, classes)
-        he_initialisation(self)
+        he_initialization(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images, shape (n, in_channels, height, width), to logits, shape (n, classes)."""

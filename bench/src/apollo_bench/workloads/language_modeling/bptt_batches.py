@@ -22,15 +22,15 @@ from torch import Tensor
 
 from apollo_bench.errors import ExperimentError
 from apollo_bench.seeds import derived_seed
-from apollo_bench.workloads.language_modeling.token_corpus import Tokens
+from apollo_bench.workloads.language_modeling.token_corpus import TokenStream
 
 IGNORED = -100  # a target that stands for nothing
 
-Pair = tuple[Tensor, Tensor]  # tokens and targets, both shape (streams, steps), int64
+InputTargetPair = tuple[Tensor, Tensor]  # tokens and targets, both shape (streams, steps), int64
 _Rows = NDArray[numpy.int64]
 
 
-class Sequences:
+class BPTTBatches:
     """A corpus as ``batch`` parallel streams, read ``steps`` tokens at a time.
 
     What is left when all streams have the same number of whole pieces, fewer than batch * (steps
@@ -45,7 +45,7 @@ class Sequences:
         ExperimentError: the tokens do not fill one batch.
     """
 
-    def __init__(self, tokens: Tokens, batch: int, steps: int) -> None:
+    def __init__(self, tokens: TokenStream, batch: int, steps: int) -> None:
         if batch < 1 or steps < 1:
             raise ValueError(f"batch is {batch} and steps is {steps}; both must be 1 at least")
         self._tokens, self._batch, self._steps = tokens, batch, steps
@@ -54,13 +54,13 @@ class Sequences:
         if not self.batches:
             raise ExperimentError(
                 f"{len(tokens)} tokens do not fill a batch of {batch} streams of {steps} tokens; "
-                f"{batch * steps + 1} do; check train.batch_size, data.steps and "
+                f"{batch * steps + 1} do; check train.batch_size, data.bptt_steps and "
                 "data.train_examples"
             )
 
     def epoch(
         self, start: int = 0, offset: int = 0, rank: int = 0, world: int = 1
-    ) -> Iterator[Pair]:
+    ) -> Iterator[InputTargetPair]:
         """The batches from step ``start`` on: tokens and, one place further on, targets.
 
         Args:
@@ -85,7 +85,7 @@ class Sequences:
         """Where an epoch begins, a token drawn from all as a function of seed and epoch."""
         return derived_seed(seed, epoch) % len(self._tokens)
 
-    def _pieces(self, start: int, offset: int, streams: range) -> Iterator[Pair]:
+    def _pieces(self, start: int, offset: int, streams: range) -> Iterator[InputTargetPair]:
         for step in range(start, self.batches):
             rows: _Rows = numpy.empty((len(streams), self._steps + 1), numpy.int64)
             for row, stream in zip(rows, streams, strict=True):
@@ -101,9 +101,9 @@ class Sequences:
             row[len(piece) :] = self._tokens[: len(row) - len(piece)]
 
 
-def held_out(
-    tokens: Tokens, batch: int, steps: int, end: int, rank: int = 0, world: int = 1
-) -> Iterator[Pair]:
+def evaluation_batches(
+    tokens: TokenStream, batch: int, steps: int, end: int, rank: int = 0, world: int = 1
+) -> Iterator[InputTargetPair]:
     """Every token once as a target, in pieces of parallel streams, to carry the state over.
 
     The first token's input is the END before it, that of each other stream the token before. Only
@@ -137,6 +137,6 @@ def held_out(
         yield inputs.masked_fill(inputs == IGNORED, end), targets
 
 
-def _pair(rows: _Rows) -> Pair:
+def _pair(rows: _Rows) -> InputTargetPair:
     tensor = torch.from_numpy(rows)
     return tensor[:, :-1].contiguous(), tensor[:, 1:].contiguous()

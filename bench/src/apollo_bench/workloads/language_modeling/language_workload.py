@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from apollo_bench.config.recipe import RunSpec
-from apollo_bench.config.schema import LSTMModel, Text
+from apollo_bench.config.schema import LSTMModel, TextData
 from apollo_bench.errors import ExperimentError
 from apollo_bench.workloads.language_modeling import bptt_batches, one_billion_word, wordnet
-from apollo_bench.workloads.language_modeling.bptt_batches import IGNORED, Sequences
+from apollo_bench.workloads.language_modeling.bptt_batches import IGNORED, BPTTBatches
 from apollo_bench.workloads.language_modeling.lstm import LanguageModel
-from apollo_bench.workloads.language_modeling.token_corpus import Corpus, Tokens
-from apollo_bench.workloads.workload import Batch, Carried, Metric, Resources
+from apollo_bench.workloads.language_modeling.token_corpus import Corpus, TokenStream
+from apollo_bench.workloads.workload import Batch, HiddenState, Metric, Resources
 
 VALIDATION = Metric("valid_perplexity", "validation perplexity", "", higher_is_better=False)
 TEST = Metric("test_perplexity", "test perplexity", "", higher_is_better=False)
 _ROWS = 64  # streams of an evaluation
 
 
-class LanguageTask:
+class LanguageModeling:
     """Truncated back-propagation through time with the state carried over.
 
     Perplexity is that of every token, the ends of sentences counted; during training on the
@@ -42,11 +42,16 @@ class LanguageTask:
     """
 
     curve, final = VALIDATION, TEST
-    examines = True
+    has_final_test = True
     unit = "words"
 
     def __init__(
-        self, corpus: Corpus, model: LSTMModel, data: Text, batch_size: int, device: torch.device
+        self,
+        corpus: Corpus,
+        model: LSTMModel,
+        data: TextData,
+        batch_size: int,
+        device: torch.device,
     ) -> None:
         words = len(corpus.vocabulary)
         if model.cutoffs and model.cutoffs[-1] >= words:
@@ -56,8 +61,8 @@ class LanguageTask:
             )
         train = corpus.train
         if data.train_examples is not None:
-            train = Tokens([train[: data.train_examples]])
-        self._sequences = Sequences(train, batch_size, data.steps)
+            train = TokenStream([train[: data.train_examples]])
+        self._sequences = BPTTBatches(train, batch_size, data.bptt_steps)
         self.steps_per_epoch = self._sequences.batches
         self.fingerprint = corpus.fingerprint
         empty = f"; {corpus.empty_lines:,} empty lines passed over" if corpus.empty_lines else ""
@@ -65,7 +70,7 @@ class LanguageTask:
             f"A vocabulary of {words:,} words; perplexity is that of every word and every "
             f"sentence's end, {len(corpus.test):,} in the test text{empty}."
         ]
-        self.units_per_step = float(batch_size * data.steps)
+        self.units_per_step = float(batch_size * data.bptt_steps)
         self._corpus, self._model, self._data, self._device = corpus, model, data, device
 
     def model(self) -> nn.Module:
@@ -88,12 +93,12 @@ class LanguageTask:
             yield tuple(x.to(self._device, non_blocking=True) for x in pair)
 
     def loss(
-        self, model: nn.Module, part: Batch, batch: Batch, carried: Carried
-    ) -> tuple[Tensor, Carried]:
+        self, model: nn.Module, part: Batch, batch: Batch, hidden_state: HiddenState
+    ) -> tuple[Tensor, HiddenState]:
         """Mean negative log likelihood; it carries over the state, shape=(rows, layers, hidden)."""
         tokens, targets = part
-        if carried:
-            hidden, cell = (x.transpose(0, 1).contiguous() for x in carried)
+        if hidden_state:
+            hidden, cell = (x.transpose(0, 1).contiguous() for x in hidden_state)
         else:
             hidden, cell = self._begin(len(tokens))
         losses, after = model(tokens, targets, (hidden, cell))
@@ -110,11 +115,13 @@ class LanguageTask:
         sums = [self._sums(model, text, rank, world) for text in texts]
         return torch.cat(sums).to(self._device)
 
-    def _sums(self, model: nn.Module, text: Tokens, rank: int, world: int) -> Tensor:
+    def _sums(self, model: nn.Module, text: TokenStream, rank: int, world: int) -> Tensor:
         total = torch.zeros(2, dtype=torch.float64)
         state = None
         end = self._corpus.vocabulary.end
-        for pair in bptt_batches.held_out(text, _ROWS, self._data.steps, end, rank, world):
+        for pair in bptt_batches.evaluation_batches(
+            text, _ROWS, self._data.bptt_steps, end, rank, world
+        ):
             tokens, targets = (x.to(self._device) for x in pair)
             counts = targets != IGNORED
             state = self._begin(len(tokens)) if state is None else state
@@ -133,12 +140,12 @@ class LanguageTask:
         return found
 
 
-def of_wordnet(spec: RunSpec, resources: Resources) -> LanguageTask:
+def make_wordnet(spec: RunSpec, resources: Resources) -> LanguageModeling:
     """WordNet, embedded or from a folder; raises ExperimentError for bad files."""
-    return _task(spec, resources, wordnet.load)
+    return _make_workload(spec, resources, wordnet.load)
 
 
-def of_one_billion_words(spec: RunSpec, resources: Resources) -> LanguageTask:
+def make_one_billion_word(spec: RunSpec, resources: Resources) -> LanguageModeling:
     """The prepared benchmark; raises ExperimentError where it is not, or is damaged."""
     if resources.folder is None:
         raise ExperimentError(
@@ -146,16 +153,16 @@ def of_one_billion_words(spec: RunSpec, resources: Resources) -> LanguageTask:
             "`apollo-bench prepare one-billion-word --raw DIR --out DIR` makes it"
         )
     folder = resources.folder
-    return _task(spec, resources, lambda _: one_billion_word.load(folder))
+    return _make_workload(spec, resources, lambda _: one_billion_word.load(folder))
 
 
-def _task(
+def _make_workload(
     spec: RunSpec, resources: Resources, load: Callable[[Path | None], Corpus]
-) -> LanguageTask:
-    if not isinstance(spec.data, Text) or not isinstance(spec.model, LSTMModel):
+) -> LanguageModeling:
+    if not isinstance(spec.data, TextData) or not isinstance(spec.model, LSTMModel):
         raise ExperimentError(
             f"data.kind is {spec.data.kind!r} and model.family {spec.model.family!r}, the task "
             f"{spec.task} needs 'text' and 'lstm'"
         )
     corpus = load(resources.folder)
-    return LanguageTask(corpus, spec.model, spec.data, spec.train.batch_size, resources.device)
+    return LanguageModeling(corpus, spec.model, spec.data, spec.train.batch_size, resources.device)

@@ -38,29 +38,31 @@ import numpy
 
 from apollo_bench.atomic_write import replacing, write_atomically
 from apollo_bench.errors import ExperimentError
+from apollo_bench.progress_callback import ProgressCallback
 from apollo_bench.workloads.language_modeling import text_files, token_files
 from apollo_bench.workloads.language_modeling import vocabulary as vocabularies
-from apollo_bench.workloads.language_modeling.token_corpus import Corpus, Numbers, Tokens
+from apollo_bench.workloads.language_modeling.token_corpus import Corpus, TokenIds, TokenStream
 from apollo_bench.workloads.language_modeling.token_files import Description
 from apollo_bench.workloads.language_modeling.vocabulary import END, START, Vocabulary
-from apollo_bench.workloads.validation_cache import Remembered
+from apollo_bench.workloads.validation_cache import ValidationCache
 
 ARCHIVE = "1-billion-word-language-modeling-benchmark-r13output"
 TRAIN = "training-monolingual.tokenized.shuffled"
 HELD_OUT = "heldout-monolingual.tokenized.shuffled"
 TEST = 0  # the held-out shard of the test set
-LEAST = 3  # occurrences of a word of the standard vocabulary, and of one made from the text
+MIN_COUNT = 3  # occurrences of a word of the standard vocabulary, and of one made from the text
 EMPTY, UNKNOWNS, SENTENCES = "empty_lines", "unknown_words", "sentences"
 FORMAT = 1
 _CHECKED = "checked.json"  # beside the token files: those whose checksums were found right
 _REMEDY = "run apollo-bench prepare one-billion-word again; what is finished is kept"
 
-Tell = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 _Job = TypeVar("_Job", bound=Hashable)
 _Result = TypeVar("_Result")
 
 
-def prepare(raw: Path, out: Path, vocabulary: Path | None, workers: int, tell: Tell) -> None:
+def prepare(
+    raw: Path, out: Path, vocabulary: Path | None, workers: int, report_progress: ProgressCallback
+) -> None:
     """Turn the benchmark's text into token files, one a shard, in parallel.
 
     Interrupted at any moment, the next call goes on with the shards that are missing. A shard is
@@ -87,7 +89,7 @@ def prepare(raw: Path, out: Path, vocabulary: Path | None, workers: int, tell: T
     with _folder(out), _Workers(workers) as pool:
         _manifest(out).unlink(missing_ok=True)
         words = (
-            _count(list(shards["train"].values()), out / "counts", pool, tell)
+            _count(list(shards["train"].values()), out / "counts", pool, report_progress)
             if vocabulary is None
             else vocabularies.read(vocabulary)
         )
@@ -100,14 +102,14 @@ def prepare(raw: Path, out: Path, vocabulary: Path | None, workers: int, tell: T
             (out / split).mkdir(exist_ok=True)
             for number, path in paths.items():
                 jobs[f"{split}/{number:05}.tokens"] = path
-        made = pool.do(encode, list(jobs.items()), partial(tell, "Tokenising shards"))
+        made = pool.do(encode, list(jobs.items()), partial(report_progress, "Tokenising shards"))
         files = {name: made[name, path] for name, path in jobs.items()}
         told = _summary(files, digest)
         write_atomically(_manifest(out), json.dumps(told, indent=1).encode() + b"\n")
         _remove(out / "counts")
         _kept.clear()
     counts = told["counts"]
-    tell(
+    report_progress(
         f"Prepared {len(jobs)} shards: {told['tokens']:,} tokens, {counts[SENTENCES]:,} sentences, "
         f"{counts[UNKNOWNS]:,} unknown words, {counts[EMPTY]:,} empty lines passed over",
         len(jobs),
@@ -128,17 +130,17 @@ def load(folder: Path) -> Corpus:
         if told["format"] != FORMAT:
             raise ExperimentError(f"{place}: format {told['format']!r}, not {FORMAT}; {_REMEDY}")
         files, digest, empty = told["files"], told["vocabulary"], told["counts"][EMPTY]
-        splits: dict[str, list[Numbers]] = {"train": [], "valid": [], "test": []}
+        splits: dict[str, list[TokenIds]] = {"train": [], "valid": [], "test": []}
         sums = [digest]
-        remembered = Remembered(_CHECKED, folder)
+        validated = ValidationCache(_CHECKED, folder)
         for name, expected in files.items():
             path = folder / name
             described = token_files.describe(path).sha256 == expected
-            if not described or not remembered.holds(path, expected):
+            if not described or not validated.holds(path, expected):
                 raise ExperimentError(f"{path}: not the file that was prepared; {_REMEDY}")
             splits[_split_of(name)].append(token_files.read(path, digest))
             sums.append(expected)
-        remembered.save()
+        validated.save()
     except FileNotFoundError:
         raise ExperimentError(
             f"{place}: no such file, not prepared to the end; {_REMEDY}"
@@ -151,7 +153,7 @@ def load(folder: Path) -> Corpus:
     if words.digest != digest:
         raise ExperimentError(f"{folder / 'vocabulary.txt'}: changed since; {_REMEDY}")
     fingerprint = hashlib.sha256("".join(sums).encode()).hexdigest()
-    train, valid, test = (Tokens(parts) for parts in splits.values())
+    train, valid, test = (TokenStream(parts) for parts in splits.values())
     return Corpus(train, valid, test, words, fingerprint, empty)
 
 
@@ -209,7 +211,7 @@ def _encode_shard(
 ) -> Description:
     name, path = job
     target = out / name
-    source = token_files.source(path)
+    source = token_files.describe_source(path)
     if token_files.is_made_from(target, digest, [source]):
         return token_files.describe(target)
     counts = Counter({SENTENCES: 0, UNKNOWNS: 0, EMPTY: 0})
@@ -235,7 +237,7 @@ def _numbers(path: Path, digest: str) -> dict[bytes, int]:
 
 def _encode(
     path: Path, numbers: dict[bytes, int], end: int, unknown: int, counts: Counter[str]
-) -> Iterator[Numbers]:
+) -> Iterator[TokenIds]:
     number_of, missing = numbers.get, itertools.repeat(unknown)
     for lines in text_files.blocks(path):
         found: list[int] = []
@@ -251,20 +253,22 @@ def _encode(
         yield tokens
 
 
-def _count(paths: list[Path], folder: Path, pool: _Workers, tell: Tell) -> Vocabulary:
+def _count(
+    paths: list[Path], folder: Path, pool: _Workers, report_progress: ProgressCallback
+) -> Vocabulary:
     """The vocabulary of the training text, from sorted counts of each shard on the disk."""
     folder.mkdir(exist_ok=True)
-    made = pool.do(partial(_count_shard, folder), paths, partial(tell, "Counting words"))
+    made = pool.do(partial(_count_shard, folder), paths, partial(report_progress, "Counting words"))
     merged = heapq.merge(*(_counts(made[path]) for path in paths))
     words = (
         (word.decode(), sum(count for _, count in pairs))
         for word, pairs in itertools.groupby(merged, itemgetter(0))
     )
-    return vocabularies.from_counts(words, LEAST, place=f"{paths[0].parent}")
+    return vocabularies.from_counts(words, MIN_COUNT, place=f"{paths[0].parent}")
 
 
 def _count_shard(folder: Path, path: Path) -> Path:
-    target = folder / f"{path.name}.{token_files.source(path).sha256[:16]}"
+    target = folder / f"{path.name}.{token_files.describe_source(path).sha256[:16]}"
     if not target.exists():
         counts: Counter[bytes] = Counter()
         for lines in text_files.blocks(path):
@@ -300,14 +304,17 @@ class _Workers:
             self._pool.shutdown(cancel_futures=True)
 
     def do(
-        self, work: Callable[[_Job], _Result], jobs: list[_Job], tell: Callable[[int, int], None]
+        self,
+        work: Callable[[_Job], _Result],
+        jobs: list[_Job],
+        report_progress: Callable[[int, int], None],
     ) -> dict[_Job, _Result]:
         """The result of each job; the first error ends all."""
-        tell(0, len(jobs))
+        report_progress(0, len(jobs))
         done: dict[_Job, _Result] = {}
         for job, result in self._results(work, jobs):
             done[job] = result
-            tell(len(done), len(jobs))
+            report_progress(len(done), len(jobs))
         return done
 
     def _results(

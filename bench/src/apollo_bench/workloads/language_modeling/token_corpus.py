@@ -12,24 +12,24 @@ from numpy.typing import NDArray
 
 from apollo_bench.workloads.language_modeling.vocabulary import Vocabulary
 
-Numbers = NDArray[numpy.int32]
+TokenIds = NDArray[numpy.int32]
 
 
-class Tokens:
+class TokenStream:
     """The tokens of several arrays as one stream; nothing is copied until a slice crosses arrays.
 
     Args:
         parts: each shape (any,), int32; memory-mapped ones stay on the disk.
     """
 
-    def __init__(self, parts: Sequence[Numbers]) -> None:
+    def __init__(self, parts: Sequence[TokenIds]) -> None:
         self._parts = [part for part in parts if len(part)]
         self._ends = list(itertools.accumulate(len(part) for part in self._parts))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def __getitem__(self, wanted: slice) -> Numbers:
+    def __getitem__(self, wanted: slice) -> TokenIds:
         """Shape (length of the slice,), int32; read it only."""
         start, stop, step = wanted.indices(len(self))
         if step != 1:
@@ -49,9 +49,9 @@ class Tokens:
 class Corpus(NamedTuple):
     """A text in three splits; the END of its vocabulary ends every sentence, the last one too."""
 
-    train: Tokens
-    valid: Tokens
-    test: Tokens
+    train: TokenStream
+    valid: TokenStream
+    test: TokenStream
     vocabulary: Vocabulary
     fingerprint: str  # of the tokens and the vocabulary
     empty_lines: int = 0  # of the text, passed over

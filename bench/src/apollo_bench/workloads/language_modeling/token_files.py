@@ -15,7 +15,7 @@ import numpy
 
 from apollo_bench.atomic_write import replacing, write_atomically
 from apollo_bench.errors import ExperimentError
-from apollo_bench.workloads.language_modeling.token_corpus import Numbers
+from apollo_bench.workloads.language_modeling.token_corpus import TokenIds
 
 FORMAT = 1
 _TYPE = numpy.dtype("<i4")
@@ -23,7 +23,7 @@ _PIECE = 1 << 20  # bytes
 _REMEDY = "prepare the data anew"
 
 
-class Source(NamedTuple):
+class SourceFile(NamedTuple):
     """A file that tokens were made from."""
 
     name: str
@@ -37,11 +37,11 @@ class Description(NamedTuple):
     tokens: int
     sha256: str  # of the tokens' bytes
     vocabulary: str  # its digest
-    sources: tuple[Source, ...]
+    sources: tuple[SourceFile, ...]
     counts: dict[str, int]  # of whatever was counted on the way
 
 
-def source(path: Path) -> Source:
+def describe_source(path: Path) -> SourceFile:
     """Size and checksum of a file; raises ExperimentError where it cannot be read."""
     digest, size = hashlib.sha256(), 0
     try:
@@ -51,14 +51,14 @@ def source(path: Path) -> Source:
                 size += len(piece)
     except OSError as error:
         raise ExperimentError(f"{path}: cannot be read ({error.strerror})") from None
-    return Source(path.name, size, digest.hexdigest())
+    return SourceFile(path.name, size, digest.hexdigest())
 
 
 def write(
     path: Path,
-    blocks: Iterable[Numbers],
+    blocks: Iterable[TokenIds],
     vocabulary: str,
-    sources: Iterable[Source],
+    sources: Iterable[SourceFile],
     counts: Mapping[str, int],
 ) -> Description:
     """Write a token file and its description, each whole or not at all.
@@ -106,7 +106,7 @@ def describe(path: Path) -> Description:
         content: dict[str, Any] = json.loads(place.read_bytes())
         if (version := content.pop("format")) != FORMAT:
             raise ExperimentError(f"{place}: format {version!r}, not {FORMAT}; {_REMEDY}")
-        sources = tuple(Source(**one) for one in content.pop("sources"))
+        sources = tuple(SourceFile(**one) for one in content.pop("sources"))
         description = Description(sources=sources, **content)
         expected = description.tokens * _TYPE.itemsize
         there = path.stat().st_size
@@ -125,7 +125,7 @@ def describe(path: Path) -> Description:
     return description
 
 
-def read(path: Path, vocabulary: str | None = None) -> Numbers:
+def read(path: Path, vocabulary: str | None = None) -> TokenIds:
     """The tokens, mapped from the disk, read-only, shape (tokens,), int32.
 
     Args:
@@ -142,13 +142,13 @@ def read(path: Path, vocabulary: str | None = None) -> Numbers:
     return numpy.asarray(numpy.memmap(path, _TYPE, "r"))
 
 
-def is_made_from(path: Path, vocabulary: str, sources: Iterable[Source]) -> bool:
+def is_made_from(path: Path, vocabulary: str, sources: Iterable[SourceFile]) -> bool:
     """Whether a whole, undamaged token file of just these sources and this vocabulary is there."""
     try:
         there = describe(path)
         if (there.vocabulary, there.sources) != (vocabulary, tuple(sources)):
             return False
-        return source(path).sha256 == there.sha256
+        return describe_source(path).sha256 == there.sha256
     except ExperimentError:
         return False
 

@@ -67,7 +67,7 @@ class Vocabulary:
 
 def from_counts(
     counts: Mapping[str, int] | Iterable[tuple[str, int]],
-    least: int,
+    min_count: int,
     size: int | None = None,
     place: str = "vocabulary",
 ) -> Vocabulary:
@@ -88,10 +88,10 @@ def from_counts(
     if size is not None and size < 3:
         raise ValueError(f"size is {size}; END, UNKNOWN and a word make 3")
     pairs = counts.items() if isinstance(counts, Mapping) else counts
-    kept = [(-count, word) for word, count in pairs if count >= least]
+    kept = [(-count, word) for word, count in pairs if count >= min_count]
     kept = [pair for pair in kept if pair[1] not in (START, END, UNKNOWN)]
     if not kept:
-        raise ExperimentError(f"{place}: no word occurs {least} times; more text is needed")
+        raise ExperimentError(f"{place}: no word occurs {min_count} times; more text is needed")
     kept.sort()
     words = [END, UNKNOWN, *(word for _, word in kept)]
     return Vocabulary(words[:size], place)

@@ -13,12 +13,12 @@ from apollo_bench.errors import ExperimentError
 from apollo_bench.workloads.checksums import checksums, verify
 from apollo_bench.workloads.language_modeling import vocabulary as vocabularies
 from apollo_bench.workloads.language_modeling.text_files import gzipped_lines
-from apollo_bench.workloads.language_modeling.token_corpus import Corpus, Tokens
+from apollo_bench.workloads.language_modeling.token_corpus import Corpus, TokenStream
 from apollo_bench.workloads.language_modeling.vocabulary import Vocabulary
 
 EMBEDDED = Path(__file__).parent / "embedded" / "wordnet"
 FILES = tuple(f"wordnet_{split}.txt.gz" for split in ("train", "valid", "test"))
-LEAST = 2  # occurrences in the training text that a word needs to be known
+MIN_COUNT = 2  # occurrences in the training text that a word needs to be known
 
 
 def load(folder: Path | None = None, size: int | None = None) -> Corpus:
@@ -48,7 +48,7 @@ def load(folder: Path | None = None, size: int | None = None) -> Corpus:
         if not any(lines):
             raise ExperimentError(f"{folder / name}: no words in it; {remedy}")
     counts = Counter(itertools.chain.from_iterable(texts[0]))
-    words = vocabularies.from_counts(counts, LEAST, size, str(folder / FILES[0]))
+    words = vocabularies.from_counts(counts, MIN_COUNT, size, str(folder / FILES[0]))
     train, valid, test = (_encode(lines, words) for lines in texts)
     empty = sum(not line for lines in texts for line in lines)
     fingerprint = hashlib.sha256(
@@ -57,6 +57,6 @@ def load(folder: Path | None = None, size: int | None = None) -> Corpus:
     return Corpus(train, valid, test, words, fingerprint, empty)
 
 
-def _encode(lines: list[list[str]], words: Vocabulary) -> Tokens:
+def _encode(lines: list[list[str]], words: Vocabulary) -> TokenStream:
     numbers = itertools.chain.from_iterable(words.encode(line) for line in lines if line)
-    return Tokens([numpy.fromiter(numbers, numpy.int32)])
+    return TokenStream([numpy.fromiter(numbers, numpy.int32)])

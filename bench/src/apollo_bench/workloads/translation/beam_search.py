@@ -11,15 +11,15 @@ from apollo_bench.workloads.translation.transformer import Transformer
 
 
 @torch.no_grad()
-def search(
+def beam_search(
     model: Transformer,
     source: Tensor,
     *,
     begin: int,
     end: int,
-    beams: int = 5,
+    beam_size: int = 5,
     length_penalty: float = 0.6,
-    longest: tuple[float, int] = (1.0, 50),
+    max_length: tuple[float, int] = (1.0, 50),
 ) -> list[list[int]]:
     """Translate, without dropout, by the hypotheses of the highest score.
 
@@ -33,7 +33,7 @@ def search(
         source: (n, S), int64, filled up with the model's padding.
         begin: the word that a target begins with.
         end: the word that ends a target.
-        beams: hypotheses that are followed at a time.
+        beam_size: hypotheses that are followed at a time.
         length_penalty: 0 for the likeliest; the higher, the longer.
         longest: (a, b), at most a S + b words of a source of S, padding not counted; Vaswani et
             al. (2017), section 6.1, have 1 and 50. Nor more than the model's longest allows.
@@ -45,27 +45,27 @@ def search(
     Raises:
         ValueError: fewer than one beam or one word, or a source longer than the model's longest.
     """
-    if beams < 1:
-        raise ValueError(f"beams is {beams}, allowed are 1 and more")
-    factor, more = longest
+    if beam_size < 1:
+        raise ValueError(f"beam_size is {beam_size}, allowed are 1 and more")
+    factor, more = max_length
     lengths = (source != model.padding).sum(1).tolist()
-    limits = [min(int(factor * length + more), model.longest - 1) for length in lengths]
+    limits = [min(int(factor * length + more), model.max_length - 1) for length in lengths]
     if min(limits, default=1) < 1:
         raise ValueError(
-            f"longest is {longest}, which leaves {min(limits)} words to a source of "
+            f"longest is {max_length}, which leaves {min(limits)} words to a source of "
             f"{lengths[limits.index(min(limits))]}, allowed are 1 and more"
         )
     training = model.training
     model.eval()
     try:
-        ended = _Search(model, source, limits, begin, end, beams, length_penalty).run()
+        ended = _BeamSearch(model, source, limits, begin, end, beam_size, length_penalty).run()
     finally:
         model.train(training)
     # the first of equals
     return [max(each, key=lambda pair: pair[0], default=(0.0, []))[1] for each in ended]
 
 
-class _Search:
+class _BeamSearch:
     """The live sentences of a batch, each a row, with their beams; n shrinks as they are done."""
 
     def __init__(
@@ -75,17 +75,22 @@ class _Search:
         limits: list[int],
         begin: int,
         end: int,
-        beams: int,
+        beam_size: int,
         length_penalty: float,
     ) -> None:
-        self.model, self.beams, self.end, self.length_penalty = model, beams, end, length_penalty
+        self.model, self.beam_size, self.end, self.length_penalty = (
+            model,
+            beam_size,
+            end,
+            length_penalty,
+        )
         self.never = [word for word in {model.padding, begin} if word != end]
         self.cache = model.start(source)
         n = len(limits)
         self.limits = limits  # of every row, words without the end
-        self.words = source.new_full((n, beams, 1), begin)  # (n, beams, 1 + words so far)
+        self.words = source.new_full((n, beam_size, 1), begin)  # (n, beam_size, 1 + words so far)
         # (n, beams), log probabilities; at first there is one beam, and the others are dead
-        self.scores = torch.full((n, beams), -math.inf, device=source.device)
+        self.scores = torch.full((n, beam_size), -math.inf, device=source.device)
         self.scores[:, 0] = 0.0
         self.sentences = list(range(n))  # of every row
         # score and words of the hypotheses of every sentence
@@ -97,9 +102,9 @@ class _Search:
             scores, beams, words = self._candidates()
             ends = words == self.end
             # an end counts only among the first so many
-            self._finish(scores[:, : self.beams], beams, ends[:, : self.beams])
+            self._finish(scores[:, : self.beam_size], beams, ends[:, : self.beam_size])
             # each beam has one end, so that at least half of the candidates go on
-            going = ends.int().argsort(dim=1, stable=True)[:, : self.beams]
+            going = ends.int().argsort(dim=1, stable=True)[:, : self.beam_size]
             self._follow(scores.gather(1, going), beams.gather(1, going), words.gather(1, going))
             self._drop_done()
         return self.ended
@@ -117,7 +122,7 @@ class _Search:
         full = torch.tensor([limit <= length for limit in self.limits], device=chances.device)
         chances.masked_fill_(full[:, None, None] & others, -math.inf)
         scores = self.scores[..., None] + chances
-        best, index = scores.flatten(1).topk(2 * self.beams)
+        best, index = scores.flatten(1).topk(2 * self.beam_size)
         return best, index // vocabulary, index % vocabulary
 
     def _finish(self, scores: Tensor, beams: Tensor, ends: Tensor) -> None:
@@ -147,7 +152,7 @@ class _Search:
         rows = [
             row
             for row, (sentence, limit) in enumerate(zip(self.sentences, self.limits, strict=True))
-            if len(self.ended[sentence]) < self.beams and words <= limit
+            if len(self.ended[sentence]) < self.beam_size and words <= limit
         ]
         if len(rows) == len(self.sentences):
             return
@@ -155,4 +160,4 @@ class _Search:
         self.limits = [self.limits[row] for row in rows]
         kept = torch.tensor(rows, dtype=torch.int64, device=self.scores.device)
         self.words, self.scores = self.words[kept], self.scores[kept]
-        self.cache.keep(kept, self.beams)
+        self.cache.keep(kept, self.beam_size)

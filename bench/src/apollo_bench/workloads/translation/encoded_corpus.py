@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +12,11 @@ from numpy.typing import DTypeLike, NDArray
 
 from apollo_bench.atomic_write import write_atomically
 from apollo_bench.errors import ExperimentError
-from apollo_bench.workloads.translation.encoded_pairs import EncodedPairs, Sentences
+from apollo_bench.progress_callback import ProgressCallback
+from apollo_bench.workloads.translation.encoded_pairs import EncodedPairs, TokenizedSentences
 from apollo_bench.workloads.translation.parallel_text import FAIRSEQ, NOT_EMPTY, ParallelCorpus
 from apollo_bench.workloads.translation.subwords import Subwords
-from apollo_bench.workloads.validation_cache import Remembered
+from apollo_bench.workloads.validation_cache import ValidationCache
 
 _FORMAT = 1
 _LIST = "corpus.json"
@@ -24,7 +24,6 @@ _SUBWORDS = "subwords.json"
 _REFERENCES = "references.txt"
 _CHECKED = "checked.json"  # those whose checksums were found right
 _SPLITS = ("train", "valid", "test")
-Tell = Callable[[str, int, int], None]  # what is done, how much, of how much
 
 
 class EncodedCorpus(NamedTuple):
@@ -57,7 +56,7 @@ def encode(corpus: ParallelCorpus, size: int, clean: bool) -> EncodedCorpus:
     return EncodedCorpus(subwords, train, valid, test, references, fingerprint, str(counts))
 
 
-def prepare(corpus: EncodedCorpus, out: Path, tell: Tell) -> None:
+def prepare(corpus: EncodedCorpus, out: Path, report_progress: ProgressCallback) -> None:
     """Write an encoded corpus into files that are memory-mapped; each is written atomically.
 
     Args:
@@ -87,7 +86,7 @@ def prepare(corpus: EncodedCorpus, out: Path, tell: Tell) -> None:
                 content = values.astype(dtype, copy=False).tobytes()
                 write_atomically(out / file, content)
                 about["files"][file] = [len(values), hashlib.sha256(content).hexdigest()]
-        tell("Writing sentences", done, len(_SPLITS))
+        report_progress("Writing sentences", done, len(_SPLITS))
     references = "".join(f"{text}\n" for text in corpus.references)
     write_atomically(out / _REFERENCES, references.encode())
     about["files"][_REFERENCES] = [
@@ -128,13 +127,13 @@ def load(folder: Path, size: int) -> EncodedCorpus:
             f"or --set data.subwords={there}"
         )
 
-    remembered = Remembered(_CHECKED, folder)
+    validated = ValidationCache(_CHECKED, folder)
 
     def check(file: str) -> int:
         """How many numbers or lines it has, if it is the file that was written."""
         try:
             count, sha256 = files[file]
-            if not remembered.holds(folder / file, sha256):
+            if not validated.holds(folder / file, sha256):
                 raise ExperimentError(f"{folder / file}: not the file that was prepared; {remedy}")
         except OSError as error:
             raise ExperimentError(f"{folder / file}: {error.strerror}; {remedy}") from None
@@ -145,8 +144,8 @@ def load(folder: Path, size: int) -> EncodedCorpus:
     def column(file: str, dtype: DTypeLike) -> NDArray[Any]:
         return numpy.memmap(folder / file, dtype, "r", shape=(check(file),))
 
-    def side(split: str, name: str) -> Sentences:
-        return Sentences(
+    def side(split: str, name: str) -> TokenizedSentences:
+        return TokenizedSentences(
             column(f"{split}.{name}.tokens", "<i4"), column(f"{split}.{name}.offsets", "<i8")
         )
 
@@ -155,6 +154,6 @@ def load(folder: Path, size: int) -> EncodedCorpus:
     )
     check(_REFERENCES)
     references = (folder / _REFERENCES).read_text(encoding="utf-8").split("\n")[:-1]
-    remembered.save()
+    validated.save()
     subwords = Subwords.load(folder / _SUBWORDS)
     return EncodedCorpus(subwords, train, valid, test, references, fingerprint, counts)

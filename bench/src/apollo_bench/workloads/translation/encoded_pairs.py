@@ -11,26 +11,26 @@ from numpy.typing import NDArray
 from apollo_bench.errors import ExperimentError
 from apollo_bench.workloads.translation.parallel_text import (
     FAIRSEQ,
-    Counts,
-    Limits,
+    FilterCounts,
+    LengthLimits,
     TextPairs,
-    within,
+    passes_filter,
 )
 from apollo_bench.workloads.translation.subwords import Subwords
 
-Tokens = NDArray[numpy.int32]
-Lengths = NDArray[numpy.int64]
+TokenArray = NDArray[numpy.int32]
+LengthArray = NDArray[numpy.int64]
 _CHUNK = 20_000  # sentences encoded at once
 
 
-class Sentences(NamedTuple):
+class TokenizedSentences(NamedTuple):
     """Encoded sentences of one language, without begin and end."""
 
-    tokens: Tokens  # shape=(all tokens,): one sentence after the other
-    offsets: Lengths  # shape=(n + 1,): sentence i is tokens[offsets[i]:offsets[i + 1]]
+    tokens: TokenArray  # shape=(all tokens,): one sentence after the other
+    offsets: LengthArray  # shape=(n + 1,): sentence i is tokens[offsets[i]:offsets[i + 1]]
 
     @classmethod
-    def joined(cls, parts: Iterable[tuple[Tokens, Lengths]]) -> Sentences:
+    def joined(cls, parts: Iterable[tuple[TokenArray, LengthArray]]) -> TokenizedSentences:
         """From parts of tokens and the lengths of their sentences."""
         tokens, lengths = [numpy.zeros(0, numpy.int32)], [numpy.zeros(1, numpy.int64)]
         for some, their in parts:
@@ -39,59 +39,59 @@ class Sentences(NamedTuple):
         return cls(numpy.concatenate(tokens), numpy.cumsum(numpy.concatenate(lengths)))
 
     @property
-    def lengths(self) -> Lengths:
+    def lengths(self) -> LengthArray:
         """Of each sentence, shape (n,)."""
         return numpy.diff(self.offsets)
 
-    def sentence(self, number: int) -> Tokens:
+    def sentence(self, number: int) -> TokenArray:
         """The tokens of one sentence, a view."""
         return self.tokens[self.offsets[number] : self.offsets[number + 1]]
 
-    def chosen(self, numbers: Lengths) -> Sentences:
+    def chosen(self, numbers: LengthArray) -> TokenizedSentences:
         """A copy of some sentences, in the order given."""
         lengths = self.lengths[numbers]
         offsets = numpy.concatenate([numpy.zeros(1, numpy.int64), numpy.cumsum(lengths)])
         places = numpy.arange(offsets[-1])
         places += numpy.repeat(self.offsets[:-1][numbers] - offsets[:-1], lengths)
-        return Sentences(self.tokens[places], offsets)
+        return TokenizedSentences(self.tokens[places], offsets)
 
 
 class EncodedPairs(NamedTuple):
     """Encoded sentence pairs."""
 
-    source: Sentences
-    target: Sentences
+    source: TokenizedSentences
+    target: TokenizedSentences
 
     @classmethod
     def of(cls, pairs: TextPairs, subwords: Subwords) -> EncodedPairs:
         """Encode all pairs."""
-        return cls(*(Sentences.joined(_encoded(side, subwords)) for side in pairs))
+        return cls(*(TokenizedSentences.joined(_encoded(side, subwords)) for side in pairs))
 
     @property
     def size(self) -> int:
         """How many pairs."""
         return len(self.source.offsets) - 1
 
-    def chosen(self, numbers: Lengths) -> EncodedPairs:
+    def chosen(self, numbers: LengthArray) -> EncodedPairs:
         """A copy of some pairs, in the order given."""
         return EncodedPairs(self.source.chosen(numbers), self.target.chosen(numbers))
 
-    def cleaned(self, limits: Limits = FAIRSEQ) -> tuple[EncodedPairs, Counts]:
+    def cleaned(self, limits: LengthLimits = FAIRSEQ) -> tuple[EncodedPairs, FilterCounts]:
         """The pairs within limits, counted in subwords as fairseq's script does; for training."""
-        kept, counts = within(self.source.lengths, self.target.lengths, limits)
+        kept, counts = passes_filter(self.source.lengths, self.target.lengths, limits)
         return (self if kept.all() else self.chosen(numpy.flatnonzero(kept))), counts
 
-    def fitting(self, longest: int) -> tuple[EncodedPairs, int]:
+    def fitting(self, max_length: int) -> tuple[EncodedPairs, int]:
         """The pairs that the model can take, and how many it cannot; for training.
 
         Args:
             longest: sequence of the model, with the token for begin or end.
         """
-        fits = self._padded() <= longest
+        fits = self._padded() <= max_length
         skipped = self.size - int(fits.sum())
         return (self.chosen(numpy.flatnonzero(fits)) if skipped else self), skipped
 
-    def check_fitting(self, longest: int, where: str) -> None:
+    def check_fitting(self, max_length: int, where: str) -> None:
         """Raise ExperimentError where a pair is longer than the model takes; for tests.
 
         Args:
@@ -99,17 +99,17 @@ class EncodedPairs(NamedTuple):
             where: what the error calls the pairs; it adds the line.
         """
         wanted = self._padded()
-        for number in numpy.flatnonzero(wanted > longest)[:1].tolist():
+        for number in numpy.flatnonzero(wanted > max_length)[:1].tolist():
             raise ExperimentError(
-                f"model.longest is {longest}, but line {number + 1} of {where} has "
+                f"model.max_length is {max_length}, but line {number + 1} of {where} has "
                 f"{wanted[number]} subwords with its end; none of these is left out, so allowed is "
                 f"{wanted.max()} or more"
             )
 
-    def _padded(self) -> Lengths:
+    def _padded(self) -> LengthArray:
         return 1 + numpy.maximum(self.source.lengths, self.target.lengths)
 
 
-def _encoded(side: list[str], subwords: Subwords) -> Iterable[tuple[Tokens, Lengths]]:
+def _encoded(side: list[str], subwords: Subwords) -> Iterable[tuple[TokenArray, LengthArray]]:
     for start in range(0, len(side), _CHUNK):
         yield subwords.encode_all(side[start : start + _CHUNK])

@@ -6,7 +6,12 @@ from typing import Any
 
 from apollo_bench.errors import ExperimentError
 from apollo_bench.workloads import arrow_tables
-from apollo_bench.workloads.translation.parallel_text import ParallelCorpus, TextPairs, corpus, even
+from apollo_bench.workloads.translation.parallel_text import (
+    ParallelCorpus,
+    TextPairs,
+    even,
+    make_corpus,
+)
 
 _SPLITS = ("train", "validation", "test")
 _NESTED = "translation"  # the hub's column of one text a language
@@ -33,7 +38,7 @@ def load_hub(
         if split not in splits:
             raise ExperimentError(f"{where}: not there, only {', '.join(splits)}; {remedy}")
         found.append(_pairs(splits[split], languages, where, remedy))
-    return corpus(found[0], found[1], found[2], languages, name)
+    return make_corpus(found[0], found[1], found[2], languages, name)
 
 
 def _pairs(rows: Any, languages: tuple[str, str], where: str, remedy: str) -> TextPairs:

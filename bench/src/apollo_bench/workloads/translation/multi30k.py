@@ -6,7 +6,7 @@ from pathlib import Path
 
 from apollo_bench.errors import ExperimentError
 from apollo_bench.workloads.translation.hub_text import load_hub
-from apollo_bench.workloads.translation.parallel_text import ParallelCorpus, corpus, read_named
+from apollo_bench.workloads.translation.parallel_text import ParallelCorpus, make_corpus, read_named
 
 HUB = "bentrevett/multi30k"
 LANGUAGES = ("en", "de")
@@ -29,4 +29,4 @@ def load(folder: Path | None = None, hub: str = HUB) -> ParallelCorpus:
     if not folder.is_dir():
         raise ExperimentError(f"{folder}: no such folder; {_REMEDY}")
     train, valid, test = (read_named(folder, split, LANGUAGES, _REMEDY) for split in SPLITS)
-    return corpus(train, valid, test, LANGUAGES, str(folder))
+    return make_corpus(train, valid, test, LANGUAGES, str(folder))

@@ -30,20 +30,20 @@ class TextPairs(NamedTuple):
         return len(self.source)
 
 
-class Limits(NamedTuple):
+class LengthLimits(NamedTuple):
     """Which pairs are worth training on; lengths in whatever units the caller counts."""
 
-    shortest: int = 1
-    longest: int | None = 250  # None: any
+    min_length: int = 1
+    max_length: int | None = 250  # None: any
     ratio: float | None = 1.5  # of the longer to the shorter, at most; None: any
 
 
 # as fairseq's prepare-wmt14en2de.sh calls Moses's clean-corpus-n: on subwords, training data only
-FAIRSEQ = Limits()
-NOT_EMPTY = Limits(1, None, None)
+FAIRSEQ = LengthLimits()
+NOT_EMPTY = LengthLimits(1, None, None)
 
 
-class Counts(NamedTuple):
+class FilterCounts(NamedTuple):
     """What became of the pairs that were read; a skipped one counts once, under the first."""
 
     read: int
@@ -71,10 +71,10 @@ class ParallelCorpus(NamedTuple):
     source_language: str  # as "en"
     target_language: str
     fingerprint: str  # of all sentences, whatever files they came from
-    counts: Counts  # of the training pairs
+    counts: FilterCounts  # of the training pairs
 
 
-def corpus(
+def make_corpus(
     train: TextPairs,
     valid: TextPairs,
     test: TextPairs,
@@ -190,22 +190,22 @@ def even(text: str) -> str:
     return " ".join(text.split())
 
 
-def clean(pairs: TextPairs, limits: Limits = FAIRSEQ) -> tuple[TextPairs, Counts]:
+def clean(pairs: TextPairs, limits: LengthLimits = FAIRSEQ) -> tuple[TextPairs, FilterCounts]:
     """The pairs within limits on words between blanks, for text that is tokenised already."""
     source, target = (
         numpy.fromiter((len(text.split()) for text in side), numpy.int64, len(side))
         for side in pairs
     )
-    kept, counts = within(source, target, limits)
+    kept, counts = passes_filter(source, target, limits)
     if counts.kept == counts.read:
         return pairs, counts
     chosen = numpy.flatnonzero(kept).tolist()
     return TextPairs(*([side[place] for place in chosen] for side in pairs)), counts
 
 
-def within(
-    source: NDArray[numpy.int64], target: NDArray[numpy.int64], limits: Limits
-) -> tuple[NDArray[numpy.bool_], Counts]:
+def passes_filter(
+    source: NDArray[numpy.int64], target: NDArray[numpy.int64], limits: LengthLimits
+) -> tuple[NDArray[numpy.bool_], FilterCounts]:
     """Which pairs are within limits, judged as Moses's clean-corpus-n does.
 
     Args:
@@ -216,12 +216,12 @@ def within(
         A mask of shape (n,), and the counts.
     """
     shorter, longer = numpy.minimum(source, target), numpy.maximum(source, target)
-    empty = shorter < max(1, limits.shortest)
-    long = ~empty & (longer > limits.longest) if limits.longest else numpy.zeros_like(empty)
+    empty = shorter < max(1, limits.min_length)
+    long = ~empty & (longer > limits.max_length) if limits.max_length else numpy.zeros_like(empty)
     kept = ~(empty | long)
     if limits.ratio is None:
         unlike = numpy.zeros_like(empty)
     else:
         unlike = kept & (longer > limits.ratio * shorter)
     skipped: Sequence[NDArray[numpy.bool_]] = (empty, long, unlike)
-    return kept & ~unlike, Counts(len(source), *(int(mask.sum()) for mask in skipped))
+    return kept & ~unlike, FilterCounts(len(source), *(int(mask.sum()) for mask in skipped))

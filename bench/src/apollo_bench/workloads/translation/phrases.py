@@ -6,7 +6,7 @@ from pathlib import Path
 
 from apollo_bench.errors import ExperimentError
 from apollo_bench.workloads.checksums import checksums, verify
-from apollo_bench.workloads.translation.parallel_text import ParallelCorpus, corpus, read_named
+from apollo_bench.workloads.translation.parallel_text import ParallelCorpus, make_corpus, read_named
 
 EMBEDDED = Path(__file__).parent / "embedded" / "phrases"
 LANGUAGES = ("en", "de")
@@ -33,4 +33,4 @@ def load(folder: Path | None = None) -> ParallelCorpus:
         if not folder.is_dir():
             raise ExperimentError(f"{folder}: no such folder; {remedy}")
     train, valid, test = (read_named(folder, split, LANGUAGES, remedy) for split in SPLITS)
-    return corpus(train, valid, test, LANGUAGES, str(folder))
+    return make_corpus(train, valid, test, LANGUAGES, str(folder))

@@ -23,7 +23,7 @@ SMALLEST = len(SPECIAL) + _BYTES
 _SEEN_AT_LEAST = 2  # a pair that occurs once is no subword
 
 
-def normalised(text: str) -> str:
+def normalize(text: str) -> str:
     """What encoding keeps of a text: canonical composition (NFC), white space made even."""
     return even(unicodedata.normalize("NFC", text))
 
@@ -64,7 +64,7 @@ class Subwords:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        texts = map(normalised, itertools.chain(*pairs))
+        texts = map(normalize, itertools.chain(*pairs))
         tokenizer.train_from_iterator(texts, trainer, length=2 * pairs.size)
         return cls(_of_model(tokenizer.model))
 
@@ -99,12 +99,12 @@ class Subwords:
 
     def encode(self, text: str) -> list[int]:
         """The numbers of a text's subwords, without begin and end."""
-        numbers: list[int] = self._tokenizer.encode(normalised(text)).ids
+        numbers: list[int] = self._tokenizer.encode(normalize(text)).ids
         return numbers
 
     def encode_all(self, texts: Sequence[str]) -> tuple[NDArray[numpy.int32], NDArray[numpy.int64]]:
         """The numbers of all texts one after the other, and how many each text has."""
-        rows = self._tokenizer.encode_batch_fast([normalised(text) for text in texts])
+        rows = self._tokenizer.encode_batch_fast([normalize(text) for text in texts])
         lengths = numpy.fromiter((len(row) for row in rows), numpy.int64, len(rows))
         numbers = itertools.chain.from_iterable(row.ids for row in rows)
         return numpy.fromiter(numbers, numpy.int32, int(lengths.sum())), lengths

@@ -11,10 +11,10 @@ from torch import Generator, Tensor
 
 from apollo_bench.errors import ExperimentError
 from apollo_bench.seeds import derived_seed
-from apollo_bench.workloads.translation.encoded_pairs import EncodedPairs, Sentences
+from apollo_bench.workloads.translation.encoded_pairs import EncodedPairs, TokenizedSentences
 from apollo_bench.workloads.translation.subwords import BEGIN, END, PADDING
 
-Numbers = NDArray[numpy.int64]
+IndexArray = NDArray[numpy.int64]
 
 
 class TokenBatch(NamedTuple):
@@ -23,7 +23,7 @@ class TokenBatch(NamedTuple):
     source: Tensor  # shape=(pairs, longest source + 1): ends with END
     target_in: Tensor  # shape=(pairs, longest target + 1): begins with BEGIN
     target_out: Tensor  # the same shape: ends with END, what is to be foretold at each place
-    examples: Numbers  # shape=(pairs,): which pairs of the data these are
+    examples: IndexArray  # shape=(pairs,): which pairs of the data these are
 
 
 class TokenBatches:
@@ -51,11 +51,11 @@ class TokenBatches:
             raise ExperimentError(
                 f"{pairs.size} sentence pairs for {world} processes: each needs one at least"
             )
-        longest = int(max(source.max(), target.max()))
-        needed = (2 * world - 1) * longest
+        max_length = int(max(source.max(), target.max()))
+        needed = (2 * world - 1) * max_length
         if needed > max_tokens:
             raise ExperimentError(
-                f"train.batch_size is {max_tokens}: for sentences of {longest} tokens shared by "
+                f"train.batch_size is {max_tokens}: for sentences of {max_length} tokens shared by "
                 f"{world} process{'es' if world > 1 else ''} it must be at least {needed}"
             )
         self._pairs = pairs
@@ -66,7 +66,7 @@ class TokenBatches:
         """How many batches an epoch has, the same in each."""
         return len(self._groups)
 
-    def examples(self, number: int) -> Numbers:
+    def examples(self, number: int) -> IndexArray:
         """Which pairs are in a batch, shape (pairs,)."""
         return self._groups[number]
 
@@ -86,7 +86,7 @@ class TokenBatches:
         return padded(self._pairs, self._groups[number][rank :: self._world])
 
 
-def group(source: Numbers, target: Numbers, max_tokens: int) -> list[Numbers]:
+def group(source: IndexArray, target: IndexArray, max_tokens: int) -> list[IndexArray]:
     """Divide pairs into batches, a function of these numbers alone.
 
     Args:
@@ -112,7 +112,7 @@ def group(source: Numbers, target: Numbers, max_tokens: int) -> list[Numbers]:
     return numpy.split(ranking, starts[1:]) if len(widths) else []
 
 
-def padded(pairs: EncodedPairs, examples: Numbers) -> TokenBatch:
+def padded(pairs: EncodedPairs, examples: IndexArray) -> TokenBatch:
     """Some pairs side by side, in the order given."""
     source = _padded(pairs.source, examples, None, END)
     target_in = _padded(pairs.target, examples, BEGIN, None)
@@ -120,7 +120,9 @@ def padded(pairs: EncodedPairs, examples: Numbers) -> TokenBatch:
     return TokenBatch(source, target_in, target_out, examples)
 
 
-def _padded(sentences: Sentences, examples: Numbers, begin: int | None, end: int | None) -> Tensor:
+def _padded(
+    sentences: TokenizedSentences, examples: IndexArray, begin: int | None, end: int | None
+) -> Tensor:
     chosen = sentences.chosen(examples)
     lengths = chosen.lengths
     shift = 0 if begin is None else 1

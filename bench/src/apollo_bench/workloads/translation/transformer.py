@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Pair = tuple[Tensor, Tensor]
+KeyValue = tuple[Tensor, Tensor]
 
 
-def sinusoids(longest: int, width: int) -> Tensor:
+def sinusoids(max_length: int, width: int) -> Tensor:
     """Position encodings (longest, width): the sines of all frequencies, then their cosines."""
     frequencies = torch.exp(torch.arange(0, width, 2) * (-math.log(10_000) / width))
-    angles = torch.arange(longest)[:, None] * frequencies
+    angles = torch.arange(max_length)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
@@ -46,12 +46,12 @@ class Attention(nn.Module):
         n, time, width = x.shape
         return x.view(n, time, self.heads, width // self.heads).transpose(1, 2)
 
-    def project(self, x: Tensor) -> Pair:
+    def project(self, x: Tensor) -> KeyValue:
         """Keys and values of x (n, time, width), each (n, heads, time, width / heads)."""
         return self._split(self.key(x)), self._split(self.value(x))
 
     def forward(
-        self, x: Tensor, keys_values: Pair, mask: Tensor | None = None, causal: bool = False
+        self, x: Tensor, keys_values: KeyValue, mask: Tensor | None = None, causal: bool = False
     ) -> Tensor:
         """Let every x (n, time, width) look at the keys that the mask allows; like x."""
         keys, values = keys_values
@@ -127,7 +127,9 @@ class DecoderLayer(nn.Module):
         y = self.attention(x, self.attention.project(x), causal=True)
         return self._rest(self.residual1(x, y), self.across.project(memory), mask)
 
-    def step(self, x: Tensor, past: Pair | None, memory: Pair, mask: Tensor) -> tuple[Tensor, Pair]:
+    def step(
+        self, x: Tensor, past: KeyValue | None, memory: KeyValue, mask: Tensor
+    ) -> tuple[Tensor, KeyValue]:
         """One more word of every beam.
 
         Args:
@@ -147,7 +149,7 @@ class DecoderLayer(nn.Module):
         y = self.attention(word, (keys, values)).view_as(x)
         return self._rest(self.residual1(x, y), memory, mask), (keys, values)
 
-    def _rest(self, x: Tensor, memory: Pair, mask: Tensor) -> Tensor:
+    def _rest(self, x: Tensor, memory: KeyValue, mask: Tensor) -> Tensor:
         # the beams of a step stand where forward has time: they share the source's keys
         x = self.residual2(x, self.across(x, memory, mask))
         x = self.residual3(x, self.feed_forward(x))
@@ -159,8 +161,8 @@ class Cache:
     """What decoding word by word has computed: of every layer the keys and values."""
 
     mask: Tensor  # (n, 1, 1, S), bool, true at the words of the source
-    memory: list[Pair]  # of the source, (n, heads, S, width / heads)
-    past: list[Pair | None]  # of the words so far, (n * beams, heads, time, width / heads)
+    memory: list[KeyValue]  # of the source, (n, heads, S, width / heads)
+    past: list[KeyValue | None]  # of the words so far, (n * beams, heads, time, width / heads)
     time: int = 0  # words so far
 
     def reorder(self, beams: Tensor) -> None:
@@ -212,7 +214,7 @@ class Transformer(nn.Module):
         dropout: float = 0.1,
         *,
         padding: int,
-        longest: int = 1024,
+        max_length: int = 1024,
     ) -> None:
         if width % 2 or width % heads:
             raise ValueError(f"width is {width}, allowed are even multiples of the {heads} heads")
@@ -220,12 +222,12 @@ class Transformer(nn.Module):
             raise ValueError(f"padding is {padding}, allowed are words from 0 to {vocabulary - 1}")
         super().__init__()
         self.padding = padding
-        self.longest = longest
+        self.max_length = max_length
         self.embedding = nn.Embedding(vocabulary, width, padding)
         with torch.no_grad():
             nn.init.normal_(self.embedding.weight, std=width**-0.5)
             self.embedding.weight[padding].zero_()
-        self.register_buffer("positions", sinusoids(longest, width), persistent=False)
+        self.register_buffer("positions", sinusoids(max_length, width), persistent=False)
         self.dropout = nn.Dropout(dropout)
         self.encoder = nn.ModuleList(
             EncoderLayer(width, inner, heads, dropout) for _ in range(layers)
@@ -233,6 +235,10 @@ class Transformer(nn.Module):
         self.decoder = nn.ModuleList(
             DecoderLayer(width, inner, heads, dropout) for _ in range(layers)
         )
+
+    def fsdp_units(self) -> list[nn.Module]:
+        """Return the modules that FSDP2 shards as units of their own: the layers."""
+        return [*self.encoder, *self.decoder]
 
     def forward(self, source: Tensor, target_in: Tensor) -> Tensor:
         """Logits of the word after each of the target's.
@@ -296,8 +302,8 @@ class Transformer(nn.Module):
     def _embed(self, words: Tensor, name: str, first: int = 0) -> Tensor:
         """Words (..., time) at the positions from the first on, to (..., time, width)."""
         last = first + words.shape[-1]
-        if last > self.longest:
-            raise ValueError(f"{name} has {last} words, allowed are {self.longest} at most")
+        if last > self.max_length:
+            raise ValueError(f"{name} has {last} words, allowed are {self.max_length} at most")
         x = self.embedding(words) * math.sqrt(self.embedding.embedding_dim)
         y: Tensor = self.dropout(x + self.positions[first:last])
         return y

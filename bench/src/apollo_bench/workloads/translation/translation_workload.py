@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from apollo_bench.config.recipe import RunSpec
-from apollo_bench.config.schema import Sentences, TransformerModel
+from apollo_bench.config.schema import SentencePairData, TransformerModel
 from apollo_bench.errors import ExperimentError
 from apollo_bench.workloads.translation import encoded_corpus, multi30k, phrases, wmt14
-from apollo_bench.workloads.translation.beam_search import search
+from apollo_bench.workloads.translation.beam_search import beam_search
 from apollo_bench.workloads.translation.encoded_corpus import EncodedCorpus
 from apollo_bench.workloads.translation.encoded_pairs import EncodedPairs
 from apollo_bench.workloads.translation.parallel_text import ParallelCorpus
 from apollo_bench.workloads.translation.subwords import BEGIN, END, PADDING
 from apollo_bench.workloads.translation.token_batches import TokenBatches, group, padded
 from apollo_bench.workloads.translation.transformer import Transformer
-from apollo_bench.workloads.workload import Batch, Carried, Metric, Resources
+from apollo_bench.workloads.workload import Batch, HiddenState, Metric, Resources
 
 VALIDATION = Metric("valid_perplexity", "validation perplexity", "", higher_is_better=False)
 TEST = Metric("test_bleu", "test BLEU", "", higher_is_better=True)
@@ -36,7 +36,7 @@ _ORDERS = 4  # of n-grams
 _EVALUATION_TOKENS = 4096  # in a batch
 
 
-class TranslationTask:
+class Translation:
     """Sentences into another language; label smoothing; BLEU of a beam search at the end.
 
     During training the perplexity of the validation translations is measured, by subword and
@@ -54,14 +54,14 @@ class TranslationTask:
     """
 
     curve, final = VALIDATION, TEST
-    examines = True
+    has_final_test = True
     unit = "subwords"
 
     def __init__(
         self,
         corpus: EncodedCorpus,
         model: TransformerModel,
-        data: Sentences,
+        data: SentencePairData,
         tokens: int,
         device: torch.device,
     ) -> None:
@@ -69,15 +69,15 @@ class TranslationTask:
         train = corpus.train
         if data.train_examples is not None:
             train = train.chosen(numpy.arange(min(data.train_examples, train.size)))
-        self._train, too_long = train.fitting(min(model.longest, tokens))
+        self._train, too_long = train.fitting(min(model.max_length, tokens))
         if not self._train.size:
             raise ExperimentError(
-                f"every training pair has more than {min(model.longest, tokens)} subwords; check "
-                "train.batch_size and model.longest"
+                f"every training pair has more than {min(model.max_length, tokens)} subwords; "
+                "check train.batch_size and model.max_length"
             )
         self._valid, self._test = corpus.valid, corpus.test
-        self._valid.check_fitting(model.longest, "the validation sentences")
-        self._test.check_fitting(model.longest, "the test sentences")
+        self._valid.check_fitting(model.max_length, "the validation sentences")
+        self._test.check_fitting(model.max_length, "the test sentences")
         self._model, self._data, self._tokens, self._device = model, data, tokens, device
         self._shared: dict[int, TokenBatches] = {}  # by the number of processes
         self.steps_per_epoch = len(self._batches(1))
@@ -88,7 +88,7 @@ class TranslationTask:
         self.remarks = [
             f"Of the training text {corpus.counts}; trained on {self._train.size:,}{beyond}; "
             f"{corpus.subwords.size:,} subwords.",
-            f"BLEU of sacrebleu, {SIGNATURE}; {data.beams} beams, length penalty "
+            f"BLEU of sacrebleu, {SIGNATURE}; {data.beam_size} beams, length penalty "
             f"{data.length_penalty:g}.",
         ]
 
@@ -121,8 +121,8 @@ class TranslationTask:
             yield tuple(x.to(self._device, non_blocking=True) for x in columns)
 
     def loss(
-        self, model: nn.Module, part: Batch, batch: Batch, carried: Carried
-    ) -> tuple[Tensor, Carried]:
+        self, model: nn.Module, part: Batch, batch: Batch, hidden_state: HiddenState
+    ) -> tuple[Tensor, HiddenState]:
         """Mean cross entropy by subword with smoothed labels."""
         source, before, wanted, weights = part
         losses = functional.cross_entropy(
@@ -166,14 +166,14 @@ class TranslationTask:
     def _translate(self, model: nn.Module, source: Tensor) -> list[str]:
         data = self._data
         assert isinstance(model, Transformer)
-        found = search(
+        found = beam_search(
             model,
             source,
             begin=BEGIN,
             end=END,
-            beams=data.beams,
+            beam_size=data.beam_size,
             length_penalty=data.length_penalty,
-            longest=(data.length_factor, data.length_constant),
+            max_length=(data.length_factor, data.length_constant),
         )
         return [self._subwords.decode(numbers) for numbers in found]
 
@@ -183,7 +183,7 @@ class TranslationTask:
         """Batches of a process's part of the pairs."""
         mine = numpy.arange(rank, pairs.size, world)
         source, target = (1 + side.lengths[mine] for side in pairs)
-        tokens = max(_EVALUATION_TOKENS, self._model.longest)
+        tokens = max(_EVALUATION_TOKENS, self._model.max_length)
         return (mine[rows] for rows in group(source, target, tokens))
 
     def metrics(self, tally: Tensor, final: bool = False) -> dict[str, float]:
@@ -203,28 +203,28 @@ class TranslationTask:
         return found
 
 
-def of_phrases(spec: RunSpec, resources: Resources) -> TranslationTask:
+def make_phrases(spec: RunSpec, resources: Resources) -> Translation:
     """The embedded phrases; raises ExperimentError for bad files."""
-    return _task(spec, resources, phrases.load, clean=False)
+    return _make_workload(spec, resources, phrases.load, clean=False)
 
 
-def of_multi30k(spec: RunSpec, resources: Resources) -> TranslationTask:
+def make_multi30k(spec: RunSpec, resources: Resources) -> Translation:
     """Multi30k from local files or the hub; raises ExperimentError for bad files."""
-    return _task(spec, resources, multi30k.load)
+    return _make_workload(spec, resources, multi30k.load)
 
 
-def of_wmt14(spec: RunSpec, resources: Resources) -> TranslationTask:
+def make_wmt14(spec: RunSpec, resources: Resources) -> Translation:
     """WMT14, prepared or raw, or from the hub; raises ExperimentError for bad files."""
-    return _task(spec, resources, wmt14.load)
+    return _make_workload(spec, resources, wmt14.load)
 
 
-def _task(
+def _make_workload(
     spec: RunSpec,
     resources: Resources,
     load: Callable[[Path | None], ParallelCorpus],
     clean: bool = True,
-) -> TranslationTask:
-    if not isinstance(spec.data, Sentences) or not isinstance(spec.model, TransformerModel):
+) -> Translation:
+    if not isinstance(spec.data, SentencePairData) or not isinstance(spec.model, TransformerModel):
         raise ExperimentError(
             f"data.kind is {spec.data.kind!r} and model.family {spec.model.family!r}, the task "
             f"{spec.task} needs 'sentence-pairs' and 'transformer'"
@@ -234,4 +234,4 @@ def _task(
         corpus = encoded_corpus.load(folder, size)
     else:
         corpus = encoded_corpus.encode(load(folder), size, clean)
-    return TranslationTask(corpus, spec.model, spec.data, spec.train.batch_size, resources.device)
+    return Translation(corpus, spec.model, spec.data, spec.train.batch_size, resources.device)

@@ -11,9 +11,9 @@ from apollo_bench.workloads.translation.parallel_text import (
     ParallelCorpus,
     TextPairs,
     check_aligned,
-    corpus,
     even,
     find_text,
+    make_corpus,
     read_lines,
     read_named,
 )
@@ -52,7 +52,7 @@ def load(folder: Path | None = None, hub: str = HUB) -> ParallelCorpus:
         raise ExperimentError(f"{folder}: no such folder; {_REMEDY}")
     # the small files first: what is missing is told before minutes of reading
     valid, test = _named(folder, VALID), _test(folder)
-    return corpus(_training(folder), valid, test, LANGUAGES, str(folder))
+    return make_corpus(_training(folder), valid, test, LANGUAGES, str(folder))
 
 
 def _named(folder: Path, name: str) -> TextPairs:

@@ -1,0 +1,53 @@
+"""``apollo-bench prepare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from apollo_bench.cli import runtime
+from apollo_bench.errors import ExperimentError
+
+
+def prepare(
+    task: Annotated[
+        str, typer.Argument(help="one-billion-word, wmt14-en-de, multi30k or cifar10.")
+    ],
+    raw: Annotated[Path, typer.Option(help="Folder of the raw download.")],
+    out: Annotated[Path | None, typer.Option(help="Output folder.  [default: data/TASK]")] = None,
+    vocabulary: Annotated[
+        Path | None, typer.Option(help="1b_word_vocab.txt.  [default: made from the text]")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes.  [default: one per core]")
+    ] = None,
+    subwords: Annotated[
+        int | None,
+        typer.Option(min=300, help="Size of the joint vocabulary.  [default: the recipe's]"),
+    ] = None,
+) -> None:
+    """Convert a raw download into the fast form that --data takes.
+
+    Stop it with Ctrl-C. The same command continues with the missing shards of one-billion-word; the
+    other tasks take minutes and start again.
+    """
+    with runtime.one_line_errors():
+        from apollo_bench.launch.progress import counter
+        from apollo_bench.workloads.preparation import PREPARERS, Options
+
+        if task not in PREPARERS:
+            raise ExperimentError(
+                f"task is {task!r}, allowed are {', '.join(PREPARERS)}; the others need no "
+                "preparation"
+            )
+        folder = out or Path("data") / task
+        with counter(Console(stderr=True)) as report_progress:
+            prepared = PREPARERS[task](
+                raw, folder, Options(vocabulary, workers, subwords), report_progress
+            )
+        if prepared.remark:
+            typer.echo(prepared.remark)
+        typer.echo(f"Prepared: --data {prepared.folder}")

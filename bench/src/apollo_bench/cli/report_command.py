@@ -1,0 +1,30 @@
+"""``apollo-bench report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from apollo_bench.cli import options, runtime
+
+
+def report(
+    runs: options.RunFolders,
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder.  [default: the first of RUNS]")
+    ] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(
+            help="Value of the metric for the time to a target.  [default: chosen from the other "
+            "optimizers]"
+        ),
+    ] = None,
+) -> None:
+    """Write tables, curves and one HTML page from finished or running runs."""
+    with runtime.one_line_errors():
+        folder = out or runs[0]
+        runtime.keep_caches_in(folder)
+        runtime.write_report(runs, folder, target)

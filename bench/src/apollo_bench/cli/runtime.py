@@ -1,0 +1,99 @@
+"""What the commands share: errors in one line, training with a report, caches."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+
+from apollo_bench.errors import ExperimentError
+from apollo_bench.interrupts import Interrupted
+from apollo_bench.training import process_group
+
+if TYPE_CHECKING:
+    from apollo_bench.launch.run_experiment import Request
+
+
+def command_line() -> str:
+    """Return the command line that started this process."""
+    return shlex.join(["apollo-bench", *sys.argv[1:]])
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Print an error that the user can correct in one line, and exit with status 2."""
+    try:
+        yield
+    except ExperimentError as error:
+        if process_group.reports_error(error):
+            typer.echo(f"apollo-bench: {error}", err=True)
+        raise typer.Exit(2) from None
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        typer.echo(f"apollo-bench: {what}", err=True)
+        raise typer.Exit(2) from None
+
+
+def echo(text: str, err: bool = False) -> None:
+    """Print a line from the main process of the process group."""
+    if process_group.is_main_process():
+        typer.echo(text, err=err)
+
+
+def train(request: Request) -> bool:
+    """Train runs and print why any failed; return whether any did.
+
+    Raises:
+        ExperimentError: an option, a run or its data cannot be used.
+        typer.Exit: on SIGINT or SIGTERM, with status 128 plus the signal's number.
+    """
+    from apollo_bench.launch.run_experiment import train_runs
+
+    keep_caches_in(request.out)
+    try:
+        failed = train_runs(request, lambda text: echo(f"apollo-bench: {text}", err=True))
+    except Interrupted as interrupt:
+        echo(f"Stopped; nothing is lost. Go on with:  {command_line()}", err=True)
+        raise typer.Exit(128 + interrupt.number) from None
+    for run in failed:
+        typer.echo(
+            f"apollo-bench: {run.name} failed ({run.reason}); see {run.directory.log}; "
+            "the same command tries it again",
+            err=True,
+        )
+    return bool(failed)
+
+
+def train_and_report(request: Request) -> None:
+    """Train runs and write the report on all runs of their folder.
+
+    Raises:
+        ExperimentError: an option, a run or its data cannot be used.
+        typer.Exit: a run failed (status 1), or the command was interrupted.
+    """
+    failed = train(request._replace(one_report=True))
+    if process_group.is_main_process():
+        write_report([request.out], request.out)
+    if failed:
+        raise typer.Exit(1)
+
+
+def write_report(runs: list[Path], out: Path, target: float | None = None) -> None:
+    """Write the report on runs, and print its tables."""
+    from apollo_bench.report import page
+
+    page.show(page.write(runs, out, target), Console())
+    typer.echo(f"Report: {out / 'report.html'}")
+
+
+def keep_caches_in(folder: Path) -> None:
+    """Make matplotlib and torch write their caches into the output folder, not elsewhere."""
+    for variable, name in (("MPLCONFIGDIR", "matplotlib"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
+        os.environ.setdefault(variable, str((folder / "cache" / name).resolve()))

@@ -1,0 +1,58 @@
+"""``apollo-bench train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from apollo_bench.cli import options, runtime, selection
+
+_DIAGNOSE_EVERY = 25  # steps
+
+
+def train(
+    task: options.TaskName,
+    optimizer: Annotated[str, typer.Option(help="An optimizer of the recipe.")],
+    seed: Annotated[int | None, typer.Option(help="[default: the recipe's first]")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="[default: the first that `compare` trains]")
+    ] = None,
+    settings: options.Settings = None,
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/train"),
+    data: options.DataFolder = None,
+    accelerator: options.AcceleratorName = "cpu",
+    devices: options.Devices = 1,
+    strategy: options.StrategyName = "ddp",
+    threads: options.Threads = None,
+    diagnostics: Annotated[
+        bool,
+        typer.Option(
+            "--diagnostics",
+            help=f"Measure Apollo's curvature every {_DIAGNOSE_EVERY} steps, for TensorBoard, the "
+            "report and diagnostics.jsonl.",
+        ),
+    ] = False,
+    diagnose_every: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="STEPS", help="The same, at another interval of steps."),
+    ] = None,
+) -> None:
+    """Train one run.
+
+    With the same --threads its weights are bit-identical to those of the run in `compare`. With
+    another number of threads sums are added in another order.
+    """
+    with runtime.one_line_errors():
+        from apollo_bench.launch.run_experiment import Machines, Request, run_folder
+
+        chosen = selection.select(task, settings, optimizer, schedule)
+        seed = chosen.recipe.seeds[0] if seed is None else seed
+        spec = chosen.recipe.run(optimizer, seed, schedule or chosen.schedules[0])
+        every = diagnose_every or (_DIAGNOSE_EVERY if diagnostics else None)
+        machines = Machines(accelerator, devices, 1, threads, strategy)
+        failed = runtime.train(Request([spec], out, data, machines, diagnose_every=every))
+        runtime.echo(str(run_folder(out, spec)))
+    if failed:
+        raise typer.Exit(1)

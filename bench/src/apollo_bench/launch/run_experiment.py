@@ -1,0 +1,171 @@
+"""Prepare the directories of many runs and train them: here, under torchrun or on Ray."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+
+from apollo_bench.config.execution import Execution, plan_execution
+from apollo_bench.config.recipe import RunSpec
+from apollo_bench.errors import ExperimentError
+from apollo_bench.launch import ray_cluster, run_scheduler, torchrun
+from apollo_bench.launch.progress import display
+from apollo_bench.launch.run_scheduler import RunState
+from apollo_bench.runs import compatibility, curvature_log
+from apollo_bench.runs.run_directory import RunDirectory
+from apollo_bench.training import process_group
+from apollo_bench.workloads import tasks
+from apollo_bench.workloads.workload import Workload
+
+
+class Machines(NamedTuple):
+    """What the command line says about devices and processes."""
+
+    accelerator: str
+    devices: int
+    jobs: int | None
+    threads: int | None
+    strategy: str
+    cluster: str | None = None
+
+
+class Request(NamedTuple):
+    """The runs that a command asks for."""
+
+    specs: list[RunSpec]
+    out: Path
+    data: Path | None  # folder of local data
+    machines: Machines
+    one_report: bool = False  # whether all runs below ``out`` must fit into one report
+    diagnose_every: int | None = None  # steps
+    # raises ExperimentError for fingerprints of data, by task, that the settings are not tuned on
+    check_data: Callable[[dict[str, str]], None] | None = None
+
+
+def run_folder(out: Path, spec: RunSpec) -> Path:
+    """Return the folder of a run's directory."""
+    return out / "runs" / spec.label
+
+
+def train_runs(request: Request, warn: Callable[[str], None]) -> list[RunState]:
+    """Train all runs that are not finished.
+
+    Args:
+        request: the runs.
+        warn: called with advice for the user.
+
+    Returns:
+        The runs that failed. Under torchrun only the main process returns any.
+
+    Raises:
+        ExperimentError: an option, a run or its data cannot be used.
+        Interrupted: on SIGINT or SIGTERM, after every run has written a checkpoint.
+    """
+    machines = request.machines
+    under_torchrun = process_group.launched_by_torchrun()
+    jobs, execution = _plan(machines, under_torchrun)
+    if under_torchrun and (advice := process_group.restart_advice()):
+        warn(advice)
+    for spec in request.specs:
+        execution.check(spec)
+        if request.diagnose_every is not None:
+            curvature_log.require_apollo(spec)
+    console = Console(stderr=True)
+    if under_torchrun:
+        return _train_under_torchrun(request, execution, console)
+    runs = _prepare(request, execution)
+    with display(console) as shown:
+        if machines.cluster is None:
+            run_scheduler.run_all(runs, jobs, shown)
+        else:
+            ray_cluster.run_all(runs, machines.jobs, shown)
+    return [run for run in runs if run.status == "failed"]
+
+
+def _plan(machines: Machines, under_torchrun: bool) -> tuple[int, Execution]:
+    """Return the number of runs at a time, and how each is executed."""
+    cluster = machines.cluster
+    if cluster not in (None, *ray_cluster.ENGINES):
+        allowed = ", ".join(ray_cluster.ENGINES)
+        raise ExperimentError(f"--cluster is {cluster!r}, allowed are {allowed}")
+    if under_torchrun and cluster is not None:
+        raise ExperimentError(f"--cluster {cluster} starts runs itself, not by torchrun")
+    jobs, execution = plan_execution(
+        machines.accelerator,
+        machines.devices,
+        machines.jobs,
+        machines.threads,
+        machines.strategy,
+        cluster is not None,
+    )
+    return (1, process_group.torchrun_execution(execution)) if under_torchrun else (jobs, execution)
+
+
+def _train_under_torchrun(
+    request: Request, execution: Execution, console: Console
+) -> list[RunState]:
+    folders = [run_folder(request.out, spec) for spec in request.specs]
+    with process_group.translate_lost_connection():
+        process_group.init_process_group(execution.accelerator)
+        runs = process_group.run_on_all(
+            lambda: _prepare(request, execution) if process_group.is_main_process() else []
+        )
+        with display(console) if runs else nullcontext() as shown:
+            torchrun.run_all(folders, runs, shown)
+    return [run for run in runs if run.status == "failed"]
+
+
+def _prepare(request: Request, execution: Execution) -> list[RunState]:
+    """Create the run directories.
+
+    Nothing is written before all runs are known to be trainable. Where they share a report, they
+    must also be compatible with the runs that are already there.
+    """
+    specs = request.specs
+    first = {spec.task: spec for spec in reversed(specs)}  # reading data takes a while
+    workloads = {name: tasks.make(spec, request.data) for name, spec in first.items()}
+    if request.check_data is not None:
+        request.check_data({name: made.fingerprint for name, made in workloads.items()})
+    new = {}
+    for spec in specs:
+        directory = RunDirectory(run_folder(request.out, spec))
+        fingerprint = workloads[spec.task].fingerprint
+        directory.check(spec, fingerprint, execution)
+        new[directory.path.resolve()] = compatibility.RunIdentity(directory.path, spec, fingerprint)
+    if request.one_report:
+        there = [
+            compatibility.identity_of(directory)
+            for directory in compatibility.find_run_directories(request.out)
+            if directory.path.resolve() not in new
+        ]
+        compatibility.check([*there, *new.values()])
+    return [_prepare_run(request, execution, spec, workloads[spec.task]) for spec in specs]
+
+
+def _prepare_run(
+    request: Request, execution: Execution, spec: RunSpec, workload: Workload
+) -> RunState:
+    directory = RunDirectory(run_folder(request.out, spec))
+    directory.prepare(
+        spec,
+        workload.fingerprint,
+        request.data,
+        sys.argv,
+        execution,
+        workload.remarks,
+        keep_threads=request.machines.threads is None,
+        diagnose_every=request.diagnose_every,
+    )
+    return RunState(
+        directory,
+        spec,
+        spec.train.schedule.steps(workload.steps_per_epoch),
+        workload.curve,
+        workload.unit,
+        workload.units_per_step,
+    )

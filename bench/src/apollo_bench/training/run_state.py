@@ -1,0 +1,297 @@
+"""The state of one training run, and its checkpoints.
+
+Batches are functions of (seed, epoch, step). A checkpoint holds everything else.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from apollo_bench.atomic_write import write_atomically
+from apollo_bench.config.recipe import RunSpec
+from apollo_bench.errors import ExperimentError
+from apollo_bench.optimizers.registry import build_optimizer, lr_factor
+from apollo_bench.runs import curvature_log
+from apollo_bench.runs.run_directory import Record, RunDirectory
+from apollo_bench.seeds import derived_seed
+from apollo_bench.training import process_group
+from apollo_bench.training.full_state_dict import (
+    full_model_state,
+    full_optimizer_state,
+    load_model_state,
+    load_optimizer_state,
+)
+from apollo_bench.training.step_timer import StepTimer
+from apollo_bench.training.sync_batch_norm import convert_sync_batch_norm
+from apollo_bench.training.tensorboard_log import make_event_writer
+from apollo_bench.workloads.workload import HiddenState, Workload
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+    from torch.utils.tensorboard import SummaryWriter
+
+S = TypeVar("S", bound="TrainingState")
+
+# what torch.load and the loading of states raise for a damaged checkpoint
+_UNREADABLE = (
+    *(OSError, RuntimeError, ValueError, KeyError, IndexError, EOFError),
+    pickle.PickleError,
+)
+
+
+class TrainingState:
+    """The state of one run, restored from its checkpoint when the context is entered.
+
+    Args:
+        directory: prepared for ``spec``.
+        spec: the resolved recipe.
+        workload: data, model, loss and metric.
+        fabric: launched.
+        diagnose_every: steps between measurements of Apollo's curvature; None: none.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        spec: RunSpec,
+        workload: Workload,
+        fabric: Fabric,
+        diagnose_every: int | None = None,
+    ) -> None:
+        self.directory, self.spec, self.fabric = directory, spec, fabric
+        self.workload = workload
+        self.diagnose_every = diagnose_every
+        self.steps = spec.train.schedule.steps(workload.steps_per_epoch)
+        self.every = spec.train.evaluate_every or workload.steps_per_epoch
+        self.network: nn.Module = workload.model()
+        if fabric.global_rank > 0:  # each process draws its own dropout masks
+            torch.manual_seed(derived_seed(spec.seed, fabric.global_rank))
+        if fabric.world_size > 1:
+            self.network = convert_sync_batch_norm(self.network, fabric.device)
+        network: Any = torch.compile(self.network) if spec.train.compile else self.network
+        self.model = fabric.setup_module(network)
+        # after setup_module, which replaces the parameters when it shards them
+        optimizer = build_optimizer(spec.optimizer, self.network)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lr_factor(spec.train.schedule, spec.name, self.steps)
+        )
+        self.optimizer: Any = fabric.setup_optimizers(optimizer)
+        self.step = 0
+        self.hidden_state: HiddenState = ()
+        # Sums of the loss since the last evaluation and since the last record. They stay on the
+        # loss's device, so that no step waits for them. A loss that is not finite stays in the sum.
+        self.period_loss = torch.zeros((), dtype=torch.float64, device=fabric.device)
+        self.line_loss = self.period_loss.clone()
+        self.line_steps = 0
+        # Since the last evaluation. step_timer includes everything but the reading of data.
+        self.optimizer_timer, self.step_timer = StepTimer(fabric.device), StepTimer(fabric.device)
+        self.last: Record = {}
+        self.evaluated = 0  # the step of the last evaluation
+        self.best: float | None = None  # best value of the workload's curve so far
+        self.seconds_before = 0.0  # training time of the processes before this one
+        self.started = time.perf_counter()
+        self.metrics: BinaryIO | None = None  # open in the main process
+        self.events: SummaryWriter | None = None  # open in the main process
+        self.curvature: curvature_log.CurvatureLog | None = None  # with diagnose_every
+
+    def __enter__(self: S) -> S:
+        offset = self._restore()
+        if self.fabric.is_global_zero:
+            self.metrics = self.directory.metrics.open("ab")
+            # records after the checkpoint will be written again
+            self.metrics.truncate(offset)
+            self.events = make_event_writer(self.directory.events, self.step)
+        if self.diagnose_every is not None:
+            self.curvature = curvature_log.CurvatureLog(
+                self.directory.diagnostics, self.diagnose_every, self.optimizer.optimizer,
+                self.network, self.step, self.epoch_at, self.events,
+            )  # fmt: skip
+        self.saved_at = time.perf_counter()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.curvature is not None:
+            self.curvature.close()
+        if self.metrics is not None:
+            self.metrics.close()
+        if self.events is not None:
+            self.events.close()
+
+    def seconds(self) -> float:
+        """Return the training time so far, over all processes that trained the run in turn."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+    @property
+    def epoch(self) -> int | float:
+        """The number of epochs so far."""
+        return self.epoch_at(self.step)
+
+    def epoch_at(self, step: int) -> int | float:
+        """Return the number of epochs after a step."""
+        whole, rest = divmod(step, self.workload.steps_per_epoch)
+        return whole if rest == 0 else step / self.workload.steps_per_epoch
+
+    def keep_best(self) -> None:
+        """Write the weights if the last evaluation is the best so far."""
+        metric = self.workload.curve
+        value = self.last[metric.name]
+        if self.best is not None and not metric.better(value, self.best):
+            return
+        self.best = value
+        weights = self.full_weights()
+        if self.fabric.is_global_zero:
+            state = {"model": weights, "epoch": self.epoch, metric.name: value}
+            write_atomically(self.directory.best, _serialized(state))
+
+    def keep_for_average(self) -> None:
+        """Write the weights of this evaluation if the recipe averages the last evaluations."""
+        count = self.spec.train.average_checkpoints
+        if count == 1:
+            return
+        weights = self.full_weights()
+        if not self.fabric.is_global_zero:
+            return
+        state = {name: value.cpu() for name, value in weights.items()}
+        write_atomically(self.directory.evaluated(self.step), _serialized(state))
+        for path in self.directory.kept_evaluations(self.step)[:-count]:
+            path.unlink()
+
+    def average_weights(self) -> None:
+        """Replace the weights by their mean over the last evaluations."""
+        mean = process_group.broadcast_from_main(
+            self._mean_weights() if self.fabric.is_global_zero else None
+        )
+        assert mean is not None
+        load_model_state(self.network, mean)
+        if self.fabric.is_global_zero:
+            write_atomically(self.directory.averaged, _serialized({"model": mean}))
+
+    def _mean_weights(self) -> dict[str, Tensor]:
+        paths = self.directory.kept_evaluations(self.step)[-self.spec.train.average_checkpoints :]
+        states = [torch.load(path, weights_only=True) for path in paths]
+        mean = {}
+        for name, last in states[-1].items():
+            total = torch.stack([state[name].double() for state in states]).mean(0)
+            mean[name] = total.to(last.dtype) if last.is_floating_point() else last
+        return mean
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """Return the weights as full tensors; every process must call this."""
+        return full_model_state(self.network)
+
+    def save(self) -> None:
+        """Write a checkpoint; every process must call this."""
+        processes = self._gather_process_states()
+        weights, optimizer = self.full_weights(), full_optimizer_state(self.optimizer)
+        if self.metrics is not None and self.events is not None:
+            self.metrics.flush()
+            self.events.flush()
+            state = {
+                "model": weights,
+                "optimizer": optimizer,
+                "schedule": self.schedule.state_dict(),
+                "processes": processes,
+                "step": self.step,
+                "line_steps": self.line_steps,
+                "times": [timer.collect() for timer in (self.optimizer_timer, self.step_timer)],
+                "last": self.last,
+                "best": self.best,
+                "evaluated": self.evaluated,
+                "seconds": self.seconds(),
+                "metrics_bytes": self.metrics.tell(),
+            }
+            write_atomically(self.directory.checkpoint, _serialized(state))
+        self.fabric.barrier()
+        self.saved_at = time.perf_counter()
+
+    def _gather_process_states(self) -> list[dict[str, Tensor]]:
+        """Return, for every process, the state that differs between processes."""
+        mine = {
+            "random": torch.get_rng_state(),
+            "period_loss": self.period_loss.cpu(),
+            "line_loss": self.line_loss.cpu(),
+            # the key is that of earlier checkpoints
+            **{f"carried.{i}": x.cpu() for i, x in enumerate(self.hidden_state)},
+        }
+        if self.fabric.device.type == "cuda":
+            mine["device_random"] = torch.cuda.get_rng_state(self.fabric.device)
+        if self.fabric.world_size == 1:
+            return [mine]
+        gathered: list[Any] = [None] * self.fabric.world_size
+        torch.distributed.all_gather_object(gathered, mine)
+        return gathered
+
+    def _read_checkpoint(self) -> dict[str, Any]:
+        path = self.directory.checkpoint
+        try:
+            state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+            _ = state["step"]  # a file that is no checkpoint has none
+        except FileNotFoundError:
+            raise ExperimentError(
+                f"{path}: rank 0 sees it; all processes must see the same directory"
+            ) from None
+        except _UNREADABLE as error:
+            raise _unreadable(path, error) from None
+        return state
+
+    def _check_step(self, state: dict[str, Any], main_step: int) -> None:
+        if state["step"] != main_step:
+            raise ExperimentError(
+                f"{self.directory.checkpoint}: holds step {state['step']} here and {main_step} "
+                "for rank 0; all processes must see the same directory"
+            )
+
+    def _restore(self) -> int:
+        """Load the checkpoint, if there is one; return the number of valid bytes of the metrics."""
+        path = self.directory.checkpoint
+        if not process_group.broadcast_from_main(path.exists()):
+            return 0
+        try:
+            state = process_group.run_on_all(self._read_checkpoint)
+            main_step = process_group.broadcast_from_main(state["step"])
+            process_group.run_on_all(lambda: self._check_step(state, main_step))
+            load_model_state(self.network, state["model"])
+            load_optimizer_state(self.optimizer, state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            mine = state["processes"][self.fabric.global_rank]
+            torch.set_rng_state(mine["random"])
+            if self.fabric.device.type == "cuda" and "device_random" in mine:
+                torch.cuda.set_rng_state(mine["device_random"], self.fabric.device)
+            elif self.fabric.device.type == "cuda":  # the run began on a CPU
+                torch.cuda.manual_seed(derived_seed(self.spec.seed, state["step"]))
+        except _UNREADABLE as error:
+            raise _unreadable(path, error) from None
+        self.step = state["step"]
+        self.period_loss.copy_(mine["period_loss"])
+        self.hidden_state = tuple(
+            mine[f"carried.{i}"].to(self.fabric.device)
+            for i in range(sum(name.startswith("carried.") for name in mine))
+        )
+        self.line_loss.copy_(mine["line_loss"])
+        self.line_steps = state["line_steps"]
+        self.optimizer_timer.times, self.step_timer.times = state["times"]
+        self.last, self.best = state["last"], state["best"]
+        self.evaluated = state["evaluated"]
+        self.seconds_before = state["seconds"]
+        return int(state["metrics_bytes"])
+
+
+def _unreadable(path: Path, error: Exception) -> ExperimentError:
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ExperimentError(
+        f"{path}: the checkpoint cannot be read ({first}); remove the run's directory to train it "
+        "again"
+    )
+
+
+def _serialized(state: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
