@@ -21,7 +21,8 @@ from apollo_bench.config.recipe import Recipe, RunSpec, scale_lr
 from apollo_bench.config.schema import ImageData
 from apollo_bench.runs import loading
 from apollo_bench.runs.archive import RUNS
-from apollo_bench.search.trials import best_trial, make_trials, mean_score
+from apollo_bench.search.best_trials import best_trial, mean_score
+from apollo_bench.search.trials import make_trials
 from apollo_bench.workloads.tasks import TASKS as FAMILIES
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"

@@ -48,7 +48,7 @@ def searched(
         shutil.copy(ROOT / "results" / name, tmp_path / name)
     planned = lengths.planned("multi30k/length-quarter-tuning", tmp_path)
     runs = [trial_of(spec, 10.0 if spec.sweep.value == 2 else 20.0) for spec in planned]
-    monkeypatch.setattr(lengths.loading, "find", lambda paths: runs)
+    monkeypatch.setattr(lengths.loading, "load_runs", lambda paths: runs)
     return tmp_path, runs
 
 

@@ -56,12 +56,12 @@ def error_of(text: str, path: Path) -> str:
         (
             'kind = "cosine"',
             'kind = "milestone"\nmilestones = [1, 2]',
-            "schedules.cosine: milestones are [1.0, 2.0], allowed are epochs that rise, below 2",
+            "schedules.cosine: milestones are [1.0, 2.0], allowed are increasing epochs below 2",
         ),
         (
             'kind = "cosine"',
             'kind = "milestone"\nmilestones = [1, 1]',
-            "milestones are [1.0, 1.0], allowed are epochs that rise",
+            "milestones are [1.0, 1.0], allowed are increasing epochs",
         ),
         (
             'kind = "cosine"',
@@ -335,7 +335,7 @@ def test_a_sweep_of_some(recipe_file: Path) -> None:
     with pytest.raises(ExperimentError, match=r"no table \[sweeps.lr-robustness\] in this recipe"):
         plan.sweep("lr-robustness")
     for wrong, expected in (
-        ("values = [2, 1]", "values are [2.0, 1.0], allowed are values that rise"),
+        ("values = [2, 1]", "values are [2.0, 1.0], allowed are increasing values"),
         ('values = [1]\noptimizers = ["x"]', "sweeps.weight-decay.optimizers is ['x'], allowed"),
         ('values = [1]\nschedules = ["x"]', "sweeps.weight-decay.schedules is ['x'], allowed"),
     ):

@@ -141,5 +141,5 @@ def test_a_run_that_is_stopped_is_equal_to_one_that_is_not(method: str, tmp_path
 
 def test_muon_is_not_sharded() -> None:
     spec = recipe.load("multi30k", ["optimizers.muon.method=muon", "optimizers.muon.lr=0.01"])
-    with pytest.raises(ExperimentError, match=r"'muon' .* needs whole matrices"):
+    with pytest.raises(ExperimentError, match=r"'muon' .* needs unsharded matrices"):
         Execution(devices=2, strategy="fsdp2").check(spec.run("muon", 1))

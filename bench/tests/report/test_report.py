@@ -18,7 +18,7 @@ from apollo_bench.config.recipe import RunSpec
 from apollo_bench.errors import ExperimentError
 from apollo_bench.optimizers.plot_style import STYLES, style_of
 from apollo_bench.report import narrative, page, tables
-from apollo_bench.report.figures import short
+from apollo_bench.report.figure_axes import short
 from apollo_bench.report.summary import Summary, collect
 from apollo_bench.runs.run_directory import RunDirectory
 from bench.tests.conftest import TINY
@@ -230,7 +230,7 @@ def test_forms_of_apollo_are_laid_beside_the_best_of_the_others(
     assert updates["Apollo"] == "2 ± 1"
     assert updates["ApolloW"] == "> 3 ± 1 (1 of 2)"
     assert updates["Apollo, belief"] == "> 2 ± 0 (0 of 2)"
-    fewer = cells(summary, "updates fewer than SGD [95 %]")
+    fewer = cells(summary, "fewer updates than SGD [95 %]")
     assert fewer["SGD"] == "-"
     assert fewer["Apollo"].startswith("+2 [")
     leads = cells(summary, "lead over SGD [95 % interval]")
@@ -239,7 +239,9 @@ def test_forms_of_apollo_are_laid_beside_the_best_of_the_others(
     assert leads["Apollo, belief"] == "-"
     assert summary.sections[0].best_other is not None
     assert summary.sections[0].best_other.name == "sgd"
-    assert "the form of Apollo with the best mean is Apollo, 72.00" in narrative.headline(summary)
+    assert "the variant of Apollo with the best mean is Apollo, 72.00" in narrative.headline(
+        summary
+    )
 
 
 def test_a_pair_that_is_missing_is_told(recipe_file: Path, tmp_path: Path) -> None:
@@ -316,7 +318,7 @@ def test_a_mean_without_its_diverged_runs_is_not_the_best(
     best_row = summary.sections[0].best
     assert best_row is not None
     assert best_row.name == "apollo"
-    assert "seeds 3, 4 of all, beyond them 5 of SGD; 5 of Adam." in narrative.notes(summary)[0]
+    assert "seeds 3, 4 of all, also 5 of SGD; 5 of Adam." in narrative.notes(summary)[0]
     for name in ("sgd", "adam", "apollo"):
         made_up(tmp_path / "none", plan.run(name, 3), [], "diverged")
     [summary] = collect([tmp_path / "none"])
@@ -329,7 +331,7 @@ def test_where_runs_were_trained(recipe_file: Path, tmp_path: Path) -> None:
     plan = recipe.load(str(recipe_file))
     made_up(tmp_path, plan.run("sgd", 3), [50.0])
     [summary] = collect([tmp_path])
-    assert "1 thread a process, precision 32-true; torch " in narrative.notes(summary)[-1]
+    assert "1 thread per process, precision 32-true; torch " in narrative.notes(summary)[-1]
     made_up(tmp_path, plan.run("sgd", 4), [50.0])
     manifest = RunDirectory(tmp_path / "runs" / plan.run("sgd", 4).label).manifest
     told = json.loads(manifest.read_text())
@@ -339,7 +341,7 @@ def test_where_runs_were_trained(recipe_file: Path, tmp_path: Path) -> None:
     *_, where, warning = narrative.notes(collect([tmp_path])[0])
     assert "; 2 x NVIDIA H200, " in where
     assert "3 such machines, precision 32-true; torch" in where
-    assert "their times do not compare" in warning
+    assert "their times are not comparable" in warning
 
 
 def test_beside_the_papers_numbers(tmp_path: Path) -> None:
@@ -355,7 +357,7 @@ def test_beside_the_papers_numbers(tmp_path: Path) -> None:
     ]
     assert cells(summary, "in the paper") == {"SGD": "93.91 ± 0.07", "Apollo": "94.20 ± 0.12"}
     assert "of ResNet-110, width 16, batch 128, 164 epochs (milestone), 200 epochs (cosine)" in text
-    assert "Ours differ in model and schedule: they do not compare with them." in text
+    assert "Ours differ in model and schedule: they are not comparable." in text
     assert "Schedule milestone: Best mean test accuracy: " in text
     whole = recipe.load("cifar10")
     made_up(tmp_path / "whole", whole.run("sgd", 1, "cosine"), [50.0, 60.0])

@@ -124,7 +124,7 @@ def test_the_command(ended: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     kept = tmp_path / "kept"
     done = CliRunner().invoke(app, ["archive", str(ended), "--out", str(kept)])
     assert done.exit_code == 0, done.output
-    assert f"Kept 4 runs in {kept}" in done.output
+    assert f"Archived 4 runs in {kept}" in done.output
     assert (kept / "results.md").exists()
     again = CliRunner().invoke(app, ["report", str(kept), "--out", str(tmp_path / "report")])
     assert again.exit_code == 0, again.output

@@ -147,7 +147,7 @@ def test_the_best_try_is_taken(searched: Path, tuned_recipe: Path) -> None:
     assert [row[0].text for row in chosen.rows] == ["SGD", "Apollo"]
     assert chosen.rows[1][-1].text == "3, 2 diverged"
     assert [cell.text.endswith("diverged") for cell in tried.rows[1]].count(True) == 2
-    assert chosen.rows[1][-2].text == "lr, the least"
+    assert chosen.rows[1][-2].text == "lr, the smallest"
     assert "SGD lr " in narrative.headline(summary)
     assert "Diverged: Apollo (2 of 3 runs)" in narrative.headline(summary)
 

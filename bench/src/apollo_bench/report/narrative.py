@@ -25,7 +25,7 @@ def headline(summary: Summary) -> str:
             for section, text in zip(summary.sections, texts, strict=True)
         ]
     if unfinished:
-        texts.append("Not all runs have finished: see the last column of the table.")
+        texts.append("Some runs have not finished: see the last column of the table.")
     return " ".join(texts) + diverged
 
 
@@ -71,7 +71,8 @@ def _compared(section: ScheduleSection, summary: Summary) -> str:
     if len(section.apollo_variants) > 1:
         form = best_of(section.apollo_variants)
         if form is not None and form.score is not None:
-            text += f"; the form of Apollo with the best mean is {form.label}, {form.score.text(2)}"
+            text += f"; the variant of Apollo with the best mean is {form.label}, "
+            text += form.score.text(2)
             text += unit
     return text + "."
 
@@ -118,11 +119,11 @@ def notes(summary: Summary) -> list[str]:
     found = [
         f"{spec.task}{part}; {spec.model}; batch {spec.train.batch_size}; "
         f"schedule {schedules}; {_seeds(summary)}.",
-        "Mean ± standard deviation over the seeds of the runs that finished, of the trained model; "
-        "an optimizer of which runs diverged is best only where that holds for all. "
-        "Wall time is that of training and evaluation in one process of several; optimizer step: "
-        "the median of optimizer.step() alone, and its share of forward pass, backward pass and "
-        "step together.",
+        "Values are mean ± standard deviation over the seeds of the finished runs, of the trained "
+        "model. An optimizer with diverged runs is best only if all optimizers have some. "
+        "Wall time covers training and evaluation; other runs may have shared the machine. "
+        "Optimizer step is the median time of optimizer.step(), and its share of forward pass, "
+        "backward pass and step.",
     ]
     remarks = [text for run in summary.runs for text in run.manifest["data"].get("remarks", [])]
     found += dict.fromkeys(remarks)
@@ -130,21 +131,21 @@ def notes(summary: Summary) -> list[str]:
         found.append(_on_differences(summary))
     elif summary.sweep == "tuning":
         found.append(
-            "Each optimizer's settings are tried at the same places of its ranges, log-uniform, "
-            "and judged at the end of the run on data that are neither trained on nor those of a "
-            "comparison's final metric. A learning rate takes the weight decay along, so "
-            "that their product stays (eq. 14). A choice at an end of what was tried may not be "
-            "the best that there is."
+            "Each optimizer's trials lie at the same relative positions in its log-uniform ranges. "
+            "They are scored at the end of the run, on data that is neither trained on nor used "
+            "for the final metric of a comparison. Weight decay follows the learning rate, so "
+            "that their product is unchanged (eq. 14). A choice at the end of its range may not "
+            "be the optimum."
         )
     elif summary.sweep == "lr-robustness":
         found.append(
-            "Each column multiplies the learning rates (and where Apollo's warmup begins) by a "
-            "factor and divides weight decay by it, so that their product stays (eq. 14)."
+            "Each column multiplies the learning rates (and Apollo's warmup_init_lr) by a factor "
+            "and divides weight decay by it, so that their product is unchanged (eq. 14)."
         )
     else:
         found.append(
-            "Each column is the weight decay of the optimizers that state a number; those whose "
-            "decay is coupled have the decay of equal strength (eq. 14)."
+            "Each column is the weight decay of the optimizers that state a number; coupled decay "
+            "has equal strength (eq. 14)."
         )
     if summary.paper is not None:
         found.append(_on_paper(summary, spec))
@@ -155,7 +156,7 @@ def notes(summary: Summary) -> list[str]:
         f"apollo-qn {versions['apollo_qn']}."
     )
     if len(places) > 1:
-        found.append("The runs were not all trained in one such way: their times do not compare.")
+        found.append("The runs were executed in different ways: their times are not comparable.")
     return found
 
 
@@ -166,7 +167,7 @@ def _seeds(summary: Summary) -> str:
         for row in rows
     }
     common = set.intersection(*by_row.values())
-    told = f"seeds {_listed(common)}" if common else "no seed that all have"
+    told = f"seeds {_listed(common)}" if common else "no common seed"
     more: dict[str, set[int]] = {}
     for (label, _), seeds in by_row.items():
         if seeds - common:
@@ -174,7 +175,7 @@ def _seeds(summary: Summary) -> str:
     if not more:
         return told
     beyond = "; ".join(f"{_listed(seeds)} of {label}" for label, seeds in more.items())
-    return f"{told}{' of all' if common else ''}, beyond them {beyond}"
+    return f"{told}{' of all' if common else ''}, also {beyond}"
 
 
 def _listed(numbers: set[int]) -> str:
@@ -188,21 +189,21 @@ def _place(run: Run) -> str:
     if execution.accelerator == "gpu":
         told.insert(0, f"{execution.devices} x {machine.get('gpu', 'GPU')}")
     elif execution.devices > 1:
-        told.append(f"{execution.devices} processes a run")
+        told.append(f"{execution.devices} processes per run")
     if execution.nodes > 1:
         told.append(f"{execution.nodes} such machines")
     if execution.accelerator == "cpu":
         threads = execution.threads
-        told.append(f"{threads} thread{'s' if threads > 1 else ''} a process")
+        told.append(f"{threads} thread{'s' if threads > 1 else ''} per process")
     told.append(f"precision {run.spec.train.precision}")
     return ", ".join(told)
 
 
 def _on_differences(summary: Summary) -> str:
     text = (
-        "Apollo's lead: by how much its metric is better, paired by seed, with a 95 % bootstrap "
-        "interval (percentiles; of a few seeds it is too narrow) and the p-value of a two-sided "
-        "paired t-test, not corrected for the number of rows."
+        "Apollo's lead is by how much its metric is better, paired by seed, with a 95 % bootstrap "
+        "percentile interval (too narrow for few seeds) and the p-value of a two-sided paired "
+        "t-test, not corrected for the number of rows."
     )
     targets = [
         f"{section.target:.2f}" + (f" ({section.schedule})" if len(summary.sections) > 1 else "")
@@ -211,15 +212,15 @@ def _on_differences(summary: Summary) -> str:
     ]
     if targets:
         text += (
-            f" Updates and time to a target: to the first evaluation at which the "
+            f" Updates and time to a target count until the first evaluation at which the "
             f"{summary.curve.label} reaches {', '.join(targets)}"
         )
         if all(section.given_target is None for section in summary.sections):
-            text += ", which is what the best of the others has after three quarters of a run"
+            text += ", the value of the best other optimizer after three quarters of a run"
         text += (
-            "; it is found at an evaluation, and seconds count evaluations too. Where a run does "
-            "not get there, or diverges, its whole length counts, the mean is marked > and the "
-            "number of those that do stands beside it."
+            "; seconds include evaluations. A run that does not reach the target, or diverges, "
+            "counts with its whole length. The mean is then marked >, with the number of runs that "
+            "reach the target."
         )
     return text
 
@@ -231,7 +232,7 @@ def _on_paper(summary: Summary, spec: RunSpec) -> str:
         f"{theirs.schedules[name]} ({name})" for name in theirs.paper if name in theirs.schedules
     )
     text = (
-        f"The paper's numbers are of {theirs.model}, batch {theirs.train.batch_size}, {lengths}, "
+        f"The paper's numbers are for {theirs.model}, batch {theirs.train.batch_size}, {lengths}, "
         f"{len(theirs.seeds)} runs."
     )
     differing = _differing(summary, spec, theirs)
@@ -239,7 +240,7 @@ def _on_paper(summary: Summary, spec: RunSpec) -> str:
         return text
     *most, last = differing
     told = f"{', '.join(most)} and {last}" if most else last
-    return f"{text} Ours differ in {told}: they do not compare with them."
+    return f"{text} Ours differ in {told}: they are not comparable."
 
 
 def _differing(summary: Summary, spec: RunSpec, theirs: Recipe) -> list[str]:

@@ -122,7 +122,7 @@ def _comparison(summary: Summary, section: ScheduleSection) -> Table:
             lambda row: reaching(row, "updates", 0),
         ),
         (
-            Column(f"updates fewer than {rival.label if rival else NOTHING} [95 %]", False),
+            Column(f"fewer updates than {rival.label if rival else NOTHING} [95 %]", False),
             saved,
         ),
         (
@@ -232,7 +232,7 @@ def _tries(summary: Summary, section: ScheduleSection) -> Table:
     max_length = max(map(len, rows))
     rows = [[*cells, *[Cell("")] * (max_length - len(cells))] for cells in rows]
     heading = _heading(summary, section)
-    title = f"all tries, {', '.join(keys)}: {summary.metric.title}"
+    title = f"all trials, {', '.join(keys)}: {summary.metric.title}"
     return Table(
         f"{heading}: {title}" if heading else f"{title[0].upper()}{title[1:]}",
         [Column("optimizer"), *(Column(str(i), False) for i in range(1, max_length))],
@@ -274,7 +274,7 @@ def _at_an_end(best: Row, rows: list[Row]) -> str:
         values = sorted({getattr(row.runs[0].spec.optimizer, key) for row in rows})
         own = getattr(best.runs[0].spec.optimizer, key)
         if len(values) > 1 and own in (values[0], values[-1]):
-            found.append(f"{key}, the {'least' if own == values[0] else 'greatest'}")
+            found.append(f"{key}, the {'smallest' if own == values[0] else 'largest'}")
     return ", ".join(found)
 
 
