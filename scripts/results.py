@@ -62,7 +62,7 @@ SHOWN = {  # which picture of an analysis the pages show
 LEFT_OUT = (
     "weight decay",
     "lead over",
-    "updates fewer",
+    "fewer updates",
     "in the paper",
     "share of",
     "training",

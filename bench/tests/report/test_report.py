@@ -356,7 +356,9 @@ def test_beside_the_papers_numbers(tmp_path: Path) -> None:
         "Schedule cosine, 2 epochs",
     ]
     assert cells(summary, "in the paper") == {"SGD": "93.91 ± 0.07", "Apollo": "94.20 ± 0.12"}
-    assert "of ResNet-110, width 16, batch 128, 164 epochs (milestone), 200 epochs (cosine)" in text
+    assert (
+        "for ResNet-110, width 16, batch 128, 164 epochs (milestone), 200 epochs (cosine)" in text
+    )
     assert "Ours differ in model and schedule: they are not comparable." in text
     assert "Schedule milestone: Best mean test accuracy: " in text
     whole = recipe.load("cifar10")
