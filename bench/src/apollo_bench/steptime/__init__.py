@@ -1,1 +1,1 @@
-"""Step time, memory and bandwidth of Apollo's back ends beside other optimizers."""
+"""Step time, memory and bandwidth of Apollo's back ends against other optimizers."""

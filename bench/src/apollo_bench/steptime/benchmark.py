@@ -1,4 +1,4 @@
-"""A benchmark from its options to its files."""
+"""Run the step-time benchmark and write its files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured; None for sets or optimizers means all."""
+    """Options of the benchmark; None for sets or optimizers means all."""
 
     sets: list[str] | None
     optimizers: list[str] | None
@@ -47,18 +47,18 @@ def run(
     report_progress: ProgressCallback,
     finished: Callable[[SetResult], None],
 ) -> None:
-    """Measure set after set; after each, all files in ``out`` are written anew.
+    """Measure one set after the other; after each, all files in ``out`` are written again.
 
     Args:
-        options: checked before anything is measured.
-        out: the folder; made where it is missing.
-        command: the command line, for the record.
-        tell: is told what is going on, and how many rounds of how many are done.
-        finished: is given each result.
+        options: options, checked before the first measurement.
+        out: output folder, created if it is missing.
+        command: command line, for the record.
+        report_progress: called with what is going on and the number of rounds.
+        finished: called with each result.
 
     Raises:
-        ExperimentError: an option that is not possible.
-        Interrupted: on SIGINT or SIGTERM; what was complete has been written.
+        ExperimentError: an option is invalid.
+        Interrupted: on SIGINT or SIGTERM; complete results have been written.
     """
     where = timing.timer_for(options.device)
     kind = where.device.type

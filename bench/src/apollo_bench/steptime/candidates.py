@@ -1,4 +1,4 @@
-"""The optimizers that are timed: each back end of each, by name."""
+"""The optimizers that are timed, by name: every back end of each."""
 
 from __future__ import annotations
 
@@ -27,9 +27,8 @@ _MOST_COMPILED = 1000  # tensors; the compiler unrolls the loop over them
 class Candidate:
     """An optimizer that can be made for any parameters.
 
-    ``family`` gives its colour. ``words`` is how many numbers of a parameter's or a state's type a
-    step reads and writes at least for each parameter: what the algorithm asks for, not what this
-    implementation does.
+    ``family`` gives its color. ``words`` is the smallest number of values per parameter that a step
+    reads and writes. It follows from the algorithm, not from the implementation.
     """
 
     name: str
@@ -89,12 +88,12 @@ CANDIDATES = {
 
 
 def choose_candidates(names: list[str] | None, device: str = "cpu") -> list[Candidate]:
-    """The named contenders, always with the peer; None: all that are installed.
+    """Return the named candidates and always the reference; None: all that are installed.
 
-    On the CPU the compiled one must be named, for it takes minutes to compile.
+    On a CPU the compiled one must be named, because it takes minutes to compile.
 
     Raises:
-        ExperimentError: a name that is none.
+        ExperimentError: unknown name.
     """
     for name in names or []:
         if name not in CANDIDATES:

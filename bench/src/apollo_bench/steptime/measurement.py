@@ -1,4 +1,4 @@
-"""Steps of many optimizers on one set of parameters, taken in turn in one process."""
+"""Measure the steps of many optimizers on one parameter set, in turn and in one process."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from apollo_bench.steptime.parameter_sets import ParameterSet, numel
 from apollo_bench.steptime.timing import CPU_TIMER, CpuTimer
 
 COPY = "copy"
-WARM_UP = 3  # steps before the first that counts
-FEWEST = 5  # rounds, whatever they take
-_WORDS = 3  # that every optimizer moves: the gradient, and the parameter twice
-_SLOW = 8  # times the peer's step: such a contender takes part in FEWEST rounds only
-_SHARE_OF_MEMORY = 0.7  # of what is free, that may be used at once
+WARM_UP = 3  # steps that do not count
+FEWEST = 5  # minimum number of rounds
+_WORDS = 3  # values that every optimizer moves: the gradient, and the parameter twice
+_SLOW = 8  # times the reference's step; a slower candidate takes part in FEWEST rounds only
+_SHARE_OF_MEMORY = 0.7  # of the free memory that is used at once
 
 
 @dataclass
 class Timings:
-    """What was measured of one contender on one set; times in milliseconds.
+    """The measurements of one candidate on one set; times in milliseconds.
 
-    ``peer`` has the peer's time in the same rounds. ``state_bytes`` are of all tensors of the
-    state together, ``peak_bytes`` what one step made the process grow by, None where the system
-    does not tell. ``unavailable`` says why nothing was measured.
+    ``peer`` holds the reference's times in the same rounds. ``state_bytes`` is the size of the
+    whole state. ``peak_bytes`` is the growth of memory in one step, None if the system does not
+    report it. ``unavailable`` says why nothing was measured.
     """
 
     name: str
@@ -60,17 +60,17 @@ class Timings:
 
     @property
     def ratio(self) -> float:
-        """Median of the ratios to the peer's step of the same round."""
+        """Median of the ratios to the reference's step of the same round."""
         return statistics.median(a / b for a, b in zip(self.times, self.peer, strict=True))
 
 
 @dataclass
 class SetResult:
-    """All contenders on one set.
+    """The measurements of all candidates on one set.
 
-    ``copied`` is how large the tensor is that each of ``copy_times`` copied, in bytes.
-    ``reads_twice`` says that the set has a tensor whose gradient and state no cache of the device
-    holds: Apollo, which must read them twice, then reads them twice from memory.
+    ``copied`` is the size in bytes of the tensor that each of ``copy_times`` copied.
+    ``reads_twice`` says that a tensor's gradient and state exceed every cache of the device;
+    Apollo, which reads them twice, then reads them twice from memory.
     """
 
     name: str
@@ -86,14 +86,14 @@ class SetResult:
 
     @property
     def copy_bandwidth(self) -> float:
-        """Bytes read and written a second by a large copy."""
+        """Bytes per second that a large copy reads and writes."""
         return 2 * self.copied / (statistics.median(self.copy_times) / 1e3)
 
     def bandwidth(self, taken: Timings, twice: bool = False) -> float:
-        """Bytes a second that a contender moved, if it moved no more than it must.
+        """Return the bytes per second of a candidate, if it moved no more than it must.
 
-        That is gradient and parameter read, the parameter written, all of the state both; with
-        ``twice`` gradient and state are read once more.
+        That is gradient and parameter read, the parameter written, and all of the state read and
+        written; with ``twice`` gradient and state are read once more.
         """
         moved = _WORDS * self.parameters * self.element_bytes
         if taken.state_bytes is None:
@@ -106,17 +106,17 @@ class SetResult:
         return moved / (taken.milliseconds / 1e3)
 
     def faster_than_rule(self, taken: Timings) -> float | None:
-        """How many times faster than a Python loop of the rule; None: that was not measured."""
+        """Return the speedup over a Python loop of the rule; None if that was not measured."""
         rule = next((t for t in self.taken if t.name == RULE and t.times), None)
         return None if rule is None else rule.milliseconds / taken.milliseconds
 
     def as_record(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the result for JSON."""
         return asdict(self)
 
 
 class _Entry:
-    """A contender with parameters of its own and the gradients of all."""
+    """A candidate with its own parameters, and the gradients that all share."""
 
     def __init__(
         self, contender: Candidate, values: list[Tensor], gradients: list[Tensor], where: CpuTimer
@@ -164,24 +164,24 @@ def measure(
     stop: Callable[[], bool],
     where: CpuTimer = CPU_TIMER,
 ) -> SetResult:
-    """Step all contenders in turn, round after round, each round from another one on.
+    """Step all candidates in turn, round after round, each round starting with another one.
 
-    A contender that takes more than 8 times as long as the peer takes part in 5 rounds only. Where
-    not all fit into memory at once they come in several lots, each with the peer.
+    A candidate that takes more than 8 times as long as the reference takes part in 5 rounds only.
+    If not all fit into memory, they are measured in several groups, each with the reference.
 
     Args:
-        chosen: the shapes; a part of them where the whole does not fit into memory.
-        contenders: the peer among them.
-        repeats: rounds at most.
-        budget: seconds after which no round is begun, but for the first 5.
-        dtype: of parameters and gradients.
-        seed: of the random parameters and gradients.
-        tell: is told what is going on, and how many rounds of how many are done.
-        stop: is asked after each step; True ends the measurement with what there is.
-        where: the device.
+        chosen: parameter set; a part of it is used if the whole does not fit into memory.
+        contenders: candidates, with the reference.
+        repeats: maximum number of rounds.
+        budget: seconds after which no round begins, except for the first 5.
+        dtype: type of parameters and gradients.
+        seed: seed of the random parameters and gradients.
+        report_progress: called with what is going on and the number of rounds.
+        stop: called after each step; True ends the measurement.
+        where: timer of the device.
 
     Raises:
-        ExperimentError: not even two contenders fit into memory.
+        ExperimentError: not even two candidates fit into memory.
     """
     chosen, lots = fitting(chosen, contenders, dtype, where)
     shapes = chosen.shapes()

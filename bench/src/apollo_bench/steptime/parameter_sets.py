@@ -1,4 +1,4 @@
-"""The shapes that are stepped: those of real models, and two extremes."""
+"""The parameter sets that are stepped: shapes of real models, and two extremes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ModelFamily:
 
 @dataclass(frozen=True)
 class ParameterSet:
-    """Shapes with a name; ``name`` makes the same set again."""
+    """Named shapes; ``name`` makes the same set again."""
 
     family: str
     scale: int = 1
@@ -68,13 +68,14 @@ def numel(shapes: Iterable[Shape]) -> int:
 
 
 def choose_sets(names: list[str] | None, device: str = "cpu") -> list[ParameterSet]:
-    """The named sets; None: those for this type of device.
+    """Return the named sets; None: the default sets of the type of device.
 
     Args:
-        names: a family each, with ``/8`` behind it for an eighth where the family has scales.
+        names: a family each, followed by ``/8`` for an eighth of it if the family has scales.
+        device: type of the device.
 
     Raises:
-        ExperimentError: a name that is none, or a scale that cannot be.
+        ExperimentError: unknown name, or an invalid scale.
     """
     chosen = [_set(name) for name in (_DEFAULT[device] if names is None else names)]
     return list(dict.fromkeys(chosen))

@@ -1,4 +1,4 @@
-"""What was measured, as a table on a terminal, Markdown, and bars."""
+"""The results as a table on a terminal, as Markdown and as bars."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HEADINGS = (
 
 
 def heading(result: SetResult) -> str:
-    """What the set is, and what the machine can do."""
+    """Return a description of the set and of the machine's bandwidth."""
     return (
         f"{_size(result)}, {result.parameters:,} parameters; "
         f"a copy moves {result.copy_bandwidth / 1e9:.1f} GB/s"
@@ -39,7 +39,7 @@ def _size(result: SetResult) -> str:
 
 
 def cells(result: SetResult, taken: Timings) -> list[str]:
-    """One row of the table."""
+    """Return one row of the table."""
     if taken.unavailable is not None:
         return [f"{taken.name}: not available, {taken.unavailable}", *[""] * (len(HEADINGS) - 1)]
     low, high = taken.quartiles
@@ -68,7 +68,7 @@ def _share_of_a_copy(result: SetResult, taken: Timings) -> str:
 
 
 def table(result: SetResult) -> Table:
-    """For a terminal."""
+    """Return the table for a terminal."""
     shown = Table(title=heading(result), title_justify="left", box=None, pad_edge=False)
     for i, name in enumerate(HEADINGS):
         shown.add_column(name, justify="left" if i == 0 else "right", no_wrap=i < 3)
@@ -78,7 +78,7 @@ def table(result: SetResult) -> Table:
 
 
 def markdown(results: list[SetResult], about: dict[str, Any]) -> str:
-    """All tables."""
+    """Return all tables as Markdown."""
     lines = [f"# Step times\n\n`{about['command']}`, {about['machine']}, torch {about['torch']}.\n"]
     for result in results:
         lines += [f"## {heading(result)}\n", f"| {' | '.join(HEADINGS)} |"]
@@ -89,12 +89,12 @@ def markdown(results: list[SetResult], about: dict[str, Any]) -> str:
 
 
 def draw(results: list[SetResult], about: dict[str, Any], kind: str) -> bytes:
-    """Bars of the step times, relative to the peer's, with quartiles; one panel a set.
+    """Draw bars of the step times relative to the reference, with quartiles; one panel per set.
 
     Args:
-        results: with at least one contender's times.
-        about: what the title says of the machine.
-        kind: of the file, as ``"png"``.
+        results: results with the times of at least one candidate.
+        about: description of the machine, for the title.
+        kind: file type, for example ``"png"``.
     """
     shown = [result for result in results if any(taken.times for taken in result.taken)]
     rows = [[taken for taken in result.taken if taken.times] for result in shown]

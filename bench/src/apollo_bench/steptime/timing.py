@@ -1,4 +1,4 @@
-"""Where a benchmark runs: how time and memory are taken there, and how its caches are emptied."""
+"""Timers of the CPU and of GPUs: time, memory, and caches emptied between steps."""
 
 from __future__ import annotations
 
@@ -29,20 +29,19 @@ class CpuTimer:
     cache = 0  # bytes of the last cache; 0: not asked
 
     def milliseconds(self, work: Step) -> float:
-        """How long it takes."""
+        """Return how long the work takes."""
         start = time.perf_counter()
         work()
         return 1e3 * (time.perf_counter() - start)
 
     def available(self) -> int | None:
-        """Bytes of memory that are free, or None where the system does not tell."""
+        """Return the free memory in bytes; None if the system does not report it."""
         return _kilobytes("/proc/meminfo", "MemAvailable")
 
     def growth(self, work: Step) -> int | None:
-        """Bytes by which memory grows at most while it works; None where it is not known.
+        """Return the largest growth of memory during the work, in bytes; None if it is not known.
 
-        What the allocator keeps from before is given back first, for it would hide what is asked
-        for.
+        Memory that the allocator keeps is returned first, because it would hide new allocations.
         """
         gc.collect()
         try:
@@ -56,7 +55,7 @@ class CpuTimer:
         return None if before is None or after is None else max(after - before, 0)
 
     def give_back(self) -> None:
-        """Give back the memory of what is no longer needed."""
+        """Return unused memory to the system."""
         gc.collect()
 
     def about(self) -> dict[str, Any]:
@@ -67,9 +66,9 @@ class CpuTimer:
 class GpuTimer(CpuTimer):
     """A CUDA (or ROCm) device.
 
-    A step begins on an idle device, with caches that hold nothing of what it reads, and ends when
-    its last kernel has: events on the device say when. So the time to launch kernels counts where
-    it is longer than theirs, as it does in a training loop that is bound by launches.
+    A step begins on an idle device, with caches that hold nothing it reads, and ends with its last
+    kernel, by events on the device. Launch time counts if it exceeds kernel time, as in a training
+    loop that is bound by launches.
     """
 
     copied = 1 << 30
@@ -85,7 +84,7 @@ class GpuTimer(CpuTimer):
         return torch.empty(2 * self.cache // 4, device=self.device)
 
     def milliseconds(self, work: Step) -> float:
-        """How long the device takes, launches with it."""
+        """Return how long the device takes, launches included."""
         event = partial(torch.cuda.Event, enable_timing=True)
         start, end = event(), event()
         self._spoiler.zero_()
@@ -97,13 +96,13 @@ class GpuTimer(CpuTimer):
         return float(start.elapsed_time(end))
 
     def available(self) -> int | None:
-        """Bytes of the device's memory that are free or kept by the allocator."""
+        """Return the device memory in bytes that is free or kept by the allocator."""
         free, _ = torch.cuda.mem_get_info(self.device)
         kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return free + kept
 
     def growth(self, work: Step) -> int | None:
-        """Bytes by which the tensors on the device grow at most while it works."""
+        """Return the largest growth of tensors on the device during the work, in bytes."""
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
@@ -113,7 +112,7 @@ class GpuTimer(CpuTimer):
         return max(int(peak) - before, 0)
 
     def give_back(self) -> None:
-        """Give back the memory of what is no longer needed."""
+        """Return unused memory to the device."""
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -138,10 +137,10 @@ CPU_TIMER = CpuTimer()
 
 
 def timer_for(name: str) -> CpuTimer:
-    """The place of a device's name, which becomes the current one.
+    """Return the timer of a device, which becomes the current device.
 
     Raises:
-        ExperimentError: it is none, or there is no such device here.
+        ExperimentError: unknown device, or this machine has none.
     """
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):

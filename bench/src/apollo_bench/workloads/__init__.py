@@ -1,1 +1,1 @@
-"""The workloads: one package each, behind the contract in `workload`."""
+"""The workloads: one package each, behind the contract of ``workload.py``."""

@@ -1,4 +1,4 @@
-"""Arrow tables of images and labels or of text: parquet files, the Hugging Face hub."""
+"""Arrow tables of images, labels or text: parquet files and the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 
 
 def find_shards(folder: Path, split: str) -> list[Path]:
-    """The parquet files of a split in a folder or one below it, as names say: all shards, or one.
+    """Return the parquet files of a split in a folder, or in one below it: all shards, or one file.
 
     Raises:
         ExperimentError: a shard is missing, or several files could be meant.
@@ -45,25 +45,25 @@ def find_shards(folder: Path, split: str) -> list[Path]:
 
 
 def read_parquet(path: Path) -> Any:
-    """Read one file, a ``pyarrow.Table``; raises ExperimentError for a bad one."""
+    """Return one file as a ``pyarrow.Table``; raise ExperimentError if it is damaged."""
     parquet = import_optional("pyarrow.parquet", f"{path}, a parquet file,")
     arrow = import_optional("pyarrow", f"{path}, a parquet file,")
     try:
-        # not memory-mapped: a file that changes later must not change the run
+        # not memory-mapped: a later change of the file must not change the run
         return parquet.read_table(path, memory_map=False)
     except (OSError, arrow.ArrowException) as error:
         raise ExperimentError(f"{path}: not a whole parquet file ({first_line(error)})") from None
 
 
 def open_hub(name: str, remedy: str) -> Any:
-    """A data set of the hub with its images undecoded, a ``datasets.DatasetDict``.
+    """Return a data set of the hub, with undecoded images, as a ``datasets.DatasetDict``.
 
     Args:
-        name: on the hub, or a folder laid out like one there.
-        remedy: what to do without the hub; ends the error message.
+        name: name on the hub, or a folder with the layout of the hub.
+        remedy: what to do without the hub; the error message ends with it.
 
     Raises:
-        ExperimentError: the library, the network or the data set is not there.
+        ExperimentError: the library, the network or the data set is missing.
     """
     splits = hub_splits(name, remedy)
     datasets = import_optional("datasets", f"{name} of the Hugging Face hub")
@@ -74,29 +74,32 @@ def open_hub(name: str, remedy: str) -> Any:
 
 
 def hub_splits(name: str, remedy: str, subset: str | None = None) -> Any:
-    """A data set of the hub as it is there; arguments and errors are those of ``open_hub``.
+    """Return a data set of the hub, with images as the hub stores them.
 
     Args:
-        name: as there.
-        remedy: as there.
-        subset: which of the configurations that the hub has under the name; None: the only one.
+        name: as in ``open_hub``.
+        remedy: as in ``open_hub``.
+        subset: configuration of the data set; None: the only one.
+
+    Raises:
+        ExperimentError: as in ``open_hub``.
     """
     datasets = import_optional(
         "datasets", f"{name} of the Hugging Face hub", f"; without it {remedy}"
     )
     try:
         return datasets.load_dataset(name, subset)
-    except Exception as error:  # whatever stands between here and the hub
+    except Exception as error:  # errors of the network and of the library are of many types
         raise ExperimentError(
             f"{name}: not to be had from the Hugging Face hub ({first_line(error)}); {remedy}"
         ) from None
 
 
 def image_bytes(table: Any, where: str) -> list[bytes]:
-    """The undecoded images of a ``pyarrow.Table``, of bytes or of the hub's {bytes, path}.
+    """Return the undecoded images of a ``pyarrow.Table``: bytes, or the hub's {bytes, path}.
 
     Raises:
-        ExperimentError: there is no such column, or an image is missing in it.
+        ExperimentError: there is no such column, or an image is missing.
     """
     contents: list[bytes] = []
     for number, row in enumerate(table.column(image_column(table, where)).to_pylist()):
@@ -108,13 +111,13 @@ def image_bytes(table: Any, where: str) -> list[bytes]:
 
 
 def labels(table: Any, classes: int | None, where: str) -> Tensor:
-    """The labels of a ``pyarrow.Table``, int64; raises ExperimentError for bad ones."""
+    """Return the labels of a ``pyarrow.Table``, int64; raise ExperimentError for invalid ones."""
     values = table.column(_column(table, _LABELS, where)).to_pylist()
     return checked_labels(values, classes, where)
 
 
 def image_column(table: Any, where: str) -> str:
-    """The column of images; raises ExperimentError where there is none."""
+    """Return the name of the column of images; raise ExperimentError if there is none."""
     return _column(table, _IMAGES, where)
 
 

@@ -1,4 +1,4 @@
-"""Whether embedded files are the ones that were embedded."""
+"""Check embedded files against their checksums."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from apollo_bench.errors import ExperimentError
 
 
 def checksums(folder: Path, names: Iterable[str], remedy: str) -> dict[str, str]:
-    """SHA-256 of each file.
+    """Return the SHA-256 of each file.
+
+    Args:
+        folder: folder of the files.
+        names: names of the files.
+        remedy: what the user should do about a bad file; the message ends with it.
 
     Raises:
-        ExperimentError: a file cannot be read; the error ends with the remedy.
+        ExperimentError: a file cannot be read.
     """
     digests = {}
     for name in names:
@@ -29,10 +34,10 @@ def checksums(folder: Path, names: Iterable[str], remedy: str) -> dict[str, str]
 
 
 def verify(folder: Path, digests: dict[str, str], remedy: str) -> None:
-    """Compare with the folder's SHA256SUMS.
+    """Compare checksums with the folder's SHA256SUMS.
 
     Raises:
-        ExperimentError: it cannot be read, or a file is not the one that it lists.
+        ExperimentError: SHA256SUMS cannot be read, or a checksum differs.
     """
     listing = folder / "SHA256SUMS"
     try:

@@ -1,4 +1,4 @@
-"""One module a task family: data in, model, loss, metric."""
+"""The tasks: how to make the workload of each, and what ``apollo-bench tasks`` prints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from apollo_bench.workloads.workload import Metric, Resources, Workload
 
 
 class TaskEntry(NamedTuple):
-    """How a task is made, and what ``apollo-bench tasks`` says of it."""
+    """How the workload of a task is made, and what ``apollo-bench tasks`` prints about it."""
 
     make: Callable[[RunSpec, Resources], Workload]
     curve: Metric  # during training
@@ -96,16 +96,16 @@ def make(
     device: torch.device | str = "cpu",
     workers: int | None = None,
 ) -> Workload:
-    """Make the task of a run.
+    """Make the workload of a run.
 
     Args:
         spec: the run.
-        folder: local data; None: what the task has by itself.
-        device: where the batches come out, and small data sets live.
-        workers: processes that decode images, for tasks that do; None: one a core.
+        folder: folder of local data; None: the task's own.
+        device: device of the batches, and of small data sets.
+        workers: processes that decode images; None: one per core.
 
     Raises:
-        ExperimentError: no such task, or bad data.
+        ExperimentError: unknown task, or bad data.
     """
     if spec.task not in TASKS:
         raise ExperimentError(f"task is {spec.task!r}, allowed are {', '.join(TASKS)}")

@@ -1,4 +1,4 @@
-"""What was found good, so that it is read and checked only once."""
+"""A cache of validated files, so that each is read and checked only once."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from typing import BinaryIO
 
 
 class ValidationCache:
-    """Names and the digests of what they held when it was found good.
+    """Names, and the digest that each had when it was found valid.
 
     Args:
-        name: of the file that keeps them.
-        cache: its folder; None: below the user's cache.
+        name: name of the file that holds the cache.
+        cache: folder of the file; None: below the user's cache.
     """
 
     def __init__(self, name: str, cache: Path | None = None) -> None:
         self._path = (_default_cache() if cache is None else cache) / name
         self._saved: dict[str, str] = {}
-        # none yet, or damaged: everything is checked anew
+        # missing or damaged: everything is checked again
         with suppress(OSError, ValueError, TypeError):
             self._saved = dict(json.loads(self._path.read_text()))
         self._good = dict(self._saved)
 
     def contains(self, name: str, digest: str) -> bool:
-        """Whether it was found good as it is now."""
+        """Return whether the name was found valid with this digest."""
         return self._good.get(name) == digest
 
     def add(self, name: str, digest: str) -> None:
-        """It is good."""
+        """Note that the name is valid with this digest."""
         self._good[name] = digest
 
     def holds(self, path: Path, sha256: str) -> bool:
-        """Whether a file has this content; read where it is another file than it was.
+        """Return whether a file has this SHA-256; read it only if it has changed.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: the file cannot be read.
         """
         there = path.stat()
         digest = f"{sha256} {there.st_size} {there.st_mtime_ns}"
@@ -50,7 +50,7 @@ class ValidationCache:
         return True
 
     def save(self) -> None:
-        """Write what is new; where that is not possible, the next run checks again."""
+        """Write new entries; if that is impossible, the next run checks again."""
         if self._good == self._saved:
             return
         temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
@@ -68,5 +68,5 @@ def _sha256(file: BinaryIO) -> str:
 
 
 def _default_cache() -> Path:
-    """Where the user's programs keep what they can make anew."""
+    """Return the folder of the user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "apollo-bench"

@@ -1,4 +1,4 @@
-"""What a task is to the engine: data, model, loss, metric, and no more."""
+"""The contract of a workload: data, model, loss and metric."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def random_box(width: int, height: int, min_area: float, random: Random) -> Box:
     Args:
         width: of the image, pixels.
         height: of the image.
-        smallest_area: of the part, as a share of the image's area.
+        min_area: of the part, as a share of the image's area.
         random: the only source of randomness.
     """
     lowest, highest = (math.log(aspect) for aspect in _ASPECTS)

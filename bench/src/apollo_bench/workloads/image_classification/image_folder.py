@@ -1,7 +1,7 @@
-"""A folder tree of images, one folder a class, looked through before anything is trained.
+"""A tree of image files with one folder per class, validated before training.
 
-What was found good is remembered for each folder, with the names, sizes and times of its files, and
-checked again only when one of these has changed.
+Valid folders are cached, with names, sizes and times of their files. A folder is checked again only
+when one of these changes.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from apollo_bench.workloads.image_classification.image_validation import (
 from apollo_bench.workloads.validation_cache import ValidationCache
 
 _SUFFIXES = (".jpeg", ".jpg", ".png")
-_THREADS = 16  # they wait for the disk, and decoding leaves Python to the others
-_TOLD = 3  # bad files that an error names
-_CHUNK = 256  # images that a thread checks at a time
-_LARGE = 10_000  # files; fewer are checked before anyone asks what is going on
+_THREADS = 16  # they wait for the disk, and decoding releases the GIL
+_TOLD = 3  # number of bad files that an error names
+_CHUNK = 256  # images per work item of a thread
+_LARGE = 10_000  # files; a smaller tree is checked without showing progress
 
 
 class ClassFolder(NamedTuple):
-    """The images of one class."""
+    """The image files of one class."""
 
     name: str  # relative to the root, with slashes
     files: tuple[str, ...]  # sorted
@@ -43,18 +43,19 @@ class ClassFolder(NamedTuple):
 
 
 def index_tree(root: Path, splits: tuple[str, ...], cache: Path | None = None) -> list[ClassFolder]:
-    """List and check the images of some splits.
+    """List and validate the images of some splits.
 
     Args:
-        root: holds a folder for each split, which holds one for each class.
-        splits: their folders' names.
-        cache: folder for what is remembered; None: below the user's cache.
+        root: folder with one folder per split, each with one folder per class.
+        splits: names of the splits.
+        cache: folder of the validation cache; None: below the user's cache.
 
     Returns:
         The folders of the classes, sorted, split by split.
 
     Raises:
-        ExperimentError: a folder or its images are missing, or files are bad: the first are named.
+        ExperimentError: a folder or its images are missing, or files are invalid; the message names
+            the first.
     """
     place = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
     validated = ValidationCache(f"tree-{place}.json", cache)
@@ -91,16 +92,16 @@ def index_tree(root: Path, splits: tuple[str, ...], cache: Path | None = None) -
 
 
 def check_images(images: EncodedImages, name: str, digest: str, validated: ValidationCache) -> None:
-    """Check the images of a split that lies in no tree.
+    """Validate the images of a split that is not a tree of files.
 
     Args:
         images: the split.
-        name: under which it is remembered.
+        name: name of the split in the validation cache.
         digest: changes when an image does.
-        remembered: what was found good before.
+        validated: cache of valid images.
 
     Raises:
-        ExperimentError: images are bad: the first are named.
+        ExperimentError: images are invalid; the message names the first.
     """
     if validated.contains(name, digest):
         return
@@ -151,7 +152,7 @@ def _list(root: Path, name: str) -> ClassFolder:
                 if entry.name.lower().endswith(_SUFFIXES):
                     status = entry.stat()
                     files.append((entry.name, status.st_size, status.st_mtime_ns))
-    except FileNotFoundError as error:  # a link to nowhere
+    except FileNotFoundError as error:  # a broken link
         raise ExperimentError(f"{error.filename}: no such file") from None
     except OSError as error:
         raise ExperimentError(f"{root / name}: cannot be listed ({error.strerror})") from None
@@ -165,7 +166,7 @@ def _list(root: Path, name: str) -> ClassFolder:
 
 @contextmanager
 def _shown(root: Path | str, folders: int) -> Iterator[Callable[[int], None]]:
-    """Show on standard error how far a large tree is looked through."""
+    """Show progress on standard error while a large tree is checked."""
     console = Console(stderr=True)
     files = 0
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:

@@ -1,4 +1,4 @@
-"""Images of any size that are decoded when they are needed, in processes of their own."""
+"""Images of any size, decoded for each use in worker processes."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from apollo_bench.workloads.image_classification.image_source import (
     rank_part,
 )
 
-_EVALUATION_PIXELS = 1 << 23  # in a batch: 167 images of 224 x 224
+_EVALUATION_PIXELS = 1 << 23  # per batch: 167 images of 224 x 224
 
 
 class DecodingImageSource:
-    """A set of encoded images, decoded and cropped by ``workers`` processes.
+    """An image source that decodes and crops encoded images in worker processes.
 
-    What an image becomes is a function of seed, epoch and image alone, whoever decodes it.
+    A decoded image is a function of seed, epoch and image, whichever process decodes it.
 
     Args:
-        images: the set.
-        mean: of each channel of the training images, in units of the brightest pixel.
-        std: their standard deviation.
-        data: which part of the set, and the augmentation.
-        device: where the batches come out.
-        workers: processes; 0: this one.
+        images: encoded images.
+        mean: mean of each channel of the training images, in units of the brightest pixel.
+        std: standard deviation of each channel, likewise.
+        data: subset and augmentation.
+        device: device of the batches.
+        workers: worker processes; 0: this process.
     """
 
     channels = 3
@@ -63,7 +63,7 @@ class DecodingImageSource:
             torch.tensor(values, device=device).reshape(1, -1, 1, 1) for values in (mean, std)
         )
         self._train = images.train
-        # they lie class by class: mixed once, the first or the last so many are a fair sample
+        # Files are sorted by class. Shuffled once, their first or last n are a fair sample.
         mixed = torch.randperm(count, generator=Generator().manual_seed(0))
         self._order = mixed[: self.train_size]
         if data.validation:
@@ -75,7 +75,7 @@ class DecodingImageSource:
             )
 
     def training(self, steps: Iterable[BatchRequest]) -> Iterator[ImageBatch]:
-        """Random crops, resized and mirrored at random."""
+        """Yield random resized crops, mirrored at random."""
         requests = (
             _Request(self._order[step.examples[step.part]].tolist(), step.seed[:2])
             for step in steps
@@ -83,7 +83,7 @@ class DecodingImageSource:
         return self._decoded(self._train, requests)
 
     def evaluation(self, rank: int, world: int) -> Iterator[ImageBatch]:
-        """The centres of the test images, or of the held-out training images."""
+        """Yield center crops of the test images, or of the held-out training images."""
         images = self._evaluation_order[rank::world].tolist()
         count = max(1, _EVALUATION_PIXELS // self._data.size**2)
         requests = (
@@ -98,7 +98,7 @@ class DecodingImageSource:
             sampler=requests,
             num_workers=self._workers,
             pin_memory=self._device.type == "cuda",
-            # its own, for it draws from torch's global one otherwise
+            # a generator of its own: the default one would draw from torch's global generator
             generator=Generator(),
         )
         for pixels, labels, fault in loader:
@@ -135,6 +135,6 @@ class _Decoder(Dataset[tuple[Tensor, Tensor, str]]):
                     square = random_resized_crop(image, data.size, data.min_area, data.flip, random)
                 pixels[row] = numpy.asarray(square)
         except ExperimentError as error:
-            # an exception would come out of the worker with its whole traceback for a message
+            # an exception of a worker would have its whole traceback as message
             fault = str(error)
         return torch.from_numpy(pixels), self._images.labels[request.images], fault

@@ -1,4 +1,4 @@
-"""A set of small images, decoded."""
+"""A set of small decoded images."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from apollo_bench.errors import ExperimentError
 
 
 class ImageSet(NamedTuple):
-    """Images as they lie on the disk, decoded."""
+    """Decoded images, as they are on disk."""
 
     train_images: Tensor  # shape=(train, channels, height, width), dtype=uint8
     train_labels: Tensor  # shape=(train,), dtype=int64
     test_images: Tensor  # shape=(test, channels, height, width), dtype=uint8
     test_labels: Tensor  # shape=(test,), dtype=int64
-    fingerprint: str  # of the files' bytes or of the pixels: which data a run has seen
+    fingerprint: str  # of the files or of the pixels; identifies the data of a run
 
     @classmethod
     def of_pixels(
         cls, train_images: Tensor, train_labels: Tensor, test_images: Tensor, test_labels: Tensor
     ) -> ImageSet:
-        """A set with the fingerprint of its pixels and labels, whatever files they came from."""
+        """Return a set whose fingerprint is that of its pixels and labels."""
         digest = hashlib.sha256()
         for values in (train_images, train_labels, test_images, test_labels):
             digest.update(repr(tuple(values.shape)).encode())
@@ -34,15 +34,15 @@ class ImageSet(NamedTuple):
 
 
 def checked_labels(values: Sequence[Any], classes: int | None, where: str) -> Tensor:
-    """Labels as an int64 tensor.
+    """Return labels as an int64 tensor.
 
     Args:
         values: the labels.
-        classes: how many there are; None: as many as one likes.
-        where: what an error calls the labels; it adds the row.
+        classes: number of classes; None: any.
+        where: name of the labels in errors; the row is added.
 
     Raises:
-        ExperimentError: a label is none from 0 to ``classes`` - 1.
+        ExperimentError: a label is not an integer from 0 to ``classes`` - 1.
     """
     for number, value in enumerate(values):
         if not isinstance(value, int) or value < 0 or (classes is not None and value >= classes):

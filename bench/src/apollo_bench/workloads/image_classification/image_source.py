@@ -1,4 +1,4 @@
-"""What an image task asks of its data, wherever they live."""
+"""The contract between an image workload and its data, in memory or decoded on demand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ImageBatch = tuple[Tensor, Tensor]  # normalised images (n, channels, height, wi
 
 
 class BatchRequest(NamedTuple):
-    """The examples of one step of training, and which of them this process sees."""
+    """The examples of one training step, and the part of them for this process."""
 
     examples: Tensor  # shape=(batch size,), dtype=int64: of the training split, on the CPU
     part: slice  # of the examples
@@ -21,7 +21,7 @@ class BatchRequest(NamedTuple):
 
 
 class ImageSource(Protocol):
-    """Images and labels of a training split, and of the split that is evaluated on."""
+    """Images and labels of a training split and of an evaluation split."""
 
     fingerprint: str  # which data a run has seen
     classes: int
@@ -29,13 +29,13 @@ class ImageSource(Protocol):
     train_size: int
 
     def training(self, steps: Iterable[BatchRequest]) -> Iterator[ImageBatch]:
-        """The parts of these steps, augmented as a function of seed, epoch, step and example."""
+        """Yield the parts of these steps, augmented by seed, epoch, step and example only."""
 
     def evaluation(self, rank: int, world: int) -> Iterator[ImageBatch]:
-        """The images to evaluate on, as they are; every ``world``-th, from the ``rank``-th on."""
+        """Yield every ``world``-th image to evaluate on, from the ``rank``-th on, unaugmented."""
 
 
 def rank_part(images: int, examples: ImageData) -> tuple[int, int]:
-    """How many images are trained on, from the first, and at which the held-out ones begin."""
+    """Return the number of training images, and the index of the first held-out image."""
     held_out = images - examples.validation
     return max(0, min(held_out, examples.train_examples or held_out)), held_out

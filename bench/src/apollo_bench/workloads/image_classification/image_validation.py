@@ -1,9 +1,9 @@
-"""What can be seen of a damaged image file before anything is trained.
+"""Validation of image files before training.
 
-The file is opened and decoded whole (JPEG at an eighth of its size, which reads every coefficient
-but computes few pixels), the checksums of PNG are verified, and it must go on to the mark that ends
-its format (JPEG and PNG). So a file that is empty, cut short, something else or not to be decoded
-is found. JPEG has no checksum: damage that changes pixels and still decodes cannot be seen.
+The file is decoded as a whole; JPEG at an eighth of its size, which reads every coefficient but
+computes few pixels. Checksums of PNG are verified. JPEG and PNG files must reach the marker that
+ends their format. This finds files that are empty, cut short, of another format or undecodable.
+JPEG has no checksum: damage that changes pixels but still decodes is not found.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _START_OF_SCAN = 0xDA
 
 
 def image_file_error(path: Path) -> str | None:
-    """What is wrong with an image file, in words; None: nothing that can be seen."""
+    """Return what is wrong with an image file; None if nothing is found."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -29,7 +29,7 @@ def image_file_error(path: Path) -> str | None:
 
 
 def image_error(content: bytes) -> str | None:
-    """What is wrong with the content of an image file; None: nothing that can be seen."""
+    """Return what is wrong with the content of an image file; None if nothing is found."""
     if not content:
         return "empty"
     try:
@@ -54,7 +54,7 @@ def image_error(content: bytes) -> str | None:
 
 
 def _scan(content: bytes) -> int:
-    """Where the pixels of a JPEG file begin: a thumbnail before them has an end of its own."""
+    """Return where a JPEG's pixels begin; a thumbnail before them has its own end marker."""
     if content[:2] != b"\xff\xd8":
         return 0
     place = 2

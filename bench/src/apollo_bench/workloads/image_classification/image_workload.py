@@ -1,4 +1,4 @@
-"""Classification of images."""
+"""The workload of image classification."""
 
 from __future__ import annotations
 
@@ -28,16 +28,15 @@ ACCURACY = Metric("accuracy", "test accuracy", "%", higher_is_better=True)
 
 
 class ImageClassification:
-    """Images to classes; cross entropy; accuracy in percent on images never trained on.
+    """Image classification: cross entropy, and accuracy in percent on held-out images.
 
     Args:
         source: the images.
-        model: which network.
-        batch_size: images in a step, over all processes; what is left over at an epoch's end is
-            dropped.
+        model: settings of the network.
+        batch_size: images per step, over all processes; a last incomplete batch is dropped.
 
     Raises:
-        ExperimentError: fewer images than one batch.
+        ExperimentError: there are fewer images than one batch.
     """
 
     curve = final = ACCURACY
@@ -61,7 +60,10 @@ class ImageClassification:
         self._model = model
 
     def model(self) -> nn.Module:
-        """A new network, in channels-last memory where that is safe: a quarter faster on a CPU."""
+        """Return a new network; in channels-last memory where that is safe.
+
+        Channels-last memory is a quarter faster on a CPU.
+        """
         network = networks.build_network(self._model, self._source.channels, self._source.classes)
         if _is_narrow(network):
             network.register_forward_pre_hook(_contiguous)
@@ -71,7 +73,7 @@ class ImageClassification:
     def batches(
         self, seed: int, epoch: int, start: int, rank: int = 0, world: int = 1
     ) -> Iterator[ImageBatch]:
-        """Images, shape (batch / world, channels, height, width), float32, and their labels.
+        """Yield images, shape (batch / world, channels, height, width), float32, and their labels.
 
         Raises:
             ExperimentError: the processes cannot share a batch equally.
@@ -95,13 +97,13 @@ class ImageClassification:
     def loss(
         self, model: nn.Module, part: Batch, batch: Batch, hidden_state: HiddenState
     ) -> tuple[Tensor, HiddenState]:
-        """Mean cross entropy, weighted by the part's share of the batch."""
+        """Return the mean cross entropy, weighted by the part's share of the batch."""
         images, labels = part
         loss = functional.cross_entropy(model(images), labels)
         return loss * (len(labels) / len(batch[1])), ()
 
     def tally(self, model: nn.Module, rank: int = 0, world: int = 1, final: bool = False) -> Tensor:
-        """Summed loss, right answers and images, on the test set or the validation images."""
+        """Return summed loss, correct answers and images on the test or the validation images."""
         total = torch.zeros(3, dtype=torch.float64)
         for images, labels in self._source.evaluation(rank, world):
             logits = model(images)
@@ -112,27 +114,27 @@ class ImageClassification:
         return total
 
     def metrics(self, tally: Tensor, final: bool = False) -> dict[str, float]:
-        """Accuracy (percent) and mean loss."""
+        """Return accuracy (percent) and mean loss."""
         loss, right, images = tally.tolist()
         return {"accuracy": 100.0 * right / images, "test_loss": loss / images}
 
 
 def make_fashion_mnist(spec: RunSpec, resources: Resources) -> ImageClassification:
-    """Fashion-MNIST: embedded, or whole from a folder; raises ExperimentError for bad files."""
+    """Make Fashion-MNIST, embedded or from a folder; raise ExperimentError for bad files."""
     data = _small_images(spec)
     images = fashion_mnist.load(resources.folder)
     return _in_memory(images, len(fashion_mnist.CLASSES), spec, data, resources)
 
 
 def make_cifar10(spec: RunSpec, resources: Resources) -> ImageClassification:
-    """CIFAR-10 from local files or the hub; raises ExperimentError for bad files."""
+    """Make CIFAR-10 from local files or the hub; raise ExperimentError for bad files."""
     data = _small_images(spec)
     images = cifar10.load(resources.folder)
     return _in_memory(images, len(cifar10.CLASSES), spec, data, resources)
 
 
 def make_imagenet(spec: RunSpec, resources: Resources) -> ImageClassification:
-    """ImageNet from a folder tree or the hub; raises ExperimentError for bad files."""
+    """Make ImageNet from a folder tree or the hub; raise ExperimentError for bad files."""
     if not isinstance(spec.data, PhotographData):
         raise _wrong_kind(spec, "photographs")
     workers = available_cores() if resources.workers is None else resources.workers
@@ -176,9 +178,9 @@ def _wrong_kind(spec: RunSpec, needed: str) -> ExperimentError:
 
 
 def _is_narrow(network: nn.Module) -> bool:
-    """Whether channels-last memory is unsafe.
+    """Return whether channels-last memory is unsafe.
 
-    The backward pass of a strided 1x1 convolution of less than 8 channels then writes beyond its
+    The backward pass of a strided 1x1 convolution of fewer than 8 channels then writes beyond its
     memory on processors with AVX2 (torch 2.13, oneDNN).
     """
     return any(

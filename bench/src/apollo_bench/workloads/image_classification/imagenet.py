@@ -30,15 +30,15 @@ _REMEDY = "--data needs a folder with train/CLASS/*.JPEG and val/CLASS/*.JPEG"
 
 
 def load(place: Path | None = None, hub: str = HUB, cache: Path | None = None) -> EncodedImageSet:
-    """Find and check all images.
+    """Find and validate all images.
 
     Args:
-        place: the folder that holds ``train`` and ``val``; None: the hub.
-        hub: the set's name there.
-        cache: folder where it is remembered which files were found good; None: the user's.
+        place: folder that contains ``train`` and ``val``; None: the hub.
+        hub: name of the data set on the hub.
+        cache: folder of the validation cache; None: below the user's cache.
 
     Raises:
-        ExperimentError: the data are not there, or files are missing, cut short or no images.
+        ExperimentError: the data are missing, or files are missing, cut short or no images.
     """
     if place is None:
         return _from_hub(hub, cache)

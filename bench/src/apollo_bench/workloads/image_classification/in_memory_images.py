@@ -1,4 +1,4 @@
-"""Images of one size that live decoded in memory, the processor's or an accelerator's."""
+"""Images of one size, kept decoded in the memory of the CPU or of an accelerator."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _EVALUATION_BATCH = 500
 
 
 class InMemoryImageSource:
-    """An image set as bytes on a device, cut and normalised there batch by batch.
+    """An image set on a device, where it is cropped and normalized batch by batch.
 
     Args:
         images: the set.
-        classes: how many.
-        data: which part of the set, and the augmentation.
-        device: where the images live and the batches come out.
+        classes: number of classes.
+        data: subset and augmentation.
+        device: device of the images and of the batches.
     """
 
     def __init__(
@@ -51,18 +51,18 @@ class InMemoryImageSource:
         self._evaluated = evaluated[0].to(device), evaluated[1].to(device)
 
     def training(self, steps: Iterable[BatchRequest]) -> Iterator[ImageBatch]:
-        """Shifted and mirrored at random."""
+        """Yield images that are shifted and mirrored at random."""
         device = self._images.device
         for step in steps:
             generator = Generator().manual_seed(derived_seed(*step.seed))
-            # for the whole batch: what an image gets does not depend on who else shares the batch
+            # drawn for the whole batch: an image's crop does not depend on the number of processes
             shifts = draw_shifts(len(step.examples), self._padding, self._flip, generator)
             chosen = step.examples[step.part].to(device, non_blocking=True)
             cut = crop_and_flip(self._images[chosen], shifts.part(step.part, device), self._padding)
             yield self._normalised(cut), self._labels[chosen]
 
     def evaluation(self, rank: int, world: int) -> Iterator[ImageBatch]:
-        """The test set, or the held-out training images."""
+        """Yield the test set, or the held-out training images."""
         images, labels = (values[rank::world] for values in self._evaluated)
         for start in range(0, len(images), _EVALUATION_BATCH):
             part = slice(start, start + _EVALUATION_BATCH)
@@ -74,7 +74,7 @@ class InMemoryImageSource:
 
 
 def pixel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel, in units of the brightest pixel.
+    """Return mean and standard deviation of each channel, in units of the brightest pixel.
 
     Args:
         images: shape (n, channels, height, width), uint8.

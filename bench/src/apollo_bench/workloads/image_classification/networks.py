@@ -1,4 +1,4 @@
-"""The networks of the experiments."""
+"""The networks of image classification."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def build_network(model: ResNetModel | ResNeXtModel, in_channels: int, classes: int) -> nn.Module:
-    """Make the network that a recipe names, drawn from torch's global generator."""
+    """Make the network of a recipe, drawn from torch's global generator."""
     from apollo_bench.config.schema import ResNetModel  # not needed for a network itself
 
     if isinstance(model, ResNetModel):

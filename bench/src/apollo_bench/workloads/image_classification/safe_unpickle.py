@@ -1,4 +1,4 @@
-"""Pickles of arrays from strangers, read without running what they ask for."""
+"""Unpickle arrays of unknown origin without running code of the pickle."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy
 
-# numpy has moved it between modules, pickles of every age name the one of their time
+# NumPy moved this function between modules; older pickles name the older module
 _RECONSTRUCT = numpy.empty(0).__reduce__()[0]
 
 
@@ -36,10 +36,10 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def unpickle_arrays(content: bytes) -> Any:
-    """Rebuild plain values and NumPy arrays, of Python 2's pickles too, and nothing else.
+    """Rebuild plain values and NumPy arrays, also of Python 2's pickles, and nothing else.
 
     Raises:
-        Exception: of almost any type, as ``pickle`` does for damaged content;
-            ``UnpicklingError`` where it asks for anything but arrays.
+        Exception: of almost any type for damaged content, as ``pickle`` does; ``UnpicklingError``
+            if the pickle asks for anything but arrays.
     """
     return _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()

@@ -1,14 +1,14 @@
 """Batches of parallel streams, for truncated back-propagation through time.
 
 The tokens are cut into as many streams of equal length as a batch has rows. Step t of an epoch
-takes the t-th piece of every stream, so that row i goes on where row i of the step before ended,
-and the state of a network is carried over.
+takes the t-th piece of every stream. So row i continues row i of the previous step, and the hidden
+state is carried over.
 
-The paper says that the state is not reset. The code released with it shuffles the shards, and the
-sentences within each, anew in every epoch, cuts each shard into its own streams and resets the
-state with each shard. Here the whole corpus makes the streams, in the order of its (shuffled)
-sentences: a plain pass, or with a seed one that begins at another token in each epoch, going round
-the corpus as a ring, so that streams and pieces are cut elsewhere.
+The paper says that the state is not reset. The code released with it shuffles the shards and the
+sentences within each in every epoch, cuts each shard into its own streams, and resets the state
+with each shard. Here the whole corpus makes the streams, in the order of its (shuffled) sentences.
+With a seed, each epoch starts at another token and treats the corpus as a ring, so that streams and
+pieces are cut elsewhere.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from apollo_bench.errors import ExperimentError
 from apollo_bench.seeds import derived_seed
 from apollo_bench.workloads.language_modeling.token_corpus import TokenStream
 
-IGNORED = -100  # a target that stands for nothing
+IGNORED = -100  # a target that does not count
 
 InputTargetPair = tuple[Tensor, Tensor]  # tokens and targets, both shape (streams, steps), int64
 _Rows = NDArray[numpy.int64]
@@ -33,13 +33,13 @@ _Rows = NDArray[numpy.int64]
 class BPTTBatches:
     """A corpus as ``batch`` parallel streams, read ``steps`` tokens at a time.
 
-    What is left when all streams have the same number of whole pieces, fewer than batch * (steps
-    + 1) tokens, is not read in an epoch that begins at the first token.
+    An epoch from the first token leaves out the rest of the corpus, fewer than batch * (steps + 1)
+    tokens.
 
     Args:
-        tokens: of the training split.
-        batch: streams.
-        steps: tokens of a stream in a batch.
+        tokens: tokens of the training split.
+        batch: number of streams.
+        steps: tokens per stream and batch.
 
     Raises:
         ExperimentError: the tokens do not fill one batch.
@@ -49,7 +49,7 @@ class BPTTBatches:
         if batch < 1 or steps < 1:
             raise ValueError(f"batch is {batch} and steps is {steps}; both must be 1 at least")
         self._tokens, self._batch, self._steps = tokens, batch, steps
-        self._length = (len(tokens) - 1) // batch  # the last token is a target only
+        self._length = (len(tokens) - 1) // batch  # the last token is only a target
         self.batches = self._length // steps  # in an epoch
         if not self.batches:
             raise ExperimentError(
@@ -61,13 +61,13 @@ class BPTTBatches:
     def epoch(
         self, start: int = 0, offset: int = 0, rank: int = 0, world: int = 1
     ) -> Iterator[InputTargetPair]:
-        """The batches from step ``start`` on: tokens and, one place further on, targets.
+        """Yield the batches from step ``start`` on: tokens and, shifted by one, targets.
 
         Args:
-            start: batches that are left out, because they are done.
-            offset: token of the corpus at which the first stream begins, as from ``offset``.
-            rank: which process of ``world`` this is; each has as many neighbouring streams.
-            world: processes.
+            start: number of batches to skip.
+            offset: token at which the first stream begins, as from the method ``offset``.
+            rank: rank of this process; each process has equally many neighboring streams.
+            world: number of processes.
 
         Raises:
             ExperimentError: the processes cannot share the streams equally.
@@ -82,7 +82,7 @@ class BPTTBatches:
         return self._pieces(start, offset, streams)
 
     def offset(self, seed: int, epoch: int) -> int:
-        """Where an epoch begins, a token drawn from all as a function of seed and epoch."""
+        """Return the token at which an epoch begins, drawn from all by seed and epoch."""
         return derived_seed(seed, epoch) % len(self._tokens)
 
     def _pieces(self, start: int, offset: int, streams: range) -> Iterator[InputTargetPair]:
@@ -93,7 +93,7 @@ class BPTTBatches:
             yield _pair(rows)
 
     def _read(self, first: int, row: _Rows) -> None:
-        """Fill the row with the tokens from ``first`` on, after the last one from the beginning."""
+        """Fill the row with the tokens from ``first`` on; the first token follows the last."""
         first %= len(self._tokens)
         piece = self._tokens[first : first + len(row)]
         row[: len(piece)] = piece
@@ -104,21 +104,22 @@ class BPTTBatches:
 def evaluation_batches(
     tokens: TokenStream, batch: int, steps: int, end: int, rank: int = 0, world: int = 1
 ) -> Iterator[InputTargetPair]:
-    """Every token once as a target, in pieces of parallel streams, to carry the state over.
+    """Yield every token once as a target, in pieces of parallel streams with a carried state.
 
-    The first token's input is the END before it, that of each other stream the token before. Only
-    the state is fresh where a stream begins, so few streams are nearest to reading the text in one.
+    The first token's input is END; that of every other stream is the token before it. Only the
+    start of a stream has a fresh state, so that few streams are closest to reading the text as one.
 
     Args:
-        tokens: of a held-out split.
-        batch: streams.
-        steps: tokens of a stream in a piece; the last piece may be shorter.
-        end: number of END.
-        rank: which process of ``world`` this is; each has neighbouring streams, perhaps none.
-        world: processes.
+        tokens: tokens of a held-out split.
+        batch: number of streams.
+        steps: tokens per stream and piece; the last piece may be shorter.
+        end: id of END.
+        rank: rank of this process; each has neighboring streams, perhaps none.
+        world: number of processes.
 
     Returns:
-        Tokens and targets, both shape (streams, steps), int64; targets beyond the end are IGNORED.
+        Tokens and targets, both of shape (streams, steps), int64; targets beyond the end are
+            IGNORED.
     """
     if batch < 1 or steps < 1:
         raise ValueError(f"batch is {batch} and steps is {steps}; both must be 1 at least")

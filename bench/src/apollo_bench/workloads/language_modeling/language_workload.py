@@ -1,4 +1,4 @@
-"""Language modelling: each next word of a stream of text (section 4.2 of the paper)."""
+"""The workload of language modeling: predict the next word (section 4.2 of the paper)."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _ROWS = 64  # streams of an evaluation
 
 
 class LanguageModeling:
-    """Truncated back-propagation through time with the state carried over.
+    """Language modeling by truncated back-propagation through time, with a carried state.
 
-    Perplexity is that of every token, the ends of sentences counted; during training on the
-    validation text, at the end on the test text too.
+    Perplexity counts every token, ends of sentences included. During training it is measured on the
+    validation text, at the end also on the test text.
 
     Args:
         corpus: the text.
-        model: which network.
-        data: how it is cut.
+        model: settings of the network.
+        data: settings of the streams.
         batch_size: streams, over all processes.
-        device: where the batches come out.
+        device: device of the batches.
 
     Raises:
         ExperimentError: the text is too short for one step, or a cut-off lies beyond the
@@ -74,16 +74,16 @@ class LanguageModeling:
         self._corpus, self._model, self._data, self._device = corpus, model, data, device
 
     def model(self) -> nn.Module:
-        """A new network, initialised as the authors' release does."""
+        """Return a new network, initialized as in the authors' release."""
         settings = self._model.model_dump(exclude={"family"})
         return LanguageModel(len(self._corpus.vocabulary), **settings)
 
     def batches(
         self, seed: int, epoch: int, start: int, rank: int = 0, world: int = 1
     ) -> Iterator[Batch]:
-        """Tokens and the tokens after them, each shape=(batch / world, steps), int64.
+        """Yield tokens and the tokens after them, each of shape (batch / world, steps), int64.
 
-        Each epoch begins at another token, which seed and epoch say.
+        Each epoch begins at another token, given by seed and epoch.
 
         Raises:
             ExperimentError: the processes cannot share a batch equally.
@@ -95,7 +95,7 @@ class LanguageModeling:
     def loss(
         self, model: nn.Module, part: Batch, batch: Batch, hidden_state: HiddenState
     ) -> tuple[Tensor, HiddenState]:
-        """Mean negative log likelihood; it carries over the state, shape=(rows, layers, hidden)."""
+        """Return the mean negative log likelihood, and the state, shape (rows, layers, hidden)."""
         tokens, targets = part
         if hidden_state:
             hidden, cell = (x.transpose(0, 1).contiguous() for x in hidden_state)
@@ -110,7 +110,7 @@ class LanguageModeling:
         return torch.zeros(shape, device=self._device), torch.zeros(shape, device=self._device)
 
     def tally(self, model: nn.Module, rank: int = 0, world: int = 1, final: bool = False) -> Tensor:
-        """Summed negative log likelihood and words of each text that is evaluated."""
+        """Return summed negative log likelihood and words of each evaluated text."""
         texts = [self._corpus.valid, self._corpus.test] if final else [self._corpus.valid]
         sums = [self._sums(model, text, rank, world) for text in texts]
         return torch.cat(sums).to(self._device)
@@ -131,7 +131,7 @@ class LanguageModeling:
         return total
 
     def metrics(self, tally: Tensor, final: bool = False) -> dict[str, float]:
-        """Perplexity of the validation text and, of the trained model, of the test text."""
+        """Return perplexity of the validation text and, for the trained model, of the test text."""
         found = {}
         names = (VALIDATION.name, TEST.name) if final else (VALIDATION.name,)
         for name, (nats, words) in zip(names, tally.view(-1, 2).tolist(), strict=True):
@@ -141,12 +141,12 @@ class LanguageModeling:
 
 
 def make_wordnet(spec: RunSpec, resources: Resources) -> LanguageModeling:
-    """WordNet, embedded or from a folder; raises ExperimentError for bad files."""
+    """Make WordNet, embedded or from a folder; raise ExperimentError for bad files."""
     return _make_workload(spec, resources, wordnet.load)
 
 
 def make_one_billion_word(spec: RunSpec, resources: Resources) -> LanguageModeling:
-    """The prepared benchmark; raises ExperimentError where it is not, or is damaged."""
+    """Make the prepared benchmark; raise ExperimentError if it is missing or damaged."""
     if resources.folder is None:
         raise ExperimentError(
             "one-billion-word needs --data with the prepared text; "

@@ -47,19 +47,19 @@ class LanguageModel(nn.Module):
     """Embedding, LSTM layers and a softmax, drawn from torch's global generator.
 
     Args:
-        vocabulary: words, the most frequent first.
-        embedding: width of a word's vector.
+        vocabulary: number of words; the most frequent have the smallest ids.
+        embedding: width of a word vector.
         hidden: width of an LSTM layer.
-        layers: LSTM layers.
-        dropout: of the embeddings, between the layers and after them.
-        cutoffs: first word of every cluster of the adaptive softmax; none for a full softmax.
-        div_value: by which each cluster's features are narrower than those of the one before.
+        layers: number of LSTM layers.
+        dropout: rate on the embeddings, between the layers and after them.
+        cutoffs: first word of every cluster of the adaptive softmax; empty for a full softmax.
+        div_value: factor by which the features of each cluster are narrower than the previous ones.
 
     Raises:
-        ValueError: cut-offs that do not rise from 1 to vocabulary - 1.
+        ValueError: cut-offs that do not increase from 1 to vocabulary - 1.
     """
 
-    output = "softmax"  # the layer of the logits
+    output = "softmax"  # name of the layer that gives the logits
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class LanguageModel(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """As the authors' release; the softmax keeps torch's weights."""
+        """Initialize as in the authors' release; the softmax keeps torch's weights."""
         nn.init.kaiming_uniform_(self.embedding.weight)
         for parameter in self.lstm.parameters():
             if parameter.dim() == 2:
@@ -106,21 +106,21 @@ class LanguageModel(nn.Module):
                 nn.init.ones_(parameter.chunk(4)[1])
 
     def begin(self, batch: int, device: torch.device | str | None = None) -> State:
-        """The state before the first token, zeros: hidden and cell, (layers, batch, hidden)."""
+        """Return the state before the first token, zeros: hidden, cell, (layers, batch, hidden)."""
         shape = (self.lstm.num_layers, batch, self.lstm.hidden_size)
         return torch.zeros(shape, device=device), torch.zeros(shape, device=device)
 
     def forward(self, tokens: Tensor, targets: Tensor, state: State) -> tuple[Tensor, State]:
-        """Read a piece of text and predict what comes after each of its tokens.
+        """Read a piece of text and predict the token after each of its tokens.
 
         Args:
             tokens: (batch, time), int64.
             targets: (batch, time), int64, the token after each.
-            state: after the token before the first.
+            state: state after the token before the first.
 
         Returns:
             The negative log likelihood of every target in nats, (batch, time), float32, and the
-            state after the last token, cut off from the gradient.
+                detached state after the last token.
         """
         x = self.dropout(self.embedding(tokens))
         with _precision(x):
@@ -131,7 +131,7 @@ class LanguageModel(nn.Module):
 
 
 def _precision(x: Tensor) -> AbstractContextManager[Any]:
-    """float32 for the LSTM on a CPU without bfloat16, where torch's raises under autocast."""
+    """Return float32 for the LSTM on a CPU without bfloat16, where autocast would fail."""
     mixed = x.is_cpu and torch.is_autocast_enabled("cpu")
     if mixed and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.autocast("cpu", enabled=False)

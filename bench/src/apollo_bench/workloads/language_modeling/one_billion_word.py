@@ -53,7 +53,7 @@ TEST = 0  # the held-out shard of the test set
 MIN_COUNT = 3  # occurrences of a word of the standard vocabulary, and of one made from the text
 EMPTY, UNKNOWNS, SENTENCES = "empty_lines", "unknown_words", "sentences"
 FORMAT = 1
-_CHECKED = "checked.json"  # beside the token files: those whose checksums were found right
+_CHECKED = "checked.json"  # next to the token files: the cache of validated files
 _REMEDY = "run apollo-bench prepare one-billion-word again; what is finished is kept"
 
 _Job = TypeVar("_Job", bound=Hashable)
@@ -63,21 +63,21 @@ _Result = TypeVar("_Result")
 def prepare(
     raw: Path, out: Path, vocabulary: Path | None, workers: int, report_progress: ProgressCallback
 ) -> None:
-    """Turn the benchmark's text into token files, one a shard, in parallel.
+    """Turn the benchmark's text into token files, one per shard, in parallel.
 
-    Interrupted at any moment, the next call goes on with the shards that are missing. A shard is
-    done anew when its text, the vocabulary or its token file is not what it was.
+    After an interruption the next call continues with the missing shards. A shard is prepared again
+    if its text, the vocabulary or its token file has changed.
 
     Args:
-        raw: the unpacked archive, or the folder that holds it.
-        out: folder for the token files; made if need be.
-        vocabulary: the standard 1b_word_vocab.txt; None: the words that occur LEAST times.
-        workers: processes; 1 works in this one.
-        tell: is told how far it is.
+        raw: the unpacked archive, or the folder that contains it.
+        out: folder of the token files, created if it is missing.
+        vocabulary: the standard 1b_word_vocab.txt; None: the words that occur MIN_COUNT times.
+        workers: processes; 1: this process.
+        report_progress: called with what is going on and how much is done.
 
     Raises:
-        ExperimentError: a shard is missing, truncated or not UTF-8, the vocabulary is unusable,
-            or ``out`` cannot be written or is in use.
+        ExperimentError: a shard is missing, truncated or not UTF-8, the vocabulary is unusable, or
+            ``out`` cannot be written or is in use.
     """
     if workers < 1:
         raise ExperimentError(f"{workers} workers; at least 1 is right")
@@ -118,11 +118,11 @@ def prepare(
 
 
 def load(folder: Path) -> Corpus:
-    """What ``prepare`` has made, mapped from the disk.
+    """Return what ``prepare`` made, memory-mapped.
 
     Raises:
-        ExperimentError: it was not prepared to the end, or a file is missing, damaged, truncated
-            or made with another vocabulary.
+        ExperimentError: preparation is incomplete, or a file is missing, damaged, truncated or made
+            with another vocabulary.
     """
     place = _manifest(folder)
     try:
@@ -227,7 +227,7 @@ def _numbers(path: Path, digest: str) -> dict[bytes, int]:
     if digest not in _kept:
         with path.open("rb") as file:
             numbers = {line[:-1]: number for number, line in enumerate(file)}
-        # the ends of sentences are ours to set
+        # markers in the text are not words
         for marker in (START, END):
             numbers.pop(marker.encode(), None)
         _kept.clear()

@@ -1,4 +1,7 @@
-"""Lines of words from text, whatever is wrong with them told with file and line."""
+"""Read lines of words; errors name file and line.
+
+A hand-written reader: it finds truncated and wrongly encoded text, which libraries pass over.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,9 @@ _BLOCK = 1 << 21  # bytes
 
 
 def blocks(path: Path) -> Iterator[list[list[bytes]]]:
-    """The words of a file's lines, some thousand lines at a time, checked to be UTF-8.
+    """Yield the words of a file's lines, some thousand lines at a time, checked to be UTF-8.
 
-    Words are what stands between spaces, as bytes: half the work of characters. An empty line is
+    Words are separated by white space, and are bytes: half the work of characters. An empty line is
     an empty list.
 
     Raises:
@@ -40,7 +43,7 @@ def blocks(path: Path) -> Iterator[list[list[bytes]]]:
 
 
 def gzipped_lines(path: Path, remedy: str) -> list[list[str]]:
-    """The words of each line of a gzipped text, empty lines as empty lists.
+    """Return the words of each line of a gzipped text; empty lines are empty lists.
 
     Raises:
         ExperimentError: the file cannot be read, is damaged or truncated, or is not UTF-8.
@@ -61,10 +64,16 @@ def gzipped_lines(path: Path, remedy: str) -> list[list[str]]:
 
 
 def check_encoding(content: bytes, path: Path, line: int) -> None:
-    """Make sure that bytes are UTF-8 text; ``line`` is the number of their first line.
+    """Check that bytes are UTF-8 text.
+
+    Args:
+        content: the bytes.
+        path: file, for the error.
+        line: number of the first line of the bytes.
 
     Raises:
-        ExperimentError: they are not, or hold a zero byte as a broken copy does; names the line.
+        ExperimentError: the bytes are not UTF-8, or contain a zero byte as a broken copy does; the
+            message names the line.
     """
     if b"\0" in content:
         line += content.count(b"\n", 0, content.index(b"\0"))

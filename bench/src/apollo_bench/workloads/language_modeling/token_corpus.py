@@ -1,4 +1,4 @@
-"""A text as streams of numbers, one for each split."""
+"""A text as token ids, one stream per split."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ TokenIds = NDArray[numpy.int32]
 
 
 class TokenStream:
-    """The tokens of several arrays as one stream; nothing is copied until a slice crosses arrays.
+    """The tokens of several arrays as one stream; only a slice across arrays is copied.
 
     Args:
-        parts: each shape (any,), int32; memory-mapped ones stay on the disk.
+        parts: arrays of shape (any,), int32; memory-mapped ones stay on disk.
     """
 
     def __init__(self, parts: Sequence[TokenIds]) -> None:
@@ -30,7 +30,7 @@ class TokenStream:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, wanted: slice) -> TokenIds:
-        """Shape (length of the slice,), int32; read it only."""
+        """Return an array of the slice's length, int32; do not write to it."""
         start, stop, step = wanted.indices(len(self))
         if step != 1:
             raise ValueError(f"slices of tokens have step 1, this one {step}")
@@ -47,11 +47,11 @@ class TokenStream:
 
 
 class Corpus(NamedTuple):
-    """A text in three splits; the END of its vocabulary ends every sentence, the last one too."""
+    """A text in three splits; END ends every sentence, also the last one."""
 
     train: TokenStream
     valid: TokenStream
     test: TokenStream
     vocabulary: Vocabulary
     fingerprint: str  # of the tokens and the vocabulary
-    empty_lines: int = 0  # of the text, passed over
+    empty_lines: int = 0  # of the text, skipped

@@ -1,6 +1,6 @@
-"""Token files: little-endian int32, and beside each a JSON file that says what it holds.
+"""Token files: little-endian int32, each with a JSON file that describes it.
 
-The JSON file is written when the tokens are safe on the disk: where it is, they are whole.
+The JSON file is written when the tokens are safe on disk: if it exists, they are complete.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class SourceFile(NamedTuple):
 
 
 class Description(NamedTuple):
-    """What a token file holds."""
+    """The content of a token file."""
 
     tokens: int
     sha256: str  # of the tokens' bytes
@@ -42,7 +42,7 @@ class Description(NamedTuple):
 
 
 def describe_source(path: Path) -> SourceFile:
-    """Size and checksum of a file; raises ExperimentError where it cannot be read."""
+    """Return size and checksum of a file; raise ExperimentError if it cannot be read."""
     digest, size = hashlib.sha256(), 0
     try:
         with path.open("rb") as file:

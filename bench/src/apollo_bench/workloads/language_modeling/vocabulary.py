@@ -78,7 +78,7 @@ def from_counts(
 
     Args:
         counts: how often each word occurs.
-        least: occurrences that a word needs.
+        min_count: occurrences that a word needs.
         size: the most words there may be, END and UNKNOWN among them; None: no limit.
         place: named in errors.
 

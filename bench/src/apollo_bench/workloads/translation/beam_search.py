@@ -1,4 +1,4 @@
-"""Beam search as fairseq's: the best translations of a batch of sentences."""
+"""Beam search as in fairseq: the best translations of a batch of sentences."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ def beam_search(
     length_penalty: float = 0.6,
     max_length: tuple[float, int] = (1.0, 50),
 ) -> list[list[int]]:
-    """Translate, without dropout, by the hypotheses of the highest score.
+    """Translate, without dropout, by the hypotheses with the highest score.
 
-    A hypothesis has one word or more, neither padding nor ``begin``. Its score is its log
-    probability, divided by its length with the end word to the power ``length_penalty``. A
-    sentence is done when ``beams`` hypotheses of it have ended, which need not be the best of all.
-    A sentence's result does not depend on the others of its batch.
+    A hypothesis has at least one word, and neither padding nor ``begin``. Its score is its log
+    probability, divided by its length (end included) to the power ``length_penalty``. A sentence is
+    done when ``beam_size`` hypotheses have ended, which need not be the best of all. The result of
+    a sentence does not depend on the others of its batch.
 
     Args:
-        model: in training or not; it stays as it is.
-        source: (n, S), int64, filled up with the model's padding.
-        begin: the word that a target begins with.
-        end: the word that ends a target.
-        beam_size: hypotheses that are followed at a time.
-        length_penalty: 0 for the likeliest; the higher, the longer.
-        longest: (a, b), at most a S + b words of a source of S, padding not counted; Vaswani et
-            al. (2017), section 6.1, have 1 and 50. Nor more than the model's longest allows.
+        model: in training mode or not; the mode is restored.
+        source: (n, S), int64, padded with the model's padding.
+        begin: id of the word that a target begins with.
+        end: id of the word that ends a target.
+        beam_size: number of hypotheses that are followed.
+        length_penalty: 0 for the likeliest; larger values prefer longer hypotheses.
+        max_length: (a, b), at most a S + b words for a source of S words; Vaswani et al. (2017),
+            section 6.1, have 1 and 50. Never more than the model's max_length allows.
 
     Returns:
-        The words of each sentence's best hypothesis, without begin and end; none where the model's
-        logits are not numbers.
+        The words of each sentence's best hypothesis, without begin and end; empty if the model's
+            logits are not finite.
 
     Raises:
-        ValueError: fewer than one beam or one word, or a source longer than the model's longest.
+        ValueError: beam_size or the number of words is less than one, or a source is too long.
     """
     if beam_size < 1:
         raise ValueError(f"beam_size is {beam_size}, allowed are 1 and more")

@@ -62,7 +62,7 @@ def prepare(corpus: EncodedCorpus, out: Path, report_progress: ProgressCallback)
     Args:
         corpus: as of ``encode``.
         out: made where it is missing.
-        tell: progress.
+        report_progress: called with what is going on and how much is done.
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / _LIST).unlink(missing_ok=True)

@@ -18,8 +18,8 @@ def load(folder: Path | None = None) -> ParallelCorpus:
     """Read and check the six files.
 
     Args:
-        folder: where files of the same names lie, plain or gzipped; None: the embedded ones,
-            whose checksums are verified.
+        folder: folder of files of the same names, plain or gzipped; None: the embedded ones, whose
+            checksums are verified.
 
     Raises:
         ExperimentError: a file is missing, damaged, not UTF-8, or two are misaligned.

@@ -1,4 +1,4 @@
-"""Subwords that two languages share: byte pair encoding, learned from their training text."""
+"""Subwords shared by two languages: byte pair encoding learned from the training text."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from apollo_bench.errors import ExperimentError, first_line
 from apollo_bench.workloads.translation.parallel_text import TextPairs, even
 
 PADDING, BEGIN, END, UNKNOWN = range(4)
-# brackets that stand for no byte: neither text nor a merge of bytes can be taken for one of these
+# the brackets stand for no byte: no text or merge of bytes equals a special token
 SPECIAL = ("⟨padding⟩", "⟨begin⟩", "⟨end⟩", "⟨unknown⟩")
 _BYTES = 256
 SMALLEST = len(SPECIAL) + _BYTES
-_SEEN_AT_LEAST = 2  # a pair that occurs once is no subword
+_SEEN_AT_LEAST = 2  # a pair must occur twice to become a subword
 
 
 def normalize(text: str) -> str:
-    """What encoding keeps of a text: canonical composition (NFC), white space made even."""
+    """Return the text in canonical composition (NFC), with single spaces."""
     return even(unicodedata.normalize("NFC", text))
 
 
 class Subwords:
-    """A vocabulary of subwords; ``decode(encode(text)) == normalised(text)`` for every text.
+    """A vocabulary of subwords; ``decode(encode(text)) == normalize(text)`` for every text.
 
-    Every byte is in the vocabulary, so that no text holds the unknown token; it has its place
-    for models and files that expect one.
+    Every byte is in the vocabulary, so that no text contains the unknown token. It exists for
+    models and files that expect one.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -40,12 +40,12 @@ class Subwords:
 
     @classmethod
     def learned(cls, pairs: TextPairs, size: int) -> Subwords:
-        """Learn from the text of both languages; the same subwords from the same text.
+        """Learn from the text of both languages; the same text gives the same subwords.
 
         Args:
             pairs: training text.
-            size: of the vocabulary with the special tokens, at least 260; it becomes smaller
-                where the text has no more pairs of subwords that occur twice.
+            size: size of the vocabulary with the special tokens, at least 260; it is smaller if the
+                text has too few pairs of subwords that occur twice.
 
         Raises:
             ExperimentError: the size is too small.

@@ -1,4 +1,4 @@
-"""Batches of like many tokens: pairs of like length together, so that little of it is padding."""
+"""Batches of about equally many tokens: pairs of similar length together, with little padding."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class FeedForward(nn.Module):
 
 
 class Residual(nn.Module):
-    """What ends every sublayer: norm(x + dropout(y))."""
+    """The end of every sublayer: norm(x + dropout(y))."""
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class Residual(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Attention to the sentence itself, and feed-forward."""
+    """Self-attention and feed-forward."""
 
     def __init__(self, width: int, inner: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention to the words before, attention to the source, and feed-forward."""
+    """Causal self-attention, attention to the source, and feed-forward."""
 
     def __init__(self, width: int, inner: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class DecoderLayer(nn.Module):
 
 @dataclass
 class Cache:
-    """What decoding word by word has computed: of every layer the keys and values."""
+    """Keys and values of every layer, computed while decoding word by word."""
 
     mask: Tensor  # (n, 1, 1, S), bool, true at the words of the source
     memory: list[KeyValue]  # of the source, (n, heads, S, width / heads)
@@ -182,19 +182,19 @@ class Cache:
 
 
 class Transformer(nn.Module):
-    """Encoder and decoder that share one matrix of embeddings, also the output's.
+    """Encoder and decoder that share one matrix of embeddings, also with the output.
 
-    Padding stands at the right. Weights are drawn from torch's global generator.
+    Padding is on the right. Weights are drawn from torch's global generator.
 
     Args:
-        vocabulary: words of both languages together.
-        width: of a word's vector; even, and a multiple of the heads.
-        inner: width within the feed-forward layers.
-        heads: of every attention.
-        layers: of the encoder, and as many of the decoder.
-        dropout: of embeddings with positions, and of what every sublayer adds.
-        padding: the word that fills up shorter sentences.
-        longest: words that a sentence may have.
+        vocabulary: number of words of both languages together.
+        width: width of a word vector; even, and a multiple of the heads.
+        inner: width of the feed-forward layers.
+        heads: heads of every attention.
+        layers: layers of the encoder, and as many of the decoder.
+        dropout: rate on embeddings with positions, and on the output of every sublayer.
+        padding: id of the word that pads shorter sentences.
+        max_length: largest number of words per sentence.
 
     Raises:
         ValueError: a width that the heads do not divide, or padding outside the vocabulary.

@@ -1,4 +1,4 @@
-"""Translation from English into German (section 4.3 of the paper)."""
+"""The workload of translation from English to German (section 4.3 of the paper)."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ from apollo_bench.workloads.workload import Batch, HiddenState, Metric, Resource
 
 VALIDATION = Metric("valid_perplexity", "validation perplexity", "", higher_is_better=False)
 TEST = Metric("test_bleu", "test BLEU", "", higher_is_better=True)
-# what a reader needs to compute the same number
+# signature of sacrebleu, to reproduce the number
 _SMOOTHING = "exp"
 SIGNATURE = f"nrefs:1|case:mixed|eff:no|tok:13a|smooth:{_SMOOTHING}|version:{sacrebleu.__version__}"
 _ORDERS = 4  # of n-grams
-_EVALUATION_TOKENS = 4096  # in a batch
+_EVALUATION_TOKENS = 4096  # per batch
 
 
 class Translation:
-    """Sentences into another language; label smoothing; BLEU of a beam search at the end.
+    """Translation with label smoothing; BLEU of a beam search at the end.
 
-    During training the perplexity of the validation translations is measured, by subword and
+    During training it measures the perplexity of the validation translations, per subword and
     without smoothing.
 
     Args:
         corpus: the sentences.
-        model: which network.
-        data: subwords, smoothing, search.
-        tokens: of a batch over all processes, of either side, padding counted.
-        device: where the batches come out.
+        model: settings of the network.
+        data: subwords, smoothing and search.
+        tokens: tokens per batch over all processes, for either side, padding included.
+        device: device of the batches.
 
     Raises:
         ExperimentError: no sentence is short enough for the model, or one of the test set is not.
@@ -98,17 +98,17 @@ class Translation:
         return self._shared[world]
 
     def model(self) -> nn.Module:
-        """A new network, initialised as fairseq does."""
+        """Return a new network, initialized as in fairseq."""
         settings = self._model.model_dump(exclude={"family"})
         return Transformer(self._subwords.size, padding=PADDING, **settings)
 
     def batches(
         self, seed: int, epoch: int, start: int, rank: int = 0, world: int = 1
     ) -> Iterator[Batch]:
-        """Source, target so far, what is to follow, and each row's weight.
+        """Yield source, target input, target output and the weight of each row.
 
-        All but the weights, shape=(rows,), are int64 of shape=(rows, time). A process has every
-        ``world``-th pair of a batch; a weight is ``world`` over the tokens of the whole batch.
+        All but the weights, shape (rows,), are int64 of shape (rows, time). A process has every
+        ``world``-th pair of a batch. A weight is ``world`` over the tokens of the whole batch.
 
         Raises:
             ExperimentError: the processes cannot share every batch.
@@ -123,7 +123,7 @@ class Translation:
     def loss(
         self, model: nn.Module, part: Batch, batch: Batch, hidden_state: HiddenState
     ) -> tuple[Tensor, HiddenState]:
-        """Mean cross entropy by subword with smoothed labels."""
+        """Return the mean cross entropy per subword with smoothed labels."""
         source, before, wanted, weights = part
         losses = functional.cross_entropy(
             model(source, before).flatten(0, 1).float(),
@@ -135,7 +135,7 @@ class Translation:
         return (losses.view(wanted.shape) * weights[:, None]).sum(), ()
 
     def tally(self, model: nn.Module, rank: int = 0, world: int = 1, final: bool = False) -> Tensor:
-        """Summed negative log likelihood and subwords; at the end what BLEU counts too."""
+        """Return summed negative log likelihood and subwords; at the end also BLEU's counts."""
         sums = torch.zeros(2, dtype=torch.float64)
         for rows in self._evaluation(self._valid, rank, world):
             source, before, wanted = (x.to(self._device) for x in padded(self._valid, rows)[:3])
@@ -187,7 +187,7 @@ class Translation:
         return (mine[rows] for rows in group(source, target, tokens))
 
     def metrics(self, tally: Tensor, final: bool = False) -> dict[str, float]:
-        """Perplexity of the validation text and, of the trained model, BLEU of the test text."""
+        """Return validation perplexity and, for the trained model, BLEU of the test text."""
         numbers = tally.tolist()
         mean = numbers[0] / numbers[1]
         found = {VALIDATION.name: math.exp(mean) if mean < 700 else math.inf}
@@ -204,17 +204,17 @@ class Translation:
 
 
 def make_phrases(spec: RunSpec, resources: Resources) -> Translation:
-    """The embedded phrases; raises ExperimentError for bad files."""
+    """Make the embedded phrases; raise ExperimentError for bad files."""
     return _make_workload(spec, resources, phrases.load, clean=False)
 
 
 def make_multi30k(spec: RunSpec, resources: Resources) -> Translation:
-    """Multi30k from local files or the hub; raises ExperimentError for bad files."""
+    """Make Multi30k from local files or the hub; raise ExperimentError for bad files."""
     return _make_workload(spec, resources, multi30k.load)
 
 
 def make_wmt14(spec: RunSpec, resources: Resources) -> Translation:
-    """WMT14, prepared or raw, or from the hub; raises ExperimentError for bad files."""
+    """Make WMT14, prepared or raw, or from the hub; raise ExperimentError for bad files."""
     return _make_workload(spec, resources, wmt14.load)
 
 

@@ -1,4 +1,4 @@
-"""WMT14 English to German: news translation, validated on newstest2013, tested on newstest2014."""
+"""WMT14 English to German: news, validated on newstest2013 and tested on newstest2014."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def load(folder: Path | None = None, hub: str = HUB) -> ParallelCorpus:
     """Read and check the whole corpus.
 
     Args:
-        folder: where the raw text lies, plain or gzipped, in it or in folders below; None: the
-            hub. The training text is ``train.{en,de}``, or else all of ``*.de-en.{en,de}`` in the
-            order of their names.
-        hub: the corpus's name there.
+        folder: folder of the raw text, plain or gzipped, also in folders below it; None: the hub.
+            The training text is ``train.{en,de}``, or else all of ``*.de-en.{en,de}`` in the order
+            of their names.
+        hub: name of the corpus on the hub.
 
     Raises:
         ExperimentError: a file is missing, damaged, not UTF-8, or two are misaligned.
@@ -50,7 +50,7 @@ def load(folder: Path | None = None, hub: str = HUB) -> ParallelCorpus:
         return load_hub(hub, LANGUAGES, _REMEDY, SUBSET)
     if not folder.is_dir():
         raise ExperimentError(f"{folder}: no such folder; {_REMEDY}")
-    # the small files first: what is missing is told before minutes of reading
+    # the small files first: an error then comes before minutes of reading
     valid, test = _named(folder, VALID), _test(folder)
     return make_corpus(_training(folder), valid, test, LANGUAGES, str(folder))
 
@@ -69,7 +69,7 @@ def _training(folder: Path) -> TextPairs:
         for path in folder.rglob(pattern)
     }
     if not parts:
-        return _named(folder, TRAIN)  # says what is missing
+        return _named(folder, TRAIN)  # raises the error that names the missing file
     whole = TextPairs([], [])
     for part in sorted(parts):
         read = read_named(part.parent, part.name, LANGUAGES, _REMEDY)
@@ -90,7 +90,7 @@ def _test(folder: Path) -> TextPairs:
 
 def _segments(path: Path) -> list[str]:
     lines = read_lines(path, _REMEDY)
-    # entities are left as they stand, as sacreBLEU leaves them
+    # entities stay as they are, as in sacreBLEU
     return [even(text) for line in lines for text in _SEGMENT.findall(line)]
 
 
