@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import pandas
 from rich import table as rich
 
 from apollo_bench.config.recipe import RunSpec
@@ -309,27 +308,30 @@ def as_markdown(table: Table) -> str:
 
 def as_csv(summaries: list[Summary]) -> str:
     """Return one line per run, with all digits."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
     metrics = list(dict.fromkeys(summary.metric.name for summary in summaries))
-    writer.writerow(
-        [
-            *("task", "optimizer", "schedule", "sweep", "value", "lr", "weight_decay", "settings"),
-            "seed",
-            *("verdict", "done", *metrics, "train_loss"),
-            *("seconds", "optimizer_ms", "optimizer_share"),
-        ]
-    )
+    lines: list[dict[str, Any]] = []
     for run in (run for summary in summaries for run in summary.runs):
-        spec = run.spec
-        point: list[Any] = ["", ""] if spec.sweep is None else [spec.sweep.kind, spec.sweep.value]
-        writer.writerow(
-            [
-                *(spec.task, spec.name, spec.schedule, *point),
-                *(spec.optimizer.lr, spec.optimizer.weight_decay, _drawn(spec), spec.seed),
-                *(run.verdict, run.progress, *(run.final(name) for name in metrics)),
-                *(run.final("train_loss"), round(run.seconds, 3)),
-                *(run.optimizer_ms, run.optimizer_share),
-            ]
+        spec, point = run.spec, run.spec.sweep
+        lines.append(
+            {
+                "task": spec.task,
+                "optimizer": spec.name,
+                "schedule": spec.schedule,
+                "sweep": None if point is None else point.kind,
+                "value": None if point is None else point.value,
+                "lr": spec.optimizer.lr,
+                "weight_decay": spec.optimizer.weight_decay,
+                "settings": _drawn(spec),
+                "seed": spec.seed,
+                "verdict": run.verdict,
+                "done": run.progress,
+                **{name: run.final(name) for name in metrics},
+                "train_loss": run.final("train_loss"),
+                "seconds": round(run.seconds, 3),
+                "optimizer_ms": run.optimizer_ms,
+                "optimizer_share": run.optimizer_share,
+            }
         )
-    return buffer.getvalue()
+    # dtype object: integers and missing values stay what they are
+    table: str = pandas.DataFrame(lines, dtype=object).to_csv(index=False, lineterminator="\n")
+    return table

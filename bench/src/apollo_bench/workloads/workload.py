@@ -9,77 +9,74 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-Batch = tuple[Tensor, ...]  # with one row for each example
-HiddenState = tuple[Tensor, ...]  # likewise: what a step leaves to the next; () at an epoch's start
+Batch = tuple[Tensor, ...]  # one row per example
+HiddenState = tuple[Tensor, ...]  # one row per example; () at the start of an epoch
 
 
 class Metric(NamedTuple):
-    """What a task is judged by, one of the names of ``Task.metrics``."""
+    """A metric of a workload, one of the names that ``Workload.metrics`` returns."""
 
     name: str
-    label: str  # as people write it, with the split that it is measured on
-    unit: str  # "" for a number without one
+    label: str  # as reports show it, with the split
+    unit: str  # "" if there is none
     higher_is_better: bool
 
     @property
     def title(self) -> str:
-        """With its unit."""
+        """Label with its unit."""
         return f"{self.label} ({self.unit})" if self.unit else self.label
 
     def better(self, one: float, other: float) -> bool:
-        """Whether ``one`` is better than ``other``."""
+        """Return whether ``one`` is better than ``other``."""
         return one > other if self.higher_is_better else one < other
 
 
 class Resources(NamedTuple):
-    """What a run has to work with; nothing that its result depends on but the data."""
+    """The resources of a run; except for the data, its result does not depend on them."""
 
-    folder: Path | None = None  # of local data; None: what the task has by itself
-    device: torch.device = torch.device("cpu")  # where the batches come out
-    workers: int | None = None  # processes that decode images; None: one a core
+    folder: Path | None = None  # of local data; None: the task's own data
+    device: torch.device = torch.device("cpu")  # of the batches
+    workers: int | None = None  # processes that decode images; None: one per core
 
 
 class Workload(Protocol):
-    """One problem to train; the optimizer is none of its business."""
+    """A problem to train: data, model, loss and metric. It does not know the optimizer."""
 
     curve: Metric  # during training; the best weights are those of its best value
     final: Metric  # of the trained model
-    has_final_test: (
-        bool  # whether the trained model is measured in another way than during training
-    )
-    unit: str  # what throughput counts: "images", "words"
+    has_final_test: bool  # whether the trained model is evaluated in another way
+    unit: str  # of throughput: "images", "words"
     units_per_step: float  # over all processes
     fingerprint: str  # of the data
-    remarks: list[str]  # what a reader must know of data and metric
+    remarks: list[str]  # notes on data and metric, for the report
     steps_per_epoch: int
 
     def model(self) -> nn.Module:
-        """A new model, drawn from torch's global generator."""
+        """Return a new model, drawn from torch's global generator."""
 
     def batches(
         self, seed: int, epoch: int, start: int, rank: int = 0, world: int = 1
     ) -> Iterator[Batch]:
-        """The batches of an epoch from step ``start`` on, or the part of one of several processes.
+        """Yield the batches of an epoch from step ``start`` on, or this process's part of them.
 
-        Each batch is a function of (seed, epoch, step) alone: that is what makes a resumed run
-        equal to one that was never killed. The parts of ``world`` processes together are the batch
-        of one process.
+        A batch is a function of (seed, epoch, step) alone, so that a resumed run equals an
+        uninterrupted one. The parts of ``world`` processes together are the batch of one process.
         """
 
     def loss(
         self, model: nn.Module, part: Batch, batch: Batch, hidden_state: HiddenState
     ) -> tuple[Tensor, HiddenState]:
-        """What a part of a process's batch adds to the loss, a 0-dim tensor, and what it leaves.
+        """Return the loss of a part of a process's batch, 0-dim, and the next hidden state.
 
         The sum over the parts of ``batch``, averaged over the processes, is the mean loss of the
-        batch of all processes.
+        whole batch.
         """
 
     def tally(self, model: nn.Module, rank: int = 0, world: int = 1, final: bool = False) -> Tensor:
-        """Sums over a process's part of the held-out data, 1-dimensional; add those of all.
+        """Return 1-dim sums over this process's part of the held-out data, to be added up.
 
-        The model is in eval mode, without autograd. ``final``: it is trained to the end.
+        The model is in eval mode, without autograd. ``final``: the model is fully trained.
         """
 
     def metrics(self, tally: Tensor, final: bool = False) -> dict[str, float]:
-        """Metrics by name, from the sums of all processes."""
+        """Return metrics by name, from the sums of all processes."""

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches that live decoded in memory."""
+"""Augmentation of whole batches of decoded images."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch.nn import functional
 
 
 class CropShifts(NamedTuple):
-    """What is drawn for each image of a batch."""
+    """The random shift and mirroring of each image of a batch."""
 
     top: Tensor  # shape=(n,), dtype=int64, 0 to twice the padding
     left: Tensor  # the same
     mirrored: Tensor  # shape=(n,), dtype=bool
 
     def part(self, part: slice, device: torch.device) -> CropShifts:
-        """Those of some images of the batch."""
+        """Return the shifts of some images of the batch."""
         return CropShifts(*(values[part].to(device, non_blocking=True) for values in self))
 
 
 def draw_shifts(n: int, padding: int, flip: bool, generator: Generator) -> CropShifts:
-    """Draw for n images; half of them are mirrored.
+    """Draw the shifts of n images; half of the images are mirrored.
 
     Args:
-        n: images.
-        padding: an image moves by at most so many pixels, >= 0.
-        flip: mirror at all.
+        n: number of images.
+        padding: largest shift in pixels, >= 0.
+        flip: whether to mirror.
         generator: the only source of randomness, on the CPU, so that it is the same everywhere.
     """
     top = torch.randint(0, 2 * padding + 1, (n,), generator=generator)

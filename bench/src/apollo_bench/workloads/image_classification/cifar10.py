@@ -1,4 +1,4 @@
-"""CIFAR-10: python pickles, parquet with image files in it, or the Hugging Face hub."""
+"""CIFAR-10: Python pickles, parquet files or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def load(place: Path | None = None, hub: str = HUB) -> ImageSet:
     """Read and check the whole set.
 
     Args:
-        place: the archive of python pickles, the folder that it unpacks to, a folder that holds
-            either, or one of parquet files; None: the hub.
-        hub: the set's name there.
+        place: the archive of Python pickles, the folder that it unpacks to, a folder that contains
+            either, or a folder of parquet files; None: the hub.
+        hub: name of the set on the hub.
 
     Raises:
         ExperimentError: a file is missing, corrupt or truncated.
@@ -73,14 +73,14 @@ def load(place: Path | None = None, hub: str = HUB) -> ImageSet:
 
 
 def prepare(images: ImageSet, out: Path) -> Path:
-    """Write a set decoded, as the official python pickles are, which ``load`` reads in a second.
+    """Write the decoded set as the official Python pickles, which ``load`` reads in a second.
 
     Args:
-        images: all of it.
-        out: folder that gets the folder of pickles.
+        images: the whole set.
+        out: folder that the folder of pickles is written into.
 
     Returns:
-        That folder.
+        The folder of pickles.
     """
     folder = out / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ def _from_archive(path: Path) -> ImageSet:
     try:
         content = path.read_bytes()
         if content.startswith(_GZIP):
-            # to its end, where the checksum stands
+            # reads to the end, where the checksum is
             content = gzip.decompress(content)
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
             for member in archive:
@@ -173,7 +173,7 @@ def _from_batches(read: Callable[[str], bytes], place: Path) -> ImageSet:
 
 
 def _batch(content: bytes, where: str) -> _Split:
-    """One pickled dict of ``data``, (n, 3072) bytes, and ``labels``, n numbers."""
+    """Return images and labels of a pickled dict of ``data``, (n, 3072) bytes, and ``labels``."""
     try:
         table = unpickle_arrays(content)
     except Exception as error:  # damaged pickles raise errors of almost every type
@@ -181,7 +181,7 @@ def _batch(content: bytes, where: str) -> _Split:
             f"{where}: not a whole pickle ({first_line(error)}); {_REMEDY}"
         ) from None
     if isinstance(table, dict):
-        # Python 3 writes the keys as bytes where it has read them so
+        # a pickle written by Python 3 may have bytes as keys
         table = {key.decode() if isinstance(key, bytes) else key: table[key] for key in table}
     else:
         table = {}

@@ -1,4 +1,4 @@
-"""From a photograph of any size to the square that a network sees."""
+"""Crop a photograph of any size to the square that the network sees."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Box = tuple[int, int, int, int]  # left, upper, right, lower
 
 
 def random_box(width: int, height: int, min_area: float, random: Random) -> Box:
-    """Draw a part of an image: its area uniformly, its aspect uniformly in the logarithm.
+    """Draw a part of an image: uniform in area and in the logarithm of its aspect ratio.
 
     Args:
-        width: of the image, pixels.
-        height: of the image.
-        min_area: of the part, as a share of the image's area.
+        width: width of the image in pixels.
+        height: height of the image in pixels.
+        min_area: smallest area of the part, relative to the image.
         random: the only source of randomness.
     """
     lowest, highest = (math.log(aspect) for aspect in _ASPECTS)
@@ -42,7 +42,7 @@ def random_box(width: int, height: int, min_area: float, random: Random) -> Box:
 def random_resized_crop(
     image: Image.Image, size: int, min_area: float, flip: bool, random: Random
 ) -> Image.Image:
-    """A random part of an image, resized to ``size`` pixels each way, half of them mirrored."""
+    """Return a random part of an image, resized to a square of ``size``, half of them mirrored."""
     box = random_box(image.width, image.height, min_area, random)
     mirrored = random.random() < 0.5
     # cropped before it is resized: pixels beside the box stay out of it
@@ -53,7 +53,7 @@ def random_resized_crop(
 
 
 def center_crop(image: Image.Image, resize: int, size: int) -> Image.Image:
-    """The middle ``size`` pixels each way, after the shorter side became ``resize``."""
+    """Return the central square of ``size``, after the shorter side became ``resize``."""
     shorter = min(image.size)
     width, height = (max(resize, side * resize // shorter) for side in image.size)
     left, upper = (width - size) // 2, (height - size) // 2

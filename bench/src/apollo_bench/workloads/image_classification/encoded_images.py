@@ -1,4 +1,4 @@
-"""Labelled images as files hold them, read when they are needed."""
+"""Labeled images as encoded files, read on demand."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from apollo_bench.errors import ExperimentError
 
 
 class EncodedImages(Protocol):
-    """One split; whole processes read it at the same time."""
+    """One split of encoded images; several processes may read it at the same time."""
 
     labels: Tensor  # shape=(n,), dtype=int64
 
     def where(self, index: int) -> str:
-        """What an error calls an image."""
+        """Return the name of an image in errors."""
 
     def read(self, index: int) -> bytes:
-        """The content of its file; raises ExperimentError."""
+        """Return the content of an image's file; raise ExperimentError if it cannot be read."""
 
 
 class EncodedImageSet(NamedTuple):
-    """Two splits and what they show."""
+    """Two splits of encoded images, and the number of classes."""
 
     train: EncodedImages
     test: EncodedImages
@@ -38,10 +38,9 @@ class ImageFiles:
     """Images in files below a folder.
 
     Args:
-        folder: where the names begin.
-        names: of the files, in one array of bytes: as many strings would be counted, and so
-            copied, in every process that looks at them.
-        labels: of the files.
+        folder: folder that the names are relative to.
+        names: names of the files in one byte array; strings would be copied into every process.
+        labels: labels of the files.
     """
 
     def __init__(self, folder: Path, names: list[str], labels: Tensor) -> None:
@@ -67,13 +66,13 @@ class ImageFiles:
 
 
 class HubImages:
-    """Images in a split of a hub's data set.
+    """Images in a split of a data set of the hub.
 
     Args:
-        rows: a ``datasets.Dataset`` whose column of images is not decoded.
-        column: of the images.
-        labels: of the rows.
-        name: what an error calls the split.
+        rows: a ``datasets.Dataset`` with an undecoded column of images.
+        column: name of the column of images.
+        labels: labels of the rows.
+        name: name of the split in errors.
     """
 
     def __init__(self, rows: Any, column: str, labels: Tensor, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Fashion-MNIST: the embedded subset, or the whole set from a folder of the four IDX files."""
+"""Fashion-MNIST: the embedded subset, or the full set from a folder of four IDX files."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ FILES = (
 
 
 def load(folder: Path | None = None) -> ImageSet:
-    """Read the four files and check them.
+    """Read and check the four files.
 
     Args:
-        folder: where the four gzipped IDX files lie, as Debian's package ships them;
-            None: the embedded subset, whose checksums are verified.
+        folder: folder of the four gzipped IDX files, as in Debian's package; None: the embedded
+            subset, whose checksums are verified.
 
     Raises:
         ExperimentError: a file is missing, corrupt or truncated, or the four do not fit together.

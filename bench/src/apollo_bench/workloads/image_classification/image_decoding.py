@@ -1,4 +1,4 @@
-"""From the bytes of image files to pixels."""
+"""Decode image files to pixels."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from apollo_bench.errors import ExperimentError, first_line
 
 
 def decode(content: bytes, where: str) -> Image.Image:
-    """Decode a whole image, in RGB.
+    """Decode a whole image as RGB.
 
     Args:
-        content: of a file in any format that Pillow reads.
-        where: what an error calls it.
+        content: content of a file in any format that Pillow reads.
+        where: name of the image in errors.
 
     Raises:
-        ExperimentError: it is no image, truncated or corrupt.
+        ExperimentError: the content is no image, truncated or corrupt.
     """
     if not content:
         raise ExperimentError(f"{where}: empty")
@@ -34,12 +34,12 @@ def decode(content: bytes, where: str) -> Image.Image:
 
 
 def decode_equal(contents: list[bytes], size: tuple[int, int], where: str) -> Tensor:
-    """Decode images that are all of one size.
+    """Decode images of one size.
 
     Args:
-        contents: their files.
+        contents: contents of the files.
         size: width and height.
-        where: what an error calls the whole; it adds the row.
+        where: name of the images in errors; the row is added.
 
     Returns:
         A uint8 tensor of shape (n, 3, height, width).

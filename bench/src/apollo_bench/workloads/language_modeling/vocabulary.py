@@ -1,4 +1,4 @@
-"""Words and their numbers, the frequent ones first."""
+"""Vocabularies: words and their ids, the frequent words first."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from pathlib import Path
 from apollo_bench.atomic_write import write_atomically
 from apollo_bench.errors import ExperimentError
 
-START = "<S>"  # in the standard vocabulary; no stream of ours holds it
+START = "<S>"  # in the standard vocabulary; our streams do not contain it
 END = "</S>"
 UNKNOWN = "<UNK>"
 
 
 class Vocabulary:
-    """Words by number and numbers by word.
+    """Words by id and ids by word.
 
     Args:
-        words: in the order of their numbers; the cut-offs of an adaptive softmax take the
-            frequent ones to come first.
-        place: what the words come from, named in errors.
+        words: words in the order of their ids; an adaptive softmax expects the frequent ones first.
+        place: origin of the words, named in errors.
 
     Raises:
-        ExperimentError: a word is there twice, or END or UNKNOWN is missing.
+        ExperimentError: a word occurs twice, or END or UNKNOWN is missing.
     """
 
     def __init__(self, words: Sequence[str], place: str = "vocabulary") -> None:
@@ -52,16 +51,16 @@ class Vocabulary:
 
     @cached_property
     def numbers(self) -> dict[str, int]:
-        """The number of each word."""
+        """The id of each word."""
         return {word: number for number, word in enumerate(self.words)}
 
     def encode(self, sentence: Iterable[str]) -> list[int]:
-        """Numbers of a sentence's words, END last."""
+        """Return the ids of a sentence's words, with END last."""
         numbers, unknown = self.numbers, self.unknown
         return [*(numbers.get(word, unknown) for word in sentence), self.end]
 
     def decode(self, numbers: Iterable[int]) -> list[str]:
-        """The words of these numbers."""
+        """Return the words of ids."""
         return [self.words[number] for number in numbers]
 
 
@@ -71,16 +70,16 @@ def from_counts(
     size: int | None = None,
     place: str = "vocabulary",
 ) -> Vocabulary:
-    """The words that occur often enough, by falling frequency, equal ones by their letters.
+    """Return the frequent words by decreasing frequency, ties in alphabetical order.
 
-    END and UNKNOWN come first, for nearly every text has many of both. Markers among the words are
-    passed over.
+    END and UNKNOWN come first, because nearly every text has many of both. Markers among the words
+    are skipped.
 
     Args:
-        counts: how often each word occurs.
+        counts: occurrences of each word.
         min_count: occurrences that a word needs.
-        size: the most words there may be, END and UNKNOWN among them; None: no limit.
-        place: named in errors.
+        size: largest number of words, with END and UNKNOWN; None: no limit.
+        place: origin of the words, named in errors.
 
     Raises:
         ExperimentError: no word occurs often enough.
@@ -98,11 +97,11 @@ def from_counts(
 
 
 def read(path: Path) -> Vocabulary:
-    """A file with a word a line, such as the standard 1b_word_vocab.txt of 793,471 words.
+    """Read a file with one word per line, such as 1b_word_vocab.txt of 793,471 words.
 
     Raises:
-        ExperimentError: the file cannot be read, or a line is not one word in UTF-8, or a word is
-            there twice, or END or UNKNOWN is missing.
+        ExperimentError: the file cannot be read, a line is not one word in UTF-8, a word occurs
+            twice, or END or UNKNOWN is missing.
     """
     words = []
     try:
@@ -122,7 +121,7 @@ def read(path: Path) -> Vocabulary:
 
 
 def write(path: Path, vocabulary: Vocabulary) -> None:
-    """A word a line, whole or not at all."""
+    """Write one word per line, atomically."""
     write_atomically(path, "".join(f"{word}\n" for word in vocabulary.words).encode())
 
 

@@ -1,4 +1,4 @@
-"""WordNet's definitions and examples: the embedded part, or the whole from a folder."""
+"""WordNet's definitions and examples: the embedded part, or the larger set from a folder."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def load(folder: Path | None = None, size: int | None = None) -> Corpus:
     """Read the three splits; the training text gives the vocabulary.
 
     Args:
-        folder: holds FILES, gzipped text of a tokenised sentence a line; None: the embedded part,
+        folder: folder of FILES, gzipped, one tokenized sentence per line; None: the embedded part,
             whose checksums are verified.
-        size: the most words of the vocabulary, END and UNKNOWN among them; None: every word that
-            occurs LEAST times.
+        size: largest number of words, with END and UNKNOWN; None: every word that occurs MIN_COUNT
+            times.
 
     Raises:
         ExperimentError: a file is missing, damaged, truncated, not UTF-8 or without words.

@@ -1,4 +1,4 @@
-"""A parallel corpus as subwords: made for each run where it is small, prepared where it is not."""
+"""A parallel corpus as subwords: encoded for each run if small, prepared if large."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _FORMAT = 1
 _LIST = "corpus.json"
 _SUBWORDS = "subwords.json"
 _REFERENCES = "references.txt"
-_CHECKED = "checked.json"  # those whose checksums were found right
+_CHECKED = "checked.json"  # cache of validated files
 _SPLITS = ("train", "valid", "test")
 
 
 class EncodedCorpus(NamedTuple):
-    """Sentences of three splits, and what their translations are compared with."""
+    """Encoded sentences of three splits, and the references of the test set."""
 
     subwords: Subwords
     train: EncodedPairs
@@ -35,15 +35,15 @@ class EncodedCorpus(NamedTuple):
     test: EncodedPairs
     references: list[str]  # of the test set
     fingerprint: str
-    counts: str  # what became of the training pairs
+    counts: str  # of the training pairs, as text
 
 
 def encode(corpus: ParallelCorpus, size: int, clean: bool) -> EncodedCorpus:
-    """Learn ``size`` subwords from the training text and encode everything.
+    """Learn ``size`` subwords from the training text and encode all splits.
 
     Args:
         corpus: the text.
-        size: of the subwords of both languages.
+        size: number of subwords of both languages together.
         clean: whether training pairs must be within fairseq's limits of length and ratio.
     """
     subwords = Subwords.learned(corpus.train, size)
@@ -72,7 +72,7 @@ def prepare(corpus: EncodedCorpus, out: Path, report_progress: ProgressCallback)
         "subwords": corpus.subwords.size,
         "fingerprint": corpus.fingerprint,
         "counts": corpus.counts,
-        "files": {},  # numbers and SHA-256 of each
+        "files": {},  # token count and SHA-256 by file
         "subwords_sha256": hashlib.sha256((out / _SUBWORDS).read_bytes()).hexdigest(),
     }
     for done, split in enumerate(_SPLITS, 1):
@@ -93,17 +93,17 @@ def prepare(corpus: EncodedCorpus, out: Path, report_progress: ProgressCallback)
         len(corpus.references),
         hashlib.sha256(references.encode()).hexdigest(),
     ]
-    # last: where it is, all the others are whole
+    # written last: if it exists, all other files are complete
     write_atomically(out / _LIST, json.dumps(about, indent=2).encode() + b"\n")
 
 
 def is_prepared(folder: Path | None) -> bool:
-    """Whether ``prepare`` has been at work there."""
+    """Return whether ``prepare`` wrote into the folder."""
     return folder is not None and (folder / _LIST).exists()
 
 
 def load(folder: Path, size: int) -> EncodedCorpus:
-    """What ``prepare`` wrote.
+    """Return what ``prepare`` wrote.
 
     Raises:
         ExperimentError: a file is damaged, or has another number of subwords than ``size``.

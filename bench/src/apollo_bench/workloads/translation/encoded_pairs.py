@@ -1,4 +1,4 @@
-"""Sentence pairs as numbers, held flat: four bytes a token and sixteen a pair, no Python lists."""
+"""Sentence pairs as flat arrays of subword ids: four bytes per token, sixteen per pair."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TokenizedSentences(NamedTuple):
 
     @classmethod
     def joined(cls, parts: Iterable[tuple[TokenArray, LengthArray]]) -> TokenizedSentences:
-        """From parts of tokens and the lengths of their sentences."""
+        """Return the sentences of several parts of tokens, with their lengths."""
         tokens, lengths = [numpy.zeros(0, numpy.int32)], [numpy.zeros(1, numpy.int64)]
         for some, their in parts:
             tokens.append(some)
@@ -40,15 +40,15 @@ class TokenizedSentences(NamedTuple):
 
     @property
     def lengths(self) -> LengthArray:
-        """Of each sentence, shape (n,)."""
+        """Length of each sentence, shape (n,)."""
         return numpy.diff(self.offsets)
 
     def sentence(self, number: int) -> TokenArray:
-        """The tokens of one sentence, a view."""
+        """Return the tokens of one sentence, as a view."""
         return self.tokens[self.offsets[number] : self.offsets[number + 1]]
 
     def chosen(self, numbers: LengthArray) -> TokenizedSentences:
-        """A copy of some sentences, in the order given."""
+        """Return a copy of some sentences, in the given order."""
         lengths = self.lengths[numbers]
         offsets = numpy.concatenate([numpy.zeros(1, numpy.int64), numpy.cumsum(lengths)])
         places = numpy.arange(offsets[-1])
@@ -69,15 +69,15 @@ class EncodedPairs(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many pairs."""
+        """Number of pairs."""
         return len(self.source.offsets) - 1
 
     def chosen(self, numbers: LengthArray) -> EncodedPairs:
-        """A copy of some pairs, in the order given."""
+        """Return a copy of some pairs, in the given order."""
         return EncodedPairs(self.source.chosen(numbers), self.target.chosen(numbers))
 
     def cleaned(self, limits: LengthLimits = FAIRSEQ) -> tuple[EncodedPairs, FilterCounts]:
-        """The pairs within limits, counted in subwords as fairseq's script does; for training."""
+        """Return the training pairs within limits, counted in subwords as in fairseq's script."""
         kept, counts = passes_filter(self.source.lengths, self.target.lengths, limits)
         return (self if kept.all() else self.chosen(numpy.flatnonzero(kept))), counts
 

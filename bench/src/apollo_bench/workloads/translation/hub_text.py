@@ -23,13 +23,13 @@ def load_hub(
     """Read the splits train, validation and test.
 
     Args:
-        name: on the hub, or a folder laid out like one there.
-        languages: source and target; of the columns, or of the parts of ``translation``.
-        remedy: what to do without the hub; ends the error message.
-        subset: the hub's configuration; None: the only one.
+        name: name on the hub, or a folder with the layout of the hub.
+        languages: source and target: names of the columns, or of the parts of ``translation``.
+        remedy: what to do without the hub; the error message ends with it.
+        subset: configuration on the hub; None: the only one.
 
     Raises:
-        ExperimentError: the data set, a split or a language is not there, or a row has no text.
+        ExperimentError: the data set, a split or a language is missing, or a row has no text.
     """
     splits = arrow_tables.hub_splits(name, remedy, subset)
     found = []

@@ -18,8 +18,8 @@ def load(folder: Path | None = None, hub: str = HUB) -> ParallelCorpus:
     """Read and check the whole corpus.
 
     Args:
-        folder: where the six files of raw text lie, plain or gzipped; None: the hub.
-        hub: the corpus's name there.
+        folder: folder of the six files of raw text, plain or gzipped; None: the hub.
+        hub: name of the corpus on the hub.
 
     Raises:
         ExperimentError: a file is missing, damaged, not UTF-8, or two are misaligned.

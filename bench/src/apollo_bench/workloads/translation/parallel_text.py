@@ -1,4 +1,7 @@
-"""Parallel text: two files of which line n of one translates line n of the other."""
+"""Parallel text: line n of one file translates line n of the other.
+
+A hand-written reader: it names the line of every error, and refuses misaligned files.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,12 @@ class TextPairs(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many pairs."""
+        """Number of pairs."""
         return len(self.source)
 
 
 class LengthLimits(NamedTuple):
-    """Which pairs are worth training on; lengths in whatever units the caller counts."""
+    """Limits of the pairs that are trained on; the caller chooses the unit of length."""
 
     min_length: int = 1
     max_length: int | None = 250  # None: any
@@ -44,7 +47,7 @@ NOT_EMPTY = LengthLimits(1, None, None)
 
 
 class FilterCounts(NamedTuple):
-    """What became of the pairs that were read; a skipped one counts once, under the first."""
+    """Counts of the read and the skipped pairs; a skipped pair counts under its first reason."""
 
     read: int
     empty: int = 0  # shorter than the shortest on either side
@@ -53,7 +56,7 @@ class FilterCounts(NamedTuple):
 
     @property
     def kept(self) -> int:
-        """How many are left."""
+        """Number of remaining pairs."""
         return self.read - self.empty - self.long - self.ratio
 
     def __str__(self) -> str:
@@ -63,7 +66,7 @@ class FilterCounts(NamedTuple):
 
 
 class ParallelCorpus(NamedTuple):
-    """A corpus as it is read: text, white space made even, otherwise as it lies on the disk."""
+    """A corpus as text, with white space normalized."""
 
     train: TextPairs  # without the pairs that are empty on a side
     valid: TextPairs  # whole, as the test set
@@ -81,15 +84,15 @@ def make_corpus(
     languages: tuple[str, str],
     where: str,
 ) -> ParallelCorpus:
-    """Drop the empty training pairs, check what is left.
+    """Drop empty training pairs, and check the others.
 
     Args:
-        train, valid, test: as they were read.
-        languages: of the source and the target.
-        where: what an error calls the corpus.
+        train, valid, test: pairs as they were read.
+        languages: source and target language.
+        where: name of the corpus in errors.
 
     Raises:
-        ExperimentError: a split is empty, or a line of one that is held out.
+        ExperimentError: a split is empty, or a line of a held-out split is.
     """
     cleaned, counts = clean(train, NOT_EMPTY)
     for name, pairs in (("train", cleaned), ("valid", valid), ("test", test)):
@@ -133,10 +136,10 @@ def read_named(folder: Path, name: str, languages: tuple[str, str], remedy: str)
 
 
 def find_text(folder: Path, name: str, remedy: str) -> Path:
-    """A file of text in a folder, plain or with ``.gz`` after its name.
+    """Return a text file in a folder, plain or with ``.gz`` after its name.
 
     Raises:
-        ExperimentError: neither is there.
+        ExperimentError: neither exists.
     """
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():
@@ -154,10 +157,10 @@ def check_aligned(pairs: TextPairs, source: str, target: str, remedy: str) -> No
 
 
 def read_lines(path: Path, remedy: str) -> list[str]:
-    """Every line of a file of UTF-8, plain or gzipped, its white space made even.
+    """Return every line of a UTF-8 file, plain or gzipped, with white space normalized.
 
     Raises:
-        ExperimentError: the file is missing, damaged or not UTF-8; the message has the line.
+        ExperimentError: the file is missing, damaged or not UTF-8; the message names the line.
     """
     lines = []
     try:
@@ -186,12 +189,12 @@ def _opened(path: Path) -> IO[bytes]:
 
 
 def even(text: str) -> str:
-    """The text with one blank for each run of white space, and none around it."""
+    """Return the text with single spaces, and none around it."""
     return " ".join(text.split())
 
 
 def clean(pairs: TextPairs, limits: LengthLimits = FAIRSEQ) -> tuple[TextPairs, FilterCounts]:
-    """The pairs within limits on words between blanks, for text that is tokenised already."""
+    """Return the pairs within limits on words, for tokenized text."""
     source, target = (
         numpy.fromiter((len(text.split()) for text in side), numpy.int64, len(side))
         for side in pairs
@@ -206,11 +209,11 @@ def clean(pairs: TextPairs, limits: LengthLimits = FAIRSEQ) -> tuple[TextPairs, 
 def passes_filter(
     source: NDArray[numpy.int64], target: NDArray[numpy.int64], limits: LengthLimits
 ) -> tuple[NDArray[numpy.bool_], FilterCounts]:
-    """Which pairs are within limits, judged as Moses's clean-corpus-n does.
+    """Return which pairs are within limits, by the rules of Moses's clean-corpus-n.
 
     Args:
-        source, target: lengths of the pairs' sides, shape (n,).
-        limits: of lengths and their ratio; what equals a limit is within.
+        source, target: lengths of the two sides, shape (n,).
+        limits: limits of length and ratio, inclusive.
 
     Returns:
         A mask of shape (n,), and the counts.
