@@ -19,7 +19,7 @@ from torch import Tensor
 from apollo_qn import distributed
 from apollo_qn import rounding as storage
 from apollo_qn.backends import cpu, triton
-from apollo_qn.backends.base import Backend, Batch, TensorLists, is_plain
+from apollo_qn.backends.base import Backend, Batch, TensorLists, is_plain, joined
 from apollo_qn.backends.foreach import Foreach
 from apollo_qn.backends.reference import Reference
 from apollo_qn.distributed import Group, Reduction
@@ -219,12 +219,11 @@ def prepare(
     """
     describe = describe or (lambda p: f"a parameter of shape {tuple(p.shape)}")
     groups = [_checked(lists, h) for lists, h in groups if lists.params]
-    for lists, _ in groups:
-        if torch.compiler.is_compiling() or not is_plain(
-            lists.params
-        ):  # before a shard hides the shape of its tensor
-            check_shapes(lists, describe)
-    groups, reduction = distributed.localize(groups, backends.reduction)
+    reduction = None
+    if torch.compiler.is_compiling() or not all(is_plain(lists.params) for lists, _ in groups):
+        for lists, _ in groups:
+            check_shapes(lists, describe)  # a shard hides the shape of its tensor
+        groups, reduction = distributed.localize(groups, backends.reduction)
     step = Step(describe, backends, reduction)
     for lists, h in groups:
         for some in _by_device(lists):
@@ -236,6 +235,9 @@ def prepare(
                     _add_alike(step, batch)
                 else:
                     _append(step.fused, backend, batch)
+    for part in step.others:
+        if part.backend is backends.foreach and len(part.batches) > 1:
+            part.batches = _merged(part.batches)
     return step
 
 
@@ -286,6 +288,29 @@ def _append(parts: list[Part], backend: Backend | None, batch: Batch) -> None:
     parts.append(Part(backend, [batch]))
 
 
+def _merged(batches: list[Batch]) -> list[Batch]:
+    """Return the batches with those as one that differ in nothing but their learning rates."""
+    alike: dict[Any, list[Batch]] = {}
+    for batch in batches:
+        s, p = batch.scalars, batch.tensors.params[0]
+        if isinstance(s.rate, Tensor) or isinstance(s.t, Tensor):
+            return batches  # counters are on the device
+        types = (p.device, *(column[0].dtype for column in batch.tensors.large))
+        key = (batch.h._replace(lr=0.0), replace(s, rate=0.0), types)
+        alike.setdefault(key, []).append(batch)
+    result = []
+    for same in alike.values():
+        first = same[0]
+        scalars, rates = first.scalars, [batch.scalars.rate for batch in same]
+        if len(set(rates)) > 1:
+            sizes = [len(batch.tensors) for batch in same]
+            every = [rate for rate, size in zip(rates, sizes, strict=True) for _ in range(size)]
+            device = first.tensors.params[0].device
+            scalars = replace(scalars, rate=torch.tensor(every, dtype=torch.float64, device=device))
+        result.append(replace(first, tensors=joined([b.tensors for b in same]), scalars=scalars))
+    return result
+
+
 def _add_alike(step: Step, batch: Batch) -> None:
     """Split a batch into tensors that are alike, for the foreach back end or the reference."""
     lists, h = batch.tensors, batch.h
@@ -319,38 +344,33 @@ def _real(batch: Batch) -> Batch:
             compensations=view(lists.compensations),
         )
     dtype, state_dtype = lists.params[0].dtype, lists.exp_avgs[0].dtype
+    if lists.compensations and dtype not in storage.DROPPED:
+        lists = replace(lists, compensations=[])
     drawn = state_dtype in storage.DROPPED or storage.is_drawn(dtype, batch.h.rounding)
-    lists = replace(
-        lists,
-        compensations=lists.compensations if dtype in storage.DROPPED else [],
-        rng_streams=lists.rng_streams if drawn else [],
-    )
-    return replace(batch, tensors=lists)
+    if lists.rng_streams and not drawn:
+        lists = replace(lists, rng_streams=[])
+    return batch if lists is batch.tensors else replace(batch, tensors=lists)
 
 
 def _batches(lists: TensorLists, h: Hyperparameters) -> list[Batch]:
     """Split a group into tensors with the same counters, of which all are shards or none is."""
-    indices: dict[Any, list[int]] = {}
     on_host = not h.capturable and not torch.compiler.is_compiling()
-    previous = lists.previous_lrs
-    if lists.rows or on_host:
-        shard = [row >= 0 for row in lists.rows] or [False] * len(lists)
-        steps = [x.item() for x in lists.state_steps] if on_host else [0.0] * len(lists)
-        rates: Sequence[float]
-        rates = [0.0] * len(lists)
-        if on_host and previous and not h.differentiable:  # autograd runs through the rate before
-            rates = [x.item() for x in previous]
-        keys = list(zip(shard, steps, rates, strict=True))
-        if keys.count(keys[0]) == len(keys):
-            indices[keys[0]] = list(range(len(keys)))
-        else:
-            for i, key in enumerate(keys):
-                indices.setdefault(key, []).append(i)
+    shard = [row >= 0 for row in lists.rows] or [False]
+    steps = [x.item() for x in lists.state_steps] if on_host else [0.0]
+    rates = [0.0]
+    if on_host and lists.previous_lrs and not h.differentiable:  # autograd runs through that rate
+        rates = [x.item() for x in lists.previous_lrs]
+    columns = (shard, steps, rates)
+    indices: dict[Any, list[int] | None] = {}
+    if all(column.count(column[0]) == len(column) for column in columns):
+        indices[shard[0], steps[0], rates[0]] = None
     else:
-        indices[False, 0.0, 0.0] = list(range(len(lists)))
+        long = (column * len(lists) if len(column) == 1 else column for column in columns)
+        for i, key in enumerate(zip(*long, strict=True)):
+            indices.setdefault(key, []).append(i)  # type: ignore[union-attr]
     result = []
     for (is_shard, t, rate), members in indices.items():
-        some = lists.select(members)
+        some = lists if members is None else lists.select(members)
         if some.rows and not is_shard:
             some = replace(some, rows=[])
         step: Scalar = t
@@ -381,8 +401,8 @@ def _count(batch: Batch) -> None:
     """Count the step of each tensor, and record its rate: the only place that does."""
     lists, rate = batch.tensors, batch.scalars.rate
     steps, previous = lists.state_steps, lists.previous_lrs
-    if isinstance(rate, float) and _may_count(batch):
-        cpu.count(steps, previous, rate)
+    if _may_count(batch) and (isinstance(rate, float) or not previous):
+        cpu.count(steps, previous, rate if isinstance(rate, float) else 0.0)
         return
     torch._foreach_add_(steps, 1.0)
     if not previous:

@@ -6,6 +6,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterable, MutableMapping
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any, overload
 
 import torch
@@ -397,11 +398,16 @@ class Apollo(Optimizer):
         group["state_dtype"] = _dtype_name(group["state_dtype"])
         _check_storage(group, group["params"])
         members = group["params"] if among is None else among
-        params += [p for p in members if p.grad is not None]
-        grads += [p.grad for p in params]  # type: ignore[misc]
-        if new is not None:
-            new.note_missing(params, self.state)
+        every = [p.grad for p in members]
+        grads += [g for g in every if g is not None]
+        if len(grads) == len(members):
+            params += members
+        else:
+            params += [p for p, g in zip(members, every, strict=True) if g is not None]
+        known = len(self.state)
         states = [self.state[p] for p in params]
+        if new is not None and len(self.state) > known:
+            new.parameters += [p for p, s in zip(params, states, strict=True) if not s]
         wanted = [
             ("step", state_steps),
             ("exp_avg", exp_avgs),
@@ -413,11 +419,11 @@ class Apollo(Optimizer):
             wanted.append(("threshold", thresholds))
         for name, column in wanted:
             try:
-                column += [state[name] for state in states]
+                column += map(itemgetter(name), states)
             except KeyError:
                 for p, state in zip(params, states, strict=True):
                     _complete(state, p, group, new)
-                column += [state[name] for state in states]
+                column[:] = map(itemgetter(name), states)
         self._follow_state_dtype(group, params, states, exp_avgs, hessian_diags)
         if group["rounding"] == "kahan":
             compensations += _compensations(params, states, new)
@@ -425,7 +431,9 @@ class Apollo(Optimizer):
             for state in states:
                 if "compensation" in state:
                     del state["compensation"]  # it would be stale if kahan came again
-        if group["state_dtype"] is not None or any(p.dtype in storage.NARROW for p in params):
+        if group["state_dtype"] is not None or not storage.NARROW.isdisjoint(
+            {p.dtype for p in params}
+        ):
             rng_streams += [
                 _rng_stream(group["seed"], first + i)
                 for i, p in enumerate(members)
@@ -442,7 +450,8 @@ class Apollo(Optimizer):
     ) -> None:
         """Convert m and B where the group's ``state_dtype`` has changed since they were made."""
         asked = _dtype(group["state_dtype"])
-        if all(m.dtype is asked or (asked is None and m.dtype.itemsize >= 4) for m in exp_avgs):
+        found = {m.dtype for m in exp_avgs}
+        if all(dtype is asked or (asked is None and dtype.itemsize >= 4) for dtype in found):
             return
         for p, state in zip(params, states, strict=True):
             for name in checkpoint.TENSORS:
@@ -516,11 +525,6 @@ class _NewState:
     def __init__(self) -> None:
         self.parameters: list[Tensor] = []  # without any state before
         self.entries: list[tuple[dict[str, Any], str]] = []
-
-    def note_missing(self, params: list[Tensor], state: Any) -> None:
-        """Note the parameters that have no state."""
-        if len(state) < len(params) or not all(map(state.__contains__, params)):
-            self.parameters += [p for p in params if p not in state]
 
     def remove(self, state: Any) -> None:
         """Remove all of it again."""

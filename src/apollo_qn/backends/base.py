@@ -58,6 +58,12 @@ class TensorLists:
         return [self.params, self.grads, self.exp_avgs, self.hessian_diags]
 
 
+def joined(lists: Sequence[TensorLists]) -> TensorLists:
+    """Return the lists of several groups, which need the same lists, as one."""
+    names = [each.name for each in fields(TensorLists)]
+    return TensorLists(*([x for each in lists for x in getattr(each, name)] for name in names))
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Tensors of one group that share hyperparameters and step scalars.
