@@ -492,16 +492,24 @@ def _checked(lists: TensorLists, h: Hyperparameters) -> Group:
         lists = replace(lists, compensations=_compensations(lists))
     if torch.compiler.is_compiling():
         return lists, h
+    if is_traced():
+        for p, g in zip(lists.params, lists.grads, strict=True):
+            if torch._is_functional_tensor(g) and not torch._is_functional_tensor(p):
+                raise RuntimeError(
+                    "torch.func.functionalize traces the gradient but not its parameter: give "
+                    "parameters and state to the function as arguments, for apollo_qn.apollo"
+                )
     if not h.capturable:
         if _is_captured(lists):
             raise RuntimeError(
                 "capturable must be True where a step is captured in a CUDA graph: a replay "
                 "repeats its numbers, got False"
             )
-        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        key = torch._C._TorchDispatchModeKey
+        if any(torch._C._get_dispatch_mode(mode) is not None for mode in (key.PROXY, key.FAKE)):
             raise RuntimeError(
-                "capturable must be True where make_fx traces a step: the traced function repeats "
-                "the step's numbers, got False"
+                "capturable must be True where a step is traced (make_fx, FakeTensorMode): its "
+                "counters cannot be read on the host then, got False"
             )
         if isinstance(h.lr, Tensor):
             if h.lr.device.type != "cpu":

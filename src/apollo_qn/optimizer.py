@@ -176,6 +176,8 @@ class Apollo(Optimizer):
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             # replicas must round alike, and the generators of the ranks need not agree
             return made
+        if functional.is_traced():
+            return made  # a fake tensor has no number
         before = torch.get_rng_state()
         seed = int(torch.randint(1 << 62, (), device="cpu"))
         self._drawn_seed = (before, torch.get_rng_state())
@@ -421,8 +423,9 @@ class Apollo(Optimizer):
             try:
                 column += map(itemgetter(name), states)
             except KeyError:
-                for p, state in zip(params, states, strict=True):
-                    _complete(state, p, group, new)
+                with torch.inference_mode(False):  # the state may be used outside of this mode
+                    for p, state in zip(params, states, strict=True):
+                        _complete(state, p, group, new)
                 column[:] = map(itemgetter(name), states)
         self._follow_state_dtype(group, params, states, exp_avgs, hessian_diags)
         if group["rounding"] == "kahan":
@@ -565,7 +568,8 @@ def _compensations(
         if low is not None and low.dtype is not p.dtype:
             del state["compensation"]  # of what the parameter was before
         if "compensation" not in state and p.dtype in storage.NARROW:
-            state["compensation"] = torch.zeros_like(p)
+            with torch.inference_mode(False):
+                state["compensation"] = torch.zeros_like(p)
             if new is not None:
                 new.entries.append((state, "compensation"))
     return [state.get("compensation") for state in states]

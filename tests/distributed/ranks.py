@@ -28,6 +28,7 @@ def on_ranks(world: int, *calls: str) -> tuple[list[str], str]:
             "WORLD_SIZE": str(world),
             "STORE": str(Path(folder) / "store"),
             "OMP_NUM_THREADS": "1",
+            "MALLOC_PERTURB_": "165",  # what reads freed memory finds other numbers there
             "GLOO_SOCKET_IFNAME": "lo",
             "PYTHONPATH": os.pathsep.join(
                 [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]

@@ -16,6 +16,8 @@ WORK = (
     "one_all_reduce_a_mesh",
     "compiled",
     "extreme_values",
+    "gradients_placed_otherwise",
+    "a_parameter_is_resharded",
     "refusals",
     "wrapped",
     "tensor_parallel",
@@ -30,7 +32,7 @@ _on_four_ranks = cache(lambda: on_ranks(4, *WORK))
 
 def test_on_two_ranks() -> None:
     """The one fast test that starts processes: all modes and back ends, two steps."""
-    calls = ["sharded_as_whole float32 2", "gradient_release"]
+    calls = ["sharded_as_whole float32 2", "gradients_placed_otherwise", "gradient_release"]
     done, failures = on_ranks(2, *calls)
     assert done == calls, failures
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -255,6 +257,46 @@ def extreme_values() -> None:
                 assert distance(q, p) <= tolerances.EXTREME, (dtype, size, back_end)
                 found = distance(optimizers[1].state[q]["hessian_diag"], B)
                 assert found <= tolerances.EXTREME, (dtype, size, back_end, found)
+
+
+def gradients_placed_otherwise() -> None:
+    """Whatever the placements of gradient and parameter: the redistributed gradient is held."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for n in (6, 3000):
+        for of_p, of_g in itertools.product(
+            (Shard(0), Shard(1), Replicate()), (Shard(0), Shard(1), Replicate(), Partial())
+        ):
+            for back_end in BACK_ENDS.values():
+                p = nn.Parameter(normal((n, 16), "theta", dtype=torch.float32))
+                q = nn.Parameter(placed(p.detach(), mesh, [of_p]))
+                optimizers = [Apollo([x], lr=0.1, warmup_steps=0, **back_end) for x in (p, q)]
+                for t in range(2):
+                    p.grad = gradient(p.shape, torch.float32, 0, t).clone()
+                    if of_g.is_partial():
+                        share = p.grad if dist.get_rank() == 0 else torch.zeros_like(p.grad)
+                        q.grad = DTensor.from_local(share, mesh, [of_g])
+                    else:
+                        q.grad = placed(p.grad, mesh, [of_g])
+                    for optimizer in optimizers:
+                        optimizer.step()
+                    gc.collect()
+                found = distance(q, p)
+                assert found <= tolerances.SHARDED[torch.float32], (n, of_p, of_g, back_end, found)
+
+
+def a_parameter_is_resharded() -> None:
+    """Its state keeps the old placements: an error, and not a step that is lost."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    p = nn.Parameter(placed(torch.ones(4, 4), mesh, [Shard(0)]))
+    optimizer = Apollo([p], warmup_steps=0)
+    p.grad = placed(torch.ones(4, 4), mesh, [Shard(0)])
+    optimizer.step()
+    q = nn.Parameter(p.detach().redistribute(mesh, [Shard(1)]))
+    q.grad = placed(torch.ones(4, 4), mesh, [Shard(1)])
+    optimizer.state[q] = optimizer.state.pop(p)
+    optimizer.param_groups[0]["params"] = [q]
+    with pytest.raises(RuntimeError, match="resharded after its state had been made"):
+        optimizer.step()
 
 
 def refusals() -> None:

@@ -1,0 +1,160 @@
+"""Compilers, tracers and transforms: the step is the plain algorithm there, or a clear error."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from apollo_qn import Apollo, ApolloW, apollo
+from tests import tolerances
+from tests.helpers import give_gradients, normal, parameters
+
+# a row per pair of options; torch.compile takes a second for each
+OPTIONS: list[dict[str, Any]] = [
+    {"rebound": "belief", "eps": 0.1, "weight_decay": 0.1, "decoupled_weight_decay": True},
+    {"maximize": True, "weight_decay": 0.1, "capturable": True},
+    {"rebound": "belief", "eps": 0.1, "warmup_steps": 0, "foreach": False},
+]
+
+
+def groups_of(params: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
+    """The usual two groups: decay for matrices alone."""
+    matrices = [p for p in params if p.dim() > 1]
+    others = [p for p in params if p.dim() <= 1]
+    return [{"params": matrices, "weight_decay": 0.1}, {"params": others, "lr": 0.05}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_groups_in_one_graph_follow_eager(options: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    results = []
+    for compiled in (False, True):
+        params = parameters([(3, 5), (4,), (2, 2), ()], torch.float32)
+        settings = {"lr": 0.1, "warmup_steps": 3, "seed": 0, **options}
+        optimizer = Apollo(groups_of(params), **settings)
+        step: Any = optimizer.step
+        if compiled:
+            step = torch.compile(lambda o=optimizer: o.step(), backend="eager", fullgraph=True)
+        for t in range(4):
+            give_gradients(params, t)
+            step()
+        assert {float(state["step"]) for state in optimizer.state.values()} == {4.0}
+        results.append([p.detach() for p in params])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, one, rtol=0, atol=tolerances.COMPILED)
+
+
+def test_optimizers_one_after_the_other_are_freed() -> None:
+    """A compiled step keeps neither model nor optimizer alive, and the next one compiles too."""
+    torch._dynamo.reset()
+
+    def train(seed: int) -> tuple[weakref.ref[Any], weakref.ref[Any], Tensor]:
+        p = torch.nn.Parameter(normal((4, 4), seed, dtype=torch.float32))
+        optimizer = ApolloW([p], lr=0.1, weight_decay=0.1, warmup_steps=0)
+        step = torch.compile(lambda: optimizer.step(), backend="eager")
+        for t in range(2):
+            p.grad = normal((4, 4), "g", t, dtype=torch.float32)
+            step()
+        return weakref.ref(p), weakref.ref(optimizer), p.detach().clone()
+
+    for seed in range(2):
+        p, optimizer, _ = train(seed)
+        gc.collect()
+        assert p() is None
+        assert optimizer() is None
+
+
+def a_step_of(optimizer: Apollo, p: torch.nn.Parameter) -> Any:
+    def step(g: Tensor) -> Tensor:
+        p.grad = g * 1
+        optimizer.step()
+        return p.detach().clone()
+
+    return step
+
+
+def test_make_fx_records_the_step() -> None:
+    results = []
+    for traced in (False, True):
+        p = torch.nn.Parameter(torch.ones(3))
+        optimizer = Apollo([p], lr=1.0, warmup_steps=0, capturable=True)
+        p.grad = torch.full((3,), 0.5)
+        optimizer.step()  # the state appears
+
+        function: Any = a_step_of(optimizer, p)
+        if traced:
+            before = [x.detach().clone() for x in (p, *optimizer.state[p].values())]
+            function = make_fx(function)(torch.ones(3))
+            with torch.no_grad():  # tracing has done a step
+                for x, value in zip((p, *optimizer.state[p].values()), before, strict=True):
+                    x.copy_(value)
+        with torch.no_grad():
+            results.append(function(torch.ones(3)))
+    assert torch.equal(*results)
+
+
+def test_a_trace_needs_capturable() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = Apollo([p], lr=1.0, warmup_steps=0)
+
+    with pytest.raises(RuntimeError, match="capturable must be True where a step is traced"):
+        make_fx(a_step_of(optimizer, p))(torch.ones(3))
+    assert torch.equal(p, torch.ones(3))
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_fake_tensors(capturable: bool) -> None:
+    with FakeTensorMode():
+        p = torch.nn.Parameter(torch.ones(3))
+        optimizer = Apollo([p], capturable=capturable)
+        p.grad = torch.ones(3)
+        if not capturable:
+            with pytest.raises(RuntimeError, match="capturable must be True"):
+                optimizer.step()
+            return
+        optimizer.step()
+        assert optimizer.state[p]["exp_avg"].shape == p.shape
+
+
+def test_functionalize() -> None:
+    def step(p: Tensor, g: Tensor, m: Tensor, B: Tensor, t: Tensor) -> Tensor:
+        apollo([p], [g], [m], [B], [t], lr=0.1, warmup_steps=0, capturable=True)
+        return p
+
+    tensors = [torch.ones(3), torch.full((3,), 0.5), *torch.zeros(2, 3).unbind(), torch.zeros(())]
+    wanted = step(*(x.clone() for x in tensors))
+    assert torch.equal(torch.func.functionalize(step)(*(x.clone() for x in tensors)), wanted)
+
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = Apollo([p])
+
+    def outside(g: Tensor) -> Tensor:
+        p.grad = g * 1
+        optimizer.step()
+        return p.detach()
+
+    with pytest.raises(RuntimeError, match="functionalize traces the gradient"):
+        torch.func.functionalize(outside)(torch.ones(3))
+    assert torch.equal(p, torch.ones(3))
+
+
+def test_inference_mode_and_back() -> None:
+    """Working memory that is made in inference mode serves outside of it."""
+    results = []
+    for inference in (False, True):
+        p = torch.nn.Parameter(torch.ones(3))
+        optimizer = Apollo([p], lr=0.1, warmup_steps=0, foreach=True)
+        for t in range(3):
+            p.grad = torch.full((3,), t + 1.0)
+            with torch.inference_mode(inference and t < 2):
+                optimizer.step()
+        results.append(p.detach())
+    assert torch.equal(*results)

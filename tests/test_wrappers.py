@@ -1,0 +1,253 @@
+"""Other people's entries, replaced and reshaped parameters, errors that change nothing."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from apollo_qn import Apollo, ApolloW, ApolloWarning
+from tests.helpers import BACK_ENDS, give_gradients, normal, parameters, run_steps, same, snapshot
+
+
+@BACK_ENDS
+def test_a_wrapper_s_entries_stay(back_end: dict[str, Any]) -> None:
+    """Before the first step, without a gradient, and through a checkpoint."""
+    p, q = parameters([(3,), (4,)])
+    optimizer = Apollo([p, q], **back_end)
+    for x in (p, q):
+        optimizer.state[x]["z"] = x.detach().clone()
+    p.grad = torch.ones(3)
+    optimizer.step()
+    assert set(optimizer.state[p]) == {"z", "step", "exp_avg", "hessian_diag"}
+    assert set(optimizer.state[q]) == {"z"}
+    fresh = Apollo(parameters([(3,), (4,)]), **back_end)
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for x, y in zip((p, q), fresh.param_groups[0]["params"], strict=True):
+        assert same(dict(fresh.state[y]), dict(optimizer.state[x]))
+
+
+def test_a_wrapper_s_entries_move_with_the_parameter() -> None:
+    p = torch.nn.Parameter(torch.ones(2))
+    q = torch.nn.Parameter(torch.ones(2, dtype=torch.float64, device="meta"))
+    optimizers = []
+    for make in (torch.optim.Adam, Apollo):
+        optimizer = make([p])
+        p.grad = torch.ones(2)
+        optimizer.step()
+        optimizer.state[p]["z"] = p.detach().clone()
+        other = make([q])
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        optimizers.append(other)
+    adam, ours = (optimizer.state[q]["z"] for optimizer in optimizers)
+    assert (ours.device, ours.dtype) == (adam.device, adam.dtype)
+    assert optimizers[1].state[q]["exp_avg"].device.type == "meta"
+
+
+@BACK_ENDS
+@pytest.mark.parametrize("first", [False, True], ids=["later", "first step"])
+def test_an_error_changes_nothing(first: bool, back_end: dict[str, Any]) -> None:
+    """Neither tensors nor state, of whatever group; the message names the parameter."""
+    a, b, c = parameters([(3,), (4,), (2, 2)])
+    optimizer = Apollo(
+        [{"params": [("a", a), ("b", b)]}, {"params": [("c", c)]}], lr=0.1, warmup_steps=0,
+        **back_end,
+    )  # fmt: skip
+    if not first:
+        run_steps(optimizer, range(1))
+    give_gradients([a, b, c], 1)
+    if first:
+        c.grad = torch.ones(2, 2).to_sparse()
+        message = "dense gradients, got a sparse one for the parameter 'c'"
+    else:
+        c.grad = None
+        c.data = torch.ones(5)
+        c.grad = torch.ones(5)
+        message = r"exp_avg has the shape \(2, 2\).*parameter 'c' of shape \(5,\)"
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    assert same(before, snapshot(optimizer))
+    assert set(optimizer.state) == (set() if first else {a, b, c})
+
+
+def test_flattened_parameters_are_told() -> None:
+    """DeepSpeed, apex and Megatron put one flat vector per group in the place of its tensors."""
+    net = torch.nn.Linear(3, 2)
+    optimizer = Apollo(net.parameters())
+    flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    optimizer.param_groups[0]["params"] = [flat]
+    flat.grad = torch.ones_like(flat)
+    with pytest.warns(ApolloWarning, match=r"fully_shard"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()  # told once
+
+
+def test_a_parameter_reshaped_before_its_first_step_is_told() -> None:
+    p = torch.nn.Parameter(torch.ones(4, 3))
+    optimizer = Apollo([p])
+    p.data = torch.ones(6)  # this rank's part of it
+    p.grad = torch.ones(6)
+    with pytest.warns(ApolloWarning, match=r"of shape \(6,\) had \(4, 3\)"):
+        optimizer.step()
+
+
+def test_a_replacement_of_the_same_shape_is_not_told(recwarn: pytest.WarningsRecorder) -> None:
+    p = torch.nn.Parameter(torch.ones(4))
+    optimizer = Apollo([p])
+    optimizer.param_groups[0]["params"] = [torch.nn.Parameter(torch.ones(4))]
+    run_steps(optimizer, range(1))
+    assert not [w for w in recwarn if issubclass(w.category, ApolloWarning)]
+
+
+def test_rows_are_pruned_as_gaussian_splatting_does() -> None:
+    """Tools slice all but the 0-dim entries; Apollo by itself has no other than ``step``."""
+    keep = torch.tensor([0, 2, 5])
+    p = torch.nn.Parameter(normal((6, 3), "p", dtype=torch.float32))
+    for make, idiom in (
+        (Apollo, lambda k, v: v if k == "step" else v[keep]),
+        (ApolloW, lambda k, v: v[keep] if v.dim() else v),
+    ):
+        optimizer = make([p], rebound="constant", warmup_steps=0)
+        run_steps(optimizer, range(2))
+        state = optimizer.state.pop(p)
+        pruned = torch.nn.Parameter(p.detach()[keep])
+        optimizer.state[pruned] = {k: idiom(k, v) for k, v in state.items()}
+        optimizer.param_groups[0]["params"] = [pruned]
+        run_steps(optimizer, range(2, 4))
+        assert optimizer.state[pruned]["exp_avg"].shape == (3, 3)
+        assert float(optimizer.state[pruned]["step"]) == 4
+
+
+@pytest.mark.parametrize(
+    "value", [3, 3.0, torch.tensor(3.0, dtype=torch.bfloat16), torch.tensor([3])], ids=repr
+)
+def test_saved_counters_of_any_kind_go_on(value: Any) -> None:
+    optimizer = ApolloW(parameters([(3,)]), lr=0.1, rebound="belief", weight_decay=0.1)
+    run_steps(optimizer, range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["step"] = value
+    saved["state"][0]["previous_lr"] = float(saved["state"][0]["previous_lr"])
+    saved["state"][0]["threshold"] = float(saved["state"][0]["threshold"])
+    params = [torch.nn.Parameter(p.detach().clone()) for p in optimizer.param_groups[0]["params"]]
+    fresh = ApolloW(params, lr=9.0)
+    fresh.load_state_dict(saved)
+    for each in (optimizer, fresh):
+        run_steps(each, range(3, 6))
+    assert same(snapshot(optimizer), snapshot(fresh))
+    assert fresh.state[params[0]]["step"].dtype is torch.float32
+
+
+def test_a_counter_that_is_none_is_refused() -> None:
+    optimizer = Apollo(parameters([(3,)]))
+    run_steps(optimizer, range(1))
+    saved = optimizer.state_dict()
+    saved["state"][0]["step"] = "three"
+    with pytest.raises(ValueError, match="step must be a number or a 0-dim tensor, got 'three'"):
+        optimizer.load_state_dict(saved)
+
+
+def test_a_bfloat16_state_in_a_full_state_dict() -> None:
+    """A group holds no torch.dtype, which distributed checkpoints refuse."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    models = [torch.nn.Linear(4, 2) for _ in range(2)]
+    optimizers = [Apollo(model.parameters(), state_dtype=torch.bfloat16) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        model(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+    saved = get_optimizer_state_dict(models[0], optimizers[0], options=options)
+    set_optimizer_state_dict(models[1], optimizers[1], saved, options=options)
+    assert optimizers[1].param_groups[0]["state_dtype"] == "bfloat16"
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert same(dict(optimizers[0].state[p]), dict(optimizers[1].state[q]))
+
+
+def test_seeds_of_optimizers() -> None:
+    """Each draws its own from torch's generator, and a resumed run goes on with its numbers."""
+    torch.manual_seed(0)
+    first, second = (Apollo(parameters([(3,)])).param_groups[0]["seed"] for _ in range(2))
+    assert first != second
+    torch.manual_seed(0)
+    assert Apollo(parameters([(3,)])).param_groups[0]["seed"] == first
+    torch.manual_seed(1)
+    wanted = torch.rand(3)
+    torch.manual_seed(1)
+    resumed = Apollo(parameters([(3,)]))
+    resumed.load_state_dict(Apollo(parameters([(3,)]), seed=7).state_dict())
+    assert resumed.param_groups[0]["seed"] == 7
+    assert torch.equal(torch.rand(3), wanted)
+
+
+@BACK_ENDS
+def test_a_reordered_group_resumes_to_the_same_bits(back_end: dict[str, Any]) -> None:
+    def train(resume: bool) -> list[torch.Tensor]:
+        a, b = parameters([(40,), (40,)], torch.bfloat16)
+        optimizer = Apollo([a, b], lr=0.05, warmup_steps=0, seed=3, **back_end)
+        for t in range(6):
+            if t == 2:
+                optimizer.param_groups[0]["params"] = [b, a]
+            if t == 4 and resume:
+                saved = optimizer.state_dict()
+                optimizer = Apollo([b, a], **back_end)
+                optimizer.load_state_dict(saved)
+            give_gradients([a, b], t)
+            optimizer.step()
+        return [a.detach(), b.detach()]
+
+    assert same(train(False), train(True))
+
+
+@pytest.mark.parametrize("back_end", [{"foreach": True}, {"foreach": False}], ids=str)
+def test_half_precision_complex_numbers(back_end: dict[str, Any]) -> None:
+    """complex32 is two float16; a gradient may be conjugated lazily."""
+    results = []
+    for dtype in (torch.complex64, torch.complex32):
+        p = torch.nn.Parameter(torch.tensor([1 + 2j, -1j, 0.5], dtype=dtype))
+        optimizer = Apollo([p], lr=0.5, warmup_steps=0, rounding="nearest", **back_end)
+        for t in range(2):
+            g = torch.tensor([1 - 1j, 2j, 1.0 + t], dtype=torch.complex64)
+            p.grad = g.conj() if dtype is torch.complex64 else g.conj().resolve_conj().to(dtype)
+            optimizer.step()
+        results.append(torch.view_as_real(p.detach()).float())
+    torch.testing.assert_close(results[1], results[0], rtol=2e-3, atol=2e-3)
+
+
+def test_hyperparameters_with_a_gradient() -> None:
+    """beta and weight_decay may be tensors where autograd runs through the step, as in Adam."""
+
+    def trained(beta: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
+        p = torch.linspace(1.0, 2.0, 4, dtype=torch.float64, requires_grad=True).clone()
+        optimizer = Apollo(
+            [p], lr=0.1, beta=beta, weight_decay=decay, warmup_steps=0, differentiable=True
+        )
+        for t in range(3):
+            p.grad = p * (t + 1)
+            optimizer.step()
+        return p
+
+    numbers = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.8, 0.1)]
+    assert torch.autograd.gradcheck(trained, numbers)
+    with pytest.raises(ValueError, match="weight_decay must be a number unless differentiable"):
+        Apollo(parameters([(3,)]), weight_decay=numbers[1])
+    with pytest.raises(ValueError, match="differentiable must be the same for all groups"):
+        Apollo([{"params": parameters([(3,)]), "differentiable": True}])
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_the_first_gradient_is_taken_whole(capturable: bool) -> None:
+    """alpha is exactly 1 at the first step, so that m is g, in float64 too."""
+    p = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
+    optimizer = Apollo([p], capturable=capturable, foreach=True)
+    p.grad = normal((4,), "g")
+    optimizer.step()
+    assert torch.equal(optimizer.state[p]["exp_avg"], p.grad)
