@@ -628,6 +628,6 @@ def test_torch_is_enough() -> None:
     )
     assert done.stdout.splitlines() == [
         "plot needs the package matplotlib, which is not installed; "
-        "pip install 'apollo-qn[experiments]'",
+        "pip install 'matplotlib'",
         "[]",
     ]

@@ -296,7 +296,7 @@ def _merged(batches: list[Batch]) -> list[Batch]:
         if isinstance(s.rate, Tensor) or isinstance(s.t, Tensor):
             return batches  # counters are on the device
         types = (p.device, *(column[0].dtype for column in batch.tensors.large))
-        key = (batch.h._replace(lr=0.0), replace(s, rate=0.0), types)
+        key = (batch.h._replace(lr=0.0), s._replace(rate=0.0), types)
         alike.setdefault(key, []).append(batch)
     result = []
     for same in alike.values():
@@ -306,7 +306,7 @@ def _merged(batches: list[Batch]) -> list[Batch]:
             sizes = [len(batch.tensors) for batch in same]
             every = [rate for rate, size in zip(rates, sizes, strict=True) for _ in range(size)]
             device = first.tensors.params[0].device
-            scalars = replace(scalars, rate=torch.tensor(every, dtype=torch.float64, device=device))
+            scalars = scalars._replace(rate=torch.tensor(every, dtype=torch.float64, device=device))
         result.append(replace(first, tensors=joined([b.tensors for b in same]), scalars=scalars))
     return result
 
@@ -360,7 +360,7 @@ def _batches(lists: TensorLists, h: Hyperparameters) -> list[Batch]:
     rates = [0.0]
     if on_host and lists.previous_lrs and not h.differentiable:  # autograd runs through that rate
         rates = [x.item() for x in lists.previous_lrs]
-    columns = (shard, steps, rates)
+    columns: tuple[list[Any], ...] = (shard, steps, rates)
     indices: dict[Any, list[int] | None] = {}
     if all(column.count(column[0]) == len(column) for column in columns):
         indices[shard[0], steps[0], rates[0]] = None

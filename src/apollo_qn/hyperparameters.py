@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -90,8 +89,7 @@ class Hyperparameters(NamedTuple):
         return self.eps / self.alpha(t) if self.belief else 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class StepScalars:
+class StepScalars(NamedTuple):
     """The scalars of one step ``t`` (0 first), for one tensor or for many.
 
     Each is a float, or a tensor: 0-dim, or of shape (n,) with an element per tensor.
@@ -142,37 +140,12 @@ class StepScalars:
 
     def select(self, which: Any) -> StepScalars:
         """Return the scalars of some of n tensors; ``which`` indexes a tensor of shape (n,)."""
-
-        def pick(x: Scalar) -> Scalar:
-            return x[which] if isinstance(x, Tensor) and x.dim() else x
-
-        return StepScalars(
-            pick(self.t),
-            pick(self.alpha),
-            pick(self.rate),
-            pick(self.offset),
-            pick(self.previous_threshold),
-            pick(self.previous_offset),
-            pick(self.kappa),
-            pick(self.omega),
-        )
+        return StepScalars(*(x[which] if isinstance(x, Tensor) and x.dim() else x for x in self))
 
     def to(self, dtype: torch.dtype) -> StepScalars:
         """Return the scalars with tensors in ``dtype``, the type of the arithmetic; t as it is."""
-
-        def cast(x: Scalar) -> Scalar:
-            return x.to(dtype) if isinstance(x, Tensor) else x
-
-        return StepScalars(
-            self.t,
-            cast(self.alpha),
-            cast(self.rate),
-            cast(self.offset),
-            cast(self.previous_threshold),
-            cast(self.previous_offset),
-            cast(self.kappa),
-            cast(self.omega),
-        )
+        t, *others = self
+        return StepScalars(t, *(x.to(dtype) if isinstance(x, Tensor) else x for x in others))
 
 
 def _displacement_weights(t: Scalar, lr: Scalar, weight_decay: Scalar) -> tuple[Scalar, Scalar]:

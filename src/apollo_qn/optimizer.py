@@ -334,43 +334,10 @@ class Apollo(Optimizer):
         new: _NewState | None = None,
     ) -> Group:
         """Return the tensors of a group that have gradients, and its hyperparameters."""
-        h = hyperparameters(group)
-        with_grad: list[Tensor] = []
-        grads: list[Tensor] = []
-        exp_avgs: list[Tensor] = []
-        hessian_diags: list[Tensor] = []
-        state_steps: list[Tensor] = []
-        previous_lrs: list[Tensor] = []
-        thresholds: list[Tensor] = []
-        compensations: list[Tensor] = []
-        rng_streams: list[int] = []
-        self._init_group(
-            group,
-            with_grad,
-            grads,
-            exp_avgs,
-            hessian_diags,
-            state_steps,
-            previous_lrs,
-            thresholds,
-            compensations,
-            rng_streams,
-            first,
-            params if params is not group["params"] else None,
-            new,
-        )
-        lists = TensorLists(
-            with_grad,
-            grads,
-            exp_avgs,
-            hessian_diags,
-            state_steps,
-            previous_lrs,
-            thresholds,
-            compensations,
-            rng_streams,
-        )
-        return lists, h
+        lists: Any = [[] for _ in range(9)]  # in the order of TensorLists
+        some = None if params is group["params"] else params
+        self._init_group(group, *lists, first=first, among=some, new=new)
+        return TensorLists(*lists), hyperparameters(group)
 
     def _init_group(
         self,

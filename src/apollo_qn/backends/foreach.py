@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from typing import Any
@@ -373,7 +373,7 @@ def _terms(work: _Work, h: Hyperparameters, s: StepScalars, sums: Sums) -> tuple
 def _scalars(batch: Batch) -> StepScalars:
     if not batch.tensors.thresholds:
         return batch.scalars
-    return replace(batch.scalars, previous_threshold=torch.stack(batch.tensors.thresholds))
+    return batch.scalars._replace(previous_threshold=torch.stack(batch.tensors.thresholds))
 
 
 def _keep_thresholds(batch: Batch, sums: Sums) -> None:

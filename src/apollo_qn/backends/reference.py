@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -68,7 +66,7 @@ def _scalars(batch: Batch, i: int, dtype: torch.dtype) -> StepScalars:
     s = batch.scalars.select(i)
     if batch.tensors.thresholds:
         # clone: it is overwritten in the step, and autograd may still need it
-        s = replace(s, previous_threshold=batch.tensors.thresholds[i].clone())
+        s = s._replace(previous_threshold=batch.tensors.thresholds[i].clone())
     return s.to(dtype)
 
 

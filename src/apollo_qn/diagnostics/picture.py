@@ -46,7 +46,7 @@ def plot(comparisons: Sequence[Comparison], columns: int = 3) -> Figure:
     except ImportError:
         raise ImportError(
             "plot needs the package matplotlib, which is not installed; "
-            "pip install 'apollo-qn[experiments]'"
+            "pip install 'matplotlib'"
         ) from None
     columns = min(columns, len(comparisons))
     rows = math.ceil(len(comparisons) / columns)
