@@ -351,6 +351,7 @@ class Apollo(Optimizer):
         thresholds: list[Tensor],
         compensations: list[Any],
         rng_streams: list[int],
+        *,
         first: int = 0,
         among: list[Tensor] | None = None,
         new: _NewState | None = None,
