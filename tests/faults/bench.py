@@ -66,7 +66,7 @@ FAULTS = [
     Fault(
         "the average is of the last evaluation alone",
         BENCH,
-        "[-self.spec.train.average_last :]",
+        "[-self.spec.train.average_checkpoints :]",
         "[-1:]",
         (LANGUAGE + "/test_language_workload.py",),
     ),
@@ -322,8 +322,8 @@ FAULTS = [
     Fault(
         "the target is reached one evaluation late",
         BENCH,
-        'Reached(lines[0]["step"], lines[0]["time"]["seconds"], True)',
-        'Reached(lines[-1]["step"], lines[-1]["time"]["seconds"], True)',
+        'lines[0]["step"], lines[0]["time"]["seconds"], True',
+        'lines[-1]["step"], lines[-1]["time"]["seconds"], True',
         REPORT,
     ),
 ]

@@ -22,6 +22,7 @@ from apollo_bench.training.loop import train
 from apollo_bench.workloads import tasks
 from apollo_bench.workloads.language_modeling import wordnet
 from apollo_bench.workloads.translation import encoded_corpus, phrases
+from apollo_bench.workloads.translation.subwords import PADDING
 from apollo_bench.workloads.translation.token_batches import padded
 from apollo_bench.workloads.translation.translation_workload import SIGNATURE, Translation
 from bench.tests.helpers import PATIENCE, assert_identical, prepared, result
@@ -88,6 +89,21 @@ def test_stopped_many_times_is_equal_to_never(task: str, texts: Path, tmp_path: 
         for name, value in mean.items():
             torch.testing.assert_close(value, (states[0][name] + states[1][name]) / 2)
         assert found["valid_perplexity"] != lines[-1]["valid_perplexity"]
+
+
+def test_the_loss_of_a_translation_has_smoothed_labels(texts: Path) -> None:
+    """Each target has 0.9 of the weight, all words share the rest; padding has none."""
+    made = tasks.make(spec_of("phrases", "model.dropout=0.0", "data.label_smoothing=0.1"), texts)
+    torch.manual_seed(0)
+    model = made.model()
+    batch = next(made.batches(1, 0, 2))
+    source, before, wanted, _ = batch
+    with torch.no_grad():
+        loss, _ = made.loss(model, batch, batch, ())
+        nats = -model(source, before).float().log_softmax(-1)
+    right = nats.gather(-1, wanted[..., None]).squeeze(-1)
+    smoothed = 0.9 * right + 0.1 * nats.mean(-1)
+    assert loss.item() == pytest.approx(smoothed[wanted != PADDING].mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("task", SETTINGS)
