@@ -35,7 +35,7 @@ def test_it_trains_as_apollo_does(script: ModuleType) -> None:
     path = script.train(5.0, seed=3, steps=200, curvatures=curvatures)
     h = torch.from_numpy(curvatures)
     x = torch.nn.Parameter(torch.ones_like(h))
-    optimizer = Apollo([x], lr=5.0, warmup_steps=script.WARMUP, warmup_init_lr=0.0)
+    optimizer = Apollo([x], lr=5.0, warmup_steps=script.WARMUP, warmup_init_lr=0.0, foreach=True)
     draws = numpy.random.default_rng(3)
     losses = []
     for _ in range(200):
