@@ -25,6 +25,7 @@ constexpr size_t RUN = 8 * LANES;    // elements summed in the type of the arith
                                      // of a sum of equal numbers grows with its length
 constexpr size_t BLOCK = 8 * RUN;    // elements that share a scale
 constexpr size_t CHUNK = 32 * BLOCK; // elements of a large tensor whose sums are kept apart
+constexpr size_t SMALL = 2 * CHUNK;  // the most elements of a small tensor, which is one thread's
 
 // One row of the operators' `scalars`.
 struct Scalars {
@@ -211,66 +212,50 @@ INLINE void draw(bf16 &to, float x, uint32_t random)
 INLINE float magnitude(float x) { return __builtin_fabsf(x); }
 INLINE double magnitude(double x) { return __builtin_fabs(x); }
 
-// Fetches the next tensors into the cache at half the pace of the work, which visits each element
-// twice; or, within a large tensor, what lies a little ahead.
+// Fetches a thread's next tensors into the cache while it measures others, at the same pace. Measuring
+// is arithmetic more than memory, and divides.
 class Prefetcher {
   public:
     Prefetcher() = default;
-    Prefetcher(const Item *first, const Item *end) : item_(first), end_(end), share_(2) { open(0); }
-    Prefetcher(const Item &item, size_t at, size_t stop, bool with_p)
-        : end_(&item + 1), left_(at < stop ? stop - at : 0), with_p_(with_p)
-    {
-        item_ = left_ ? &item : end_;
-        if (left_) point(at);
-    }
+    Prefetcher(const Item *first, const Item *end) : item_(first), end_(end) { open(); }
 
-    INLINE void advance(size_t worked)
+    INLINE void advance(size_t measured)
     {
-        if (item_ == end_) return;
-        due_ += worked;
-        while (due_ >= share_ * STEP) {
-            due_ -= share_ * STEP;
+        for (due_ += measured; due_ >= STEP && item_ != end_; due_ -= STEP) {
             const size_t n = left_ < STEP ? left_ : STEP;
-            for (int k = with_p_ ? 0 : 1; k < STREAMS; k++) {
+            for (int k = 0; k < STREAMS; k++) {
                 const size_t bytes = n * size_[k];
                 for (size_t i = 0; i < bytes; i += LINE) __builtin_prefetch(at_[k] + i);
                 at_[k] += bytes;
             }
             left_ -= n;
-            if (left_ == 0) {
-                item_++;
-                open(0);
-                if (item_ == end_) return;
-            }
+            if (left_ > 0) continue;
+            item_++;
+            open();
         }
     }
 
   private:
-    static constexpr size_t STEP = 64, LINE = 64;
+    static constexpr size_t STEP = 64, LINE = 64; // elements; bytes
     static constexpr int STREAMS = 5;
     const Item *item_ = nullptr, *end_ = nullptr;
-    size_t share_ = 1, due_ = 0, left_ = 0;
+    size_t due_ = 0, left_ = 0;
     const char *at_[STREAMS] = {};
     size_t size_[STREAMS] = {};
-    bool with_p_ = true;
 
-    void open(size_t at)
+    // A large tensor is fetched by the hardware: prefetching it made it 1.25 times slower.
+    void open()
     {
-        while (item_ != end_ && item_->n > 2 * CHUNK) item_++;
+        while (item_ != end_ && item_->n > SMALL) item_++;
         if (item_ == end_) return;
-        left_ = item_->n - at;
-        point(at);
-    }
-
-    void point(size_t at)
-    {
+        left_ = item_->n;
         const auto [p, g, state] = SIZES.of[item_->kind];
-        const char *const start[STREAMS] = {item_->p, item_->g, item_->m, item_->B,
+        const char *const start[STREAMS] = {item_->g, item_->m, item_->B, item_->p,
                                             item_->compensation};
-        const size_t size[STREAMS] = {p, g, state, state, item_->compensation ? p : 0};
+        const size_t size[STREAMS] = {g, state, state, p, item_->compensation ? p : 0};
         for (int k = 0; k < STREAMS; k++) {
             size_[k] = size[k];
-            at_[k] = start[k] + (size[k] ? at * size[k] : 0);
+            at_[k] = start[k];
         }
     }
 };
@@ -313,7 +298,8 @@ template <Rounding ROUNDING, class P> INLINE auto theta_of(const P *p, const P *
 template <class K, bool DECAY, bool BELIEF, Rounding ROUNDING>
 INLINE Sums measure_block(const typename K::P *__restrict p, const typename K::P *__restrict low,
                           const typename K::G *__restrict g, const typename K::M *__restrict m,
-                          const typename K::M *__restrict B, size_t n, const Scalars &s, int e)
+                          const typename K::M *__restrict B, size_t n, const Scalars &s, int e,
+                          Prefetcher &ahead)
 {
     using S = typename K::S;
     const Element<S, DECAY> element(s);
@@ -339,6 +325,7 @@ INLINE Sums measure_block(const typename K::P *__restrict p, const typename K::P
     } while (0)
     while (i + LANES <= n) {
         const size_t end = i + RUN <= n ? i + RUN : n;
+        ahead.advance(end - i);
         for (; i + LANES <= end; i += LANES)
             for (size_t j = 0; j < LANES; j++) MEASURE(i + j, j);
         for (size_t j = 0; j < LANES; j++) {
@@ -374,13 +361,13 @@ INLINE Sums measure_run(const Item &t, size_t at, size_t n, const Scalars &s, Pr
     int e = 0;
     for (const size_t end = at + n; at < end; at += BLOCK) {
         const size_t length = end - at < BLOCK ? end - at : BLOCK;
-        ahead.advance(length);
         Sums found;
         bool tiny = false, again = false;
         for (;;) {
             if (tiny) flush_denormals(false);
             found = measure_block<K, DECAY, BELIEF, ROUNDING>(
-                p + at, ROUNDING == KAHAN ? low + at : low, g + at, m + at, B + at, length, s, e);
+                p + at, ROUNDING == KAHAN ? low + at : low, g + at, m + at, B + at, length, s, e,
+                ahead);
             if (tiny) flush_denormals(true);
             const int right = exponent(found.d, Limit::exponent);
             tiny = found.d > 0 && found.d < Limit::tiny;
@@ -396,8 +383,7 @@ INLINE Sums measure_run(const Item &t, size_t at, size_t n, const Scalars &s, Pr
 // m', B' and theta', with B' = B - c u^2 and u = d / 2^e. The upper half of an element's index in its
 // tensor is constant within a run.
 template <class K, bool DECAY, Rounding ROUNDING>
-INLINE void apply_run(const Item &t, size_t place, size_t n, const Scalars &s, const Update &r,
-                      Prefetcher &ahead)
+INLINE void apply_run(const Item &t, size_t place, size_t n, const Scalars &s, const Update &r)
 {
     using S = typename K::S;
     using P = typename K::P;
@@ -413,32 +399,27 @@ INLINE void apply_run(const Item &t, size_t place, size_t n, const Scalars &s, c
     const uint32_t key = r.key, second = r.second_key ^ (uint32_t)((uint64_t)place >> 32);
     const uint32_t first = (uint32_t)place;
     constexpr bool drawing = ROUNDING == STOCHASTIC || sizeof(M) < sizeof(S);
-    constexpr size_t STRIDE = 256; // elements between two calls of the prefetcher
     const bool tiny = r.d > 0 && r.d < Limits<S>::tiny;
     if (tiny) flush_denormals(false);
-    for (size_t at = 0; at < n; at += STRIDE) {
-        const size_t end = n - at < STRIDE ? n : at + STRIDE;
-        ahead.advance(end - at);
-        for (size_t i = at; i < end; i++) {
-            const S b = load(B[i]), mi = load(m[i]);
-            const S theta = (S)theta_of<ROUNDING>(p, low, i);
-            const S d = element.displacement(mi, b, theta);
-            const S delta = element.difference(load(g[i]), mi, theta);
-            const S u = d * inverse, m1 = mi + element.alpha * delta, B1 = b - c * (u * u);
-            const S a1 = magnitude(B1);
-            S d1 = m1 / ((threshold > a1 ? threshold : a1) + next_offset);
-            if constexpr (DECAY) d1 += decoupled * theta;
-            const S theta1 = theta - rate * d1;
-            uint32_t word = 0;
-            if constexpr (drawing) word = mix(mix((first + (uint32_t)i) ^ key) ^ second);
-            store(m[i], m1);
-            draw(B[i], B1, word & 0xffffu);
-            if constexpr (ROUNDING == STOCHASTIC) draw(p[i], theta1, word >> 16);
-            else store(p[i], theta1);
-            if constexpr (ROUNDING == KAHAN) {
-                const S high = load(p[i]);
-                store(low[i], high - high == 0 ? theta1 - high : 0); // infinity has no rest
-            }
+    for (size_t i = 0; i < n; i++) {
+        const S b = load(B[i]), mi = load(m[i]);
+        const S theta = (S)theta_of<ROUNDING>(p, low, i);
+        const S d = element.displacement(mi, b, theta);
+        const S delta = element.difference(load(g[i]), mi, theta);
+        const S u = d * inverse, m1 = mi + element.alpha * delta, B1 = b - c * (u * u);
+        const S a1 = magnitude(B1);
+        S d1 = m1 / ((threshold > a1 ? threshold : a1) + next_offset);
+        if constexpr (DECAY) d1 += decoupled * theta;
+        const S theta1 = theta - rate * d1;
+        uint32_t word = 0;
+        if constexpr (drawing) word = mix(mix((first + (uint32_t)i) ^ key) ^ second);
+        store(m[i], m1);
+        draw(B[i], B1, word & 0xffffu);
+        if constexpr (ROUNDING == STOCHASTIC) draw(p[i], theta1, word >> 16);
+        else store(p[i], theta1);
+        if constexpr (ROUNDING == KAHAN) {
+            const S high = load(p[i]);
+            store(low[i], high - high == 0 ? theta1 - high : 0); // infinity has no rest
         }
     }
     if (tiny) flush_denormals(true);
@@ -463,28 +444,26 @@ INLINE Sums measure_any(const Item &t, size_t at, size_t n, const Scalars &s, Pr
 }
 
 template <class K, Rounding ROUNDING>
-INLINE void apply_rounding(const Item &t, size_t at, size_t n, const Scalars &s, const Update &r,
-                           Prefetcher &ahead)
+INLINE void apply_rounding(const Item &t, size_t at, size_t n, const Scalars &s, const Update &r)
 {
-    if (s.decay != 0) apply_run<K, true, ROUNDING>(t, at, n, s, r, ahead);
-    else apply_run<K, false, ROUNDING>(t, at, n, s, r, ahead);
+    if (s.decay != 0) apply_run<K, true, ROUNDING>(t, at, n, s, r);
+    else apply_run<K, false, ROUNDING>(t, at, n, s, r);
 }
 
 template <class K>
-INLINE void apply_any(const Item &t, size_t at, size_t n, const Scalars &s, const Update &r,
-                      Prefetcher &ahead)
+INLINE void apply_any(const Item &t, size_t at, size_t n, const Scalars &s, const Update &r)
 {
     if constexpr (std::is_same_v<typename K::P, bf16>) {
-        if (t.compensation) return apply_rounding<K, KAHAN>(t, at, n, s, r, ahead);
-        if (s.stochastic != 0) return apply_rounding<K, STOCHASTIC>(t, at, n, s, r, ahead);
+        if (t.compensation) return apply_rounding<K, KAHAN>(t, at, n, s, r);
+        if (s.stochastic != 0) return apply_rounding<K, STOCHASTIC>(t, at, n, s, r);
     }
-    apply_rounding<K, NEAREST>(t, at, n, s, r, ahead);
+    apply_rounding<K, NEAREST>(t, at, n, s, r);
 }
 
 // The kernel for one kind, compiled for one instruction set.
 struct Functions {
     Sums (*measure)(const Item &, size_t at, size_t n, const Scalars &, Prefetcher &);
-    void (*apply)(const Item &, size_t at, size_t n, const Scalars &, const Update &, Prefetcher &);
+    void (*apply)(const Item &, size_t at, size_t n, const Scalars &, const Update &);
 };
 struct Table {
     Functions of[KINDS];
@@ -499,9 +478,9 @@ struct Table {
         }                                                                                          \
         template <class K>                                                                         \
         attribute static void apply(const Item &t, size_t at, size_t n, const Scalars &s,          \
-                                    const Update &r, Prefetcher &ahead)                            \
+                                    const Update &r)                                               \
         {                                                                                          \
-            apply_any<K>(t, at, n, s, r, ahead);                                                   \
+            apply_any<K>(t, at, n, s, r);                                                          \
         }                                                                                          \
     };
 INSTRUCTION_SET(Baseline, )

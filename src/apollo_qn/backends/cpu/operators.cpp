@@ -1,4 +1,4 @@
-// The torch operators apollo_qn::check, step_, measure, count_ and counters, through PyTorch's stable
+// The torch operators apollo_qn::check, step_, measure and count_, through PyTorch's stable
 // ABI: the library needs neither Python's headers nor a certain version of torch (2.10 or newer).
 //
 // Nothing outlives a call: a call owns its lists, and with them the tensors whose memory it uses. The
@@ -283,7 +283,8 @@ class Tensors {
 
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype)
 {
-    return torch::stable::empty(sizes, dtype);
+    const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+    return torch::stable::empty(sizes, dtype, std::nullopt, cpu);
 }
 
 // The memory of a tensor of numbers that belong to a call.
@@ -403,16 +404,6 @@ void count_(StableIValue *stack, uint64_t, uint64_t)
     for (double *x : written) *x = rate;
 }
 
-void counters(StableIValue *stack, uint64_t, uint64_t)
-{
-    const TensorList steps(stack[0]);
-    const Tensor result = empty({(int64_t)steps.size()}, ScalarType::Double);
-    auto *out = (double *)result.mutable_data_ptr();
-    for (size_t i = 0; i < steps.size(); i++)
-        out[i] = (double)*number<const float>(steps[i], dtypes().f32, false);
-    stack[0] = torch::stable::detail::from(result);
-}
-
 // Where a tensor is a lazy negation or conjugate of another, torch would give an operator copies of
 // them. The kernel takes no such tensor; who asks for each is told so.
 bool lazy(AtenTensorHandle x)
@@ -463,7 +454,6 @@ STABLE_TORCH_LIBRARY(apollo_qn, library)
                 ", Tensor? sums) -> bool");
     library.def("measure" LISTS("", "", "", "", "") NUMBERS ") -> Tensor");
     library.def("count_(Tensor(a!)[] state_steps, Tensor(b!)[] previous_lrs, float rate) -> ()");
-    library.def("counters(Tensor[] state_steps) -> Tensor");
 }
 
 // For every device and layout, so that check() can say of any tensor that it does not fit.
@@ -473,7 +463,6 @@ STABLE_TORCH_LIBRARY_IMPL(apollo_qn, CompositeExplicitAutograd, library)
     library.impl("step_", step_);
     library.impl("measure", measure);
     library.impl("count_", count_);
-    library.impl("counters", counters);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(apollo_qn, Negative, library)

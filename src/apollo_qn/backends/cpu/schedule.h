@@ -13,10 +13,8 @@
 
 namespace apollo {
 
-constexpr size_t SMALL = 2 * CHUNK;    // the most elements of a small tensor
 constexpr size_t PORTION = 16 * BLOCK; // elements of small tensors that a thread takes at once
 constexpr size_t OVERHEAD = 256;       // what a tensor costs beyond its elements, in elements
-constexpr size_t LEAD = 512;           // elements between the work in a large tensor and its prefetch
 
 // With belief the threshold of the step before is the tensor's own.
 inline Scalars scalars_of(const Item &t)
@@ -121,10 +119,10 @@ class Schedule {
         } else {
             parallel_for((int64_t)first, (int64_t)end, 1, [&](int64_t begin, int64_t stop) {
                 const Flushing flushing;
+                Prefetcher ahead;
                 for (int64_t k = begin; k < stop; k++) {
-                    const size_t at = chunks_[k].at, n = length(at);
-                    Prefetcher ahead(t, at + LEAD, at + n, s.decay != 0);
-                    chunks_[k].sums = kernel_.of[t.kind].measure(t, at, n, s, ahead);
+                    const size_t at = chunks_[k].at;
+                    chunks_[k].sums = kernel_.of[t.kind].measure(t, at, length(at), s, ahead);
                 }
             });
             const Flushing flushing;
@@ -138,9 +136,8 @@ class Schedule {
         parallel_for((int64_t)first, (int64_t)end, 1, [&](int64_t begin, int64_t stop) {
             const Flushing flushing;
             for (int64_t k = begin; k < stop; k++) {
-                const size_t at = chunks_[k].at, n = length(at);
-                Prefetcher ahead(t, at + LEAD, at + n, true);
-                kernel_.of[t.kind].apply(t, at, n, s, r, ahead);
+                const size_t at = chunks_[k].at;
+                kernel_.of[t.kind].apply(t, at, length(at), s, r);
             }
         });
         store_threshold(t, r);
@@ -183,7 +180,7 @@ class Schedule {
             return;
         }
         const Update r = conclude(total, s, t.kind, t.stream);
-        kernel.apply(t, 0, t.n, s, r, ahead);
+        kernel.apply(t, 0, t.n, s, r);
         store_threshold(t, r);
     }
 };
