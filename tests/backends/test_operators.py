@@ -215,6 +215,7 @@ print(digest.hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_same_bits_with_every_instruction_set_and_thread_count() -> None:
     found = set()
     for name in ("baseline", "avx2", "avx512"):
@@ -231,9 +232,9 @@ def test_same_bits_with_every_instruction_set_and_thread_count() -> None:
     assert len(found) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-@pytest.mark.timeout(600)
 def test_sanitizers(sanitizer: str, tmp_path: Path) -> None:
     """The arithmetic and its schedule without torch; a report ends the process with an error."""
     program = tmp_path / "driver"
