@@ -82,6 +82,25 @@ def test_a_run_is_the_same_with_it_and_without(recipe_file: Path, tmp_path: Path
     assert lines_of(pieces) == {step: lines[step] for step in LINES if step != 10}
 
 
+def test_lines_after_the_checkpoint_are_written_again_once(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    """As of a run that was killed after it had written more than its checkpoint holds."""
+    spec = spec_of(recipe_file, "apollo")
+    directory, task = prepared(tmp_path / "run", spec)
+
+    def go_on(steps: int) -> str:
+        left = iter([False] * steps)
+        return train(directory, spec, task, lambda: next(left, True), diagnose_every=1)
+
+    assert go_on(7) == "stopped"
+    kept = directory.checkpoint.read_bytes()
+    assert go_on(7) == "stopped"
+    directory.checkpoint.write_bytes(kept)
+    assert go_on(99) == "finished"
+    assert list(lines_of(directory)) == list(range(1, 25))
+
+
 @pytest.mark.slow
 def test_killed_and_resumed(recipe_file: Path, tmp_path: Path) -> None:
     """Lines that were written after the checkpoint are written again, once."""
