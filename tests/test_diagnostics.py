@@ -627,7 +627,6 @@ def test_torch_is_enough() -> None:
         [sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines() == [
-        "plot needs the package matplotlib, which is not installed; "
-        "pip install 'matplotlib'",
+        "plot needs the package matplotlib, which is not installed; pip install 'matplotlib'",
         "[]",
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable
 from functools import lru_cache
 from operator import itemgetter
 from typing import Any, overload
@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from apollo_qn import checkpoint, distributed, functional
+from apollo_qn import checkpoint, distributed, plan
 from apollo_qn import rounding as storage
 from apollo_qn.backends.base import TensorLists
 from apollo_qn.distributed import Group
@@ -23,13 +22,27 @@ from apollo_qn.hyperparameters import (
     Hyperparameters,
     Rebound,
     Scalar,
-    check_ranges,
     warmup_start,
 )
 from apollo_qn.rounding import Rounding
+from apollo_qn.state import (
+    NewState,
+    compensations_of,
+    complete,
+    follow_state_dtype,
+)
+from apollo_qn.validation import check_settings, check_storage, dtype_name, is_traced, number
 
 _rng_stream = lru_cache(maxsize=1 << 16)(storage.rng_stream)
 _made = itertools.count()  # optimizers of this process
+
+
+_FLATTENED = (
+    "takes its first step, but no parameter of that shape was given to this optimizer. Apollo's sums run over each tensor: where a wrapper has flattened or sharded the parameters "
+    "(FSDP1, DeepSpeed ZeRO, apex), the trajectory is another one. Shard with "
+    "torch.distributed.fsdp.fully_shard (FSDP2), or give the optimizer the parameters after they "
+    "have been changed"
+)
 
 
 class ApolloWarning(UserWarning):
@@ -119,9 +132,8 @@ class Apollo(Optimizer):
         >>> optimizer.step()
     """
 
-    _backends: functional.Backends | None = None
-    # the shape that each parameter had when it was given to this optimizer
-    _given_shapes: MutableMapping[Tensor, torch.Size] | None = None
+    _backends: plan.Backends | None = None
+    _given_shapes: set[torch.Size] | None = None  # of the parameters when they were given
     _has_warned = False
     # torch's generator before and after the default seed was drawn
     _drawn_seed: tuple[Tensor, Tensor] | None = None
@@ -165,10 +177,10 @@ class Apollo(Optimizer):
             "capturable": capturable,
             "differentiable": differentiable,
             "rounding": rounding,
-            "state_dtype": _dtype_name(state_dtype),
+            "state_dtype": dtype_name(state_dtype),
             "seed": seed,
         }
-        _check_settings(defaults)
+        check_settings(defaults)
         super().__init__(params, defaults)
 
     def _default_seed(self) -> int:
@@ -176,7 +188,7 @@ class Apollo(Optimizer):
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             # replicas must round alike, and the generators of the ranks need not agree
             return made
-        if functional.is_traced():
+        if is_traced():
             return made  # a fake tensor has no number
         before = torch.get_rng_state()
         seed = int(torch.randint(1 << 62, (), device="cpu"))
@@ -187,9 +199,9 @@ class Apollo(Optimizer):
         """Add a group; raises as the constructor does, before anything is changed."""
         if isinstance(param_group, dict):
             if "state_dtype" in param_group:
-                param_group["state_dtype"] = _dtype_name(param_group["state_dtype"])
+                param_group["state_dtype"] = dtype_name(param_group["state_dtype"])
             settings = {**self.defaults, **param_group}
-            _check_settings(settings)
+            check_settings(settings)
             if settings["differentiable"] != self.defaults["differentiable"]:
                 raise ValueError(
                     "differentiable must be the same for all groups, got "
@@ -197,28 +209,28 @@ class Apollo(Optimizer):
                     f"{self.defaults['differentiable']!r}: give the constructor the value"
                 )
             # warmup_init_lr is divided by it, whatever a scheduler makes of lr later
-            param_group.setdefault("warmup_base_lr", _number(settings["lr"]))
+            param_group.setdefault("warmup_base_lr", number(settings["lr"]))
             params = param_group["params"]
             if not isinstance(params, Tensor | set):
                 param_group["params"] = params = list(params)
             for p in [params] if isinstance(params, Tensor) else params:
                 tensor = p[1] if isinstance(p, tuple) else p
                 distributed.check_parameter(tensor)
-                _check_storage(settings, [tensor])
+                check_storage(settings, [tensor])
         super().add_param_group(param_group)
         if self._given_shapes is None:
-            self._given_shapes = WeakTensorKeyDictionary()
-        for p in self.param_groups[-1]["params"]:
-            if not isinstance(p, torch.nn.parameter.UninitializedParameter):
-                self._given_shapes[p] = p.shape
+            self._given_shapes = set()
+        lazy = torch.nn.parameter.UninitializedParameter
+        members = self.param_groups[-1]["params"]
+        self._given_shapes |= {p.shape for p in members if not isinstance(p, lazy)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-            group.setdefault("warmup_base_lr", _number(group["lr"]))
-            group["state_dtype"] = _dtype_name(group["state_dtype"])
+            group.setdefault("warmup_base_lr", number(group["lr"]))
+            group["state_dtype"] = dtype_name(group["state_dtype"])
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state of this optimizer, or of the authors' released one.
@@ -234,7 +246,7 @@ class Apollo(Optimizer):
         def before(optimizer: Optimizer, given: StateDict) -> StateDict:
             loaded.update(checkpoint.prepared(given, self.param_groups))
             for its, group in zip(loaded["param_groups"], self.param_groups, strict=True):
-                _check_storage(its, group["params"])
+                check_storage(its, group["params"])
             return loaded
 
         def after(optimizer: Optimizer) -> None:
@@ -310,28 +322,32 @@ class Apollo(Optimizer):
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             if torch.compiler.is_compiling():
                 lists = [self._tensor_lists(*some) for some in groups]
-                functional.execute(functional.prepare(lists, functional.TRACED))
+                plan.execute(plan.prepare(lists, plan.TRACED))
                 return
             if self._backends is None:
-                self._backends = functional.Backends()
-            step, new = None, _NewState()
+                self._backends = plan.Backends()
+            step, new = None, NewState()
             try:
                 lists = [self._tensor_lists(*some, new) for some in groups]
-                step = functional.prepare(lists, self._backends, self._describe)
-                functional.execute(step)
+                step = plan.prepare(lists, self._backends, self._describe)
+                plan.execute(step)
             except Exception:
                 if step is None or not step.started:
                     new.remove(self.state)
                 raise
-            if new.entries and self._given_shapes is not None:
-                self._warn_of_other_shapes(new)
+            if new.entries and self._given_shapes and not self._has_warned:
+                others = [p for p in new.parameters if p.shape not in self._given_shapes]
+                if others:
+                    self._has_warned = True
+                    told = f"{self._describe(others[0])} {_FLATTENED}"
+                    warnings.warn(told, ApolloWarning, stacklevel=3)
 
     def _tensor_lists(
         self,
         group: dict[str, Any],
         params: list[Tensor],
         first: int,
-        new: _NewState | None = None,
+        new: NewState | None = None,
     ) -> Group:
         """Return the tensors of a group that have gradients, and its hyperparameters."""
         lists: Any = [[] for _ in range(9)]  # in the order of TensorLists
@@ -354,7 +370,7 @@ class Apollo(Optimizer):
         *,
         first: int = 0,
         among: list[Tensor] | None = None,
-        new: _NewState | None = None,
+        new: NewState | None = None,
     ) -> None:
         """Fill the lists with what a step of a group needs; make the state that is missing.
 
@@ -365,8 +381,8 @@ class Apollo(Optimizer):
             among: the parameters that take part; None: all of the group.
             new: collects what was made, so that it can be removed again.
         """
-        group["state_dtype"] = _dtype_name(group["state_dtype"])
-        _check_storage(group, group["params"])
+        group["state_dtype"] = dtype_name(group["state_dtype"])
+        check_storage(group, group["params"])
         members = group["params"] if among is None else among
         every = [p.grad for p in members]
         grads += [g for g in every if g is not None]
@@ -393,11 +409,11 @@ class Apollo(Optimizer):
             except KeyError:
                 with torch.inference_mode(False):  # the state may be used outside of this mode
                     for p, state in zip(params, states, strict=True):
-                        _complete(state, p, group, new)
+                        complete(state, p, group, new)
                 column[:] = map(itemgetter(name), states)
-        self._follow_state_dtype(group, params, states, exp_avgs, hessian_diags)
+        follow_state_dtype(group, params, states, exp_avgs, hessian_diags)
         if group["rounding"] == "kahan":
-            compensations += _compensations(params, states, new)
+            compensations += compensations_of(params, states, new)
         else:
             for state in states:
                 if "compensation" in state:
@@ -411,26 +427,6 @@ class Apollo(Optimizer):
                 if p.grad is not None
             ]
 
-    def _follow_state_dtype(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        states: list[dict[str, Any]],
-        exp_avgs: list[Tensor],
-        hessian_diags: list[Tensor],
-    ) -> None:
-        """Convert m and B where the group's ``state_dtype`` has changed since they were made."""
-        asked = _dtype(group["state_dtype"])
-        found = {m.dtype for m in exp_avgs}
-        if all(dtype is asked or (asked is None and dtype.itemsize >= 4) for dtype in found):
-            return
-        for p, state in zip(params, states, strict=True):
-            for name in checkpoint.TENSORS:
-                dtype = checkpoint.stored_dtype(state[name].dtype, p, asked)
-                state[name] = state[name].to(dtype)
-        exp_avgs[:] = [state["exp_avg"] for state in states]
-        hessian_diags[:] = [state["hessian_diag"] for state in states]
-
     def _describe(self, p: Tensor) -> str:
         """Return how a message calls a parameter."""
         for group in self.param_groups:
@@ -438,29 +434,6 @@ class Apollo(Optimizer):
                 if q is p:
                     return f"the parameter {name!r} of shape {tuple(p.shape)}"
         return f"a parameter of shape {tuple(p.shape)}"
-
-    def _warn_of_other_shapes(self, new: _NewState) -> None:
-        """Warn once where a parameter was replaced or reshaped before its first step."""
-        given = self._given_shapes
-        if self._has_warned or given is None:
-            return
-        known = set(given.values())
-        for p in new.parameters:
-            before = given.get(p)
-            if p.shape == before or (before is None and (p.shape in known or not known)):
-                continue
-            what = "was not given to this optimizer" if before is None else f"had {tuple(before)}"
-            self._has_warned = True
-            warnings.warn(
-                f"{self._describe(p)} {what} when the optimizer was made. Apollo's sums run over "
-                "each tensor: where a wrapper has flattened or sharded the parameters (FSDP1, "
-                "DeepSpeed ZeRO, apex), the trajectory is another one. Shard with "
-                "torch.distributed.fsdp.fully_shard (FSDP2), or give the optimizer the parameters "
-                "after they have been changed",
-                ApolloWarning,
-                stacklevel=4,
-            )
-            return
 
 
 class ApolloW(Apollo):
@@ -490,66 +463,6 @@ class ApolloW(Apollo):
         )
 
 
-class _NewState:
-    """The state that a step has made, to be removed where the step is refused."""
-
-    def __init__(self) -> None:
-        self.parameters: list[Tensor] = []  # without any state before
-        self.entries: list[tuple[dict[str, Any], str]] = []
-
-    def remove(self, state: Any) -> None:
-        """Remove all of it again."""
-        for its, name in self.entries:
-            its.pop(name, None)
-        for p in self.parameters:
-            state.pop(p, None)
-
-
-def _complete(
-    state: dict[str, Any], p: Tensor, group: dict[str, Any], new: _NewState | None
-) -> None:
-    """Add to a parameter's state what is missing of it; other entries stay as they are."""
-    before = set(state)
-    if not before.issuperset(("step", *checkpoint.TENSORS)):
-        state["step"] = _scalar(p, group["capturable"])
-        dtype = _dtype(group["state_dtype"]) or checkpoint.state_dtype(p)
-        for name in checkpoint.TENSORS:
-            state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-    if group["decoupled_weight_decay"] and "previous_lr" not in state:
-        # the mode was chosen in mid-run: the rate of the step before is that of now
-        lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
-        state["previous_lr"] = _scalar(p, group["capturable"], torch.float64)
-        state["previous_lr"] += lr
-    if group["rebound"] == "belief" and "threshold" not in state:
-        real = checkpoint.state_dtype(p).to_real()
-        state["threshold"] = torch.full((), group["sigma"], dtype=real, device=p.device)
-    if new is not None:
-        new.entries += [(state, name) for name in state.keys() - before]
-
-
-def _compensations(
-    params: list[Tensor], states: list[dict[str, Any]], new: _NewState | None
-) -> list[Tensor | None]:
-    """Return the compensation of each 16-bit parameter, made where it is missing; else None."""
-    for p, state in zip(params, states, strict=True):
-        low = state.get("compensation")
-        if low is not None and low.dtype is not p.dtype:
-            del state["compensation"]  # of what the parameter was before
-        if "compensation" not in state and p.dtype in storage.NARROW:
-            with torch.inference_mode(False):
-                state["compensation"] = torch.zeros_like(p)
-            if new is not None:
-                new.entries.append((state, "compensation"))
-    return [state.get("compensation") for state in states]
-
-
-def _scalar(p: Tensor, capturable: bool, dtype: torch.dtype = torch.float32) -> Tensor:
-    if capturable and not p.is_cpu:
-        return torch.zeros((), dtype=torch.float32, device=p.device)
-    # whatever torch.set_default_device says: it is read on the host
-    return torch.zeros((), dtype=dtype, device="cpu")
-
-
 def hyperparameters(group: dict[str, Any]) -> Hyperparameters:
     """Return the settings of a parameter group for its next step."""
     lr, steps = group["lr"], group["warmup_steps"]
@@ -570,47 +483,3 @@ def hyperparameters(group: dict[str, Any]) -> Hyperparameters:
         group["capturable"],
         group["differentiable"],
     )
-
-
-def _dtype_name(dtype: Any) -> Any:
-    """Return a state's type as a group stores it: a saved group holds no torch.dtype."""
-    return "bfloat16" if dtype is torch.bfloat16 else dtype
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    return torch.bfloat16 if name == "bfloat16" else None
-
-
-def _number(x: Scalar) -> float:
-    return float(x.detach() if isinstance(x, Tensor) else x)
-
-
-def _check_settings(given: dict[str, Any]) -> None:
-    """Raise what is wrong with the settings of a group."""
-    numbers = dict(given)
-    for name in ("lr", "beta", "weight_decay"):
-        value = given[name]
-        if not isinstance(value, Tensor):
-            continue
-        if name != "lr" and not given["differentiable"]:
-            raise ValueError(f"{name} must be a number unless differentiable=True, got a tensor")
-        if value.numel() != 1 or value.is_complex():
-            raise ValueError(
-                f"{name} must be a tensor of one real element, got shape {tuple(value.shape)}"
-            )
-        numbers[name] = _number(value)
-    check_ranges(numbers)
-    _check_storage(given)
-    functional.check_back_end_choice(given["foreach"], given["fused"], given["differentiable"])
-
-
-def _check_storage(given: dict[str, Any], params: Iterable[Any] = ()) -> None:
-    """Raise ValueError for a way of storing numbers that there is not, or not for these tensors."""
-    functional.check_rounding(given["rounding"], given["seed"])
-    chosen = _dtype_name(given["state_dtype"])
-    if chosen not in (None, "bfloat16"):
-        raise ValueError(
-            f"state_dtype must be None (float32 at least) or torch.bfloat16, got {chosen!r}"
-        )
-    if chosen is not None and any(isinstance(p, Tensor) and p.is_complex() for p in params):
-        raise ValueError(f"state_dtype must be None for complex parameters, got {chosen}")

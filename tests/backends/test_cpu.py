@@ -51,7 +51,7 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 
 # what builds the table of scalars, and the profiler's mark of a step
-TABLES = {"lift_fresh", "detach", "arange", "repeat_interleave", "profiler::_record_function_exit"}
+TABLES = {"lift_fresh", "detach", "empty", "_local_scalar_dense", "profiler::_record_function_exit"}
 TABLES |= {"profiler::_record_function_enter_new"}
 
 

@@ -45,8 +45,7 @@ def plot(comparisons: Sequence[Comparison], columns: int = 3) -> Figure:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError(
-            "plot needs the package matplotlib, which is not installed; "
-            "pip install 'matplotlib'"
+            "plot needs the package matplotlib, which is not installed; pip install 'matplotlib'"
         ) from None
     columns = min(columns, len(comparisons))
     rows = math.ceil(len(comparisons) / columns)

@@ -74,9 +74,8 @@ class CPU(Backend):
         table = None if sums is None else torch.cat([one.table() for one in sums])
         if not torch.ops.apollo_qn.step_(*arguments.tensors, *arguments.numbers(), table):
             return False
-        p, _, m, B, threshold, low = arguments.tensors
         # autograd learns that they are no longer what they were
-        _increment_version([*p, *m, *B, *threshold, *low])
+        _increment_version(arguments.tensors[0])
         return True
 
 
@@ -103,8 +102,8 @@ class _Arguments:
         batches = self._batches
         rows = streams = None
         if len(batches) > 1:
-            sizes = torch.tensor([len(batch.tensors) for batch in batches], device="cpu")
-            rows = torch.arange(len(batches), device="cpu").repeat_interleave(sizes)
+            which = [row for row, batch in enumerate(batches) for _ in batch.tensors.params]
+            rows = torch.tensor(which, device="cpu")
         if any(batch.tensors.rng_streams for batch in batches):
             every = (batch.tensors.rng_streams or [0] * len(batch.tensors) for batch in batches)
             streams = torch.tensor([x for some in every for x in some], device="cpu")

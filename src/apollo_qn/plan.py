@@ -1,0 +1,344 @@
+"""The way of a step: validated groups become batches, one back end each, which are then run.
+
+:func:`prepare` validates all groups and chooses who does what, :func:`execute` runs the batches and
+counts the step. Nothing is changed before all of it has been validated.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apollo_qn import distributed
+from apollo_qn import rounding as storage
+from apollo_qn.backends import cpu, triton
+from apollo_qn.backends.base import Backend, Batch, TensorLists, is_plain, joined
+from apollo_qn.backends.foreach import Foreach
+from apollo_qn.backends.reference import Reference
+from apollo_qn.distributed import Group, Reduction
+from apollo_qn.hyperparameters import Hyperparameters, Scalar, StepScalars
+from apollo_qn.secant import Sums
+from apollo_qn.validation import check_shapes, check_tensors, checked_group, is_traced
+
+
+@dataclass
+class Backends:
+    """The back ends of one optimizer with their working memory, and its last all-reduce."""
+
+    reference: Reference = field(default_factory=Reference)
+    foreach: Foreach = field(default_factory=Foreach)
+    cpu: cpu.CPU = field(default_factory=cpu.CPU)
+    triton: triton.Triton = field(default_factory=triton.Triton)
+    reduction: Reduction | None = None
+
+
+TRACED = Backends()  # of compiled steps, which torch.compile cannot make
+
+
+@dataclass
+class Part:
+    """Batches that one back end updates in one call; None: tensors without elements."""
+
+    backend: Backend | None
+    batches: list[Batch]
+    sums: list[Sums] | None = None  # over the whole tensors, if the batches consist of shards
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the batches consist of shards."""
+        return bool(self.batches) and bool(self.batches[0].tensors.rows)
+
+    def run(self) -> bool:
+        """Do the step of these batches; False: nothing was changed, see :meth:`Backend.step`."""
+        if self.backend is not None:
+            return self.backend.step(self.batches, self.sums)
+        for batch, sums in zip(self.batches, self.sums or (), strict=self.sums is not None):
+            if batch.tensors.thresholds and sums.largest is not None:
+                torch._foreach_copy_(batch.tensors.thresholds, list(sums.largest.unbind()))
+        return True
+
+
+@dataclass
+class Step:
+    """A validated step of all groups: who does what."""
+
+    describe: Callable[[Tensor], str]
+    backends: Backends
+    reduction: Reduction | None = None
+    fused: list[Part] = field(default_factory=list)  # all or nothing: it may hand tensors back
+    others: list[Part] = field(default_factory=list)
+    started: bool = False  # whether anything may have been changed
+
+
+def prepare(
+    groups: list[Group],
+    backends: Backends,
+    describe: Callable[[Tensor], str] | None = None,
+) -> Step:
+    """Validate all groups and choose who does what; nothing is changed.
+
+    Args:
+        groups: tensor lists and hyperparameters of each parameter group.
+        backends: those of the optimizer.
+        describe: names a parameter in a message.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`apollo_qn.apollo` does.
+    """
+    describe = describe or (lambda p: f"a parameter of shape {tuple(p.shape)}")
+    groups = [checked_group(lists, h) for lists, h in groups if lists.params]
+    reduction = None
+    if torch.compiler.is_compiling() or not all(is_plain(lists.params) for lists, _ in groups):
+        for lists, _ in groups:
+            check_shapes(lists, describe)  # a shard hides the shape of its tensor
+        groups, reduction = distributed.localize(groups, backends.reduction)
+    step = Step(describe, backends, reduction)
+    for lists, h in groups:
+        for some in _by_device(lists):
+            backend = _fused_backend(some, h, backends)
+            if backend is None:
+                check_tensors(some, describe)
+            for batch in _batches(some, h):
+                if backend is None:
+                    _add_alike(step, batch)
+                else:
+                    _append(step.fused, backend, batch)
+    for part in step.others:
+        if part.backend is backends.foreach and len(part.batches) > 1:
+            part.batches = _merged(part.batches)
+    return step
+
+
+def execute(step: Step) -> None:
+    """Run a step that :func:`prepare` has validated."""
+    if step.reduction is not None or len(step.fused) > 1:
+        # the first part must not be changed where a later one is refused
+        for part in step.fused:
+            _hand_back(step, part)
+    if step.reduction is not None:
+        _reduce(step, step.reduction)
+    for part in step.fused:
+        if part.batches and not part.run():
+            _hand_back(step, part)
+            if part.batches:
+                part.run()
+        step.started = True
+    step.started = True
+    for part in step.others:
+        part.run()
+    for part in (*step.fused, *step.others):
+        for batch in part.batches:
+            _count(batch)
+    if step.backends.reduction is not step.reduction:
+        step.backends.reduction = step.reduction
+
+
+def _hand_back(step: Step, part: Part) -> None:
+    """Give the tensors that a fused back end cannot take to the others; nothing is changed."""
+    kept = []
+    assert part.backend is not None
+    for batch, taken in zip(part.batches, part.backend.takes(part.batches), strict=True):
+        others = [i for i, on in enumerate(taken) if not on]
+        if others:
+            rest = batch.select(others)
+            check_tensors(rest.tensors, step.describe)
+            _add_alike(step, rest)
+        if len(others) < len(taken):
+            kept.append(batch.select([i for i, on in enumerate(taken) if on]))
+    part.batches = kept
+
+
+def _append(parts: list[Part], backend: Backend | None, batch: Batch) -> None:
+    for part in parts:
+        if part.backend is backend and part.sharded == bool(batch.tensors.rows):
+            part.batches.append(batch)
+            return
+    parts.append(Part(backend, [batch]))
+
+
+def _merged(batches: list[Batch]) -> list[Batch]:
+    """Return the batches with those as one that differ in nothing but their learning rates."""
+    alike: dict[Any, list[Batch]] = {}
+    for batch in batches:
+        s, p = batch.scalars, batch.tensors.params[0]
+        if isinstance(s.rate, Tensor) or isinstance(s.t, Tensor):
+            return batches  # counters are on the device
+        types = (p.device, *(column[0].dtype for column in batch.tensors.large))
+        key = (batch.h._replace(lr=0.0), s._replace(rate=0.0), types)
+        alike.setdefault(key, []).append(batch)
+    result = []
+    for same in alike.values():
+        first = same[0]
+        scalars, rates = first.scalars, [batch.scalars.rate for batch in same]
+        if len(set(rates)) > 1:
+            sizes = [len(batch.tensors) for batch in same]
+            every = [rate for rate, size in zip(rates, sizes, strict=True) for _ in range(size)]
+            device = first.tensors.params[0].device
+            scalars = scalars._replace(rate=torch.tensor(every, dtype=torch.float64, device=device))
+        result.append(replace(first, tensors=joined([b.tensors for b in same]), scalars=scalars))
+    return result
+
+
+def _add_alike(step: Step, batch: Batch) -> None:
+    """Split a batch into tensors that are alike, for the foreach back end or the reference."""
+    lists, h = batch.tensors, batch.h
+    many = h.foreach is not False and not h.differentiable and not is_traced()
+    alike: dict[Any, list[int]] = {}
+    for i, (p, g, m) in enumerate(zip(lists.params, lists.grads, lists.exp_avgs, strict=True)):
+        which = "foreach" if many and is_plain((p, g)) else "reference"
+        if p.numel() == 0:
+            which = "none"
+        alike.setdefault((which, p.device, p.dtype, g.dtype, m.dtype), []).append(i)
+    for (which, *_), members in alike.items():
+        backend = None if which == "none" else getattr(step.backends, which)
+        _append(step.others, backend, _real(batch.select(members)))
+
+
+def _real(batch: Batch) -> Batch:
+    """Return a batch of alike tensors with real views, and without lists that it does not need."""
+    lists = batch.tensors
+    if lists.params[0].is_complex():
+
+        def view(tensors: list[Any]) -> list[Any]:
+            # a gradient may be conjugated lazily
+            return [x if x is None else torch.view_as_real(x.resolve_conj()) for x in tensors]
+
+        lists = replace(
+            lists,
+            params=view(lists.params),
+            grads=view(lists.grads),
+            exp_avgs=view(lists.exp_avgs),
+            hessian_diags=view(lists.hessian_diags),
+            compensations=view(lists.compensations),
+        )
+    dtype, state_dtype = lists.params[0].dtype, lists.exp_avgs[0].dtype
+    if lists.compensations and dtype not in storage.DROPPED:
+        lists = replace(lists, compensations=[])
+    drawn = state_dtype in storage.DROPPED or storage.is_drawn(dtype, batch.h.rounding)
+    if lists.rng_streams and not drawn:
+        lists = replace(lists, rng_streams=[])
+    return batch if lists is batch.tensors else replace(batch, tensors=lists)
+
+
+def _batches(lists: TensorLists, h: Hyperparameters) -> list[Batch]:
+    """Split a group into tensors with the same counters, of which all are shards or none is."""
+    on_host = not h.capturable and not torch.compiler.is_compiling()
+    shard = [row >= 0 for row in lists.rows] or [False]
+    steps = [x.item() for x in lists.state_steps] if on_host else [0.0]
+    rates = [0.0]
+    if on_host and lists.previous_lrs and not h.differentiable:  # autograd runs through that rate
+        rates = [x.item() for x in lists.previous_lrs]
+    columns: tuple[list[Any], ...] = (shard, steps, rates)
+    indices: dict[Any, list[int] | None] = {}
+    if all(column.count(column[0]) == len(column) for column in columns):
+        indices[shard[0], steps[0], rates[0]] = None
+    else:
+        long = (column * len(lists) if len(column) == 1 else column for column in columns)
+        for i, key in enumerate(zip(*long, strict=True)):
+            indices.setdefault(key, []).append(i)  # type: ignore[union-attr]
+    result = []
+    for (is_shard, t, rate), members in indices.items():
+        some = lists if members is None else lists.select(members)
+        if some.rows and not is_shard:
+            some = replace(some, rows=[])
+        step: Scalar = t
+        previous_lr: Scalar | None = rate
+        if not on_host:
+            step = torch.stack(some.state_steps)
+        if some.previous_lrs and (not on_host or h.differentiable):
+            previous_lr = torch.stack(some.previous_lrs)
+        result.append(Batch(some, h, StepScalars.at(step, h, previous_lr)))
+    return result
+
+
+def _reduce(step: Step, reduction: Reduction) -> None:
+    """Take the sums over all shards, and give each part those over the whole tensors."""
+    parts = [part for part in (*step.fused, *step.others) if part.sharded]
+    table = reduction.table()
+    for part in parts:
+        if part.backend is not None:
+            found = part.backend.measure(part.batches)
+            for batch, sums in zip(part.batches, found, strict=True):
+                reduction.put(table, batch.tensors.rows, sums)
+    reduction.reduce_(table)
+    for part in parts:
+        part.sums = [reduction.take(table, batch.tensors.rows) for batch in part.batches]
+
+
+def _count(batch: Batch) -> None:
+    """Count the step of each tensor, and record its rate: the only place that does."""
+    lists, rate = batch.tensors, batch.scalars.rate
+    steps, previous = lists.state_steps, lists.previous_lrs
+    if _may_count(batch) and (isinstance(rate, float) or not previous):
+        cpu.count(steps, previous, rate if isinstance(rate, float) else 0.0)
+        return
+    torch._foreach_add_(steps, 1.0)
+    if not previous:
+        return
+    if not isinstance(rate, Tensor):
+        rate = torch.full((), rate, dtype=torch.float64, device="cpu")
+    new = list(rate.expand(len(previous)).unbind())
+    if torch.is_grad_enabled():  # foreach_copy_ has no derivative
+        for old, value in zip(previous, new, strict=True):
+            old.copy_(value)
+    else:
+        torch._foreach_copy_(previous, new)
+
+
+def _may_count(batch: Batch) -> bool:
+    h = batch.h
+    return not (h.capturable or h.differentiable) and not is_traced() and cpu.why_not() is None
+
+
+def _fused_backend(lists: TensorLists, h: Hyperparameters, backends: Backends) -> Backend | None:
+    """Return the fused back end that is asked first; it may hand tensors back."""
+    wanted = h.fused or (h.fused is None and h.foreach is None)
+    if not wanted or h.differentiable or is_traced():
+        return None
+    p = lists.params[0]
+    if torch.is_grad_enabled() and any(p.requires_grad for p in lists.params):
+        return None  # the others raise what autograd has to say
+    if triton.serves(p.device):
+        if not h.fused:
+            return None  # no GPU has run it yet: foreach is what is known to be right
+        reason = triton.why_not()
+    elif p.is_cpu:
+        if h.capturable:
+            return None  # counters are not to be read on the host
+        reason = cpu.why_not()
+    else:
+        reason = f"none serves {p.device.type}"
+        if not h.fused:
+            return None
+    if reason is None:
+        return backends.triton if triton.serves(p.device) else backends.cpu
+    if h.fused:
+        raise RuntimeError(
+            f"fused=True: no fused back end serves the parameter of shape {tuple(p.shape)} on "
+            f"{p.device} ({reason}); use fused=None for the fastest back end that there is"
+        )
+    _say_once(f"Apollo: {reason}; its foreach back end serves, more slowly")
+    return None
+
+
+@cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def _by_device(lists: TensorLists) -> list[TensorLists]:
+    """Return the lists of each device."""
+    if torch.compiler.is_compiling() or len(lists) == 1:
+        return [lists]
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return [lists]
+    devices: dict[torch.device, list[int]] = {}
+    for i, p in enumerate(lists.params):
+        devices.setdefault(p.device, []).append(i)
+    return [lists] if len(devices) == 1 else [lists.select(which) for which in devices.values()]

@@ -1,0 +1,211 @@
+"""Validation: what is wrong with settings, lists or tensors, told before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apollo_qn import rounding as storage
+from apollo_qn.backends import cpu, triton
+from apollo_qn.backends.base import TensorLists
+from apollo_qn.distributed import Group
+from apollo_qn.hyperparameters import Hyperparameters, Scalar, check_ranges
+from apollo_qn.rounding import Rounding
+
+
+def needed_list(
+    name: str, tensors: list[Tensor] | None, params: list[Tensor], needed: bool, mode: str
+) -> list[Tensor]:
+    """Return a list that only some modes need; raise ValueError where it is missing."""
+    if not needed:
+        return []
+    if tensors is None:
+        raise ValueError(f"{name} must be a list of 0-dim tensors with {mode}, got None")
+    check_length(name, tensors, params)
+    return list(tensors)
+
+
+def is_traced() -> bool:
+    """Return whether a tracer or a transform of torch.func sees the operations of this step."""
+    if torch.compiler.is_compiling():
+        return True
+    mode, key = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
+    return (
+        mode(key.PROXY) is not None
+        or mode(key.FAKE) is not None
+        or mode(key.FUNCTIONAL) is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def checked_group(lists: TensorLists, h: Hyperparameters) -> Group:
+    """Return the group with a number as its learning rate if possible; raise what is wrong."""
+    check_back_end_choice(h.foreach, h.fused, h.differentiable)
+    for name in ("grads", "exp_avgs", "hessian_diags", "state_steps"):
+        check_length(name, getattr(lists, name), lists.params)
+    if h.rounding == "kahan":
+        lists = replace(lists, compensations=_compensations(lists))
+    if torch.compiler.is_compiling():
+        return lists, h
+    if is_traced():
+        for p, g in zip(lists.params, lists.grads, strict=True):
+            if torch._is_functional_tensor(g) and not torch._is_functional_tensor(p):
+                raise RuntimeError(
+                    "torch.func.functionalize traces the gradient but not its parameter: give "
+                    "parameters and state to the function as arguments, for apollo_qn.apollo"
+                )
+    if not h.capturable:
+        if _is_captured(lists):
+            raise RuntimeError(
+                "capturable must be True where a step is captured in a CUDA graph: a replay "
+                "repeats its numbers, got False"
+            )
+        key = torch._C._TorchDispatchModeKey
+        if any(torch._C._get_dispatch_mode(mode) is not None for mode in (key.PROXY, key.FAKE)):
+            raise RuntimeError(
+                "capturable must be True where a step is traced (make_fx, FakeTensorMode): its "
+                "counters cannot be read on the host then, got False"
+            )
+        if isinstance(h.lr, Tensor):
+            if h.lr.device.type != "cpu":
+                raise ValueError(f"lr as a tensor on {h.lr.device} needs capturable=True")
+            if not h.differentiable:
+                h = h._replace(lr=h.lr.item())
+    return lists, h
+
+
+def check_length(
+    name: str, column: Sequence[Any], params: Sequence[Any], what: str = "tensor"
+) -> None:
+    """Raise ValueError where a list has not one entry per parameter."""
+    if len(column) != len(params):
+        raise ValueError(
+            f"{name} must have one {what} for each of the {len(params)} in params, "
+            f"got {len(column)}"
+        )
+
+
+def _compensations(lists: TensorLists) -> list[Tensor | None]:
+    """Return those of 16-bit parameters, None for the others; empty where there are no such."""
+    narrow = [p.dtype in storage.NARROW for p in lists.params]
+    if not any(narrow):
+        return []
+    check_length("compensations", lists.compensations, lists.params)
+    found = [low if on else None for low, on in zip(lists.compensations, narrow, strict=True)]
+    for p, low, on in zip(lists.params, found, narrow, strict=True):
+        if on and (low is None or low.shape != p.shape or low.dtype is not p.dtype):
+            what = None if low is None else f"shape {tuple(low.shape)} and {low.dtype}"
+            raise ValueError(
+                f"compensations must have its parameter's shape {tuple(p.shape)} and type "
+                f"{p.dtype}, got {what}"
+            )
+    return found
+
+
+def check_tensors(lists: TensorLists, describe: Callable[[Tensor], str]) -> None:
+    """Raise what no back end can take."""
+    for p, g in zip(lists.params, lists.grads, strict=True):
+        if g.is_sparse:
+            raise RuntimeError(
+                f"Apollo needs dense gradients, got a sparse one for {describe(p)}; build its "
+                "embedding with sparse=False"
+            )
+    check_shapes(lists, describe)
+
+
+def check_shapes(lists: TensorLists, describe: Callable[[Tensor], str]) -> None:
+    """Raise RuntimeError where gradient or state have another shape than their parameter."""
+    named = {"gradient": lists.grads, "exp_avg": lists.exp_avgs}
+    for name, column in {**named, "hessian_diag": lists.hessian_diags}.items():
+        for p, x in zip(lists.params, column, strict=True):
+            if x.shape == p.shape:
+                continue
+            message = f"{name} has the shape {tuple(x.shape)}, but belongs to {describe(p)}"
+            if name != "gradient":
+                message += (
+                    ": the parameter was replaced, flattened or resharded after its state had been "
+                    "made. Make a new optimizer, or put a state of the new shape in its place"
+                )
+            raise RuntimeError(message)
+
+
+def _is_captured(lists: TensorLists) -> bool:
+    return (
+        bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+        and any(p.is_cuda for p in lists.params)
+        and torch.cuda.is_current_stream_capturing()
+    )
+
+
+def check_back_end_choice(foreach: bool | None, fused: bool | None, differentiable: bool) -> None:
+    """Raise RuntimeError for choices that cannot be served."""
+    if foreach and fused:
+        raise RuntimeError("foreach and fused cannot both be True: choose one, or None for both")
+    if fused and differentiable:
+        raise RuntimeError(
+            "fused=True does not support differentiable=True; use fused=None or fused=False"
+        )
+    if fused and (reason := cpu.why_not()) is not None and not triton.available():
+        raise RuntimeError(
+            f"fused=True: {reason}; use fused=None for the fastest back end that there is"
+        )
+    if foreach and differentiable:
+        raise RuntimeError(
+            "foreach=True does not support differentiable=True; use foreach=None or foreach=False"
+        )
+
+
+def check_rounding(rounding: Rounding | None, seed: int) -> None:
+    """Raise ValueError for a way of rounding that there is not, or a seed out of its range."""
+    if rounding not in (None, *storage.ROUNDINGS):
+        raise ValueError(
+            f"rounding must be None, 'nearest', 'stochastic' or 'kahan', got {rounding!r}"
+        )
+    whole = isinstance(seed, int) and not isinstance(seed, bool)
+    if not whole or not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed must be a whole number in [0, 2**64), got {seed!r}")
+
+
+def number(x: Scalar) -> float:
+    """Return a scalar as a float."""
+    return float(x.detach() if isinstance(x, Tensor) else x)
+
+
+def dtype_name(dtype: Any) -> Any:
+    """Return a state's type as a group stores it: a saved group holds no torch.dtype."""
+    return "bfloat16" if dtype is torch.bfloat16 else dtype
+
+
+def check_settings(given: dict[str, Any]) -> None:
+    """Raise what is wrong with the settings of a group."""
+    numbers = dict(given)
+    for name in ("lr", "beta", "weight_decay"):
+        value = given[name]
+        if not isinstance(value, Tensor):
+            continue
+        if name != "lr" and not given["differentiable"]:
+            raise ValueError(f"{name} must be a number unless differentiable=True, got a tensor")
+        if value.numel() != 1 or value.is_complex():
+            raise ValueError(
+                f"{name} must be a tensor of one real element, got shape {tuple(value.shape)}"
+            )
+        numbers[name] = number(value)
+    check_ranges(numbers)
+    check_storage(given)
+    check_back_end_choice(given["foreach"], given["fused"], given["differentiable"])
+
+
+def check_storage(given: dict[str, Any], params: Iterable[Any] = ()) -> None:
+    """Raise ValueError for a way of storing numbers that there is not, or not for these tensors."""
+    check_rounding(given["rounding"], given["seed"])
+    chosen = dtype_name(given["state_dtype"])
+    if chosen not in (None, "bfloat16"):
+        raise ValueError(
+            f"state_dtype must be None (float32 at least) or torch.bfloat16, got {chosen!r}"
+        )
+    if chosen is not None and any(isinstance(p, Tensor) and p.is_complex() for p in params):
+        raise ValueError(f"state_dtype must be None for complex parameters, got {chosen}")
