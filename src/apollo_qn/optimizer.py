@@ -38,8 +38,9 @@ _made = itertools.count()  # optimizers of this process
 
 
 _FLATTENED = (
-    "takes its first step, but no parameter of that shape was given to this optimizer. Apollo's sums run over each tensor: where a wrapper has flattened or sharded the parameters "
-    "(FSDP1, DeepSpeed ZeRO, apex), the trajectory is another one. Shard with "
+    "takes its first step, but no parameter of that shape was given to this optimizer. Apollo's "
+    "sums run over each tensor: where a wrapper has flattened or sharded the parameters (FSDP1, "
+    "DeepSpeed ZeRO, apex), the trajectory is another one. Shard with "
     "torch.distributed.fsdp.fully_shard (FSDP2), or give the optimizer the parameters after they "
     "have been changed"
 )
