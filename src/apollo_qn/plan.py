@@ -70,6 +70,7 @@ class Step:
 
     describe: Callable[[Tensor], str]
     backends: Backends
+    traced: bool = False  # whether a tracer or a transform sees the operations
     reduction: Reduction | None = None
     fused: list[Part] = field(default_factory=list)  # all or nothing: it may hand tensors back
     others: list[Part] = field(default_factory=list)
@@ -92,16 +93,17 @@ def prepare(
         ValueError, RuntimeError: as :func:`apollo_qn.apollo` does.
     """
     describe = describe or (lambda p: f"a parameter of shape {tuple(p.shape)}")
-    groups = [checked_group(lists, h) for lists, h in groups if lists.params]
+    traced = is_traced()
+    groups = [checked_group(lists, h, traced) for lists, h in groups if lists.params]
     reduction = None
     if torch.compiler.is_compiling() or not all(is_plain(lists.params) for lists, _ in groups):
         for lists, _ in groups:
             check_shapes(lists, describe)  # a shard hides the shape of its tensor
         groups, reduction = distributed.localize(groups, backends.reduction)
-    step = Step(describe, backends, reduction)
+    step = Step(describe, backends, traced, reduction)
     for lists, h in groups:
         for some in _by_device(lists):
-            backend = _fused_backend(some, h, backends)
+            backend = None if traced else _fused_backend(some, h, backends)
             if backend is None:
                 check_tensors(some, describe)
             for batch in _batches(some, h):
@@ -132,9 +134,7 @@ def execute(step: Step) -> None:
     step.started = True
     for part in step.others:
         part.run()
-    for part in (*step.fused, *step.others):
-        for batch in part.batches:
-            _count(batch)
+    _count([batch for part in (*step.fused, *step.others) for batch in part.batches], step.traced)
     if step.backends.reduction is not step.reduction:
         step.backends.reduction = step.reduction
 
@@ -188,7 +188,7 @@ def _merged(batches: list[Batch]) -> list[Batch]:
 def _add_alike(step: Step, batch: Batch) -> None:
     """Split a batch into tensors that are alike, for the foreach back end or the reference."""
     lists, h = batch.tensors, batch.h
-    many = h.foreach is not False and not h.differentiable and not is_traced()
+    many = h.foreach is not False and not h.differentiable and not step.traced
     alike: dict[Any, list[int]] = {}
     for i, (p, g, m) in enumerate(zip(lists.params, lists.grads, lists.exp_avgs, strict=True)):
         which = "foreach" if many and is_plain((p, g)) else "reference"
@@ -271,16 +271,29 @@ def _reduce(step: Step, reduction: Reduction) -> None:
         part.sums = [reduction.take(table, batch.tensors.rows) for batch in part.batches]
 
 
-def _count(batch: Batch) -> None:
+def _count(batches: list[Batch], traced: bool) -> None:
     """Count the step of each tensor, and record its rate: the only place that does."""
-    lists, rate = batch.tensors, batch.scalars.rate
-    steps, previous = lists.state_steps, lists.previous_lrs
-    if _may_count(batch) and (isinstance(rate, float) or not previous):
-        cpu.count(steps, previous, rate if isinstance(rate, float) else 0.0)
-        return
-    torch._foreach_add_(steps, 1.0)
-    if not previous:
-        return
+    on_host = not traced and cpu.why_not() is None
+    simple: list[Tensor] = []  # counters without a rate
+    for batch in batches:
+        lists, rate = batch.tensors, batch.scalars.rate
+        steps, previous = lists.state_steps, lists.previous_lrs
+        may_count = on_host and not (batch.h.capturable or batch.h.differentiable)
+        if not previous:
+            simple += steps if may_count else []
+        elif may_count and isinstance(rate, float):
+            cpu.count(steps, previous, rate)
+            continue
+        if previous or not may_count:
+            torch._foreach_add_(steps, 1.0)
+        if previous:
+            _record(rate, previous)
+    if simple:
+        cpu.count(simple, [], 0.0)
+
+
+def _record(rate: Scalar, previous: list[Tensor]) -> None:
+    """Write a rate for all, or the rate of each, into ``previous_lrs``."""
     if not isinstance(rate, Tensor):
         rate = torch.full((), rate, dtype=torch.float64, device="cpu")
     new = list(rate.expand(len(previous)).unbind())
@@ -291,15 +304,10 @@ def _count(batch: Batch) -> None:
         torch._foreach_copy_(previous, new)
 
 
-def _may_count(batch: Batch) -> bool:
-    h = batch.h
-    return not (h.capturable or h.differentiable) and not is_traced() and cpu.why_not() is None
-
-
 def _fused_backend(lists: TensorLists, h: Hyperparameters, backends: Backends) -> Backend | None:
     """Return the fused back end that is asked first; it may hand tensors back."""
     wanted = h.fused or (h.fused is None and h.foreach is None)
-    if not wanted or h.differentiable or is_traced():
+    if not wanted or h.differentiable:
         return None
     p = lists.params[0]
     if torch.is_grad_enabled() and any(p.requires_grad for p in lists.params):

@@ -42,7 +42,7 @@ def is_traced() -> bool:
     )
 
 
-def checked_group(lists: TensorLists, h: Hyperparameters) -> Group:
+def checked_group(lists: TensorLists, h: Hyperparameters, traced: bool) -> Group:
     """Return the group with a number as its learning rate if possible; raise what is wrong."""
     check_back_end_choice(h.foreach, h.fused, h.differentiable)
     for name in ("grads", "exp_avgs", "hessian_diags", "state_steps"):
@@ -51,7 +51,7 @@ def checked_group(lists: TensorLists, h: Hyperparameters) -> Group:
         lists = replace(lists, compensations=_compensations(lists))
     if torch.compiler.is_compiling():
         return lists, h
-    if is_traced():
+    if traced:
         for p, g in zip(lists.params, lists.grads, strict=True):
             if torch._is_functional_tensor(g) and not torch._is_functional_tensor(p):
                 raise RuntimeError(
