@@ -31,7 +31,7 @@ _LONGEST_TABLE = 1 << 16  # steps: beta up to 0.9994
 
 
 class ApolloState(NamedTuple):
-    """State of :func:`apollo`; a field that its mode does not need is None."""
+    """State of :func:`apollo`; a field that the settings do not need is None."""
 
     count: jax.Array  # type: ignore[assignment]  # t, shape=(), dtype=int32
     exp_avg: optax.Updates  # m, the parameters' shapes, float32 at least
@@ -81,30 +81,31 @@ def apollo(
         B'     = B - a d^2                                                    eq. (8)
         update = -learning_rate m' / max(|B'|, sigma)                         eq. (11)
 
-    The sums run over the whole leaf. Under ``jit`` that is so for sharded arrays too; under
-    ``vmap`` each member of the batch is a leaf of its own; in ``shard_map`` give it whole leaves,
-    for it cannot know of the parts on other devices.
+    The sums run over the whole leaf, under ``jit`` for sharded arrays too. Under ``vmap`` each
+    member of the batch is a leaf of its own. Inside ``shard_map`` pass whole leaves, because the
+    transformation does not see the parts on other devices.
 
-    It takes the steps of :class:`apollo_qn.Apollo`, whose arguments have the same names, but:
+    The steps are those of :class:`apollo_qn.Apollo`, and the arguments have the same names, with
+    these differences:
 
     * ``lr`` is ``learning_rate``, as in optax, and may be a schedule.
-    * ``mask`` stands for parameter groups with and without decay; ``optax.multi_transform`` for
+    * ``mask`` replaces parameter groups with and without decay, ``optax.multi_transform`` replaces
       other groups.
-    * There is no ``maximize``, for which optax has no convention: put ``optax.scale(-1.0)`` before.
-    * ``warmup_init_lr`` is a share of the rate at the first step. Where a schedule starts at 0,
-      the rate rises from 0.
-    * There is no ``rounding``, ``state_dtype`` or ``seed``: a 16-bit parameter is rounded to the
-      nearest, and an update of less than half a unit in its last place is lost.
-    * A number may be a 0-dim array, so that ``optax.inject_hyperparams`` can inject all of them
-      (with ``static_args="mask"`` where that is callable). The ranges below are checked only of
-      Python numbers.
+    * There is no ``maximize``: put ``optax.scale(-1.0)`` before.
+    * ``warmup_init_lr`` is related to the rate at the first step. If a schedule starts at 0, the
+      rate rises from 0.
+    * There is no ``rounding``, ``state_dtype`` or ``seed``. A 16-bit parameter is rounded to the
+      nearest, and loses an update of less than half a unit in its last place.
+    * A number may be a 0-dim array, so ``optax.inject_hyperparams`` can inject all of them (with
+      ``static_args="mask"`` if the mask is a function). Only Python numbers are checked against
+      their ranges.
 
-    Do not change ``sigma``, ``beta``, ``eps`` or ``weight_decay`` lightly in mid-run: the direction
-    of the step before is rebuilt with the new values.
+    If you change ``sigma``, ``beta``, ``eps`` or ``weight_decay`` during training, the direction of
+    the step before is rebuilt with the new values.
 
-    An update has the type that gradient and parameter have together. A complex leaf is a real one
-    with twice as many elements; its gradients are to be conjugated, as for every optimizer in
-    optax. A leaf whose gradient is None is left as it is.
+    An update has the promoted type of gradient and parameter. A complex leaf counts as a real one
+    with twice as many elements; conjugate its gradients, as for every optimizer in optax. A leaf
+    whose gradient is None is left unchanged.
 
     Args:
         learning_rate: eta, >= 0, or a schedule: a function of the number of steps done.
@@ -114,12 +115,12 @@ def apollo(
             learning_rate, c sigma) gives the same trajectory for any c > 0 (Theorem 1).
         weight_decay: >= 0; added to the gradient (L2), as in the paper's experiments. ``update``
             then needs the parameters.
-        mask: which leaves are decayed: booleans in the tree of the parameters or a prefix of it, or
-            a function that makes them of the parameters; None: all.
+        mask: leaves that decay: a tree of booleans like the parameters or a prefix of it, or a
+            function of the parameters that returns one. None means all.
         warmup_steps: steps over which the rate rises linearly from ``warmup_init_lr`` to
-            ``learning_rate``, whose schedule it multiplies (section 3.4); a whole number >= 0, 0
-            turns it off.
-        warmup_init_lr: rate of the first step, >= 0; None: a thousandth of ``learning_rate``.
+            ``learning_rate`` (section 3.4), a whole number >= 0; 0 turns the warmup off. The warmup
+            multiplies a schedule.
+        warmup_init_lr: rate of the first step, >= 0; None means ``learning_rate`` / 1000.
         decoupled_weight_decay: add weight_decay * theta to the direction instead
             (Loshchilov & Hutter, 2019); the secant condition accounts for it.
         rebound: ``"constant"``, the paper's max(\|B\|, sigma), or ``"belief"``, the authors' later
@@ -129,9 +130,9 @@ def apollo(
         A transformation whose state is an :class:`ApolloState`.
 
     Raises:
-        ValueError: a number out of its range, named with its value; in ``init``, a leaf that is
-            neither floating nor complex; in ``update``, a gradient of another shape than its
-            parameter, or no parameters where there is decay.
+        ValueError: a number is out of its range; in ``init``, a leaf is neither floating nor
+            complex; in ``update``, a gradient has another shape than its parameter, or the
+            parameters are missing although weights decay.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax

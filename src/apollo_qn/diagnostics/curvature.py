@@ -24,32 +24,32 @@ Corrections: TypeAlias = dict[Tensor, Tensor]  # of each parameter: 0-dim, on it
 
 @dataclass(frozen=True, slots=True)
 class TensorDiagnostics:
-    r"""One parameter tensor after a step; of a complex one real and imaginary parts are elements.
+    r"""Measurements of one parameter tensor after a step.
 
     B, D, d and sigma are those of :class:`apollo_qn.Apollo`. B has the size of learning rate times
-    curvature (section 3.2 of the paper), so that ``lr`` has to be divided out of it for the
-    curvature of the loss.
+    curvature (section 3.2 of the paper). Divide B by ``lr`` to get the curvature of the loss. The
+    real and imaginary parts of a complex tensor count as separate elements.
 
     Attributes:
-        name: of the parameter.
-        numel: elements, of all ranks together where it is sharded.
-        step: steps of this tensor so far.
-        lr: the rate of its last step, warmup included.
-        threshold: below which \|B\| was rectified in it: sigma; with belief max\|g - m\|.
+        name: name of the parameter.
+        numel: number of elements, of all ranks together for a sharded parameter.
+        step: number of steps that the tensor has taken.
+        lr: rate of the last step, warmup included.
+        threshold: bound of \|B\| in the last step: sigma, or max\|g - m\| with belief.
         negative: share of elements with B < 0, in [0, 1].
-        rectified: share of elements with \|B\| < threshold, in [0, 1]: where Apollo is SGD with
-            momentum at the rate lr / threshold.
+        rectified: share of elements with \|B\| < threshold, in [0, 1]. These elements take the step
+            of SGD with momentum at the rate lr / threshold.
         curvature_mean: mean of B.
-        curvature_rms: root of the mean of B^2.
-        curvature_min, curvature_max: least and greatest B.
-        secant_correction: of the same unit as ``curvature_rms``: the root of the mean of
-            (B' - B)^2 in the last step, with the sign of B' - B = -a d^2, which all elements
-            share. None: it has not been measured (see :func:`coming_corrections`).
+        curvature_rms: root mean square of B.
+        curvature_min, curvature_max: smallest and largest B.
+        secant_correction: root mean square of B' - B in the last step. Its sign is that of
+            B' - B = -a d^2, which all elements share. None if it was not measured (see
+            :func:`coming_corrections`).
         parameter_norm: \|\|theta\|\|_2.
-        step_norm: length of the last step, decoupled weight decay included, before it was rounded
-            to the parameter's type.
-        step_ratio: step_norm / parameter_norm; infinite where the parameter is 0.
-        rate_min, rate_max: the least and the greatest effective rate, lr / D.
+        step_norm: length of the last step, including decoupled weight decay, before the step was
+            rounded to the parameter's type.
+        step_ratio: step_norm / parameter_norm; infinite if the parameter is 0.
+        rate_min, rate_max: smallest and largest effective rate, lr / D.
     """
 
     name: str
@@ -102,22 +102,24 @@ class _Part:
 def measure(
     optimizer: Apollo, corrections: Corrections | None = None, names: Names | None = None
 ) -> list[TensorDiagnostics]:
-    """Measure every tensor that has been stepped, from the state that its last step has left.
+    """Measure every tensor that has taken a step; nothing is changed.
 
-    Some ten passes over parameter and state, working memory of two tensors, and one wait for the
-    device, whatever the number of tensors. Of sharded parameters the numbers are those of the whole
-    tensors; all ranks must call it, and two small all-reduces a mesh are done. Nothing is changed.
+    A call makes about ten passes over parameters and state. It waits for the device once and needs
+    working memory of two tensors. For sharded parameters the numbers are those of the whole
+    tensors. All ranks must then call it, for two small all-reduces per mesh.
 
     Args:
-        optimizer: after a step, before a scheduler changes the learning rate: the last rate is
-            computed from the group's present ``lr``.
-        corrections: what :func:`coming_corrections` returned before that step; None:
+        optimizer: an Apollo after a step, before a scheduler changes the learning rate. The rate of
+            the last step is computed from the group's present ``lr``.
+        corrections: result of :func:`coming_corrections` before that step. Without it
             ``secant_correction`` is None.
-        names: (name, parameter) pairs, as ``model.named_parameters()`` gives. None: the names that
-            the optimizer was given, or ``"0.3"``, the fourth parameter of the first group.
+        names: (name, parameter) pairs, for example ``model.named_parameters()``. By default the
+            names that the optimizer was given, or ``"0.3"`` for the fourth parameter of the first
+            group.
 
     Returns:
-        In the order of the groups; parameters without state or without elements are left out.
+        One entry per tensor in the order of the groups. Parameters without state or without
+        elements are left out.
 
     Raises:
         TypeError: the optimizer is not an Apollo.
@@ -144,16 +146,15 @@ def measure(
 
 @torch.no_grad()
 def coming_corrections(optimizer: Apollo) -> Corrections:
-    """Measure what the coming step will change of B, from the gradients that are there now.
+    """Measure how the next step will change B; nothing is changed.
 
-    Call it after ``backward`` (and after gradients are unscaled and clipped) and before ``step``;
-    :class:`Recorder` does so by itself. Costs the sums of a step, and where parameters are sharded
-    a small all-reduce a mesh, which all ranks must call for. Nothing is changed, nothing waits for
-    the device.
+    Call it after ``backward``, and after gradients are unscaled and clipped, but before ``step``.
+    :class:`Recorder` does so by itself. A call costs the sums of a step and does not wait for the
+    device. For sharded parameters all ranks must call it, for one small all-reduce per mesh.
 
     Returns:
-        For each parameter with a gradient, a state and elements a 0-dim tensor: the
-        ``secant_correction`` of :class:`TensorDiagnostics` of the coming step.
+        A 0-dim tensor per parameter that has a gradient, a state and elements: the
+        ``secant_correction`` of the next step (see :class:`TensorDiagnostics`).
 
     Raises:
         TypeError: the optimizer is not an Apollo.
@@ -183,13 +184,13 @@ def coming_corrections(optimizer: Apollo) -> Corrections:
 
 
 def overall(tensors: Sequence[TensorDiagnostics], name: str = "all") -> TensorDiagnostics:
-    """The numbers of several tensors taken as one.
+    """Return the measurements of several tensors as if they were one.
 
-    ``secant_correction`` has no sign here. ``lr`` and ``threshold`` are NaN where they differ,
-    ``step`` is the largest.
+    ``secant_correction`` has no sign here. ``lr`` and ``threshold`` are NaN if the tensors differ
+    in them. ``step`` is the largest.
 
     Raises:
-        ValueError: there are none.
+        ValueError: ``tensors`` is empty.
     """
     if not tensors:
         raise ValueError("tensors must be at least one, got none")

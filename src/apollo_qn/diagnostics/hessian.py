@@ -22,12 +22,12 @@ Loss: TypeAlias = Callable[[Tensors], Tensor]
 
 @dataclass(frozen=True)
 class HessianDiagonal:
-    """A diagonal of the Hessian, of each parameter by its name, in its shape; float64.
+    """The Hessian's diagonal: one float64 tensor per parameter name, in the parameter's shape.
 
     Attributes:
         mean: the estimate.
-        standard_error: of each element of it; zeros where it is exact.
-        probes: how many products with the Hessian it took.
+        standard_error: standard error of each element; zeros if the diagonal is exact.
+        probes: number of products with the Hessian.
     """
 
     mean: Tensors
@@ -45,31 +45,31 @@ def hessian_diagonal(
 ) -> HessianDiagonal:
     """Estimate the diagonal of the Hessian by Hutchinson's probes.
 
-    For v of random signs, v * (H v) has the mean diag(H): an element's variance is the sum of
-    squares of the rest of its row (Bekas, Kokiopoulou & Saad, 2007). So the estimate is exact where
-    H is diagonal, and elsewhere its standard error, which is estimated too, falls with the root of
-    ``probes``. ::
+    For a vector v of random signs, v * (H v) has the mean diag(H). The variance of an element is
+    the sum of squares of the rest of its row (Bekas, Kokiopoulou & Saad, 2007). So the estimate is
+    exact if H is diagonal. Otherwise its standard error falls with the root of ``probes``. ::
 
         def loss(params):
             return F.cross_entropy(torch.func.functional_call(model, params, (x,)), y)
 
         estimate = hessian_diagonal(loss, dict(model.named_parameters()), probes=200)
 
-    H v is the forward derivative of ``torch.func.grad``, so that every operation of the loss needs
-    one of its gradient. Linear, convolutional, embedding, norm, RNN and GRU layers have it.
-    Call the model under ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`` where it holds
-    attention, and under ``torch.backends.mkldnn.flags(enabled=False)`` where it holds an LSTM on a
-    CPU. The loss must be the same at every call: dropout off, and batch normalisation in ``eval()``
-    (in training it writes into its buffers, which torch.func refuses). Where the loss has kinks
-    (ReLU) the curvature that lies in them is not seen.
+    H v is the forward derivative of ``torch.func.grad``, so the gradient of every operation of the
+    loss needs a forward derivative. Linear, convolutional, embedding, norm, RNN and GRU layers have
+    one. If the model has attention, call it under
+    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``. If it has an LSTM on a CPU, call it under
+    ``torch.backends.mkldnn.flags(enabled=False)``.
+
+    The loss must be the same at every call: turn dropout off, and put batch normalization in
+    ``eval()``. Curvature that lies in kinks of the loss (ReLU) is not seen.
 
     Args:
-        loss: of a dict like ``params``; returns a scalar.
+        loss: function of a dict like ``params`` that returns a scalar.
         params: whole real tensors by name.
-        probes: >= 2; each costs some two gradients.
-        generator: of the probes, on the parameters' device.
-        at_once: probes that go through the model together (``torch.func.vmap``), >= 1: faster on
-            small models, for that many times the memory.
+        probes: number of probes, >= 2; each costs about two gradients.
+        generator: random generator of the probes, on the parameters' device.
+        at_once: number of probes that go through the model together (``torch.func.vmap``), >= 1.
+            More is faster on small models and needs that many times the memory.
 
     Raises:
         ValueError: ``probes`` or ``at_once`` are out of their range, or a parameter is complex,
@@ -103,9 +103,9 @@ def hessian_diagonal(
 def exact_hessian_diagonal(
     loss: Loss, params: Mapping[str, Tensor], *, at_once: int = 1
 ) -> HessianDiagonal:
-    """The diagonal itself, one product with the Hessian for each element of ``params``.
+    """Compute the diagonal exactly, with one product with the Hessian per element of ``params``.
 
-    Arguments and errors as of :func:`hessian_diagonal`.
+    Arguments and errors are those of :func:`hessian_diagonal`.
     """
     params = _checked(params)
     _check_count("at_once", at_once, 1)
@@ -174,15 +174,15 @@ def _check_count(name: str, value: int, least: int) -> None:
 
 @dataclass(frozen=True)
 class Comparison:
-    """B of one tensor beside the diagonal of the Hessian; float64 vectors in host memory.
+    """B of one tensor and the Hessian's diagonal, as float64 vectors in CPU memory.
 
-    What cannot be told (of one element, or where all are equal) is NaN.
+    A number that is not defined is NaN, such as a correlation of a single element.
 
     Attributes:
-        name: of the parameter.
-        B: of Apollo, divided by the learning rate: an estimate of the loss's curvature.
-        hessian: the diagonal of the Hessian, of what Apollo minimises.
-        standard_error: of each element of it.
+        name: name of the parameter.
+        B: Apollo's B divided by the learning rate: an estimate of the loss's curvature.
+        hessian: diagonal of the Hessian of the function that Apollo minimizes.
+        standard_error: standard error of each element of ``hessian``.
     """
 
     name: str
@@ -228,28 +228,25 @@ class Comparison:
 def compare(
     optimizer: Apollo, diagonal: HessianDiagonal, names: Names | None = None
 ) -> list[Comparison]:
-    """Lay Apollo's B beside a diagonal of the Hessian at the same parameters.
+    """Compare Apollo's B with the Hessian's diagonal at the same parameters.
 
-    What agreement to expect: little, element by element. By a secant condition each tensor learns
-    one number a step, the curvature along its own last displacement d, and spreads it as d^2.
-    Where all elements move alike B is about the mean curvature along d, not that of each element.
-    It remembers what steps long ago have left, at other parameters; the differences of gradients
-    that it learns from hold the noise of the batches, and those of an average of gradients are
-    delayed by beta. And the Hessian's other elements are in it: d'Hd is not d'diag(H)d. In three
-    layers of tanh, 120 full batches: rank correlations of -0.2 to 0.5, 40 to 70 per cent equal
-    signs, and sums (``trace_ratio``) wrong by factors of 2 to 7, some in sign. So take it for a
-    picture of what Apollo believes, not for a measurement of the Hessian. B is exact for tensors of
-    one element without noise, at beta = 0 and eps = 0.
+    Expect little agreement element by element. A tensor learns one number per step, the curvature
+    along its own last displacement d, and spreads it as d^2. B holds what earlier steps left, the
+    noise of batches, and the other elements of the Hessian, because d'Hd is not d'diag(H)d. The
+    average of gradients delays B too. In a network of three tanh layers after 120 full batches, the
+    rank correlations were -0.2 to 0.5 and 40 to 70 per cent of the signs agreed. Sums
+    (``trace_ratio``) were wrong by factors of 2 to 7, some in sign. B is exact for tensors of one
+    element without noise, at beta = 0 and eps = 0.
 
-    B learns the learning rate times the curvature (section 3.2 of the paper: gradients are
-    corrected by it), so that it is divided by that of the last step here. During warmup, or soon
-    after a scheduler's step, B is a mixture of several rates. Under L2 decay ``weight_decay`` is
-    added to the Hessian, with ``maximize`` its sign changes: what is minimised.
+    B estimates the learning rate times the curvature (section 3.2 of the paper), so it is divided
+    by the rate of the last step here. During warmup, or soon after a scheduler's step, B mixes
+    several rates. The Hessian is that of the function that Apollo minimizes: L2 decay adds
+    ``weight_decay``, and ``maximize`` changes the sign.
 
     Args:
-        optimizer: its parameters are those that the diagonal was taken at, and have been stepped.
-        diagonal: of the loss that Apollo sees, of some or all parameters.
-        names: as of :func:`apollo_qn.diagnostics.measure`; they join parameters and diagonal.
+        optimizer: an Apollo that has taken steps and holds the parameters of ``diagonal``.
+        diagonal: the Hessian's diagonal for some or all parameters.
+        names: as in :func:`apollo_qn.diagnostics.measure`; they join parameters and diagonal.
 
     Raises:
         TypeError: the optimizer is not an Apollo.

@@ -18,23 +18,22 @@ _COLOR = "#D55E00"  # Apollo's in the reports, of Okabe and Ito's palette
 
 
 def plot(comparisons: Sequence[Comparison], columns: int = 3) -> Figure:
-    """Draw a panel for each tensor: B / lr over the diagonal of the Hessian.
+    """Draw B / lr over the Hessian's diagonal, with one panel per tensor.
 
-    The line is where they are equal. Grey bars are one standard error of the diagonal to both
-    sides. The axes are linear near 0 and logarithmic beyond the median size of what is drawn, for
-    curvatures have both signs and many sizes. Of large tensors 4,000 elements, evenly spread, are
-    drawn.
+    On the line both are equal. Grey bars show one standard error of the diagonal to both sides. The
+    axes are linear near 0 and logarithmic beyond the median size, because curvatures have both
+    signs and many sizes. For a large tensor 4,000 evenly spread elements are drawn.
 
     Args:
-        comparisons: what :func:`apollo_qn.diagnostics.compare` returned; a chosen few.
-        columns: panels side by side, >= 1.
+        comparisons: some results of :func:`apollo_qn.diagnostics.compare`.
+        columns: number of panels side by side, >= 1.
 
     Returns:
-        A figure, with ``savefig``; no window is opened.
+        A matplotlib figure, to be saved with ``savefig``; no window is opened.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: there is nothing to draw, or ``columns`` is out of its range.
+        ValueError: ``comparisons`` is empty, or ``columns`` is out of its range.
     """
     if not comparisons:
         raise ValueError("comparisons must be at least one, got none")

@@ -38,30 +38,29 @@ Sink: TypeAlias = Callable[[int, list[TensorDiagnostics]], object]
 
 
 class Recorder:
-    """Measures an Apollo every so many of its steps, until it is detached.
+    """Measure an Apollo in every n-th step, until :meth:`detach`.
 
-    It is a hook before the step, which measures the coming correction of B, and one after it. In
-    the steps between they count and do nothing else; detached, the optimizer is as it was. What the
-    optimizer computes does not depend on it. ::
+    A recorder is a hook before the step and a hook after the step. It does not change what the
+    optimizer computes. ::
 
         with Recorder(optimizer, SummaryWriter(), every=100):
             train()
 
-    Where parameters are sharded all ranks need a recorder of the same ``every``; those that are not
-    to write have ``to=None``. A step that is replayed from a CUDA graph calls no hooks, so that
-    nothing of it is recorded.
+    If parameters are sharded, all ranks need a recorder with the same ``every``; those that do not
+    write pass ``to=None``. A step that is replayed from a CUDA graph calls no hooks and is not
+    recorded.
 
     Args:
-        optimizer: what is measured.
-        to: where it goes: a writer of TensorBoard (see :func:`to_tensorboard`); anything that can
-            be called with the step's number and the list of :func:`measure`; None: nowhere.
-        every: steps, >= 1; the steps whose number is a multiple of it are recorded.
-        names: as of :func:`measure`.
-        step: the number of steps that have been done already, in a training that goes on.
+        optimizer: the Apollo to measure.
+        to: destination of the measurements: a TensorBoard writer (see :func:`to_tensorboard`), a
+            function of the step's number and the list of :func:`measure`, or None.
+        every: number n of steps, >= 1. Steps whose number is a multiple of n are recorded.
+        names: as in :func:`measure`.
+        step: number of steps that were done before, for a training run that is resumed.
 
     Raises:
-        TypeError: the optimizer is not an Apollo, or nothing can be written to ``to``.
-        ValueError: ``every`` or ``step`` are out of their range.
+        TypeError: the optimizer is not an Apollo, or ``to`` cannot be written to.
+        ValueError: ``every`` or ``step`` is out of its range.
     """
 
     def __init__(
@@ -95,11 +94,11 @@ class Recorder:
 
     @property
     def due(self) -> bool:
-        """Whether the coming step will be recorded."""
+        """Whether the next step will be recorded."""
         return bool(self._handles) and (self.step + 1) % self.every == 0
 
     def detach(self) -> None:
-        """End it; the optimizer keeps nothing of it."""
+        """Remove both hooks from the optimizer."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -145,12 +144,14 @@ class Recorder:
 
 
 def to_tensorboard(writer: Writer, step: int, tensors: Sequence[TensorDiagnostics]) -> None:
-    """Write ``"curvature.negative/layer1.weight"`` and so on, and ``"curvature.negative/all"``.
+    """Write measurements as scalars of TensorBoard.
+
+    The tags are ``"curvature.negative/layer1.weight"`` and so on, and ``"curvature.negative/all"``.
 
     Args:
-        writer: a ``SummaryWriter``, or what has its ``add_scalar``.
-        step: of the training.
-        tensors: what :func:`measure` returned.
+        writer: a ``SummaryWriter``, or any object with its ``add_scalar``.
+        step: number of the training step.
+        tensors: result of :func:`measure`.
     """
     for tensor in (*tensors, *([overall(tensors)] if tensors else [])):
         numbers = asdict(tensor)
