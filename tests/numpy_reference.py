@@ -120,8 +120,10 @@ class ReleasedApollo:
         init_lr: float | None = None,
         weight_decay: float = 0.0,
         weight_decay_type: str = "L2",
+        sigma: float = 0.01,
     ) -> None:
         self.thetas = [np.array(theta, dtype=np.float64) for theta in thetas]
+        self.sigma = sigma  # fixed in the code: 1 before August 2021, 0.01 since
         self.group: dict[str, Any] = {
             "lr": lr,
             "beta": beta,
@@ -161,7 +163,7 @@ class ReleasedApollo:
             if group["rebound"] == "belief":
                 threshold, eps = np.max(np.abs(difference)), group["eps"]
             else:
-                threshold, eps = 0.01, group["eps"] / 0.01
+                threshold, eps = self.sigma, group["eps"] / self.sigma
             state["exp_avg_grad"] = state["exp_avg_grad"] + alpha * difference
 
             norm = np.sum(state["update"] ** 4) ** 0.25 + eps

@@ -21,6 +21,7 @@ from tests.helpers import (
     as_numpy,
     gradient,
     make,
+    normal,
     parameters,
     run_steps,
     same,
@@ -318,6 +319,43 @@ def test_the_first_release_had_a_sigma_of_1() -> None:
     optimizer = Apollo([torch.nn.Parameter(torch.ones(5, dtype=torch.float64, device=DEVICE))])
     optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["sigma"] == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("decay", ["L2", "decoupled"])
+@pytest.mark.parametrize("sigma", [1.0, 0.01])
+def test_sigma_is_recovered_from_the_stored_update(
+    sigma: float, decay: str, dtype: torch.dtype
+) -> None:
+    """The second and the third release have the same keys; m / update tells them apart."""
+    start = [normal((40,), "theta", i) for i in range(2)]
+    released = ReleasedApollo(
+        [as_numpy(p) for p in start], lr=0.1 * sigma, warmup=2, weight_decay=0.05,
+        weight_decay_type=decay, sigma=sigma,
+    )  # fmt: skip
+    for t in range(4):
+        released.step([as_numpy(normal((40,), "g", i, t)) for i in range(2)])
+    params = [
+        torch.nn.Parameter(torch.tensor(theta, dtype=dtype, device=DEVICE))
+        for theta in released.thetas
+    ]
+    optimizer = Apollo(params)
+    optimizer.load_state_dict(released_state_dict(released, dtype))
+    assert optimizer.param_groups[0]["sigma"] == sigma
+
+
+def test_groups_and_keys_of_a_released_state_are_named() -> None:
+    released = ReleasedApollo([np.ones(5)], lr=0.01)
+    released.step([np.arange(1.0, 6.0)])
+    saved = released_state_dict(released, torch.float64)
+    optimizer = Apollo([torch.nn.Parameter(torch.ones(5, dtype=torch.float64, device=DEVICE))])
+    two = {**saved, "param_groups": saved["param_groups"] * 2}
+    with pytest.raises(ValueError, match=r"groups of \[1, 1\] parameters, this optimizer of \[1\]"):
+        optimizer.load_state_dict(two)
+    del saved["param_groups"][0]["warmup"]
+    with pytest.raises(ValueError, match="a parameter group lacks 'warmup'"):
+        optimizer.load_state_dict(saved)
+    assert not optimizer.state
 
 
 def test_released_stable_decay_is_refused() -> None:
