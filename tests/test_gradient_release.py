@@ -203,6 +203,21 @@ def test_hooks_and_closures() -> None:
     assert calls == ["before", "after"] * 4
 
 
+def test_a_backward_pass_before_the_closure_is_the_first_one() -> None:
+    """As where a trainer accumulates gradients, and gives the last pass as a closure."""
+    _, (net, optimizer) = pair()
+    GradientRelease(optimizer)
+    loss_of(net, 0).backward()
+
+    def closure() -> Any:
+        loss = loss_of(net, 1)
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"under\s+release\.accumulate"):
+        optimizer.step(closure)
+
+
 def test_a_tensor_lr() -> None:
     ordinary, released = pair()
     GradientRelease(released[1])

@@ -133,8 +133,8 @@ class GradientRelease:
         """
         given = args[1] if len(args) > 1 else kwargs.get("closure")
         closure: Callable[[], Any] | None = given
-        self._end_step()
         if closure is None:
+            self._end_step()
             return None
 
         def ending() -> Any:

@@ -118,7 +118,7 @@ def sharded_as_whole(dtype_name: str, steps_given: str = "50") -> None:
                 for p, (_, mesh, placements) in zip(alone, chosen, strict=True)
             ]
             optimizers = [
-                Apollo(params, lr=0.05, warmup_steps=5, **settings, **back_end)
+                Apollo(params, seed=0, lr=0.05, warmup_steps=5, **settings, **back_end)
                 for params in (alone, spread)
             ]
             for t in range(steps):
@@ -157,7 +157,9 @@ def sixteen_bits() -> None:
                 nn.Parameter(placed(p.detach(), *layout))
                 for p, layout in zip(alone, layouts, strict=True)
             ]
-            optimizers = [Apollo(params, **settings, **back_end) for params in (alone, spread)]
+            optimizers = [
+                Apollo(params, seed=0, **settings, **back_end) for params in (alone, spread)
+            ]
             for _ in range(3):
                 for p in (*alone, *spread):
                     p.grad = torch.ones_like(p)
@@ -208,7 +210,7 @@ def one_all_reduce_a_mesh() -> None:
                 for i in range(6)
             ]
             groups = [{"params": params[::2]}, {"params": params[1::2], "lr": 0.5}]
-            optimizer = Apollo(groups, **settings)
+            optimizer = Apollo(groups, seed=0, **settings)
             for _ in range(2):
                 for p in params:
                     p.grad = torch.ones_like(p)
@@ -223,7 +225,7 @@ def compiled() -> None:
     found = []
     for compiling in (False, True):
         params = [nn.Parameter(placed(normal((6, 4), i), mesh, [Shard(0)])) for i in range(3)]
-        optimizer = Apollo(params, lr=0.1, warmup_steps=2)
+        optimizer = Apollo(params, seed=0, lr=0.1, warmup_steps=2)
         step = torch.compile(optimizer.step, backend="aot_eager") if compiling else optimizer.step
         for t in range(3):
             for i, p in enumerate(params):
@@ -246,7 +248,9 @@ def extreme_values() -> None:
                 scale = torch.tensor([1.0, 1e-3, 1e-6, 1e3], dtype=dtype).unsqueeze(1) * size
                 p = nn.Parameter(torch.zeros(4, 6, dtype=dtype))
                 q = nn.Parameter(placed(p.detach(), mesh, [Shard(0)]))
-                optimizers = [Apollo([x], lr=0.1, warmup_steps=0, **back_end) for x in (p, q)]
+                optimizers = [
+                    Apollo([x], seed=0, lr=0.1, warmup_steps=0, **back_end) for x in (p, q)
+                ]
                 for t in range(4):
                     p.grad = gradient(p.shape, dtype, 0, t) * scale
                     q.grad = placed(p.grad, mesh, [Shard(0)])
@@ -269,7 +273,9 @@ def gradients_placed_otherwise() -> None:
             for back_end in BACK_ENDS.values():
                 p = nn.Parameter(normal((n, 16), "theta", dtype=torch.float32))
                 q = nn.Parameter(placed(p.detach(), mesh, [of_p]))
-                optimizers = [Apollo([x], lr=0.1, warmup_steps=0, **back_end) for x in (p, q)]
+                optimizers = [
+                    Apollo([x], seed=0, lr=0.1, warmup_steps=0, **back_end) for x in (p, q)
+                ]
                 for t in range(2):
                     p.grad = gradient(p.shape, torch.float32, 0, t).clone()
                     if of_g.is_partial():
@@ -365,7 +371,7 @@ def two_groups(model: nn.Module) -> Apollo:
     last = list(model.last.parameters())  # type: ignore[union-attr]
     layers = list(model.layers.parameters())  # type: ignore[union-attr]
     groups = [{"params": layers}, {"params": last, "lr": 0.02, "rebound": "belief"}]
-    return Apollo(groups, lr=0.05, warmup_steps=6, **SETTINGS)
+    return Apollo(groups, seed=0, lr=0.05, warmup_steps=6, **SETTINGS)
 
 
 def sharded_net() -> tuple[nn.Module, Apollo, torch.optim.lr_scheduler.LRScheduler]:
@@ -494,7 +500,7 @@ def wrapped() -> None:
         "decoupled_weight_decay": True,
     }
     alone = net()
-    train(alone, Apollo(alone.parameters(), **settings), range(50), slice(None))
+    train(alone, Apollo(alone.parameters(), seed=0, **settings), range(50), slice(None))
 
     world = dist.get_world_size()
     meshes = {
@@ -507,14 +513,14 @@ def wrapped() -> None:
             for layer in model.layers:  # type: ignore[union-attr]
                 fully_shard(layer, mesh=meshes[way])
             fully_shard(model, mesh=meshes[way])
-            optimizer: torch.optim.Optimizer = Apollo(model.parameters(), **settings)
+            optimizer: torch.optim.Optimizer = Apollo(model.parameters(), seed=0, **settings)
         else:
             inner = model
             model = DistributedDataParallel(model)
             optimizer = (
                 ZeroRedundancyOptimizer(inner.parameters(), Apollo, **settings)
                 if way == "zero"
-                else Apollo(inner.parameters(), **settings)
+                else Apollo(inner.parameters(), seed=0, **settings)
             )
         train(model, optimizer, range(50), my_part())
         for p, q in zip(alone.parameters(), model.parameters(), strict=True):
@@ -560,7 +566,7 @@ def residual_network() -> None:
     size = 8 // dist.get_world_size()
     mine = slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
     for model, part in ((alone, slice(None)), (spread, mine)):
-        optimizer = Apollo(model.parameters(), lr=0.1, warmup_steps=0)
+        optimizer = Apollo(model.parameters(), seed=0, lr=0.1, warmup_steps=0)
         for t in range(5):
             x, y = normal((8, 1, 12, 12), "x", t)[part], torch.arange(8)[part]
             optimizer.zero_grad()
@@ -581,11 +587,13 @@ def tensor_parallel() -> None:
     world = dist.get_world_size()
     grid = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("data", "tensor"))
     alone, model = net(), net()
-    train(alone, Apollo(alone.parameters(), lr=0.05, warmup_steps=5), range(50), slice(None))
+    train(
+        alone, Apollo(alone.parameters(), seed=0, lr=0.05, warmup_steps=5), range(50), slice(None)
+    )
     plan: dict[str, Any] = {"layers.0": ColwiseParallel(), "layers.1": RowwiseParallel()}
     parallelize_module(model, grid["tensor"], plan)
     fully_shard(model, mesh=grid["data"])
-    optimizer = Apollo(model.parameters(), lr=0.05, warmup_steps=5)
+    optimizer = Apollo(model.parameters(), seed=0, lr=0.05, warmup_steps=5)
     row, rows = grid.get_local_rank("data"), world // 2
     part = slice(row * 8 // rows, (row + 1) * 8 // rows)
     train(model, optimizer, range(50), part)
@@ -621,7 +629,7 @@ def diagnostics_of_shards() -> None:
                 )
             ]
             groups = [{"params": params[::2]}, {"params": params[1::2], "lr": 0.1}]
-            optimizer = Apollo(groups, lr=0.05, warmup_steps=2, **settings)
+            optimizer = Apollo(groups, seed=0, lr=0.05, warmup_steps=2, **settings)
             with (
                 diagnostics.Recorder(
                     optimizer, lambda _, one, records=records: records.append(one), every=3

@@ -325,7 +325,7 @@ from pathlib import Path
 import torch
 from apollo_bench.workloads.image_classification import imagenet
 from apollo_bench.workloads.image_classification.encoded_images import EncodedImages
-from apollo_bench.workloads.image_classification.image_loader import DecodedPhotographs
+from apollo_bench.workloads.image_classification.image_loader import DecodingImageSource
 from apollo_bench.errors import ExperimentError
 from apollo_bench.config.schema import Photographs
 
@@ -333,7 +333,7 @@ data = Photographs(kind="photographs", size=24, test_resize=32)
 both = []
 for images in (imagenet.load(None, sys.argv[1]), imagenet.load(Path(sys.argv[2]))):
     device = torch.device("cpu")
-    source = DecodedPhotographs(images, imagenet.MEAN, imagenet.STD, data, device, 1)
+    source = DecodingImageSource(images, imagenet.MEAN, imagenet.STD, data, device, 1)
     both.append(list(source.evaluation(0, 1))[0])
     print(images.classes, images.train.labels.tolist())
 print(all(torch.equal(*pair) for pair in zip(*both)))
