@@ -71,7 +71,7 @@ def try_out(folder: Path, kind: str, environment: dict[str, str]) -> str:
         *("--set", "data.train_examples=128", "--set", "schedule.epochs=1"),
         cwd=folder,
     )
-    print(f"{kind}: {told(qn)} and {told(bench)} build, install and train")
+    print(f"{kind}: {summary(qn)} and {summary(bench)} build, install and train")
     return said
 
 
@@ -94,7 +94,7 @@ def install(wheel: Path, site: Path) -> None:
     )
 
 
-def told(wheel: Path) -> str:
+def summary(wheel: Path) -> str:
     return f"{wheel.name} ({wheel.stat().st_size:,} bytes)"
 
 

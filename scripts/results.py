@@ -1,8 +1,8 @@
 """The tables of results/ and of the pages that show them, from the metrics that are committed.
 
 ``python scripts/results.py`` writes them; with ``--check`` it says which of them are not what the
-metrics give, and whether the protocol was kept: the tries of the recipe and no others, the settings
-of the best, all seeds for all, the same data.
+metrics give, and whether the protocol was kept: the trials of the recipe and no others, the
+settings of the best, all seeds for all, the same data.
 """
 
 from __future__ import annotations
@@ -96,19 +96,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    faults = [fault for name in archives() for fault in remake(name, check)]
+    errors = [error for name in archives() for error in remake(name, check)]
     for task in TASKS:
-        faults += [fault for plan in PLANS for fault in protocol(task, plan)]
-    faults += of_lengths()
+        errors += [error for plan in PLANS for error in protocol(task, plan)]
+    errors += of_lengths()
     if all((RESULTS / task / "comparison" / RUNS).exists() for task in TASKS):
-        faults += [fault for path in PAGES for fault in blocks(path, check)]
-    for fault in faults:
-        print(fault, file=sys.stderr)
-    print(f"{len(archives())} archives, {'wrong' if faults else 'as the metrics give them'}")
+        errors += [error for path in PAGES for error in blocks(path, check)]
+    for error in errors:
+        print(error, file=sys.stderr)
+    print(f"{len(archives())} archives, {'wrong' if errors else 'as the metrics give them'}")
     missing = [name for name in lengths.pieces() if name not in lengths.measured(RESULTS)]
     if missing:
         print(f"not measured yet: {', '.join(missing)}")
-    return 1 if faults else 0
+    return 1 if errors else 0
 
 
 def archives() -> list[str]:
@@ -179,8 +179,8 @@ def put(path: Path, content: str, check: bool) -> Iterator[str]:
     there = path.read_text(encoding="utf-8") if path.exists() else ""
     if there != content:
         lines = difflib.unified_diff(there.splitlines(), content.splitlines(), lineterm="", n=0)
-        told = "\n  ".join([f"{path.relative_to(ROOT)} is not what the metrics give:", *lines])
-        yield told
+        message = "\n  ".join([f"{path.relative_to(ROOT)} is not what the metrics give:", *lines])
+        yield message
 
 
 def protocol(task: str, plan: str) -> Iterator[str]:

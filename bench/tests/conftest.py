@@ -120,3 +120,13 @@ def finished_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(finished_once: Path, tmp_path: Path) -> Path:
     """Return a copy of :func:`finished_once` of the test's own."""
     return shutil.copytree(finished_once, tmp_path / "compared")
+
+
+@pytest.fixture
+def single_process_group() -> Iterator[None]:
+    """A process group of this process alone."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -22,8 +22,8 @@ from bench.tests.helpers import assert_identical, prepared, result
 
 def names(network: nn.Module) -> set[str]:
     """Of the parameters that Muon has."""
-    mine = {id(p) for p in split(network)[0]}
-    return {name for name, p in network.named_parameters() if id(p) in mine}
+    by_muon = {id(p) for p in split(network)[0]}
+    return {name for name, p in network.named_parameters() if id(p) in by_muon}
 
 
 def test_muon_has_the_matrices_within() -> None:

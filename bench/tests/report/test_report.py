@@ -21,6 +21,7 @@ from apollo_bench.report import narrative, page, tables
 from apollo_bench.report.figure_axes import short
 from apollo_bench.report.summary import Summary, collect
 from apollo_bench.runs.run_directory import RunDirectory
+from apollo_bench.search import trials
 from bench.tests.conftest import TINY
 
 PNG = b"\x89PNG\r\n"
@@ -99,15 +100,15 @@ def made_up(
             file.write(json.dumps(line) + "\n")
     if verdict is not None:
         steps = len(values)
-        told: dict[str, Any] = {
+        record: dict[str, Any] = {
             "verdict": verdict,
             "step": steps,
             "steps": steps,
             "time": {"seconds": 10.0 * steps},
         }
         if verdict == "finished":
-            told |= {"train_loss": 2.0 / steps, metric.replace("valid_", "test_"): values[-1]}
-        directory.result.write_text(json.dumps(told))
+            record |= {"train_loss": 2.0 / steps, metric.replace("valid_", "test_"): values[-1]}
+        directory.result.write_text(json.dumps(record))
 
 
 def summarise(folder: Path, plan: recipe.Recipe, finals: dict[str, list[float]]) -> Summary:
@@ -334,10 +335,10 @@ def test_where_runs_were_trained(recipe_file: Path, tmp_path: Path) -> None:
     assert "1 thread per process, precision 32-true; torch " in narrative.notes(summary)[-1]
     made_up(tmp_path, plan.run("sgd", 4), [50.0])
     manifest = RunDirectory(tmp_path / "runs" / plan.run("sgd", 4).label).manifest
-    told = json.loads(manifest.read_text())
-    told["execution"] |= {"accelerator": "gpu", "devices": 2, "nodes": 3}
-    told["machine"]["gpu"] = "NVIDIA H200"
-    manifest.write_text(json.dumps(told))
+    record = json.loads(manifest.read_text())
+    record["execution"] |= {"accelerator": "gpu", "devices": 2, "nodes": 3}
+    record["machine"]["gpu"] = "NVIDIA H200"
+    manifest.write_text(json.dumps(record))
     *_, where, warning = narrative.notes(collect([tmp_path])[0])
     assert "; 2 x NVIDIA H200, " in where
     assert "3 such machines, precision 32-true; torch" in where
@@ -414,6 +415,25 @@ def test_sweeps(recipe_file: Path, tmp_path: Path) -> None:
     both = [tmp_path / "lr-robustness", tmp_path / "weight-decay"]
     with pytest.raises(ExperimentError, match="differ in analysis: they cannot stand in one table"):
         collect(both)
+
+
+def test_trials_of_a_search(recipe_file: Path, tmp_path: Path) -> None:
+    """Trials are sorted by the rate, and a best rate at an end of the range is marked."""
+    settings = ["data.validation=64", "tuning.trials=3", "tuning.ranges.sgd.lr=[0.01, 1.0]"]
+    plan = recipe.load(str(recipe_file), [*settings, "tuning.ranges.apollo.lr=[0.1, 10.0]"])
+    for spec in trials.make_trials(plan):
+        rate = spec.optimizer.lr
+        score = 60.0 + 10 * rate if spec.name == "sgd" else 60.0 - rate
+        made_up(tmp_path, spec, [50.0, score])
+    [summary] = collect([tmp_path])
+    chosen, all_trials = tables.tables(summary)
+    ends = [column.title for column in chosen.columns].index("at an end")
+    assert [row[ends].text for row in chosen.rows] == ["lr, the largest", "lr, the smallest"]
+    for row in all_trials.rows:
+        rates = [float(cell.text.partition(":")[0]) for cell in row[1:]]
+        assert rates == sorted(rates)
+        assert len(rates) == 3
+        assert [cell.best for cell in row[1:]].count(True) == 1
 
 
 def test_runs_that_do_not_compare(recipe_file: Path, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_the_peer_is_always_there() -> None:
         candidates.choose_candidates(["Apolo"])
 
 
-def test_contenders_of_a_gpu() -> None:
+def test_candidates_of_a_gpu() -> None:
     assert candidates.COMPILED not in [c.name for c in candidates.choose_candidates(None)]
     assert candidates.COMPILED in [c.name for c in candidates.choose_candidates(None, "cuda")]
     too_many = [torch.nn.Parameter(torch.zeros(1)) for _ in range(1001)]
@@ -95,15 +95,15 @@ def test_a_decoder_is_halved_three_times() -> None:
 
 
 def test_gradient_and_state_that_no_cache_holds_are_read_twice() -> None:
-    mine = Timings("Apollo fused", "apollo", 7, [1.0], [1.0], state_bytes=8000)
-    result = SetResult("set", "Set", 1, 1000, 4, [10.0], [mine])
-    assert result.bandwidth(mine) == 7 * 1000 * 4 / 1e-3
-    assert result.bandwidth(mine, twice=True) == 10 * 1000 * 4 / 1e-3
-    assert "at 10 words" not in " ".join(presentation.cells(result, mine))
+    timings = Timings("Apollo fused", "apollo", 7, [1.0], [1.0], state_bytes=8000)
+    result = SetResult("set", "Set", 1, 1000, 4, [10.0], [timings])
+    assert result.bandwidth(timings) == 7 * 1000 * 4 / 1e-3
+    assert result.bandwidth(timings, twice=True) == 10 * 1000 * 4 / 1e-3
+    assert "at 10 values per parameter" not in " ".join(presentation.cells(result, timings))
     result.reads_twice = True
-    assert "at 10 words" in " ".join(presentation.cells(result, mine))
-    mine.state_bytes = None
-    assert result.bandwidth(mine, twice=True) == 10 * 1000 * 4 / 1e-3
+    assert "at 10 values per parameter" in " ".join(presentation.cells(result, timings))
+    timings.state_bytes = None
+    assert result.bandwidth(timings, twice=True) == 10 * 1000 * 4 / 1e-3
 
 
 def taken(name: str, times: list[float], peer: list[float], words: int = 7) -> Timings:
@@ -123,7 +123,7 @@ def test_ratios_are_of_the_same_round() -> None:
 def test_the_slow_take_part_in_the_first_rounds_only() -> None:
     slow = Candidate("slow", "other", 7, Sleeper)
     (chosen,) = parameter_sets.choose_sets(["many-tensors/1000"])
-    told: list[tuple[str, int, int]] = []
+    reports: list[tuple[str, int, int]] = []
     result = measurement.measure(
         chosen,
         [CANDIDATES[PEER], slow],
@@ -131,13 +131,13 @@ def test_the_slow_take_part_in_the_first_rounds_only() -> None:
         budget=60.0,
         dtype=torch.float32,
         seed=0,
-        report_progress=lambda *what: told.append(what),
+        report_progress=lambda *what: reports.append(what),
         stop=lambda: False,
     )
     rounds = {t.name: len(t.times) for t in result.taken}
     assert rounds == {PEER: 9, "slow": measurement.FEWEST}
     assert len(result.copy_times) == 9
-    assert told[-1] == (chosen.title, 8, 9)
+    assert reports[-1] == (chosen.title, 8, 9)
 
 
 class Sleeper(torch.optim.SGD):
@@ -145,7 +145,7 @@ class Sleeper(torch.optim.SGD):
         time.sleep(0.02)
 
 
-def test_a_contender_that_cannot_be_made_is_shown_and_stops_nobody() -> None:
+def test_a_candidate_that_cannot_be_made_is_shown_and_stops_nobody() -> None:
     def fail(params: object) -> torch.optim.Optimizer:
         raise RuntimeError("no kernel\nand more")
 

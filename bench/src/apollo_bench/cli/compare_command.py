@@ -7,13 +7,15 @@ from typing import Annotated
 
 import typer
 
-from apollo_bench.cli import options, runtime, selection
+from apollo_bench.cli import options, runtime
 from apollo_bench.errors import ExperimentError
 
 _EMBEDDED = ("fashion-mnist", "wordnet", "phrases")  # trained where no task is given
 
 
+@options.with_training_options
 def compare(
+    training: options.TrainingOptions,
     task: Annotated[
         str | None,
         typer.Argument(
@@ -24,19 +26,6 @@ def compare(
     out: Annotated[
         Path | None, typer.Option(help="Output folder.  [default: runs/compare]")
     ] = None,
-    quick: options.Quick = False,
-    seeds: options.Seeds = None,
-    optimizers: options.OptimizerNames = None,
-    schedules: options.ScheduleNames = None,
-    settings: options.Settings = None,
-    tuned: options.Tuned = None,
-    data: options.DataFolder = None,
-    jobs: options.Jobs = None,
-    accelerator: options.AcceleratorName = "cpu",
-    devices: options.Devices = 1,
-    strategy: options.StrategyName = "ddp",
-    threads: options.Threads = None,
-    cluster: options.ClusterName = None,
 ) -> None:
     """Train a task with several optimizers, schedules and seeds, and write a report.
 
@@ -44,22 +33,14 @@ def compare(
     paper's tables 1 to 3. Stop it with Ctrl-C; the same command continues.
     """
     with runtime.one_line_errors():
-        from apollo_bench.launch.run_experiment import Machines, Request
-
-        if task is None and data is not None:
+        if task is None and training.data is not None:
             raise ExperimentError(
-                f"--data is {str(data)!r}; it needs a TASK: apollo-bench compare TASK --data DIR"
+                f"--data is {str(training.data)!r}; it needs a TASK: "
+                "apollo-bench compare TASK --data DIR"
             )
         specs = []
         for name in _EMBEDDED if task is None else (task,):
-            chosen = selection.select(name, settings, optimizers, schedules, quick, tuned=tuned)
-            specs += chosen.recipe.runs(chosen.optimizers, seeds, chosen.schedules)
-        runtime.train_and_report(
-            Request(
-                specs,
-                out or Path("runs") / ("compare-quick" if quick else "compare"),
-                data,
-                Machines(accelerator, devices, jobs, threads, strategy, cluster),
-                check_data=selection.data_check(tuned),
-            )
-        )
+            chosen = training.select(name)
+            specs += chosen.recipe.runs(chosen.optimizers, training.seeds, chosen.schedules)
+        folder = out or Path("runs") / ("compare-quick" if training.quick else "compare")
+        runtime.train_and_report(training.request(specs, folder))

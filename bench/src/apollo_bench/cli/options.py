@@ -1,11 +1,22 @@
-"""The options that several commands share."""
+"""The options that several commands share, and the commands that take all of them."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from apollo_bench.cli import selection
+
+if TYPE_CHECKING:
+    from apollo_bench.config.recipe import RunSpec
+    from apollo_bench.config.schema import Analysis
+    from apollo_bench.launch.run_experiment import Request
 
 TaskName = Annotated[str, typer.Argument(help="A task (see `tasks`), or a recipe's .toml file.")]
 RunFolders = Annotated[
@@ -52,3 +63,62 @@ Threads = Annotated[
     int | None,
     typer.Option(min=1, help="CPU threads per process.  [default: an equal part of the cores]"),
 ]
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """The options of a command that trains many runs."""
+
+    quick: Quick = False
+    seeds: Seeds = None
+    optimizers: OptimizerNames = None
+    schedules: ScheduleNames = None
+    settings: Settings = None
+    tuned: Tuned = None
+    data: DataFolder = None
+    jobs: Jobs = None
+    accelerator: AcceleratorName = "cpu"
+    devices: Devices = 1
+    strategy: StrategyName = "ddp"
+    threads: Threads = None
+    cluster: ClusterName = None
+
+    def select(self, task: str, analysis: Analysis | None = None) -> selection.Selection:
+        """Load the recipe of a task and apply the options.
+
+        Raises:
+            ExperimentError: an option has a wrong value, or the search cannot be used.
+        """
+        return selection.select(
+            task, self.settings, self.optimizers, self.schedules, self.quick, analysis, self.tuned
+        )
+
+    def request(self, specs: list[RunSpec], out: Path) -> Request:
+        """Return the request to train these runs into a folder."""
+        from apollo_bench.launch.run_experiment import Machines, Request
+
+        machines = Machines(
+            self.accelerator, self.devices, self.jobs, self.threads, self.strategy, self.cluster
+        )
+        check_data = selection.data_check(self.tuned)
+        return Request(specs, out, self.data, machines, check_data=check_data)
+
+
+def with_training_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option per field of TrainingOptions, in place of ``training``.
+
+    Typer reads the options of a command from its signature.
+    """
+    own = inspect.signature(command, eval_str=True)
+    fields = inspect.signature(TrainingOptions, eval_str=True).parameters
+
+    @functools.wraps(command)
+    def with_options(**values: Any) -> None:
+        training = TrainingOptions(**{name: values.pop(name) for name in fields})
+        command(training=training, **values)
+
+    parameters = [p for p in own.parameters.values() if p.name != "training"]
+    parameters += fields.values()
+    with_options.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {p.name: p.annotation for p in parameters}
+    return with_options

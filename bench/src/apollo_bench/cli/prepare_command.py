@@ -36,7 +36,7 @@ def prepare(
     """
     with runtime.one_line_errors():
         from apollo_bench.launch.progress import counter
-        from apollo_bench.workloads.preparation import PREPARERS, Options
+        from apollo_bench.workloads.preparation import PREPARERS, PrepareOptions
 
         if task not in PREPARERS:
             raise ExperimentError(
@@ -46,7 +46,7 @@ def prepare(
         folder = out or Path("data") / task
         with counter(Console(stderr=True)) as report_progress:
             prepared = PREPARERS[task](
-                raw, folder, Options(vocabulary, workers, subwords), report_progress
+                raw, folder, PrepareOptions(vocabulary, workers, subwords), report_progress
             )
         if prepared.remark:
             typer.echo(prepared.remark)

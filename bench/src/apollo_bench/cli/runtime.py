@@ -47,18 +47,20 @@ def echo(text: str, err: bool = False) -> None:
         typer.echo(text, err=err)
 
 
-def train(request: Request) -> bool:
+def train_and_print_failures(request: Request) -> bool:
     """Train runs and print why any failed; return whether any did.
 
     Raises:
         ExperimentError: an option, a run or its data cannot be used.
         typer.Exit: on SIGINT or SIGTERM, with status 128 plus the signal's number.
     """
-    from apollo_bench.launch.run_experiment import train_runs
+    from apollo_bench.launch import run_experiment
 
     keep_caches_in(request.out)
     try:
-        failed = train_runs(request, lambda text: echo(f"apollo-bench: {text}", err=True))
+        failed = run_experiment.train_runs(
+            request, lambda text: echo(f"apollo-bench: {text}", err=True)
+        )
     except Interrupted as interrupt:
         echo(f"Stopped; nothing is lost. Go on with:  {command_line()}", err=True)
         raise typer.Exit(128 + interrupt.number) from None
@@ -78,7 +80,7 @@ def train_and_report(request: Request) -> None:
         ExperimentError: an option, a run or its data cannot be used.
         typer.Exit: a run failed (status 1), or the command was interrupted.
     """
-    failed = train(request._replace(one_report=True))
+    failed = train_and_print_failures(request._replace(one_report=True))
     if process_group.is_main_process():
         write_report([request.out], request.out)
     if failed:

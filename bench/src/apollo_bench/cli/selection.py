@@ -39,10 +39,10 @@ def select(
         schedules: likewise.
         quick: whether the table [quick] is applied.
         analysis: the analysis of a sweep; None: a comparison or a single run.
-        tuned: folder of a finished tuning, whose best settings are used.
+        tuned: folder of a finished search, whose best settings are used.
 
     Raises:
-        ExperimentError: an option has a wrong value, or the tuning cannot be used.
+        ExperimentError: an option has a wrong value, or the search cannot be used.
     """
     loaded = recipe.load(task)
     names = _split("--optimizers", optimizers, loaded.optimizers)
@@ -52,7 +52,7 @@ def select(
     if tuned is None:
         return Selection(plan, names, chosen)
     if analysis == "tuning":
-        raise ExperimentError(f"--tuned is {str(tuned)!r}; it cannot be used with a tuning")
+        raise ExperimentError(f"--tuned is {str(tuned)!r}; it cannot be used with a search")
     from apollo_bench.search import best_trials
 
     own = plan.compare if analysis is None else plan.sweeps.get(analysis)
@@ -63,7 +63,7 @@ def select(
 
 
 def data_check(tuned: Path | None) -> Callable[[dict[str, str]], None] | None:
-    """Return a function that raises ExperimentError for data that a tuning was not run on."""
+    """Return a function that raises ExperimentError for data that a search was not run on."""
     if tuned is None:
         return None
     from apollo_bench.search import best_trials

@@ -40,7 +40,7 @@ def steptime(
         from apollo_bench.steptime import benchmark, presentation
 
         runtime.keep_caches_in(out)
-        options = benchmark.Options(
+        options = benchmark.BenchmarkOptions(
             None if sets is None else sets.split(","),
             None if optimizers is None else [name.strip() for name in optimizers.split(",")],
             repeats,

@@ -52,7 +52,9 @@ def train(
         spec = chosen.recipe.run(optimizer, seed, schedule or chosen.schedules[0])
         every = diagnose_every or (_DIAGNOSE_EVERY if diagnostics else None)
         machines = Machines(accelerator, devices, 1, threads, strategy)
-        failed = runtime.train(Request([spec], out, data, machines, diagnose_every=every))
+        failed = runtime.train_and_print_failures(
+            Request([spec], out, data, machines, diagnose_every=every)
+        )
         runtime.echo(str(run_folder(out, spec)))
     if failed:
         raise typer.Exit(1)

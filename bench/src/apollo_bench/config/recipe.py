@@ -59,7 +59,7 @@ class RunSpec(ConfigSection):
 
     @property
     def is_trial(self) -> bool:
-        """Whether the run is a trial of a tuning, which never sees the test data."""
+        """Whether the run is a trial of a search, which never sees the test data."""
         return self.sweep is not None and self.sweep.kind == "tuning"
 
     @property

@@ -339,7 +339,7 @@ class SweepPoint(ConfigSection):
     """The place of a run in a sweep."""
 
     kind: Analysis
-    value: Positive  # of a tuning: the number of the trial
+    value: Positive  # of a search: the number of the trial
 
     def __str__(self) -> str:
         prefix = {"lr-robustness": "lr-x", "weight-decay": "decay-", "tuning": "try"}

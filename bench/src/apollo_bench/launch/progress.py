@@ -190,8 +190,8 @@ def _fitting(runs: list[RunState], rows: int) -> list[RunState]:
 def _more(runs: list[RunState], shown: list[RunState]) -> str:
     names = {run.name for run in shown}
     hidden = Counter(run.status for run in runs if run.name not in names)
-    told = ", ".join(f"{count} {status}" for status, count in hidden.items())
-    return f"and {len(runs) - len(shown)} more: {told}"
+    counts = ", ".join(f"{count} {status}" for status, count in hidden.items())
+    return f"and {len(runs) - len(shown)} more: {counts}"
 
 
 def _score(run: RunState) -> str:

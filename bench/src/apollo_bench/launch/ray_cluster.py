@@ -65,7 +65,7 @@ def run_all(runs: list[RunState], jobs: int | None, display: Display) -> None:
                     runs[i].read_progress()
                     if reference in done:
                         del tasks[i]
-                        _settle(ray, runs[i], reference)
+                        _update_status(ray, runs[i], reference)
                     elif runs[i].status == "waiting" and _begun(runs[i]) != before[i]:
                         runs[i].status = "running"
                 if received:
@@ -145,7 +145,7 @@ def _begun(run: RunState) -> float:
         return 0.0
 
 
-def _settle(ray: Any, run: RunState, reference: Any) -> None:
+def _update_status(ray: Any, run: RunState, reference: Any) -> None:
     try:
         run.update_status(ray.get(reference))
     except ray.exceptions.RayError as error:

@@ -98,10 +98,10 @@ class RunState:
             lines = self.directory.log.read_text(errors="replace").strip().splitlines()
             how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
             # torchrun prints lines of its own after a worker's
-            told = [
+            messages = [
                 line.removeprefix(ERROR_PREFIX) for line in lines if line.startswith(ERROR_PREFIX)
             ]
-            self.reason = f"{how}: {(told or lines)[-1]}" if lines and status > 0 else how
+            self.reason = f"{how}: {(messages or lines)[-1]}" if lines and status > 0 else how
 
 
 class Display(Protocol):

@@ -27,6 +27,10 @@ from apollo_qn.schedules import inverse_square_root
 def build_optimizer(settings: OptimizerSettings, network: nn.Module) -> torch.optim.Optimizer:
     """Make an optimizer on its fastest back end, as a user would.
 
+    Example:
+        >>> spec = recipe.load("wordnet").run("apollo", seed=1)
+        >>> optimizer = build_optimizer(spec.optimizer, network)
+
     Args:
         settings: of one run: weight decay is a number.
         network: on its device.
@@ -68,6 +72,10 @@ def build_optimizer(settings: OptimizerSettings, network: nn.Module) -> torch.op
 
 def lr_factor(schedule: Schedule, name: str, steps: int) -> Callable[[int], float]:
     """Return the factor on the learning rate as a function of the step, for LambdaLR.
+
+    Example:
+        >>> factor = lr_factor(spec.train.schedule, spec.name, steps=400)
+        >>> scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
     Args:
         schedule: schedule of the run.

@@ -31,12 +31,12 @@ def headline(summary: Summary) -> str:
 
 def _diverged(summary: Summary) -> str:
     """Return a sentence on the optimizers with diverged runs; "" if there are none."""
-    told = []
+    parts = []
     for label, rows in _by_label(summary).items():
         count, total = sum(row.diverged for row in rows), sum(len(row.runs) for row in rows)
         if count:
-            told.append(f"{label} ({count} of {total} runs)")
-    return f" Diverged: {', '.join(told)}." if told else ""
+            parts.append(f"{label} ({count} of {total} runs)")
+    return f" Diverged: {', '.join(parts)}." if parts else ""
 
 
 def _by_label(summary: Summary) -> dict[str, list[Row]]:
@@ -83,12 +83,12 @@ def _tuned(section: ScheduleSection, summary: Summary) -> str:
         best_of([row for row in section.rows if row.name == name and not row.diverged])
         for name in names
     ]
-    told = [
+    parts = [
         f"{row.label} {settings_of(row)} ({row.score.text(2)})"
         for row in chosen
         if row is not None and row.score is not None
     ]
-    return f"Best {summary.metric.label}: {', '.join(told)}."
+    return f"Best {summary.metric.label}: {', '.join(parts)}."
 
 
 def _swept(section: ScheduleSection, summary: Summary) -> str:
@@ -96,18 +96,18 @@ def _swept(section: ScheduleSection, summary: Summary) -> str:
     for row in section.rows:
         rows.setdefault(row.label, []).append(row)
     spans = []
-    for label, mine in rows.items():
-        means = [row.score.mean for row in mine if row.score is not None]
-        bad = any(row.diverged for row in mine)  # divergence is worse than any number
+    for label, rows_of_label in rows.items():
+        means = [row.score.mean for row in rows_of_label if row.score is not None]
+        bad = any(row.diverged for row in rows_of_label)  # divergence is worse than any number
         if means or bad:
             spans.append((math.inf if bad else max(means) - min(means), label))
     if not spans:
         return "no run has finished."
-    told = ", ".join(
+    parts = ", ".join(
         f"{label} {'diverged at one' if math.isinf(span) else f'{span:.2f}'}"
         for span, label in sorted(spans)
     )
-    return f"Between its best and worst value the mean {summary.metric.label} differs by: {told}."
+    return f"Between its best and worst value the mean {summary.metric.label} differs by: {parts}."
 
 
 def notes(summary: Summary) -> list[str]:
@@ -167,15 +167,15 @@ def _seeds(summary: Summary) -> str:
         for row in rows
     }
     common = set.intersection(*by_row.values())
-    told = f"seeds {_listed(common)}" if common else "no common seed"
+    parts = f"seeds {_listed(common)}" if common else "no common seed"
     more: dict[str, set[int]] = {}
     for (label, _), seeds in by_row.items():
         if seeds - common:
             more.setdefault(label, set()).update(seeds - common)
     if not more:
-        return told
+        return parts
     beyond = "; ".join(f"{_listed(seeds)} of {label}" for label, seeds in more.items())
-    return f"{told}{' of all' if common else ''}, also {beyond}"
+    return f"{parts}{' of all' if common else ''}, also {beyond}"
 
 
 def _listed(numbers: set[int]) -> str:
@@ -185,18 +185,18 @@ def _listed(numbers: set[int]) -> str:
 def _place(run: Run) -> str:
     """Return where and how a run was trained, as far as its times depend on it."""
     machine, execution = run.manifest["machine"], run.execution
-    told = [machine["cpu"], f"{machine['cores']} cores"]
+    parts = [machine["cpu"], f"{machine['cores']} cores"]
     if execution.accelerator == "gpu":
-        told.insert(0, f"{execution.devices} x {machine.get('gpu', 'GPU')}")
+        parts.insert(0, f"{execution.devices} x {machine.get('gpu', 'GPU')}")
     elif execution.devices > 1:
-        told.append(f"{execution.devices} processes per run")
+        parts.append(f"{execution.devices} processes per run")
     if execution.nodes > 1:
-        told.append(f"{execution.nodes} such machines")
+        parts.append(f"{execution.nodes} such machines")
     if execution.accelerator == "cpu":
         threads = execution.threads
-        told.append(f"{threads} thread{'s' if threads > 1 else ''} per process")
-    told.append(f"precision {run.spec.train.precision}")
-    return ", ".join(told)
+        parts.append(f"{threads} thread{'s' if threads > 1 else ''} per process")
+    parts.append(f"precision {run.spec.train.precision}")
+    return ", ".join(parts)
 
 
 def _on_differences(summary: Summary) -> str:
@@ -239,8 +239,8 @@ def _on_paper(summary: Summary, spec: RunSpec) -> str:
     if not differing:
         return text
     *most, last = differing
-    told = f"{', '.join(most)} and {last}" if most else last
-    return f"{text} Ours differ in {told}: they are not comparable."
+    parts = f"{', '.join(most)} and {last}" if most else last
+    return f"{text} Ours differ in {parts}: they are not comparable."
 
 
 def _differing(summary: Summary, spec: RunSpec, theirs: Recipe) -> list[str]:

@@ -18,6 +18,10 @@ from apollo_bench.report.summary import Row, Summary, collect
 def write(paths: list[Path], out: Path, target: float | None = None) -> list[Summary]:
     """Write report.html, results.md, results.csv and the figures (PNG, SVG) into a folder.
 
+    Example:
+        >>> summaries = write([Path("runs/compare")], Path("runs/compare"))
+        >>> show(summaries, rich.console.Console())
+
     Args:
         paths: as in ``collect``.
         out: folder, created if it is missing; a report that is there is replaced.

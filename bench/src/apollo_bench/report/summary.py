@@ -167,8 +167,8 @@ class ScheduleSection:
     @property
     def apollo_row(self) -> Row | None:
         """The row of Apollo; None in a sweep, which has several."""
-        mine = [row for row in self.rows if row.name == APOLLO]
-        return mine[0] if len(mine) == 1 else None
+        apollos = [row for row in self.rows if row.name == APOLLO]
+        return apollos[0] if len(apollos) == 1 else None
 
     @property
     def length(self) -> str:
@@ -312,8 +312,8 @@ def _summarise(runs: list[Run], target: float | None) -> Summary:
     for run in runs:
         rows.setdefault(key(run)[:-1], []).append(run)
     sections: dict[str, list[Row]] = {}
-    for mine in rows.values():
-        row = Row(mine[0].spec.name, mine, curve, final)
+    for runs_of_row in rows.values():
+        row = Row(runs_of_row[0].spec.name, runs_of_row, curve, final)
         sections.setdefault(row.schedule, []).append(row)
     made = [ScheduleSection(name, found, curve, final, target) for name, found in sections.items()]
     return Summary(runs, made, curve, final)

@@ -53,13 +53,13 @@ def _by_rate(summary: Summary) -> Figure:
     for axes, section in zip(panels, sections, strict=True):
         found: list[float] = []
         for name in dict.fromkeys(row.name for row in section.rows):
-            tries = [row for row in section.rows if row.name == name and not row.diverged]
-            best = best_of(tries)
+            trials = [row for row in section.rows if row.name == name and not row.diverged]
+            best = best_of(trials)
             if best is None:
                 continue
             own = _first_setting(best)
             points = sorted(
-                (_first_setting(row) / own, row.score.mean) for row in tries if row.score
+                (_first_setting(row) / own, row.score.mean) for row in trials if row.score
             )
             values = [value for _, value in points]
             axes.plot(
@@ -132,15 +132,15 @@ def _curves_by_value(summary: Summary, section: ScheduleSection) -> Figure:
     ):
         scale = Scale(panels[line][0], key == metric.name and metric.higher_is_better)
         for axes, name in zip(panels[line], names, strict=True):
-            mine = [row for row in section.rows if row.name == name]
-            for place, row in enumerate(mine):
+            own_rows = [row for row in section.rows if row.name == name]
+            for place, row in enumerate(own_rows):
                 found = over_time(row, key)
                 if not found:
                     continue
                 means = [value.mean for value in found.values()]
                 axes.plot(
                     list(found), means, linewidth=1.8, linestyle=LINES[place % len(LINES)],
-                    color=_shade(style_of(name).color, place, len(mine)), label=_value(row),
+                    color=_shade(style_of(name).color, place, len(own_rows)), label=_value(row),
                 )  # fmt: skip
                 scale.saw(means, means, means)
             if line == 0:
@@ -149,7 +149,7 @@ def _curves_by_value(summary: Summary, section: ScheduleSection) -> Figure:
                 axes.set_xlabel(unit(section.rows[0]))
                 axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
             if axes.lines and line == 0:
-                axes.legend(frameon=False, fontsize=10, ncols=1 + (len(mine) > 4))
+                axes.legend(frameon=False, fontsize=10, ncols=1 + (len(own_rows) > 4))
             if not axes.lines:
                 nothing_yet(axes)
         panels[line][0].set_ylabel(label)

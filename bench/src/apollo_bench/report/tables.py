@@ -42,7 +42,7 @@ def tables(summary: Summary) -> list[Table]:
     """Return the tables of a summary: one or two per schedule."""
     if summary.sweep == "tuning":
         return [
-            make(summary, section) for section in summary.sections for make in (_chosen, _tries)
+            make(summary, section) for section in summary.sections for make in (_chosen, _trials)
         ]
     make = _comparison if summary.sweep is None else _sweep
     return [make(summary, section) for section in summary.sections]
@@ -60,15 +60,15 @@ def _spread(value: SampleStats | None, digits: int) -> str:
 def _comparison(summary: Summary, section: ScheduleSection) -> Table:
     target = section.target
 
-    def told(row: Row, found: Difference | None, digits: int = 2) -> str:
-        """With the number of pairs, where a run has none."""
+    def difference(row: Row, found: Difference | None, digits: int = 2) -> str:
+        """Return a difference, with the number of pairs where a run has none."""
         if found is None:
             return NOTHING
         part = "" if found.pairs >= len(row.runs) else f" ({found.pairs} of {len(row.runs)} pairs)"
         return found.text(digits) + part
 
     def lead(row: Row) -> str:
-        return told(row, section.lead(row))
+        return difference(row, section.lead(row))
 
     def p(row: Row) -> str:
         found = section.lead(row)
@@ -80,7 +80,7 @@ def _comparison(summary: Summary, section: ScheduleSection) -> Table:
 
     def over_rival(row: Row) -> str:
         return (
-            told(row, section.lead_over_best_other(row))
+            difference(row, section.lead_over_best_other(row))
             if len(section.apollo_variants) > 1
             else NOTHING
         )
@@ -97,7 +97,7 @@ def _comparison(summary: Summary, section: ScheduleSection) -> Table:
 
     def saved(row: Row) -> str:
         return (
-            told(row, section.updates_saved(row), 0)
+            difference(row, section.updates_saved(row), 0)
             if len(section.apollo_variants) > 1
             else NOTHING
         )
@@ -158,11 +158,11 @@ def _sweep(summary: Summary, section: ScheduleSection) -> Table:
     }
     rows = []
     for name in dict.fromkeys(row.name for row in section.rows):
-        mine = [at.get((name, value)) for value in values]
-        there = [row for row in mine if row is not None]
+        own_rows = [at.get((name, value)) for value in values]
+        there = [row for row in own_rows if row is not None]
         means = [row.score.mean for row in there if row.score is not None]
         cells = [Cell(there[0].label, color=name)]
-        for value, row in zip(values, mine, strict=True):
+        for value, row in zip(values, own_rows, strict=True):
             score = None if row is None else row.score
             text = NOTHING if row is None else _outcome(row)
             cells.append(Cell(text, row is not None and score is not None and row is best[value]))
@@ -189,22 +189,24 @@ def _sweep(summary: Summary, section: ScheduleSection) -> Table:
 
 
 def _chosen(summary: Summary, section: ScheduleSection) -> Table:
-    """Return the table of the best trials of a tuning."""
+    """Return the table of the best trials of a search."""
     rows = []
     for name in dict.fromkeys(row.name for row in section.rows):
-        mine = [row for row in section.rows if row.name == name]
-        best = best_of([row for row in mine if not row.diverged])
-        diverged = sum(row.diverged > 0 for row in mine)
+        own_rows = [row for row in section.rows if row.name == name]
+        best = best_of([row for row in own_rows if not row.diverged])
+        diverged = sum(row.diverged > 0 for row in own_rows)
         rows.append(
             [
-                Cell(mine[0].label, color=name),
+                Cell(own_rows[0].label, color=name),
                 Cell(NOTHING if best is None else settings_of(best)),
                 Cell(NOTHING if best is None else _spread(best.score, 2)),
                 Cell(
-                    ", ".join(f"{key} {a:g} to {b:g}" for key, (a, b) in _ranges(mine[0]).items())
+                    ", ".join(
+                        f"{key} {a:g} to {b:g}" for key, (a, b) in _ranges(own_rows[0]).items()
+                    )
                 ),
-                Cell("" if best is None else _at_an_end(best, mine)),
-                Cell(f"{len(mine)}, {diverged} diverged" if diverged else str(len(mine))),
+                Cell("" if best is None else _at_an_end(best, own_rows)),
+                Cell(f"{len(own_rows)}, {diverged} diverged" if diverged else str(len(own_rows))),
             ]
         )
     titles = ("optimizer", "chosen", summary.metric.title, "range", "at an end", "trials")
@@ -216,18 +218,18 @@ def _chosen(summary: Summary, section: ScheduleSection) -> Table:
     )
 
 
-def _tries(summary: Summary, section: ScheduleSection) -> Table:
+def _trials(summary: Summary, section: ScheduleSection) -> Table:
     """Return the table of all trials, sorted by the first sampled setting."""
     rows = []
     keys = dict.fromkeys(key for row in section.rows for key in _ranges(row))
     for name in dict.fromkeys(row.name for row in section.rows):
-        mine = _in_order([row for row in section.rows if row.name == name])
-        best = best_of([row for row in mine if not row.diverged])
+        own_rows = _in_order([row for row in section.rows if row.name == name])
+        best = best_of([row for row in own_rows if not row.diverged])
         cells = [
             Cell(f"{settings_of(row, len(keys) == 1)}: {_outcome(row)}", row is best)
-            for row in mine
+            for row in own_rows
         ]
-        rows.append([Cell(mine[0].label, color=name), *cells])
+        rows.append([Cell(own_rows[0].label, color=name), *cells])
     max_length = max(map(len, rows))
     rows = [[*cells, *[Cell("")] * (max_length - len(cells))] for cells in rows]
     heading = _heading(summary, section)

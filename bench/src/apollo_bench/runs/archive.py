@@ -1,4 +1,4 @@
-"""Archives: finished runs as small text files that can be kept with the code.
+"""Archives of finished runs, in a text format of their own, because git shows changes of text.
 
 ``runs.json`` holds the content of ``run.json`` and ``result.json`` of every run; what all runs have
 in common stands there once. ``evaluations.csv`` has one line per evaluation. ``curvature.csv`` has
@@ -78,7 +78,7 @@ def write(directories: Iterable[RunDirectory], out: Path) -> int:
         for label, manifest in manifests.items()
     ]
     # one line per run, so that a change of one run changes one line
-    told = ",\n".join(json.dumps(run, allow_nan=False) for run in runs)
+    run_lines = ",\n".join(json.dumps(run, allow_nan=False) for run in runs)
     tables = {EVALUATIONS: _table(lines).encode()}
     if curvature:
         tables[CURVATURE] = _curvature_table(curvature).encode()
@@ -89,7 +89,7 @@ def write(directories: Iterable[RunDirectory], out: Path) -> int:
     for name, table in tables.items():
         write_atomically(out / name, table)
     begun = json.dumps(head, indent=1)[:-2]
-    write_atomically(out / RUNS, f'{begun},\n "runs": [\n{told}\n]}}\n'.encode())
+    write_atomically(out / RUNS, f'{begun},\n "runs": [\n{run_lines}\n]}}\n'.encode())
     if not curvature:
         (out / CURVATURE).unlink(missing_ok=True)
     return len(runs)

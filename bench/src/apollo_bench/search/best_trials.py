@@ -24,12 +24,12 @@ def apply_best_settings(
 ) -> Recipe:
     """Return the recipe with the settings of each optimizer's best trial.
 
-    The best trial has the best mean, over the tuning's seeds, of the metric on held-out data at the
+    The best trial has the best mean, over the search's seeds, of the metric on held-out data at the
     end of a run. A trial with a diverged run is never the best.
 
     Args:
         recipe: recipe of the same task, model, training and training examples.
-        folder: folder of the finished tuning, as in ``load_runs``; other tasks and schedules in it
+        folder: folder of the finished search, as in ``load_runs``; other tasks and schedules in it
             are ignored.
         names: optimizers whose settings are wanted.
         schedules: schedules that will be trained, exactly one; None: those that the recipe
@@ -37,22 +37,22 @@ def apply_best_settings(
         coupled: whether coupled decay must stay coupled, for a sweep of the decay.
 
     Raises:
-        ExperimentError: the tuning is of another experiment, is unfinished, lacks an optimizer, or
+        ExperimentError: the search is of another experiment, is unfinished, lacks an optimizer, or
             every trial of one diverged; or decay was tuned on its own although it must stay
             coupled.
     """
     wanted = schedules or recipe.default_schedules()
     if len(wanted) != 1:
         raise ExperimentError(
-            f"a tuning serves one schedule, asked for are {', '.join(wanted)}; choose one with "
+            f"a search serves one schedule, asked for are {', '.join(wanted)}; choose one with "
             "--schedules"
         )
-    tried = [run for run in _load_trials(folder) if run.spec.task == recipe.task]
-    runs = [run for run in tried if run.spec.schedule == wanted[0]]
+    trials = [run for run in _load_trials(folder) if run.spec.task == recipe.task]
+    runs = [run for run in trials if run.spec.schedule == wanted[0]]
     if not runs:
-        there = ", ".join(dict.fromkeys(f"{r.spec.task} ({r.spec.schedule})" for r in tried))
+        there = ", ".join(dict.fromkeys(f"{r.spec.task} ({r.spec.schedule})" for r in trials))
         raise ExperimentError(
-            f"{folder}: no tuning of {recipe.task} with the schedule {wanted[0]}"
+            f"{folder}: no search of {recipe.task} with the schedule {wanted[0]}"
             + (f", only of {there}" if there else "")
         )
     for run in runs:
@@ -75,7 +75,7 @@ def apply_best_settings(
 
 
 def check_data(folder: Path, fingerprints: dict[str, str]) -> None:
-    """Raise ExperimentError if a tuning used other data, by task, than these."""
+    """Raise ExperimentError if a search used other data, by task, than these."""
     for run in _load_trials(folder):
         wanted = fingerprints.get(run.spec.task)
         if wanted not in (None, run.manifest["data"]["fingerprint"]):
@@ -88,7 +88,7 @@ def _load_trials(folder: Path) -> list[loading.Run]:
     runs = [run for run in loading.load_runs([folder]) if run.spec.is_trial]
     if not runs:
         raise ExperimentError(
-            f"{folder}: no tuning in it; `apollo-bench sweep TASK tuning` makes one"
+            f"{folder}: no search in it; `apollo-bench sweep TASK tuning` makes one"
         )
     return runs
 
@@ -105,20 +105,20 @@ def best_trial(runs: list[loading.Run], origin: str) -> Any:
     Raises:
         ExperimentError: there is no trial, one is unfinished, or all diverged.
     """
-    by_try: dict[float, list[loading.Run]] = {}
+    by_trial: dict[float, list[loading.Run]] = {}
     for run in sorted(runs, key=_number):
-        by_try.setdefault(_number(run), []).append(run)
-    if not by_try:
+        by_trial.setdefault(_number(run), []).append(run)
+    if not by_trial:
         raise ExperimentError(f"{origin} was not tuned")
     if any(run.verdict == "unfinished" for run in runs):
         raise ExperimentError(f"{origin} is not finished; the same command goes on with it")
     curve = TASKS[runs[0].spec.task].curve
-    scores = {number: mean_score(mine) for number, mine in by_try.items()}
+    scores = {number: mean_score(runs_of_trial) for number, runs_of_trial in by_trial.items()}
     known = {number: score for number, score in scores.items() if score is not None}
     if not known:
         raise ExperimentError(f"{origin}: all trials diverged; give it other ranges")
     best = max(known, key=lambda number: known[number] * (1 if curve.higher_is_better else -1))
-    return by_try[best][0].spec.optimizer
+    return by_trial[best][0].spec.optimizer
 
 
 def _number(run: loading.Run) -> float:

@@ -20,7 +20,7 @@ def make_trials(
     seeds: int | None = None,
     schedules: list[str] | None = None,
 ) -> list[RunSpec]:
-    """Resolve the runs of a tuning, trial by trial.
+    """Resolve the runs of a search, trial by trial.
 
     Trials are points of Halton's sequence; in one dimension that is van der Corput's. After 1, 3,
     7, 15, ... trials the logarithms of one setting are evenly spaced, and a longer search continues
@@ -50,7 +50,7 @@ def make_trials(
             raise ExperimentError(f"tuning.ranges.{name} is missing, as lr = [0.01, 1]")
     if isinstance(recipe.data, ImageData) and not recipe.data.validation:
         raise ExperimentError(
-            "a tuning is judged on images held out of the training data; say how many, as in "
+            "a search is judged on images held out of the training data; say how many, as in "
             "--set data.validation=5000"
         )
     points = {name: _sample_settings(recipe, plan, name) for name in names}

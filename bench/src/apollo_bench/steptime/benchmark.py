@@ -19,15 +19,15 @@ from apollo_bench.interrupts import Interrupted, catch_signals
 from apollo_bench.progress_callback import ProgressCallback
 from apollo_bench.runs.run_directory import describe_machine
 from apollo_bench.steptime import presentation, timing
-from apollo_bench.steptime.candidates import choose_candidates as choose_contenders
+from apollo_bench.steptime.candidates import choose_candidates
 from apollo_bench.steptime.measurement import SetResult, measure
-from apollo_bench.steptime.parameter_sets import choose_sets as choose_sets
+from apollo_bench.steptime.parameter_sets import choose_sets
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
-class Options:
+class BenchmarkOptions:
     """Options of the benchmark; None for sets or optimizers means all."""
 
     sets: list[str] | None
@@ -41,7 +41,7 @@ class Options:
 
 
 def run(
-    options: Options,
+    options: BenchmarkOptions,
     out: Path,
     command: str,
     report_progress: ProgressCallback,
@@ -62,7 +62,7 @@ def run(
     """
     where = timing.timer_for(options.device)
     kind = where.device.type
-    sets, contenders = choose_sets(options.sets, kind), choose_contenders(options.optimizers, kind)
+    sets, candidates = choose_sets(options.sets, kind), choose_candidates(options.optimizers, kind)
     if options.dtype not in DTYPES:
         raise ExperimentError(f"--dtype is {options.dtype!r}, allowed are {', '.join(DTYPES)}")
     if options.threads is not None:
@@ -74,7 +74,7 @@ def run(
         for chosen in sets:
             result = measure(
                 chosen,
-                contenders,
+                candidates,
                 repeats=options.repeats,
                 budget=options.seconds,
                 dtype=DTYPES[options.dtype],
@@ -103,7 +103,7 @@ def _write(results: list[SetResult], about: dict[str, Any], out: Path) -> None:
         write_atomically(out / name, content)
 
 
-def _about(options: Options, command: str, where: timing.CpuTimer) -> dict[str, Any]:
+def _about(options: BenchmarkOptions, command: str, where: timing.CpuTimer) -> dict[str, Any]:
     its, device = describe_machine(), where.about()
     on_gpu = f"{device.pop('title')}; " if device else ""
     return {

@@ -67,8 +67,8 @@ def _pytorch_optimizer(params: list[nn.Parameter]) -> Optimizer:
 
 
 CANDIDATES = {
-    contender.name: contender
-    for contender in [
+    candidate.name: candidate
+    for candidate in [
         # reads g, momentum and theta, writes the two last
         *_torch("sgd", torch.optim.SGD, 5, True, lr=1e-3, momentum=0.9),
         # reads g, m, v and theta, writes the three last

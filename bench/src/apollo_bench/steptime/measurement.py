@@ -119,16 +119,16 @@ class _Entry:
     """A candidate with its own parameters, and the gradients that all share."""
 
     def __init__(
-        self, contender: Candidate, values: list[Tensor], gradients: list[Tensor], where: CpuTimer
+        self, candidate: Candidate, values: list[Tensor], gradients: list[Tensor], where: CpuTimer
     ) -> None:
         self._where = where
-        self.taken = Timings(contender.name, contender.family, contender.words)
+        self.taken = Timings(candidate.name, candidate.family, candidate.words)
         self.optimizer: Optimizer | None = None
         params = [nn.Parameter(value.clone()) for value in values]
         for p, g in zip(params, gradients, strict=True):
             p.grad = g
         try:
-            self.optimizer = contender.make(params)
+            self.optimizer = candidate.make(params)
             for _ in range(WARM_UP):
                 self.milliseconds = self.step()
         except (RuntimeError, ValueError, ImportError) as error:
@@ -154,7 +154,7 @@ class _Entry:
 
 def measure(
     chosen: ParameterSet,
-    contenders: list[Candidate],
+    candidates: list[Candidate],
     *,
     repeats: int,
     budget: float,
@@ -171,7 +171,7 @@ def measure(
 
     Args:
         chosen: parameter set; a part of it is used if the whole does not fit into memory.
-        contenders: candidates, with the reference.
+        candidates: candidates, with the reference.
         repeats: maximum number of rounds.
         budget: seconds after which no round begins, except for the first 5.
         dtype: type of parameters and gradients.
@@ -183,7 +183,7 @@ def measure(
     Raises:
         ExperimentError: not even two candidates fit into memory.
     """
-    chosen, lots = fitting(chosen, contenders, dtype, where)
+    chosen, lots = fitting(chosen, candidates, dtype, where)
     shapes = chosen.shapes()
     generator = torch.Generator(where.device).manual_seed(seed)
 
@@ -203,8 +203,8 @@ def measure(
     for number, lot in enumerate(lots):
         report_progress(f"{chosen.title}: making", 0, 0)
         entries = []
-        for contender in lot:
-            entries.append(_Entry(contender, values, gradients, where))
+        for candidate in lot:
+            entries.append(_Entry(candidate, values, gradients, where))
             if stop():
                 result.interrupted = True
                 return result
@@ -230,7 +230,7 @@ def measure(
         if not done:
             result.interrupted = True
             break
-    order = [contender.name for contender in contenders]
+    order = [candidate.name for candidate in candidates]
     result.taken.sort(key=lambda taken: order.index(taken.name))
     return result
 
@@ -269,7 +269,7 @@ def _rounds(
 
 def fitting(
     chosen: ParameterSet,
-    contenders: list[Candidate],
+    candidates: list[Candidate],
     dtype: torch.dtype,
     where: CpuTimer = CPU_TIMER,
 ) -> tuple[ParameterSet, list[list[Candidate]]]:
@@ -280,7 +280,7 @@ def fitting(
     """
     available = where.available()
     if available is None:
-        return chosen, [contenders]
+        return chosen, [candidates]
     while True:
         parameters = numel(chosen.shapes())
         # parameter and two states of at least 4 bytes; the values and gradients that all share
@@ -296,8 +296,8 @@ def fitting(
                 f"{available / 1e9:.2g} GB are free"
             )
         chosen = smaller
-    if fit >= len(contenders):
-        return chosen, [contenders]
-    peer = [contender for contender in contenders if contender.name == PEER]
-    others = [contender for contender in contenders if contender.name != PEER]
+    if fit >= len(candidates):
+        return chosen, [candidates]
+    peer = [candidate for candidate in candidates if candidate.name == PEER]
+    others = [candidate for candidate in candidates if candidate.name != PEER]
     return chosen, [peer + others[i : i + fit - 1] for i in range(0, len(others), fit - 1)]

@@ -59,12 +59,16 @@ def cells(result: SetResult, taken: Timings) -> list[str]:
 
 
 def _share_of_a_copy(result: SetResult, taken: Timings) -> str:
-    """At the words that the algorithm moves and, where Apollo reads some twice, with these."""
+    """Return the share of a copy's bandwidth.
+
+    It counts the values that the algorithm moves. Where Apollo reads some twice, a second share
+    counts these twice.
+    """
     share = f"{result.bandwidth(taken) / result.copy_bandwidth:.0%}"
     if not (result.reads_twice and taken.family == "apollo"):
         return share
     more = result.bandwidth(taken, twice=True) / result.copy_bandwidth
-    return f"{share} ({more:.0%} at 10 words)"
+    return f"{share} ({more:.0%} at 10 values per parameter)"
 
 
 def table(result: SetResult) -> Table:

@@ -1,4 +1,4 @@
-"""Full state dicts of sharded models and optimizers.
+"""Full state dicts, gathered by hand, because PyTorch's loader first takes an optimizer step.
 
 A checkpoint holds full tensors, however the run was sharded, so that it can be read anywhere.
 """

@@ -213,7 +213,7 @@ class TrainingState:
 
     def _gather_process_states(self) -> list[dict[str, Tensor]]:
         """Return, for every process, the state that differs between processes."""
-        mine = {
+        own_state = {
             "random": torch.get_rng_state(),
             "period_loss": self.period_loss.cpu(),
             "line_loss": self.line_loss.cpu(),
@@ -221,11 +221,11 @@ class TrainingState:
             **{f"carried.{i}": x.cpu() for i, x in enumerate(self.hidden_state)},
         }
         if self.fabric.device.type == "cuda":
-            mine["device_random"] = torch.cuda.get_rng_state(self.fabric.device)
+            own_state["device_random"] = torch.cuda.get_rng_state(self.fabric.device)
         if self.fabric.world_size == 1:
-            return [mine]
+            return [own_state]
         gathered: list[Any] = [None] * self.fabric.world_size
-        torch.distributed.all_gather_object(gathered, mine)
+        torch.distributed.all_gather_object(gathered, own_state)
         return gathered
 
     def _read_checkpoint(self) -> dict[str, Any]:
@@ -260,21 +260,21 @@ class TrainingState:
             load_model_state(self.network, state["model"])
             load_optimizer_state(self.optimizer, state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
-            mine = state["processes"][self.fabric.global_rank]
-            torch.set_rng_state(mine["random"])
-            if self.fabric.device.type == "cuda" and "device_random" in mine:
-                torch.cuda.set_rng_state(mine["device_random"], self.fabric.device)
+            own_state = state["processes"][self.fabric.global_rank]
+            torch.set_rng_state(own_state["random"])
+            if self.fabric.device.type == "cuda" and "device_random" in own_state:
+                torch.cuda.set_rng_state(own_state["device_random"], self.fabric.device)
             elif self.fabric.device.type == "cuda":  # the run began on a CPU
                 torch.cuda.manual_seed(derived_seed(self.spec.seed, state["step"]))
         except _UNREADABLE as error:
             raise _unreadable(path, error) from None
         self.step = state["step"]
-        self.period_loss.copy_(mine["period_loss"])
+        self.period_loss.copy_(own_state["period_loss"])
         self.hidden_state = tuple(
-            mine[f"carried.{i}"].to(self.fabric.device)
-            for i in range(sum(name.startswith("carried.") for name in mine))
+            own_state[f"carried.{i}"].to(self.fabric.device)
+            for i in range(sum(name.startswith("carried.") for name in own_state))
         )
-        self.line_loss.copy_(mine["line_loss"])
+        self.line_loss.copy_(own_state["line_loss"])
         self.line_steps = state["line_steps"]
         self.optimizer_timer.times, self.step_timer.times = state["times"]
         self.last, self.best = state["last"], state["best"]

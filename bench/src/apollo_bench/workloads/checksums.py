@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from apollo_bench.errors import ExperimentError
 
@@ -31,6 +32,38 @@ def checksums(folder: Path, names: Iterable[str], remedy: str) -> dict[str, str]
                 f"{folder / name}: cannot be read ({error.strerror}); {remedy}"
             ) from None
     return digests
+
+
+class DataFiles(NamedTuple):
+    """The files of a data set, with their checksums."""
+
+    folder: Path
+    digests: dict[str, str]  # SHA-256 by name
+    remedy: str  # what the user should do about a bad file
+
+
+def find_files(
+    folder: Path | None, embedded: Path, names: Iterable[str], script: str, needed: str
+) -> DataFiles:
+    """Find the files of a data set; embedded files are verified.
+
+    Args:
+        folder: folder of the user; None: the embedded files.
+        embedded: folder of the embedded files.
+        names: names of the files.
+        script: script that makes the embedded files.
+        needed: files that ``--data`` needs, for errors.
+
+    Raises:
+        ExperimentError: a file cannot be read, or an embedded file is corrupt.
+    """
+    if folder is not None:
+        remedy = f"--data needs {needed}"
+        return DataFiles(folder, checksums(folder, names, remedy), remedy)
+    remedy = f"reinstall apollo-bench, or make it again with scripts/{script}"
+    digests = checksums(embedded, names, remedy)
+    verify(embedded, digests, remedy)
+    return DataFiles(embedded, digests, remedy)
 
 
 def verify(folder: Path, digests: dict[str, str], remedy: str) -> None:

@@ -16,8 +16,8 @@ from apollo_bench.workloads.translation import encoded_corpus, multi30k, wmt14
 from apollo_bench.workloads.translation.parallel_text import ParallelCorpus
 
 
-class Options(NamedTuple):
-    """What the command line may say about a preparation; None: the default of the task."""
+class PrepareOptions(NamedTuple):
+    """Options of a preparation; None: the default of the task."""
 
     vocabulary: Path | None = None  # file of the vocabulary
     workers: int | None = None  # processes
@@ -31,12 +31,12 @@ class Prepared(NamedTuple):
     remark: str = ""
 
 
-Preparer = Callable[[Path, Path, Options, ProgressCallback], Prepared]
+Preparer = Callable[[Path, Path, PrepareOptions, ProgressCallback], Prepared]
 
 
 def _translation(task: str, load: Callable[[Path], ParallelCorpus]) -> Preparer:
     def prepare(
-        raw: Path, out: Path, options: Options, report_progress: ProgressCallback
+        raw: Path, out: Path, options: PrepareOptions, report_progress: ProgressCallback
     ) -> Prepared:
         data = recipe.load(task).data
         assert isinstance(data, SentencePairData)
@@ -51,13 +51,15 @@ def _translation(task: str, load: Callable[[Path], ParallelCorpus]) -> Preparer:
     return prepare
 
 
-def _cifar10(raw: Path, out: Path, options: Options, report_progress: ProgressCallback) -> Prepared:
+def _cifar10(
+    raw: Path, out: Path, options: PrepareOptions, report_progress: ProgressCallback
+) -> Prepared:
     report_progress("Decoding images", 0, 0)
     return Prepared(cifar10.prepare(cifar10.load(raw), out))
 
 
 def _one_billion_word(
-    raw: Path, out: Path, options: Options, report_progress: ProgressCallback
+    raw: Path, out: Path, options: PrepareOptions, report_progress: ProgressCallback
 ) -> Prepared:
     workers = options.workers or available_cores()
     one_billion_word.prepare(raw, out, options.vocabulary, workers, report_progress)

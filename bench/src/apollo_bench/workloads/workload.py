@@ -40,7 +40,12 @@ class Resources(NamedTuple):
 
 
 class Workload(Protocol):
-    """A problem to train: data, model, loss and metric. It does not know the optimizer."""
+    """A problem to train: data, model, loss and metric. A workload does not know the optimizer.
+
+    Example:
+        >>> batch = next(workload.batches(seed=1, epoch=0, start=0))
+        >>> loss, hidden_state = workload.loss(workload.model(), batch, batch, ())
+    """
 
     curve: Metric  # during training; the best weights are those of its best value
     final: Metric  # of the trained model

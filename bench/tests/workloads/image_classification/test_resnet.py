@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from apollo_bench.workloads.image_classification.resnet import resnet
+from apollo_bench.workloads.image_classification.resnet import BasicBlock, resnet
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,15 @@ def test_shapes() -> None:
     x = torch.zeros(2, 1, 28, 28)
     assert model.features(x).shape == (2, 16, 7, 7)
     assert model(x).shape == (2, 7)
+
+
+@pytest.mark.parametrize(("outputs", "stride"), [(4, 1), (8, 2)])
+def test_a_block_adds_its_shortcut_before_the_last_relu(outputs: int, stride: int) -> None:
+    block = BasicBlock(4, outputs, stride).eval()
+    x = torch.randn(2, 4, 6, 6)
+    y = block.norm1(block.conv1(x)).clamp(min=0)
+    y = block.norm2(block.conv2(y)) + (x if stride == 1 else block.shortcut(x))
+    assert torch.equal(block(x), y.clamp(min=0))
 
 
 def test_initialisation_of_he() -> None:

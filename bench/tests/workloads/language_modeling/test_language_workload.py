@@ -298,15 +298,15 @@ def test_a_prepared_corpus_is_the_raw_one(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     manifest = tmp_path / "corpus.json"
-    told = manifest.read_text()
+    listing = manifest.read_text()
     for file, damaged, message in (
         (path, bytes(content[:-1]), "train.source.tokens: not the file that was prepared"),
         (path, bytes(content), "train.source.tokens: not the file that was prepared"),
         (path, None, "train.source.tokens: No such file"),
         (tmp_path / "references.txt", b"", "references.txt: not the file that was prepared"),
         (manifest, b"[]", "corpus.json: damaged"),
-        (manifest, told.replace('"files"', '"fires"').encode(), "corpus.json: damaged"),
-        (manifest, told.replace('"train.', '"trail.').encode(), "corpus.json: damaged"),
+        (manifest, listing.replace('"files"', '"fires"').encode(), "corpus.json: damaged"),
+        (manifest, listing.replace('"train.', '"trail.').encode(), "corpus.json: damaged"),
     ):
         before = file.read_bytes()
         file.unlink() if damaged is None else file.write_bytes(damaged)
@@ -314,7 +314,7 @@ def test_a_prepared_corpus_is_the_raw_one(tmp_path: Path) -> None:
             encoded_corpus.load(tmp_path, 400)
         file.write_bytes(before)
     (tmp_path / "subwords.json").write_text("{}")
-    with pytest.raises(ExperimentError, match=r"does not fit subwords.json; prepare it anew"):
+    with pytest.raises(ExperimentError, match=r"does not fit subwords.json; prepare it again"):
         encoded_corpus.load(tmp_path, 400)
 
 

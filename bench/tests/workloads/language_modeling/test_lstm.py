@@ -102,9 +102,9 @@ def test_pieces_with_the_state_carried_over_equal_one_long_pass(cutoffs: list[in
         nats, state = model(tokens[:, first:last], targets[:, first:last], state)
         pieces.append(nats)
     assert torch.allclose(torch.cat(pieces, 1), whole, rtol=0, atol=PIECES)
-    for mine, theirs in zip(state, end, strict=True):
-        assert mine.shape == (2, 3, 16)
-        assert torch.allclose(mine, theirs, rtol=0, atol=PIECES)
+    for ours, theirs in zip(state, end, strict=True):
+        assert ours.shape == (2, 3, 16)
+        assert torch.allclose(ours, theirs, rtol=0, atol=PIECES)
     # and without it they do not
     alone, _ = model(tokens[:, 6:], targets[:, 6:], model.begin(3))
     assert not torch.allclose(alone, whole[:, 6:], rtol=0, atol=100 * PIECES)

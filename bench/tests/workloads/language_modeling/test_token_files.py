@@ -102,7 +102,7 @@ def test_nothing_to_write(tmp_path: Path) -> None:
         write(tmp_path / "none" / "a.tokens")
 
 
-def test_whether_it_must_be_made_anew(tmp_path: Path) -> None:
+def test_whether_it_must_be_made_again(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tokens")
     assert token_files.is_made_from(path, "digest", [SOURCE])
     assert not token_files.is_made_from(path, "other", [SOURCE])

@@ -44,6 +44,13 @@ def test_special_tokens_are_the_first(subwords: Subwords) -> None:
     assert subwords.decode([BEGIN, *subwords.encode("der Hund"), END, PADDING]) == "der Hund"
 
 
+def test_every_byte_comes_back(subwords: Subwords) -> None:
+    """The first bytes of the vocabulary have the numbers after those of the special tokens."""
+    text = "".join(map(chr, range(33, 127)))
+    assert subwords.decode(subwords.encode(text)) == text
+    assert subwords.decode([len(SPECIAL)]) != ""
+
+
 def test_both_languages_are_learned(subwords: Subwords) -> None:
     for word in ("the", "dog", "Hund", "Park", "im"):
         assert len(subwords.encode(word)) < len(f" {word}".encode()), word

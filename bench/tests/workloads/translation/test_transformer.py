@@ -81,28 +81,28 @@ def test_sinusoids_are_those_of_the_paper() -> None:
 
 def test_layers_are_those_of_torch_with_the_norm_last(model: Transformer) -> None:
     # nn.TransformerEncoderLayer and DecoderLayer, written by others, with our weights
-    def attend(mine: Attention, theirs: nn.MultiheadAttention) -> None:
-        projections = (mine.query, mine.key, mine.value)
+    def attend(ours: Attention, theirs: nn.MultiheadAttention) -> None:
+        projections = (ours.query, ours.key, ours.value)
         assert theirs.in_proj_weight is not None
         theirs.in_proj_weight.copy_(torch.cat([p.weight for p in projections]))
         theirs.in_proj_bias.copy_(torch.cat([p.bias for p in projections]))
-        theirs.out_proj.load_state_dict(mine.output.state_dict())
+        theirs.out_proj.load_state_dict(ours.output.state_dict())
 
     @torch.no_grad()
     def like(
-        mine: EncoderLayer | DecoderLayer,
+        ours: EncoderLayer | DecoderLayer,
         theirs: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer,
     ) -> None:
-        for parameter in mine.parameters():
+        for parameter in ours.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-        attend(mine.attention, theirs.self_attn)
-        theirs.linear1.load_state_dict(mine.feed_forward.inner.state_dict())
-        theirs.linear2.load_state_dict(mine.feed_forward.output.state_dict())
-        norms = [mine.residual1.norm, mine.residual2.norm]
-        if isinstance(mine, DecoderLayer):
+        attend(ours.attention, theirs.self_attn)
+        theirs.linear1.load_state_dict(ours.feed_forward.inner.state_dict())
+        theirs.linear2.load_state_dict(ours.feed_forward.output.state_dict())
+        norms = [ours.residual1.norm, ours.residual2.norm]
+        if isinstance(ours, DecoderLayer):
             assert isinstance(theirs, nn.TransformerDecoderLayer)
-            attend(mine.across, theirs.multihead_attn)
-            norms.append(mine.residual3.norm)
+            attend(ours.across, theirs.multihead_attn)
+            norms.append(ours.residual3.norm)
         for i, norm in enumerate(norms, 1):
             theirs.get_submodule(f"norm{i}").load_state_dict(norm.state_dict())
 

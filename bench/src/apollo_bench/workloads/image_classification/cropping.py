@@ -9,7 +9,7 @@ from PIL import Image
 
 # of a random crop, width to height, as in Szegedy et al. (2015), section 6
 _ASPECTS = (3 / 4, 4 / 3)
-_TRIES = 10
+_ATTEMPTS = 10
 
 Box = tuple[int, int, int, int]  # left, upper, right, lower
 
@@ -24,7 +24,7 @@ def random_box(width: int, height: int, min_area: float, random: Random) -> Box:
         random: the only source of randomness.
     """
     lowest, highest = (math.log(aspect) for aspect in _ASPECTS)
-    for _ in range(_TRIES):
+    for _ in range(_ATTEMPTS):
         area = width * height * random.uniform(min_area, 1.0)
         aspect = math.exp(random.uniform(lowest, highest))
         across, down = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from apollo_bench.errors import ExperimentError
-from apollo_bench.workloads.checksums import checksums, verify
+from apollo_bench.workloads.checksums import find_files
 from apollo_bench.workloads.image_classification.idx_format import read_idx
 from apollo_bench.workloads.image_classification.image_set import ImageSet
 
@@ -33,16 +33,8 @@ def load(folder: Path | None = None) -> ImageSet:
     Raises:
         ExperimentError: a file is missing, corrupt or truncated, or the four do not fit together.
     """
-    embedded = folder is None
-    folder = EMBEDDED if folder is None else folder
-    remedy = (
-        "reinstall apollo-bench, or make it anew with scripts/make_fashion_mnist.py"
-        if embedded
-        else f"--data needs the four files {', '.join(FILES)}, as in Debian's dataset-fashion-mnist"
-    )
-    digests = checksums(folder, FILES, remedy)
-    if embedded:
-        verify(folder, digests, remedy)
+    needed = f"the four files {', '.join(FILES)}, as in Debian's dataset-fashion-mnist"
+    folder, digests, remedy = find_files(folder, EMBEDDED, FILES, "make_fashion_mnist.py", needed)
     train_images, train_labels = _split(folder, FILES[0], FILES[1], remedy)
     test_images, test_labels = _split(folder, FILES[2], FILES[3], remedy)
     if train_images.shape[1:] != test_images.shape[1:]:

@@ -1,4 +1,7 @@
-"""The IDX format of MNIST and its kin: big-endian header, then unsigned bytes; gzip around it."""
+"""Read IDX files by hand, which spares a dependency and lets errors name the damaged file.
+
+The format of MNIST and its kin: big-endian header, then unsigned bytes; gzip around it.
+"""
 
 from __future__ import annotations
 

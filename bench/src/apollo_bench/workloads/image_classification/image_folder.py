@@ -28,7 +28,7 @@ from apollo_bench.workloads.validation_cache import ValidationCache
 
 _SUFFIXES = (".jpeg", ".jpg", ".png")
 _THREADS = 16  # they wait for the disk, and decoding releases the GIL
-_TOLD = 3  # number of bad files that an error names
+_MAX_NAMED = 3  # number of bad files that an error names
 _CHUNK = 256  # images per work item of a thread
 _LARGE = 10_000  # files; a smaller tree is checked without showing progress
 
@@ -60,14 +60,14 @@ def index_tree(root: Path, splits: tuple[str, ...], cache: Path | None = None) -
     place = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
     validated = ValidationCache(f"tree-{place}.json", cache)
     names = [name for split in splits for name in _classes(root, split)]
-    faults: list[str] = []
+    errors: list[str] = []
 
     def look(name: str) -> tuple[ClassFolder, list[str]]:
         folder = _list(root, name)
         if validated.contains(name, folder.digest):
             return folder, []
         paths = (root / name / file for file in folder.files)
-        return folder, [f"{path}: {fault}" for path in paths if (fault := image_file_error(path))]
+        return folder, [f"{path}: {error}" for path in paths if (error := image_file_error(path))]
 
     found = []
     pool = ThreadPoolExecutor(_THREADS)
@@ -80,13 +80,13 @@ def index_tree(root: Path, splits: tuple[str, ...], cache: Path | None = None) -
                 folder, bad = done.result()
                 advance(len(folder.files))
                 found.append(folder)
-                faults += bad
+                errors += bad
                 if not bad:
                     validated.add(folder.name, folder.digest)
     finally:
         pool.shutdown(cancel_futures=True)
         validated.save()
-    _raise_damaged(sorted(faults))
+    _raise_damaged(sorted(errors))
     order = {name: place for place, name in enumerate(names)}
     return sorted(found, key=lambda folder: order[folder.name])
 
@@ -106,26 +106,26 @@ def check_images(images: EncodedImages, name: str, digest: str, validated: Valid
     if validated.contains(name, digest):
         return
     count = len(images.labels)
-    faults = []
+    errors = []
 
     def look(rows: range) -> list[str]:
         read = ((row, image_error(images.read(row))) for row in rows)
-        return [f"{images.where(row)}: {fault}" for row, fault in read if fault]
+        return [f"{images.where(row)}: {error}" for row, error in read if error]
 
     chunks = [range(i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK)]
     with ThreadPoolExecutor(_THREADS) as pool, _shown(name, len(chunks)) as advance:
         for rows, bad in zip(chunks, pool.map(look, chunks), strict=True):
             advance(len(rows))
-            faults += bad
-    _raise_damaged(faults)
+            errors += bad
+    _raise_damaged(errors)
     validated.add(name, digest)
     validated.save()
 
 
-def _raise_damaged(faults: list[str]) -> None:
-    if faults:
-        more = f"; and {len(faults) - _TOLD} more" if len(faults) > _TOLD else ""
-        raise ExperimentError("; ".join(faults[:_TOLD]) + more)
+def _raise_damaged(errors: list[str]) -> None:
+    if errors:
+        more = f"; and {len(errors) - _MAX_NAMED} more" if len(errors) > _MAX_NAMED else ""
+        raise ExperimentError("; ".join(errors[:_MAX_NAMED]) + more)
 
 
 def _classes(root: Path, split: str) -> list[str]:

@@ -101,9 +101,9 @@ class DecodingImageSource:
             # a generator of its own: the default one would draw from torch's global generator
             generator=Generator(),
         )
-        for pixels, labels, fault in loader:
-            if fault:
-                raise ExperimentError(fault)
+        for pixels, labels, error in loader:
+            if error:
+                raise ExperimentError(error)
             batch = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
             normalised = (batch.float().div(255) - self._mean) / self._std
             yield normalised, labels.to(self._device, non_blocking=True)
@@ -121,10 +121,10 @@ class _Decoder(Dataset[tuple[Tensor, Tensor, str]]):
         self._images, self._data = images, data
 
     def __getitem__(self, request: _Request) -> tuple[Tensor, Tensor, str]:
-        """Pixels, shape (n, size, size, 3), labels, and what is wrong with them."""
+        """Return pixels, shape (n, size, size, 3), labels, and an error message or ""."""
         data = self._data
         pixels = numpy.zeros((len(request.images), data.size, data.size, 3), dtype=numpy.uint8)
-        fault = ""
+        error = ""
         try:
             for row, index in enumerate(request.images):
                 image = decode(self._images.read(index), self._images.where(index))
@@ -134,7 +134,7 @@ class _Decoder(Dataset[tuple[Tensor, Tensor, str]]):
                     random = Random(derived_seed(*request.seed, index))
                     square = random_resized_crop(image, data.size, data.min_area, data.flip, random)
                 pixels[row] = numpy.asarray(square)
-        except ExperimentError as error:
+        except ExperimentError as raised:
             # an exception of a worker would have its whole traceback as message
-            fault = str(error)
-        return torch.from_numpy(pixels), self._images.labels[request.images], fault
+            error = str(raised)
+        return torch.from_numpy(pixels), self._images.labels[request.images], error

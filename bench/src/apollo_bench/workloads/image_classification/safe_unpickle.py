@@ -1,4 +1,4 @@
-"""Unpickle arrays of unknown origin without running code of the pickle."""
+"""Unpickle arrays by hand, because ``pickle.load`` runs any code that a file names."""
 
 from __future__ import annotations
 

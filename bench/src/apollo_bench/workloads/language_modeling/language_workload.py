@@ -24,7 +24,8 @@ _ROWS = 64  # streams of an evaluation
 
 
 class LanguageModeling:
-    """Language modeling by truncated back-propagation through time, with a carried state.
+    """Language modeling by truncated back-propagation through time, with a hidden state
+    carried from batch to batch.
 
     Perplexity counts every token, ends of sentences included. During training it is measured on the
     validation text, at the end also on the test text.

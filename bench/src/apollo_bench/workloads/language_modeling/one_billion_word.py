@@ -104,13 +104,14 @@ def prepare(
                 jobs[f"{split}/{number:05}.tokens"] = path
         made = pool.do(encode, list(jobs.items()), partial(report_progress, "Tokenising shards"))
         files = {name: made[name, path] for name, path in jobs.items()}
-        told = _summary(files, digest)
-        write_atomically(_manifest(out), json.dumps(told, indent=1).encode() + b"\n")
+        manifest = _summary(files, digest)
+        write_atomically(_manifest(out), json.dumps(manifest, indent=1).encode() + b"\n")
         _remove(out / "counts")
         _kept.clear()
-    counts = told["counts"]
+    counts = manifest["counts"]
     report_progress(
-        f"Prepared {len(jobs)} shards: {told['tokens']:,} tokens, {counts[SENTENCES]:,} sentences, "
+        f"Prepared {len(jobs)} shards: {manifest['tokens']:,} tokens, "
+        f"{counts[SENTENCES]:,} sentences, "
         f"{counts[UNKNOWNS]:,} unknown words, {counts[EMPTY]:,} empty lines passed over",
         len(jobs),
         len(jobs),
@@ -126,10 +127,12 @@ def load(folder: Path) -> Corpus:
     """
     place = _manifest(folder)
     try:
-        told: dict[str, Any] = json.loads(place.read_bytes())
-        if told["format"] != FORMAT:
-            raise ExperimentError(f"{place}: format {told['format']!r}, not {FORMAT}; {_REMEDY}")
-        files, digest, empty = told["files"], told["vocabulary"], told["counts"][EMPTY]
+        manifest: dict[str, Any] = json.loads(place.read_bytes())
+        if manifest["format"] != FORMAT:
+            raise ExperimentError(
+                f"{place}: format {manifest['format']!r}, not {FORMAT}; {_REMEDY}"
+            )
+        files, digest, empty = manifest["files"], manifest["vocabulary"], manifest["counts"][EMPTY]
         splits: dict[str, list[TokenIds]] = {"train": [], "valid": [], "test": []}
         sums = [digest]
         validated = ValidationCache(_CHECKED, folder)

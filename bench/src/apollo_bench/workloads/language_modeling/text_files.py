@@ -1,16 +1,15 @@
-"""Read lines of words; errors name file and line.
+"""Read lines of words by hand, because libraries pass over truncated and wrongly encoded text.
 
-A hand-written reader: it finds truncated and wrongly encoded text, which libraries pass over.
+Errors name file and line.
 """
 
 from __future__ import annotations
 
-import gzip
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from apollo_bench.errors import ExperimentError, first_line
+from apollo_bench.errors import ExperimentError
+from apollo_bench.workloads.gzip_files import open_binary
 
 _BLOCK = 1 << 21  # bytes
 
@@ -33,7 +32,7 @@ def blocks(path: Path) -> Iterator[list[list[bytes]]]:
                 if not block.endswith(b"\n"):
                     last = line + block.count(b"\n")
                     raise ExperimentError(
-                        f"{path}, line {last}: the file ends within it, truncated; unpack it anew"
+                        f"{path}, line {last}: the file ends within it, truncated; unpack it again"
                     )
                 lines = [text.split() for text in block[:-1].split(b"\n")]
                 line += len(lines)
@@ -48,14 +47,8 @@ def gzipped_lines(path: Path, remedy: str) -> list[list[str]]:
     Raises:
         ExperimentError: the file cannot be read, is damaged or truncated, or is not UTF-8.
     """
-    try:
-        content = gzip.decompress(path.read_bytes())
-    except FileNotFoundError:
-        raise ExperimentError(f"{path}: no such file; {remedy}") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise ExperimentError(
-            f"{path}: not a whole gzip file ({first_line(error)}); {remedy}"
-        ) from None
+    with open_binary(path, remedy, plain=False) as file:
+        content = file.read()
     check_encoding(content, path, 1)
     lines = content.split(b"\n")
     if not lines[-1]:
@@ -77,7 +70,7 @@ def check_encoding(content: bytes, path: Path, line: int) -> None:
     """
     if b"\0" in content:
         line += content.count(b"\n", 0, content.index(b"\0"))
-        raise ExperimentError(f"{path}, line {line}: a zero byte, damaged; unpack it anew")
+        raise ExperimentError(f"{path}, line {line}: a zero byte, damaged; unpack it again")
     try:
         content.decode()
     except UnicodeDecodeError as error:

@@ -1,4 +1,6 @@
-"""Token files: little-endian int32, each with a JSON file that describes it.
+"""Token files of a format of their own, because ``.npy`` must know its length before it is written.
+
+They are little-endian int32, each with a JSON file that describes it.
 
 The JSON file is written when the tokens are safe on disk: if it exists, they are complete.
 """
@@ -20,7 +22,7 @@ from apollo_bench.workloads.language_modeling.token_corpus import TokenIds
 FORMAT = 1
 _TYPE = numpy.dtype("<i4")
 _PIECE = 1 << 20  # bytes
-_REMEDY = "prepare the data anew"
+_REMEDY = "prepare the data again"
 
 
 class SourceFile(NamedTuple):
@@ -87,9 +89,9 @@ def write(
         description = Description(
             tokens, digest.hexdigest(), vocabulary, tuple(sources), dict(counts)
         )
-        told = {"format": FORMAT, **description._asdict()}
-        told["sources"] = [one._asdict() for one in description.sources]
-        write_atomically(beside(path), json.dumps(told, indent=1).encode() + b"\n")
+        record = {"format": FORMAT, **description._asdict()}
+        record["sources"] = [one._asdict() for one in description.sources]
+        write_atomically(beside(path), json.dumps(record, indent=1).encode() + b"\n")
     except OSError as error:
         raise ExperimentError(f"{path}: cannot be written ({error.strerror})") from None
     return description

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy
 
 from apollo_bench.errors import ExperimentError
-from apollo_bench.workloads.checksums import checksums, verify
+from apollo_bench.workloads.checksums import find_files
 from apollo_bench.workloads.language_modeling import vocabulary as vocabularies
 from apollo_bench.workloads.language_modeling.text_files import gzipped_lines
 from apollo_bench.workloads.language_modeling.token_corpus import Corpus, TokenStream
@@ -33,16 +33,9 @@ def load(folder: Path | None = None, size: int | None = None) -> Corpus:
     Raises:
         ExperimentError: a file is missing, damaged, truncated, not UTF-8 or without words.
     """
-    embedded = folder is None
-    folder = EMBEDDED if folder is None else folder
-    remedy = (
-        "reinstall apollo-bench, or make it anew with scripts/make_wordnet.py"
-        if embedded
-        else f"--data needs {', '.join(FILES)}"
+    folder, digests, remedy = find_files(
+        folder, EMBEDDED, FILES, "make_wordnet.py", ", ".join(FILES)
     )
-    digests = checksums(folder, FILES, remedy)
-    if embedded:
-        verify(folder, digests, remedy)
     texts = [gzipped_lines(folder / name, remedy) for name in FILES]
     for name, lines in zip(FILES, texts, strict=True):
         if not any(lines):

@@ -108,7 +108,7 @@ def load(folder: Path, size: int) -> EncodedCorpus:
     Raises:
         ExperimentError: a file is damaged, or has another number of subwords than ``size``.
     """
-    remedy = "prepare it anew"
+    remedy = "prepare it again"
     try:
         about = json.loads((folder / _LIST).read_text())
         files, counts, there = about["files"], about["counts"], about["subwords"]

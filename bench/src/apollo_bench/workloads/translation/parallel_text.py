@@ -1,23 +1,21 @@
-"""Parallel text: line n of one file translates line n of the other.
+"""Read parallel text by hand, because an error must name its line and misaligned files must fail.
 
-A hand-written reader: it names the line of every error, and refuses misaligned files.
+Line n of one file translates line n of the other.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, NamedTuple, cast
+from typing import NamedTuple
 
 import numpy
 from numpy.typing import NDArray
 
-from apollo_bench.errors import ExperimentError, first_line
+from apollo_bench.errors import ExperimentError
+from apollo_bench.workloads.gzip_files import open_binary
 
-_GZIP = b"\x1f\x8b"
 _MARK = b"\xef\xbb\xbf"  # the byte order mark that some editors put before UTF-8
 
 
@@ -61,8 +59,8 @@ class FilterCounts(NamedTuple):
 
     def __str__(self) -> str:
         skipped = {"empty": self.empty, "too long": self.long, "of unlike lengths": self.ratio}
-        told = ", ".join(f"{count:,} {what}" for what, count in skipped.items() if count)
-        return f"{self.kept:,} of {self.read:,} pairs" + (f", without {told}" if told else "")
+        reasons = ", ".join(f"{count:,} {what}" for what, count in skipped.items() if count)
+        return f"{self.kept:,} of {self.read:,} pairs" + (f", without {reasons}" if reasons else "")
 
 
 class ParallelCorpus(NamedTuple):
@@ -162,30 +160,18 @@ def read_lines(path: Path, remedy: str) -> list[str]:
     Raises:
         ExperimentError: the file is missing, damaged or not UTF-8; the message names the line.
     """
-    lines = []
-    try:
-        with _opened(path) as file:
+    lines: list[str] = []
+    with open_binary(path, remedy) as file:
+        try:
             # at line feeds alone: str.splitlines would also cut at marks within sentences
             for number, row in enumerate(file, 1):
                 lines.append(even(row.removeprefix(_MARK if number == 1 else b"").decode()))
-    except UnicodeDecodeError as error:
-        bad = error.object[error.start]
-        raise ExperimentError(
-            f"{path}, line {len(lines) + 1}: not UTF-8, byte 0x{bad:02x}; {remedy}"
-        ) from None
-    except FileNotFoundError:
-        raise ExperimentError(f"{path}: no such file; {remedy}") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise ExperimentError(
-            f"{path}: cannot be read whole ({first_line(error)}); {remedy}"
-        ) from None
+        except UnicodeDecodeError as error:
+            bad = error.object[error.start]
+            raise ExperimentError(
+                f"{path}, line {len(lines) + 1}: not UTF-8, byte 0x{bad:02x}; {remedy}"
+            ) from None
     return lines
-
-
-def _opened(path: Path) -> IO[bytes]:
-    with path.open("rb") as file:
-        zipped = file.read(len(_GZIP)) == _GZIP
-    return cast(IO[bytes], gzip.open(path)) if zipped else path.open("rb")
 
 
 def even(text: str) -> str:

@@ -26,7 +26,7 @@ def load(folder: Path | None = None) -> ParallelCorpus:
     """
     if folder is None:
         folder = EMBEDDED
-        remedy = "reinstall apollo-bench, or make them anew with scripts/make_phrases.py"
+        remedy = "reinstall apollo-bench, or make them again with scripts/make_phrases.py"
         verify(folder, checksums(folder, FILES, remedy), remedy)
     else:
         remedy = f"--data needs a folder with {{{','.join(SPLITS)}}}.{{en,de}}, plain or .gz"

@@ -116,7 +116,7 @@ class Subwords:
 
 
 def _of_model(model: models.BPE) -> Tokenizer:
-    # anew around the model: the trainer makes the tokenizer find special tokens in plain text
+    # again around the model: the trainer makes the tokenizer find special tokens in plain text
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()

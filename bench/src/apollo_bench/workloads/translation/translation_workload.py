@@ -181,10 +181,10 @@ class Translation:
         self, pairs: EncodedPairs, rank: int, world: int
     ) -> Iterator[NDArray[numpy.int64]]:
         """Batches of a process's part of the pairs."""
-        mine = numpy.arange(rank, pairs.size, world)
-        source, target = (1 + side.lengths[mine] for side in pairs)
+        own_pairs = numpy.arange(rank, pairs.size, world)
+        source, target = (1 + side.lengths[own_pairs] for side in pairs)
         tokens = max(_EVALUATION_TOKENS, self._model.max_length)
-        return (mine[rows] for rows in group(source, target, tokens))
+        return (own_pairs[rows] for rows in group(source, target, tokens))
 
     def metrics(self, tally: Tensor, final: bool = False) -> dict[str, float]:
         """Return validation perplexity and, for the trained model, BLEU of the test text."""
