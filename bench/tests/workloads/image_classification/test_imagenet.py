@@ -327,9 +327,9 @@ from apollo_bench.workloads.image_classification import imagenet
 from apollo_bench.workloads.image_classification.encoded_images import EncodedImages
 from apollo_bench.workloads.image_classification.image_loader import DecodingImageSource
 from apollo_bench.errors import ExperimentError
-from apollo_bench.config.schema import Photographs
+from apollo_bench.config.schema import PhotographData
 
-data = Photographs(kind="photographs", size=24, test_resize=32)
+data = PhotographData(kind="photographs", size=24, test_resize=32)
 both = []
 for images in (imagenet.load(None, sys.argv[1]), imagenet.load(Path(sys.argv[2]))):
     device = torch.device("cpu")
