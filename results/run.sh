@@ -21,7 +21,7 @@ tune() {
   apollo-bench archive "$comparison" --out "results/$task/${prefix}comparison"
 }
 
-# a try is evaluated once, at its end
+# a trial is evaluated once, at its end
 tune wordnet recipe "$data" --set train.evaluate_every=400
 tune multi30k recipe data/multi30k --set train.evaluate_every=600
 tune cifar10 recipe data/cifar10 --set train.evaluate_every=468 --set data.validation=5000

@@ -184,16 +184,16 @@ def put(path: Path, content: str, check: bool) -> Iterator[str]:
 
 
 def protocol(task: str, plan: str) -> Iterator[str]:
-    """What of the protocol was not kept: other runs than it asks for, or of other data."""
+    """Yield the deviations from the protocol: other runs than it asks for, or other data."""
     names = [f"{task}/{analysis}" for analysis in PLANS[plan]]
     there = [(RESULTS / name / RUNS).exists() for name in names]
     if not all(there):
         if any(there) or (RESULTS / task / f"{plan}.toml").exists():
             yield f"results: {' or '.join(names)} is missing"
         return
-    tried, compared = names
+    search, compared = names
     known = recipe.load(str(RESULTS / task / f"{plan}.toml"))
-    searched = summary_of(tried)
+    searched = summary_of(search)
     held_out = known
     if isinstance(known.data, ImageData):
         size = getattr(searched.runs[0].spec.data, "validation", 0)
@@ -201,11 +201,11 @@ def protocol(task: str, plan: str) -> Iterator[str]:
             update={"data": known.data.model_copy(update={"validation": size})}
         )
     optimizers = list(known.optimizers)
-    yield from unlike(tried, searched, trials.make_trials(held_out, optimizers))
+    yield from unlike(search, searched, trials.make_trials(held_out, optimizers))
     final = FAMILIES[task].final.name
     if final != FAMILIES[task].curve.name and any(final in run.result for run in searched.runs):
-        yield f"{tried}: has seen the test data"
-    made = best_trials.apply_best_settings(known, RESULTS / tried, optimizers)
+        yield f"{search}: has seen the test data"
+    made = best_trials.apply_best_settings(known, RESULTS / search, optimizers)
     yield from unlike(compared, summary_of(compared), made.runs(optimizers))
     analyses = [*names]
     if plan == "recipe":
@@ -227,7 +227,7 @@ def protocol(task: str, plan: str) -> Iterator[str]:
     if len(data) > 1:
         yield f"{', '.join(analyses)}: not all of the same data"
     if len(made.seeds) < 5 or known.tuning is None or known.tuning.seed in made.seeds:
-        yield f"{compared}: five seeds are needed that no try had"
+        yield f"{compared}: five seeds are needed that no trial had"
 
 
 def unlike(name: str, summary: Summary, wanted: list[recipe.RunSpec]) -> Iterator[str]:

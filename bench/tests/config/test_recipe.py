@@ -1,4 +1,4 @@
-"""What a recipe may say, what it means, and how its mistakes are told."""
+"""What a recipe may say, what it means, and how its errors read."""
 
 from __future__ import annotations
 

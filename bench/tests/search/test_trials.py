@@ -1,4 +1,4 @@
-"""The search for settings: what is tried, what it is judged on, what is kept of it."""
+"""The search for settings: its trials, their scores on held-out data, and the resulting recipe."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_without_ranges(recipe_file: Path, tuned_recipe: Path) -> None:
         trials.make_trials(load(tuned_recipe), ["adam"])
 
 
-def test_the_best_try_is_taken(searched: Path, tuned_recipe: Path) -> None:
+def test_the_best_trial_is_taken(searched: Path, tuned_recipe: Path) -> None:
     plan = recipe.load(str(tuned_recipe))
     made = best_trials.apply_best_settings(plan, searched, ["sgd", "apollo"])
     [summary] = collect([searched])
@@ -142,11 +142,11 @@ def test_the_best_try_is_taken(searched: Path, tuned_recipe: Path) -> None:
         best = max(rows, key=lambda row: row.score.mean if row.score else 0.0)
         assert made.run(name, 1).optimizer == best.runs[0].spec.optimizer
     assert made.optimizers["radam"] == plan.optimizers["radam"]  # not asked for
-    # and what was tried is told, whatever became of it
-    chosen, tried = tables.tables(summary)
+    # the report shows all trials, whatever became of them
+    chosen, all_trials = tables.tables(summary)
     assert [row[0].text for row in chosen.rows] == ["SGD", "Apollo"]
     assert chosen.rows[1][-1].text == "3, 2 diverged"
-    assert [cell.text.endswith("diverged") for cell in tried.rows[1]].count(True) == 2
+    assert [cell.text.endswith("diverged") for cell in all_trials.rows[1]].count(True) == 2
     assert chosen.rows[1][-2].text == "lr, the smallest"
     assert "SGD lr " in narrative.headline(summary)
     assert "Diverged: Apollo (2 of 3 runs)" in narrative.headline(summary)

@@ -98,6 +98,10 @@ def make(
 ) -> Workload:
     """Make the workload of a run.
 
+    Example:
+        >>> spec = recipe.load("wordnet").run("apollo", seed=1)
+        >>> network = make(spec).model()
+
     Args:
         spec: the run.
         folder: folder of local data; None: the task's own.
