@@ -34,14 +34,14 @@ assert p.abs().max() < 0.1, p
 
 
 def main() -> None:
-    compiler = shutil.which(os.environ.get("CC", "cc"))
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if compiler:
             try_out(folder / "compiled", "compiled", {})
         if "--pure" not in sys.argv[1:]:
             return
-        said = try_out(folder / "pure", "pure", {"CC": str(shutil.which("false"))})
+        said = try_out(folder / "pure", "pure", {"CXX": str(shutil.which("false"))})
         if said.count("UserWarning: Apollo") != 1:
             sys.exit(f"without a compiler the wheel must say so once, it says: {said!r}")
 
@@ -50,6 +50,8 @@ def try_out(folder: Path, kind: str, environment: dict[str, str]) -> str:
     """Build, install and train; return what training wrote to stderr."""
     qn = build(ROOT, folder / "apollo-qn", environment)
     bench = build(ROOT / "bench", folder / "apollo-bench", environment)
+    if (kind == "pure") != qn.name.endswith("-py3-none-any.whl"):
+        sys.exit(f"the wheel of a {kind} build has the wrong tag: {qn.name}")
     if qn.stat().st_size > LARGEST:
         sys.exit(f"{qn.name} has {qn.stat().st_size:,} bytes, allowed are {LARGEST:,}")
     # the other packages are taken from this environment: only our own files are on trial
