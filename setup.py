@@ -25,7 +25,7 @@ OLDEST = (2, 10)  # torch with parallel_for in its stable ABI
 OFFERED = f"0x{OLDEST[0]:02x}{OLDEST[1]:02x}{'0' * 12}"
 COMPILE = [
     *("-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"),
-    # no fused multiply-add: the same bits on every machine
+    # no fused multiply-add, so that results are bit-identical on every machine
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     f"-DTORCH_TARGET_VERSION={OFFERED}",
 ]

@@ -1,4 +1,4 @@
-"""APOLLO in float64 NumPy, written from the paper and the reading notes, not from ``rule.py``.
+"""APOLLO in float64 NumPy, written from the paper and the reading notes, not from ``algorithm.py``.
 
 Unlike the package both classes keep the displacement of the step before as an array, as the
 paper's Algorithm 1 (``d_t``) and the authors' release (``update``) do, so that they check its

@@ -100,7 +100,7 @@ def assert_same_training(
         assert same(snapshot(one[1]), snapshot(other[1])), t
 
 
-# the same bits
+# bit-identical results
 
 
 @BACK_ENDS

@@ -28,7 +28,7 @@ def mixed(x: Words) -> Words:
 
 
 def drawn(seed: int = 0, position: int = 0, step: int = 0, first: int = 0, n: int = N) -> Tensor:
-    keys = rounding.keys(rounding.rng_stream(seed, position), step)
+    keys = rounding.keys(rounding.rng_key(seed, position), step)
     return rounding.random_bits(torch.arange(first, first + n), *keys)
 
 
@@ -37,23 +37,23 @@ def of_elements(n: int) -> Tensor:
 
 
 def of_steps(n: int) -> Tensor:
-    first, second = rounding.keys(rounding.rng_stream(0, 0), torch.arange(n))
+    first, second = rounding.keys(rounding.rng_key(0, 0), torch.arange(n))
     return rounding.random_bits(torch.zeros(n, dtype=torch.int64), first, second)
 
 
 def of_positions(n: int) -> Tensor:
-    streams = torch.tensor([rounding.rng_stream(0, i) for i in range(n)])
-    return rounding.random_bits(torch.zeros(n, dtype=torch.int64), *rounding.keys(streams, 7))
+    rng_keys = torch.tensor([rounding.rng_key(0, i) for i in range(n)])
+    return rounding.random_bits(torch.zeros(n, dtype=torch.int64), *rounding.keys(rng_keys, 7))
 
 
 def of_seeds(n: int) -> Tensor:
-    streams = torch.tensor([rounding.rng_stream(i, 0) for i in range(n)])
-    return rounding.random_bits(torch.zeros(n, dtype=torch.int64), *rounding.keys(streams, 7))
+    rng_keys = torch.tensor([rounding.rng_key(i, 0) for i in range(n)])
+    return rounding.random_bits(torch.zeros(n, dtype=torch.int64), *rounding.keys(rng_keys, 7))
 
 
 def of_parts(n: int) -> Tensor:
-    streams = torch.tensor([rounding.shard_stream(rounding.rng_stream(0, 0), i) for i in range(n)])
-    return rounding.random_bits(torch.zeros(n, dtype=torch.int64), *rounding.keys(streams, 7))
+    rng_keys = torch.tensor([rounding.shard_key(rounding.rng_key(0, 0), i) for i in range(n)])
+    return rounding.random_bits(torch.zeros(n, dtype=torch.int64), *rounding.keys(rng_keys, 7))
 
 
 SEQUENCES = pytest.mark.parametrize(
@@ -77,11 +77,11 @@ def test_the_hash_is_one_function_of_32_bits() -> None:
 
 
 def test_keys_of_parameters_and_steps_all_differ() -> None:
-    streams = torch.tensor([rounding.rng_stream(3, i) for i in range(300)])
-    assert streams.unique().numel() == 300
-    first, second = rounding.keys(streams.unsqueeze(1), torch.arange(300).unsqueeze(0))
+    rng_keys = torch.tensor([rounding.rng_key(3, i) for i in range(300)])
+    assert rng_keys.unique().numel() == 300
+    first, second = rounding.keys(rng_keys.unsqueeze(1), torch.arange(300).unsqueeze(0))
     assert ((first << 31) + second).unique().numel() == 300 * 300
-    assert rounding.rng_stream(1, 0) != rounding.rng_stream(1 << 32, 0)
+    assert rounding.rng_key(1, 0) != rounding.rng_key(1 << 32, 0)
 
 
 def test_places_beyond_32_bits_draw_anew() -> None:
@@ -113,7 +113,7 @@ def test_neighbours_are_independent(sequence: Callable[[int], Tensor], lag: int)
 
 
 def test_each_bit_of_a_place_changes_half_of_the_word() -> None:
-    keys = rounding.keys(rounding.rng_stream(0, 0), 0)
+    keys = rounding.keys(rounding.rng_key(0, 0), 0)
     places = torch.arange(4096)
     before = rounding.random_bits(places, *keys)
     for bit in range(32):
@@ -203,11 +203,11 @@ def test_high_and_low_are_the_value(dtype: torch.dtype) -> None:
 
 def test_places_are_those_in_memory() -> None:
     x = torch.empty(2, 3, 4, 5)
-    assert same(rounding.places(x).flatten(), torch.arange(120))
+    assert same(rounding.memory_offsets(x).flatten(), torch.arange(120))
     last = x.contiguous(memory_format=torch.channels_last)
-    assert same(rounding.places(last).permute(0, 2, 3, 1).flatten(), torch.arange(120))
-    assert rounding.places(x[:, ::2])[1, 1, 0, 3] == 60 + 40 + 3
-    assert rounding.places(torch.empty(())).item() == 0
+    assert same(rounding.memory_offsets(last).permute(0, 2, 3, 1).flatten(), torch.arange(120))
+    assert rounding.memory_offsets(x[:, ::2])[1, 1, 0, 3] == 60 + 40 + 3
+    assert rounding.memory_offsets(torch.empty(())).item() == 0
 
 
 def small_updates(steps: int, **settings: Any) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Algorithm 1 of Ma (2020) on one tensor: the only place that says what the update is.
+"""Algorithm 1 of Ma (2020) on one tensor: the definition of the update.
 
 Every back end is a faster form of :func:`update` and is tested against it. The letters are the
 paper's: ``theta`` parameter, ``g`` gradient, ``m`` moving average of gradients, ``B`` diagonal of
@@ -26,9 +26,9 @@ def update(
 
     Args:
         theta, g: parameter and gradient, any shape and floating type.
-        m, B: state of the same shape. The arithmetic is in the state's type, float32 at least.
+        m, B: state of the same shape. The arithmetic is in the state's type, float32 or wider.
         h, s: hyperparameters of the group, and the scalars of this step.
-        sums: the sums over the whole tensor where only a shard of it is given.
+        sums: sums over the full tensor, needed if only a shard of it is given.
 
     Returns:
         theta', m', B' and the threshold that this step's direction used.
@@ -60,7 +60,7 @@ def measure(
     h: Hyperparameters,
     s: StepScalars,
 ) -> Sums:
-    """Return the sums of :func:`update` over a tensor, or over the shard of it that is given."""
+    """Return the sums of :func:`update` over a tensor or a shard."""
     _, _, _, B, d, delta = _secant_pair(theta, g, m, B, h, s)
     return secant_sums(d, s.alpha * delta, delta, B, h.belief)
 
@@ -78,9 +78,9 @@ def displacement(
     h: Hyperparameters,
     s: StepScalars,
 ) -> Tensor:
-    """Return d of the step before, which moved theta by -rate d; rebuilt from m and B.
+    """Rebuild d of the step before, which moved theta by -rate d, from m and B.
 
-    At t = 0 it is 0 because m is.
+    At t = 0 the result is 0 because m is 0.
     """
     d = m / rectify(B, s.previous_threshold, s.previous_offset)
     return s.kappa * d + s.omega * theta if h.decoupled else d
@@ -94,7 +94,7 @@ def _secant_pair(
     h: Hyperparameters,
     s: StepScalars,
 ) -> tuple[Tensor, ...]:
-    """Return all four in the type of the arithmetic, d of the step before, and g - m."""
+    """Return theta, g, m and B in the arithmetic's type, d of the step before, and g - m."""
     dtype = arithmetic(theta.dtype, m.dtype)
     theta, g, m, B = theta.to(dtype), g.to(dtype), m.to(dtype), B.to(dtype)
     if h.maximize:

@@ -1,4 +1,4 @@
-"""Saved states: what is checked before one is loaded, and how its tensors are put in place."""
+"""Saved states: checks before a state is loaded, and restoring its tensors."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ _STORAGE = ("rounding", "state_dtype", "seed")
 
 
 def state_dtype(p: Tensor) -> torch.dtype:
-    """Return the default type of m and B: the parameter's, float32 at least."""
+    """Return the default type of m and B: the parameter's type, float32 or wider."""
     return torch.promote_types(p.dtype, torch.float32)
 
 
 def stored_dtype(found: torch.dtype, p: Tensor, asked: torch.dtype | None) -> torch.dtype:
-    """Return the type that an existing m or B shall have: none is lost that was not asked."""
+    """Return the type to store m or B in; precision is only reduced if ``asked`` says so."""
     return torch.promote_types(found, state_dtype(p)) if asked is None else asked
 
 
 def prepared(state_dict: StateDict, groups: list[dict[str, Any]]) -> StateDict:
-    """Return a saved state in today's form, checked against the parameters.
+    """Convert a saved state to the current form and check it against the parameters.
 
     Args:
-        state_dict: of this optimizer, of any version, or of the authors' released one.
-        groups: the parameter groups that it is loaded into.
+        state_dict: state of any version of this optimizer, or of the authors' released optimizer.
+        groups: parameter groups to load the state into.
 
     Raises:
-        ValueError: it does not fit.
+        ValueError: the state does not fit the groups.
     """
-    sizes = [[len(g["params"]) for g in some] for some in (state_dict["param_groups"], groups)]
+    sizes = [[len(g["params"]) for g in each] for each in (state_dict["param_groups"], groups)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"the state has groups of {sizes[0]} parameters, this optimizer of {sizes[1]}: "
@@ -46,11 +46,11 @@ def prepared(state_dict: StateDict, groups: list[dict[str, Any]]) -> StateDict:
     result = {**migrate.translated(state_dict, groups)}
     saved_groups = []
     for saved, group in zip(result["param_groups"], groups, strict=True):
-        # a state that does not say how numbers are stored leaves the group's settings
-        its = {**{name: group[name] for name in _STORAGE}, **saved}
-        if its["state_dtype"] is torch.bfloat16:  # as earlier versions saved it
-            its["state_dtype"] = "bfloat16"
-        saved_groups.append(its)
+        # settings of storage that the state lacks stay those of the group
+        settings = {**{name: group[name] for name in _STORAGE}, **saved}
+        if settings["state_dtype"] is torch.bfloat16:  # earlier versions saved the type itself
+            settings["state_dtype"] = "bfloat16"
+        saved_groups.append(settings)
     result["param_groups"] = saved_groups
     for p, _, state in _entries(result, groups):
         _check(p, state)
@@ -60,7 +60,7 @@ def prepared(state_dict: StateDict, groups: list[dict[str, Any]]) -> StateDict:
 def _entries(
     state_dict: StateDict, groups: list[dict[str, Any]]
 ) -> Iterator[tuple[Tensor, dict[str, Any], dict[str, Any]]]:
-    """Each parameter with its group and its saved state, in the order of the groups."""
+    """Yield each parameter with its group and its saved state, in the order of the groups."""
     for saved, group in zip(state_dict["param_groups"], groups, strict=True):
         for key, p in zip(saved["params"], group["params"], strict=True):
             if key in state_dict["state"]:
@@ -68,10 +68,10 @@ def _entries(
 
 
 def _check(p: Tensor, state: dict[str, Any]) -> None:
-    """Raise ValueError where a parameter's saved state does not fit it."""
+    """Raise ValueError if a saved state does not fit its parameter."""
     needed = ("step", *TENSORS)
     if not any(name in state for name in needed):
-        return  # entries of others, or none
+        return  # no state of Apollo
     for name in needed:
         if name not in state:
             raise ValueError(f"a parameter's state lacks {name!r}; it has {sorted(state)}")
@@ -91,7 +91,7 @@ def _check(p: Tensor, state: dict[str, Any]) -> None:
         if is_sharded(state[name]) and not is_sharded(p):
             raise ValueError(
                 f"{name} must be a plain tensor as its parameter of shape {tuple(p.shape)} is, "
-                "got a DTensor; save a state of whole tensors, with get_optimizer_state_dict("
+                "got a DTensor; save a state of full tensors, with get_optimizer_state_dict("
                 "..., options=StateDictOptions(full_state_dict=True)), or shard the parameter"
             )
 
@@ -102,13 +102,13 @@ def restore(
     """Put the saved tensors into ``state`` in full precision.
 
     ``torch.optim.Optimizer.load_state_dict`` casts them to the parameter's type, which would round
-    the float32 state of a bfloat16 parameter. A sharded parameter's may be saved whole. Entries of
-    others stay as torch has loaded them.
+    the float32 state of a bfloat16 parameter. The saved state of a sharded parameter may be a full
+    tensor. Entries that are not Apollo's stay as torch has loaded them.
     """
     for p, group, saved in _entries(state_dict, groups):
         host = torch.device("cpu")
         on_device = group["capturable"]
-        homes = {
+        destinations = {
             "step": (p.device if on_device else host, torch.float32),
             "previous_lr": (
                 p.device if on_device else host,
@@ -116,7 +116,7 @@ def restore(
             ),
             "threshold": (p.device, state_dtype(p).to_real()),
         }
-        for name, (device, dtype) in homes.items():
+        for name, (device, dtype) in destinations.items():
             if name in saved:
                 value = torch.as_tensor(saved[name]).detach().clone().reshape(())
                 state[p][name] = value.to(device=device, dtype=dtype)

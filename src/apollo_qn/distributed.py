@@ -1,12 +1,13 @@
-"""Sums over whole tensors whose parts lie on several ranks; only this module knows of meshes.
+"""Global sums over sharded tensors. Only this module knows of device meshes.
 
-The secant condition holds for a tensor as a whole. Where a parameter is a ``DTensor``, a back end
-takes the sums over the local part, they travel together in one all-reduce a step and mesh, and the
-back end does the step of its part with the sums of the whole.
+The secant condition holds for the full tensor. If a parameter is a ``DTensor``, a back end takes
+the sums over the local shard. One all-reduce per step and mesh adds up the sums of all tensors. The
+back end then updates its shard with the global sums.
 
-What travels is float64: for a float32 state two numbers a tensor, whose range no fourth power of a
-float32 number leaves. A maximum (belief), and sums of a float64 state with their scale, travel in a
-slot for each rank: zeros everywhere else make the sum a gathering.
+The all-reduce is in float64. A float32 state needs two numbers per tensor, because float64 holds
+the fourth power of every float32 number. The sums of a float64 state, with their scale, and the
+maximum of belief have one slot per rank in the buffer. A rank leaves the other slots 0, so that the
+sum over ranks gathers all slots.
 """
 
 from __future__ import annotations
@@ -28,31 +29,31 @@ from apollo_qn.hyperparameters import Hyperparameters
 from apollo_qn.secant import Sums, arithmetic
 
 Group: TypeAlias = tuple[TensorLists, Hyperparameters]
-Mesh: TypeAlias = Any  # torch.distributed.device_mesh.DeviceMesh, which this does not import
+Mesh: TypeAlias = Any  # torch.distributed.device_mesh.DeviceMesh, which is not imported here
 
-# Of a scale 2^e: its inverse and itself are normal numbers of the state's type.
-_MOST = {torch.float32: 120, torch.float64: 1000}
+# Largest |e| of a scale 2^e, so that 2^e and 2^-e are normal numbers of the state's type.
+_LARGEST_EXPONENT = {torch.float32: 120, torch.float64: 1000}
 
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
-    """How a tensor that is a part of another is spread: over which dimensions of which mesh."""
+    """Placement of a sharded tensor: its mesh, and the mesh dimensions that it is sharded over."""
 
     mesh: Mesh
-    spread: tuple[int, ...]
-    dtype: torch.dtype  # of the arithmetic
+    sharded_dims: tuple[int, ...]
+    dtype: torch.dtype  # type of the arithmetic
     belief: bool
-    index: int  # of this rank's part; replicas have the same
+    index: int  # index of this rank's shard; replicas share an index
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a ``DTensor``, whatever its placements."""
+    """Return whether a tensor is a ``DTensor``, with any placements."""
     kind = _dtensor()
     return kind is not None and isinstance(tensor, kind)
 
 
 def _dtensor() -> Any:
-    """The type; None: no one has imported it, so that there are none."""
+    """Return the class ``DTensor``, or None if nobody has imported it and none can exist."""
     module = sys.modules.get("torch.distributed.tensor")
     return None if module is None else module.DTensor
 
@@ -61,30 +62,33 @@ def check_parameter(p: Any) -> None:
     """Raise ValueError for the flat parameters of FSDP1, which hide the tensors' boundaries."""
     if getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False):
         raise ValueError(
-            "params must be whole tensors or DTensors, got one that FullyShardedDataParallel "
+            "params must be full tensors or DTensors, got one that FullyShardedDataParallel "
             "(FSDP1) has flattened: Apollo's sums run over each tensor, whose boundaries are lost "
             "there. Shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead"
         )
 
 
 def placed_as(p: Any, tensor: Any) -> Any:
-    """A saved state with the placements of its parameter; all ranks must have it whole."""
+    """Return a saved state tensor with the placements of its parameter.
+
+    A plain ``tensor`` must be the full tensor, on all ranks.
+    """
     if not is_sharded(p):
         return tensor
     if is_sharded(tensor):
         return _placed_like(tensor, p)
     from torch.distributed.tensor import distribute_tensor
 
-    # every rank cuts its part out of its own copy
+    # None makes every rank take its shard from its own copy
     return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
 
 
 def localize(groups: list[Group], before: Reduction | None) -> tuple[list[Group], Reduction | None]:
-    """Return the groups with their local shards, and how sums over shards become whole.
+    """Return the groups with local shards, and the reduction of their sums to global sums.
 
     Args:
-        groups: with parameters that are whole tensors or DTensors.
-        before: what the last call returned; it is reused where nothing has changed.
+        groups: groups whose parameters are full tensors or DTensors.
+        before: reduction that the last call returned. It is reused if nothing has changed.
 
     Raises:
         RuntimeError: a sharded parameter that cannot be served.
@@ -118,10 +122,10 @@ def _local_lists(
     """Return the local tensors of one group, and append its shards to ``shards``."""
     if h.differentiable and any(isinstance(p, kind) for p in lists.params):
         raise RuntimeError(
-            "differentiable=True does not support sharded parameters (DTensor); use a whole one"
+            "differentiable=True does not support sharded parameters (DTensor); use a full tensor"
         )
     rows = []
-    known: dict[Hashable, _Shard | None] = {}  # most tensors are placed alike
+    known: dict[Hashable, _Shard | None] = {}  # most tensors share their placements
     for p, m in zip(lists.params, lists.exp_avgs, strict=True):
         shard = None
         if isinstance(p, kind):
@@ -149,16 +153,16 @@ def _local_lists(
         exp_avgs=local_state(lists.exp_avgs, "exp_avg"),
         hessian_diags=local_state(lists.hessian_diags, "hessian_diag"),
         compensations=local_state(lists.compensations, "compensation"),
-        rng_streams=[
-            stream if row < 0 else rounding.shard_stream(stream, shards[row].index)
-            for stream, row in zip(lists.rng_streams, rows, strict=bool(lists.rng_streams))
+        rng_keys=[
+            key if row < 0 else rounding.shard_key(key, shards[row].index)
+            for key, row in zip(lists.rng_keys, rows, strict=bool(lists.rng_keys))
         ],
         rows=rows,
     )
 
 
 def _shard(p: Any, m: Tensor, belief: bool) -> _Shard | None:
-    """Return how a parameter is sharded; None where the local tensor is the whole one."""
+    """Return the placement of a sharded parameter; None if the local tensor is the full one."""
     mesh, placements = p.device_mesh, p.placements
     if any(placement.is_partial() for placement in placements):
         raise RuntimeError(
@@ -167,21 +171,21 @@ def _shard(p: Any, m: Tensor, belief: bool) -> _Shard | None:
         )
     coordinate = mesh.get_coordinate()
     if coordinate is None:
-        return None  # this rank has none of it
-    spread = tuple(
+        return None  # this rank is not in the mesh
+    sharded_dims = tuple(
         i
         for i, placement in enumerate(placements)
         if not placement.is_replicate() and mesh.size(i) > 1
     )
     dtype = arithmetic(p.dtype, m.dtype).to_real()
     index = 0
-    for i in spread:
+    for i in sharded_dims:
         index = index * mesh.size(i) + coordinate[i]
-    return _Shard(mesh, spread, dtype, belief, index) if spread else None
+    return _Shard(mesh, sharded_dims, dtype, belief, index) if sharded_dims else None
 
 
 def _placed_like(tensor: Any, p: Any) -> Any:
-    """Return a gradient or a loaded state with the placements of its parameter, a DTensor."""
+    """Return a gradient or loaded state with the placements of its parameter ``p``, a DTensor."""
     if not is_sharded(tensor):
         raise RuntimeError(
             f"the gradient and state of a sharded parameter of shape {tuple(p.shape)} must be "
@@ -200,7 +204,7 @@ def _same_placement(tensor: Any, p: Any) -> bool:
 
 
 def _checked_state(tensor: Any, p: Any, name: str) -> Any:
-    """Return the state; raise RuntimeError where the parameter has been resharded since."""
+    """Return the state tensor, or raise RuntimeError if its parameter was resharded since."""
     if not is_sharded(tensor) or not _same_placement(tensor, p):
         found = tensor.placements if is_sharded(tensor) else "a plain tensor"
         raise RuntimeError(
@@ -212,17 +216,17 @@ def _checked_state(tensor: Any, p: Any, name: str) -> Any:
 
 
 def _local_shard(tensor: Any) -> Tensor:
-    # to_local() of a parameter makes a new object at each call
+    # to_local() of a parameter returns a new object at each call
     local = tensor.to_local() if torch.is_grad_enabled() else tensor._local_tensor
-    # of a collective that is still under way
+    # wait for a collective that is still running
     ready: Tensor = local.wait() if hasattr(local, "wait") else local
     return ready
 
 
 class Reduction:
-    """Sums over parts of tensors become sums over whole tensors.
+    """Reduction of the sums over shards to global sums.
 
-    They lie in a table with a row for each tensor: scale, q4, k and largest of
+    The sums are rows of a table, one row per tensor, with the columns scale, q4, k and largest of
     :class:`apollo_qn.secant.Sums`.
     """
 
@@ -232,35 +236,35 @@ class Reduction:
         meshes: dict[Mesh, list[int]] = {}
         for i, part in enumerate(shards):
             meshes.setdefault(part.mesh, []).append(i)
-        self._meshes = [_OfMesh(shards, rows, device) for rows in meshes.values()]
+        self._meshes = [_MeshReduction(shards, rows, device) for rows in meshes.values()]
         self._indices: dict[Hashable, Tensor] = {}
 
     def table(self) -> Tensor:
-        """One for this step; the rows of parts that hold no element remain zeros."""
+        """Return a table of zeros for this step. Rows of shards without elements remain zeros."""
         return torch.zeros(len(self.shards), 4, dtype=torch.float64, device=self.device)
 
     def put(self, table: Tensor, rows: list[int], sums: Sums) -> None:
-        """Write the sums over parts into their rows."""
+        """Write the sums over shards into their rows."""
         largest = torch.zeros_like(sums.k) if sums.largest is None else sums.largest
         columns = [column.to(table) for column in (sums.scale, sums.q4, sums.k, largest)]
         table.index_copy_(0, self._index(rows), torch.stack(columns, 1))
 
     def take(self, table: Tensor, rows: list[int]) -> Sums:
-        """The sums of these rows."""
+        """Return the sums in the given rows."""
         scale, q4, k, largest = table.index_select(0, self._index(rows)).unbind(1)
         return Sums(scale, q4, k, largest if self.shards[rows[0]].belief else None)
 
     def reduce_(self, table: Tensor) -> None:
-        """Make the sums over parts those over whole tensors, with a scale that is a power of 2."""
+        """Replace the sums over shards by global sums, with a scale that is a power of 2."""
         for mesh in self._meshes:
             mesh.reduce_(table)
 
     def totals_(self, sums: Tensor, largest: Tensor) -> None:
-        """Make other numbers of parts those of whole tensors, with a row for each part.
+        """Replace other values of shards by values of the full tensors, in place.
 
         Args:
-            sums: to be added up over the parts, shape (parts, any), floating.
-            largest: of which the largest is wanted, likewise; NaN may be lost.
+            sums: values to add up over the shards, floating, shape (tensors, any).
+            largest: values to take the maximum of, of the same form. NaN may be lost.
         """
         for mesh in self._meshes:
             mesh.totals_(sums, largest)
@@ -272,8 +276,8 @@ class Reduction:
         return self._indices[key]
 
 
-class _OfMesh:
-    """The rows of one mesh: one all-reduce."""
+class _MeshReduction:
+    """All-reduce of the rows of one mesh."""
 
     def __init__(self, shards: list[_Shard], rows: list[int], device: torch.device) -> None:
         self.mesh = shards[rows[0]].mesh
@@ -286,11 +290,11 @@ class _OfMesh:
         self.summed = index([i for i in rows if shards[i].dtype is torch.float32])
         self.gathered = index([i for i in rows if shards[i].dtype is not torch.float32])
         self.largest = index([i for i in rows if shards[i].belief])
-        # of replicas one speaks, so that all ranks of the mesh end with the same bits
+        # only one replica contributes, so that the result is bit-identical on all ranks
         silent = [
             i
             for i in rows
-            if any(at and k not in shards[i].spread for k, at in enumerate(coordinate))
+            if any(at and k not in shards[i].sharded_dims for k, at in enumerate(coordinate))
         ]
         self.silent = index(silent) if silent else None
 
@@ -315,34 +319,38 @@ class _OfMesh:
         q4, k, gathered, largest = (
             piece.view(column.shape) for piece, column in zip(pieces, columns, strict=True)
         )
-        _write(table, self.summed, _scaled(torch.ones_like(q4), q4, k, _MOST[torch.float32]))
-        of_parts = Sums(*gathered.unbind(2))
-        whole = of_parts.merged()
-        _write(table, self.gathered, _scaled(whole.scale, whole.q4, whole.k, _MOST[torch.float64]))
+        _write(
+            table,
+            self.summed,
+            _scaled(torch.ones_like(q4), q4, k, _LARGEST_EXPONENT[torch.float32]),
+        )
+        full = Sums(*gathered.unbind(2)).merged()
+        columns_64 = _scaled(full.scale, full.q4, full.k, _LARGEST_EXPONENT[torch.float64])
+        _write(table, self.gathered, columns_64)
         table[:, 3].index_copy_(0, self.largest, largest[..., 0].amax(0))
 
     def totals_(self, sums: Tensor, largest: Tensor) -> None:
         if self.silent is not None:
             sums.index_fill_(0, self.silent, 0)
         for table, op in ((sums, dist.ReduceOp.SUM), (largest, dist.ReduceOp.MAX)):
-            whole = _all_reduced(table.index_select(0, self.rows), self.mesh, self.group, op)
-            table.index_copy_(0, self.rows, whole)
+            full = _all_reduced(table.index_select(0, self.rows), self.mesh, self.group, op)
+            table.index_copy_(0, self.rows, full)
 
 
 def _in_slot(values: Tensor, ranks: int, rank: int) -> Tensor:
-    """Shape (ranks, *values.shape): zeros but for this rank."""
+    """Return ``values`` in the slot of this rank, zeros elsewhere: (ranks, *values.shape)."""
     slots = values.new_zeros(ranks, *values.shape)
     slots[rank] = values
     return slots
 
 
 def _scaled(scale: Tensor, q4: Tensor, k: Tensor, most: int) -> Tensor:
-    """The same sums with a scale 2^e near ||d||_4, |e| <= most, as columns."""
-    # not frexp, whose float64 form inductor (torch 2.13) does not compile
+    """Return the sums as columns, with a scale 2^e near ||d||_4 where |e| <= most."""
+    # log2 instead of frexp, because inductor (torch 2.13) does not compile frexp in float64
     exponent = (
         torch.log2(scale * q4.sqrt().sqrt()).floor().nan_to_num(0, neginf=0).clamp(-most, most)
     )
-    # from its bits: exp2 and ldexp are not exact everywhere
+    # build 2^e from its bits, because exp2 and ldexp are not exact on every device
     power = ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
     share = scale / power
     return torch.stack([power, q4 * share**4, k * share], 1)
@@ -353,18 +361,18 @@ def _write(table: Tensor, rows: Tensor, columns: Tensor) -> None:
 
 
 def _all_reduced(buffer: Tensor, mesh: Mesh, group: Any, op: Any = None) -> Tensor:
-    home = buffer.device
-    if mesh.device_type != home.type:  # parameters that wait in host memory
+    device = buffer.device
+    if mesh.device_type != device.type:  # parameters are offloaded to host memory
         buffer = buffer.to(mesh.device_type)
     dist.all_reduce(buffer, dist.ReduceOp.SUM if op is None else op, group=group)
-    return buffer.to(home)
+    return buffer.to(device)
 
 
 _groups: WeakKeyDictionary[Mesh, tuple[Any, Any]] = WeakKeyDictionary()
 
 
 def _group(mesh: Mesh) -> Any:
-    """The process group of all ranks of a mesh."""
+    """Return the process group of all ranks of a mesh."""
     first = mesh.get_group(0)
     if mesh.ndim == 1:
         return first
@@ -372,7 +380,7 @@ def _group(mesh: Mesh) -> Any:
     if len(ranks) == dist.get_world_size():
         return dist.group.WORLD
     known = _groups.get(mesh)
-    if known is None or known[0] is not first:  # an equal mesh of processes set up anew
+    if known is None or known[0] is not first:  # the process groups were created again
         group = dist.new_group(ranks, use_local_synchronization=True)
         known = _groups[mesh] = (first, group)
     return known[1]

@@ -1,4 +1,4 @@
-"""The functional form of the optimizer: lists of tensors in, one step done."""
+"""The functional form of the optimizer: take one step on lists of tensors."""
 
 from __future__ import annotations
 
@@ -41,33 +41,32 @@ def apollo(
     compensations: list[Tensor | None] | None = None,
     positions: list[int] | None = None,
 ) -> None:
-    """Do one step of Apollo (Algorithm 1 of the paper), in place.
+    """Take one step of Apollo (Algorithm 1 of the paper), in place.
 
-    See :class:`apollo_qn.Apollo` for the hyperparameters. The caller owns the state, which starts
-    as zeros.
+    See :class:`apollo_qn.Apollo` for the hyperparameters. The caller owns the state. All state
+    tensors must be zeros before the first step.
 
     Args:
         params, grads: tensors of any shapes.
-        exp_avgs, hessian_diags: m and B, of the parameters' shapes, bfloat16, float32 or float64
+        exp_avgs, hessian_diags: m and B, in the parameters' shapes, as bfloat16, float32 or float64
             (complex for complex parameters).
-        state_steps: a 0-dim floating tensor per parameter, the number of steps done; one is added.
-            Only with ``capturable`` may they lie on another device than the CPU.
-        warmup_base_lr: the rate that ``warmup_init_lr`` is divided by; None means ``lr``.
-        previous_lrs: a 0-dim tensor per parameter, needed with decoupled weight decay: the rate of
-            the step before, read and then overwritten.
-        thresholds: a 0-dim tensor per parameter on its device, needed with ``rebound="belief"``:
-            the threshold of the step before, read and then overwritten.
-        compensations: needed with ``rounding="kahan"``: for each bfloat16 or float16 parameter a
-            tensor of its shape and type, zeros at first; anything, or None, for the others.
-        seed: seed of the random bits of stochastic rounding; None means 0, since nothing here
-            could save another one.
-        positions: an integer per parameter, from which its random bits follow; None: 0, 1, ...
+        state_steps: number of steps done, a 0-dim floating tensor per parameter. The call adds 1.
+            The tensors lie on the CPU unless ``capturable`` is True.
+        warmup_base_lr: divisor of ``warmup_init_lr``. None means ``lr``.
+        previous_lrs: rate of the step before, a 0-dim tensor per parameter, needed with decoupled
+            weight decay. The call overwrites it with the new rate.
+        thresholds: threshold of the step before, a 0-dim tensor per parameter on its device, needed
+            with ``rebound="belief"``. The call overwrites it with the new threshold.
+        compensations: one tensor per bfloat16 or float16 parameter, of its shape and type, needed
+            with ``rounding="kahan"``. Entries of other parameters are ignored and may be None.
+        seed: seed of the random bits of stochastic rounding. None means 0.
+        positions: an integer per parameter, on which its random bits depend. None means 0, 1, ...
 
     Raises:
-        ValueError: the lists differ in length, or one that the mode needs is missing; a bad
-            ``rounding`` or ``seed``.
-        RuntimeError: a sparse gradient; shapes that differ; ``fused=True`` where there is no fused
-            back end; a combination of ``foreach``, ``fused`` and ``differentiable`` that cannot be.
+        ValueError: the lists differ in length; a list that the mode needs is missing; ``rounding``
+            or ``seed`` is out of its range.
+        RuntimeError: a gradient is sparse; shapes differ; ``fused=True`` without a fused back end;
+            ``foreach``, ``fused`` and ``differentiable`` exclude each other.
 
     Example:
         >>> theta, g = torch.ones(3), torch.full((3,), 0.5)
@@ -97,8 +96,8 @@ def apollo(
         capturable=capturable,
         differentiable=differentiable,
     )
-    places = range(len(params)) if positions is None else positions
-    check_length("positions", places, params, "number")
+    numbers = range(len(params)) if positions is None else positions
+    check_length("positions", numbers, params, "number")
     tensors = TensorLists(
         list(params),
         list(grads),
@@ -114,6 +113,6 @@ def apollo(
         ),
         needed_list("thresholds", thresholds, params, rebound == "belief", "rebound='belief'"),
         list(compensations or []) if rounding == "kahan" else [],
-        [storage.rng_stream(seed, place) for place in places],
+        [storage.rng_key(seed, number) for number in numbers],
     )
     execute(prepare([(tensors, h)], Backends()))

@@ -1,4 +1,4 @@
-"""Gradient release: the step of a parameter in the backward pass, and its gradient freed there."""
+"""Gradient release: update each parameter in the backward pass and free its gradient at once."""
 
 from __future__ import annotations
 
@@ -34,48 +34,50 @@ _SEVERAL = (
 
 
 class GradientRelease:
-    """Take the step of each parameter in the backward pass and free its gradient there.
+    """Update each parameter in the backward pass and free its gradient at once.
 
-    The gradients of a model are then never all in memory at once. Apollo's step of a tensor needs
-    no other tensor, so that the result is, bit by bit, that of the ordinary step. The training loop
-    stays as it is::
+    The gradients of a model are then never all in memory together. Apollo updates a tensor without
+    looking at other tensors, so the result is bit-identical to the ordinary step. The training loop
+    does not change::
 
         release = GradientRelease(optimizer)
         for x, y in data:
-            loss_of(model(x), y).backward()  # steps, and frees the gradients
+            loss_of(model(x), y).backward()  # updates parameters and frees gradients
             optimizer.step()                 # ends the step: see below
             scheduler.step()
             optimizer.zero_grad()
 
-    ``optimizer.step()`` remains the end of a step: it runs its hooks, lets schedulers see it, and
-    does the ordinary step for parameters that have a gradient still. A closure's backward pass
-    releases too. The state is the optimizer's own, to be saved and loaded as ever.
+    ``optimizer.step()`` still ends a step. It runs the optimizer's hooks, counts for schedulers,
+    and updates parameters that still have a gradient. A closure's backward pass releases gradients
+    too. The state stays in the optimizer, which is saved and loaded as usual.
 
-    To accumulate gradients, do all backward passes but the last under :meth:`accumulate`. They are
-    summed in ``p.grad`` as without release, so that this costs the memory again.
+    To accumulate gradients, run all backward passes except the last under :meth:`accumulate`. The
+    sum in ``p.grad`` then takes as much memory as without gradient release.
 
-    Between ``backward()`` and ``optimizer.step()`` a released ``p.grad`` is a tensor without memory
-    that raises RuntimeError where it is read, since clipping over the whole model and
-    ``torch.amp.GradScaler`` would silently do nothing; after it, it is None. They raise only after
-    the steps of that backward pass. Frameworks that look at the gradients' norm to log it raise
-    too, as the Hugging Face Trainer does. To clip tensor by tensor, register a hook of the
-    parameter's own (``p.register_hook``, or ``p.register_post_accumulate_grad_hook`` before this).
+    After ``backward()`` a released ``p.grad`` is a tensor without memory. Reading it raises
+    RuntimeError, because clipping the model's norm and ``torch.amp.GradScaler`` would silently have
+    no effect. By then the parameters have been updated. Frameworks that log the gradient norm, such
+    as the Hugging Face Trainer, raise too. ``optimizer.step()`` sets a released ``p.grad`` to None.
 
-    As with ``zero_grad(set_to_none=True)``, a parameter that has no gradient takes no step. A
-    compiled model hands over all gradients of a graph together: then nothing is saved.
+    To clip each tensor by itself, register a hook on the parameter: ``p.register_hook``, or
+    ``p.register_post_accumulate_grad_hook`` before the release is made.
 
-    Use it as a context manager to have it removed at the end.
+    A parameter without a gradient is not updated, as after ``zero_grad(set_to_none=True)``. A
+    compiled model returns all gradients of a graph at once, so gradient release saves no memory
+    there.
+
+    As a context manager, the release is removed on exit.
 
     Args:
-        optimizer: whose parameters are to be released, those of groups that are added later too
-            (from the next ``optimizer.step()`` on).
+        optimizer: the Apollo whose gradients are released. Groups that are added later are released
+            from the next ``optimizer.step()`` on.
 
     Raises:
         TypeError: ``optimizer`` is not an :class:`apollo_qn.Apollo`.
-        RuntimeError: it has a release already; a group has ``differentiable=True``; a parameter is
-            a DTensor, whose sums would be an all-reduce a tensor; there are several processes. In
-            the backward pass: a second gradient of a parameter in one step; a sparse gradient
-            (other parameters have taken their steps by then).
+        RuntimeError: the optimizer already has a release; a group has ``differentiable=True``; a
+            parameter is a DTensor, which would take one all-reduce per tensor; there are several
+            processes. In the backward pass: a parameter gets a second gradient in one step, or a
+            sparse one. Other parameters may have been updated by then.
     """
 
     def __init__(self, optimizer: Apollo) -> None:
@@ -88,8 +90,8 @@ class GradientRelease:
             _check_group(group)
         self._optimizer = optimizer
         self._accumulating = False
-        self._released: set[Tensor] = set()  # since the last optimizer.step()
-        self._handles: dict[Tensor, Any] = {}  # of the parameters' hooks
+        self._released: set[Tensor] = set()  # parameters updated since the last optimizer.step()
+        self._handles: dict[Tensor, Any] = {}  # handles of the parameters' hooks
         self._groups: list[dict[str, Any]] = []
         self._place: dict[Tensor, tuple[dict[str, Any], int]] = {}  # group and position
         self._watch()
@@ -98,10 +100,10 @@ class GradientRelease:
 
     @contextmanager
     def accumulate(self, enabled: bool = True) -> Iterator[None]:
-        """Within it backward passes only add to ``p.grad``.
+        """Return a context in which backward passes only add to ``p.grad``.
 
         Args:
-            enabled: False: they release, as outside.
+            enabled: whether to accumulate. False releases gradients, as outside of the context.
         """
         before, self._accumulating = self._accumulating, enabled
         try:
@@ -110,7 +112,7 @@ class GradientRelease:
             self._accumulating = before
 
     def remove(self) -> None:
-        """Return to the ordinary step; gradients that have been accumulated remain. Idempotent."""
+        """Return to the ordinary step and keep accumulated gradients. Further calls do nothing."""
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
@@ -127,9 +129,10 @@ class GradientRelease:
     def _before_step(
         self, optimizer: Apollo, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """End the step: what was released has no gradient for the ordinary step.
+        """End the step, so that the ordinary step does not see released gradients.
 
-        A closure's backward pass releases too, so that the closure itself ends the step.
+        A closure's backward pass releases gradients too. The closure is therefore wrapped in one
+        that ends the step again.
         """
         given = args[1] if len(args) > 1 else kwargs.get("closure")
         closure: Callable[[], Any] | None = given
@@ -155,7 +158,7 @@ class GradientRelease:
         self._released.clear()
 
     def _watch(self) -> None:
-        """Register hooks for parameters that have none yet: added or unfrozen ones."""
+        """Register hooks for parameters without one, which were added or unfrozen."""
         groups = self._optimizer.param_groups
         for group in groups:
             _check_group(group)
@@ -164,7 +167,7 @@ class GradientRelease:
         self._place = {p: (group, position) for position, (p, group) in enumerate(every)}
         for p in self._handles.keys() - self._place.keys():
             self._handles.pop(p).remove()
-        # a hook lives in autograd, where the garbage collector does not see a reference to self
+        # autograd keeps the hook, and the garbage collector cannot see a reference from there
         this = weakref.ref(self)
 
         def hook(p: Tensor) -> None:
@@ -191,7 +194,7 @@ class GradientRelease:
         p.grad = _Released(p)
 
 
-# those that have a release; an optimizer's own attributes do not tell
+# Optimizers that have a release. They are kept here because Apollo does not know of releases.
 _released_optimizers: weakref.WeakSet[Apollo] = weakref.WeakSet()
 
 
@@ -225,7 +228,7 @@ def _check_group(group: dict[str, Any]) -> None:
 
 
 class _Released(Tensor):
-    """Stands where a gradient was: of its shape and type, without memory, and refuses every use."""
+    """Placeholder of a freed gradient: shape and type without memory. Every use raises."""
 
     __torch_function__: Any = torch._C._disabled_torch_function_impl
 
@@ -237,7 +240,7 @@ class _Released(Tensor):
         return made
 
     def __init__(self, p: Tensor) -> None:
-        """Of the parameter ``p``."""
+        """Take shape, strides, type and device from the parameter ``p``."""
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"<released gradient of shape {tuple(self.shape)}>"

@@ -1,4 +1,4 @@
-"""Hyperparameters: names, ranges, and the scalars of one step that follow from them."""
+"""Hyperparameters: names, ranges, and the scalars of one step."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from apollo_qn.rounding import Rounding
 
-Scalar: TypeAlias = "float | Tensor"  # a Python number, or a tensor: no host synchronisation
+Scalar: TypeAlias = "float | Tensor"  # a Python number, or a tensor that is not read on the host
 Rebound = Literal["constant", "belief"]
 
 UNDETERMINED = 1e-6  # |1 - lr * weight_decay| below which theta_before cannot be rebuilt
 
 
 class Hyperparameters(NamedTuple):
-    """The settings of one parameter group in one step, named as in :class:`apollo_qn.Apollo`.
+    """Settings of one parameter group in one step, named as in :class:`apollo_qn.Apollo`.
 
     ``warmup_start`` is ``warmup_init_lr`` divided by the initial learning rate. ``rounding`` says
     how a 16-bit parameter stores its update. The last four choose and constrain the back end.
@@ -43,27 +43,27 @@ class Hyperparameters(NamedTuple):
 
     @property
     def belief(self) -> bool:
-        """Whether D uses the threshold of the authors' later code."""
+        """Return whether D uses the threshold of the authors' later code."""
         return self.rebound == "belief"
 
     @property
     def decays(self) -> bool:
-        """Whether weight decay takes part; a tensor counts as non-zero."""
+        """Return whether weight decay takes part; a tensor counts as non-zero."""
         return isinstance(self.weight_decay, Tensor) or self.weight_decay != 0
 
     @property
     def l2(self) -> bool:
-        """Whether decay is added to the gradient."""
+        """Return whether decay is added to the gradient."""
         return self.decays and not self.decoupled_weight_decay
 
     @property
     def decoupled(self) -> bool:
-        """Whether decay is added to the direction."""
+        """Return whether decay is added to the direction."""
         return self.decays and self.decoupled_weight_decay
 
     @property
     def secant_eps(self) -> float:
-        """The number added to ||d||_4: eps / sigma, so that Theorem 1 is exact; eps with belief."""
+        """Return the number added to ||d||_4: eps with belief, else eps / sigma (Theorem 1)."""
         return self.eps if self.belief else self.eps / self.sigma
 
     def alpha(self, t: Scalar) -> Scalar:
@@ -90,12 +90,12 @@ class Hyperparameters(NamedTuple):
 
 
 class StepScalars(NamedTuple):
-    """The scalars of one step ``t`` (0 first), for one tensor or for many.
+    """Scalars of one step ``t`` (0 first), for one tensor or for many.
 
-    Each is a float, or a tensor: 0-dim, or of shape (n,) with an element per tensor.
-    ``previous_threshold`` and ``previous_offset`` give D of the step before. ``kappa`` and
-    ``omega`` turn its direction into its displacement, kappa d + omega theta; they are 1 and 0
-    unless weight decay is decoupled.
+    Each is a float, a 0-dim tensor, or a tensor of shape (n,) with an element per tensor.
+    ``previous_threshold`` and ``previous_offset`` give D of the step before. The displacement of
+    the step before is kappa d + omega theta. ``kappa`` and ``omega`` are 1 and 0 unless weight
+    decay is decoupled.
     """
 
     t: Scalar
@@ -120,11 +120,11 @@ class StepScalars(NamedTuple):
         Args:
             t: number of steps done before.
             h: hyperparameters of the group.
-            previous_lr: the rate of the step before, needed with decoupled decay.
-            previous_threshold: needed with belief by what uses D of the step before.
+            previous_lr: rate of the step before, needed with decoupled decay.
+            previous_threshold: threshold of the step before with belief, needed for its D.
         """
         if isinstance(t, Tensor):
-            # float32 counters would leave alpha good to 3e-7 only
+            # in float32 the relative error of alpha would be 3e-7
             t = t.to(torch.float32 if t.device.type == "mps" else torch.float64)
         kappa: Scalar = 1.0
         omega: Scalar = 0.0
@@ -143,7 +143,7 @@ class StepScalars(NamedTuple):
         return StepScalars(*(x[which] if isinstance(x, Tensor) and x.dim() else x for x in self))
 
     def to(self, dtype: torch.dtype) -> StepScalars:
-        """Return the scalars with tensors in ``dtype``, the type of the arithmetic; t as it is."""
+        """Return the scalars with all tensors except ``t`` in ``dtype``."""
         t, *others = self
         return StepScalars(t, *(x.to(dtype) if isinstance(x, Tensor) else x for x in others))
 
@@ -151,8 +151,8 @@ class StepScalars(NamedTuple):
 def _displacement_weights(t: Scalar, lr: Scalar, weight_decay: Scalar) -> tuple[Scalar, Scalar]:
     """Return kappa and omega with d + wd theta_before = kappa d + omega theta.
 
-    From theta = theta_before - lr (d + wd theta_before). Where lr wd = 1 theta holds nothing of
-    theta_before, and d alone stands for the displacement. At t = 0 there was no step.
+    They follow from theta = theta_before - lr (d + wd theta_before). If lr wd = 1, theta does not
+    depend on theta_before, and d alone is taken as the displacement. At t = 0 there was no step.
     """
     kept = 1 - lr * weight_decay
     if isinstance(kept, Tensor) or isinstance(t, Tensor):
@@ -166,10 +166,10 @@ def _displacement_weights(t: Scalar, lr: Scalar, weight_decay: Scalar) -> tuple[
 
 
 def warmup_start(warmup_init_lr: float | None, base_lr: Scalar) -> float:
-    """Return ``warmup_init_lr`` divided by the initial learning rate; None means 1 / 1000."""
+    """Return ``warmup_init_lr`` divided by the initial learning rate, or 1 / 1000 for None."""
     if warmup_init_lr is None:
         return 1e-3
-    return warmup_init_lr / float(base_lr) if warmup_init_lr else 0.0  # 0 / 0 where lr is 0
+    return warmup_init_lr / float(base_lr) if warmup_init_lr else 0.0  # avoids 0 / 0 if lr is 0
 
 
 _NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "a finite number >= 0")
@@ -188,8 +188,8 @@ def check_ranges(given: Mapping[str, Any], lr: str = "lr") -> None:
     """Raise ValueError for the first hyperparameter that is out of its range.
 
     Args:
-        given: hyperparameters by name; missing names are skipped, and None where it is allowed.
-        lr: the name of the learning rate in ``given``.
+        given: hyperparameters by name. Missing names are skipped, and so is None if it is allowed.
+        lr: name of the learning rate in ``given``.
     """
     for known, (holds, what) in _RANGES.items():
         name = lr if known == "lr" else known

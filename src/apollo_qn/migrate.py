@@ -1,8 +1,8 @@
-"""States of the authors' released optimizer as states of this one.
+"""Conversion of states of the authors' released optimizer.
 
-Three releases differ. The first (September 2020) has no key ``rebound``; the second (December 2020)
-has it; both fix sigma = 1. The third (August 2021, the main branch since) fixes sigma = 0.01. The
-keys do not tell the last two apart, so sigma is recovered from the stored direction.
+There are three releases. The first (September 2020) has no key ``rebound``, the second (December
+2020) has it; both fix sigma = 1. The third (August 2021, the main branch since) fixes sigma = 0.01.
+The keys of the second and the third are equal, so sigma is computed from the stored direction.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch.optim.optimizer import StateDict
 
 from apollo_qn.hyperparameters import Hyperparameters
 
-_SIGMAS = (1.0, 0.01)  # of the first two releases, of the third
+_SIGMAS = (1.0, 0.01)  # sigma of the first two releases, and of the third
 _KEYS = ("lr", "beta", "eps", "weight_decay", "warmup", "init_lr", "base_lr")
-_CLOSE = 1e-3  # rounding of m / D in the state's type, and of the parameter that decay adds
+_CLOSE = 1e-3  # tolerance for the rounding of m / D, and of the decayed parameter in it
 
 
 def translated(state_dict: StateDict, groups: list[dict[str, Any]]) -> StateDict:
-    """Return a state of the released optimizer as one of ours, and any other as it is.
+    """Convert a state of the released optimizer to one of Apollo; return any other unchanged.
 
     Raises:
-        ValueError: it was trained with ``weight_decay_type="stable"``, which Apollo does not have,
-            or its groups lack a key that the releases have.
+        ValueError: the state was trained with ``weight_decay_type="stable"``, which Apollo does not
+            have, or its groups lack a key that the releases have.
     """
     states = state_dict["state"]
     if not any("approx_hessian" in state for state in states.values()):
@@ -47,7 +47,7 @@ def translated(state_dict: StateDict, groups: list[dict[str, Any]]) -> StateDict
 
 
 def _settings(saved: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a saved group under our names, without sigma."""
+    """Return the settings of a saved group under Apollo's names, without sigma."""
     decay = saved.get("weight_decay_type", "L2")
     if decay not in ("L2", "decoupled"):
         raise ValueError(
@@ -91,8 +91,8 @@ def _sigma(
 ) -> float:
     """Return the sigma that a group was trained with.
 
-    D = m / d is max(|B|, sigma). An element with |B| below 1 and D of 1 says that sigma is 1; one
-    with D below 1, that it is 0.01. Where every |B| is above 1 both have taken the same steps.
+    D = m / d is max(|B|, sigma). If some D is below 1, sigma is 0.01. Otherwise, if some |B| is
+    below 1, sigma is 1. If every |B| is above 1, both values of sigma give the same steps.
     """
     if "rebound" not in saved:
         return _SIGMAS[0]
@@ -109,7 +109,7 @@ def _sigma(
 def _denominators(
     state: dict[str, Any], settings: dict[str, Any], p: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """D and B of the elements of a parameter for which the stored direction tells D."""
+    """Yield D and B of those elements whose D follows from the stored direction."""
     h = _hyperparameters(settings, 1.0)
     d, m = _direction(state, h, p), state["exp_avg_grad"].double()
     known = (d != 0) & (m != 0)
@@ -118,7 +118,7 @@ def _denominators(
 
 
 def _direction(state: dict[str, Any], h: Hyperparameters, p: Tensor) -> Tensor:
-    """Return m / D of the last step: the stored one without its weight decay."""
+    """Return m / D of the last step: the stored direction without weight decay."""
     d: Tensor = state["update"].double()
     if h.decoupled:
         theta_before = p.detach().to(d) + _previous_lr(state, h) * d
@@ -141,7 +141,7 @@ def _state(state: dict[str, Any], settings: dict[str, Any], p: Tensor) -> dict[s
         offset = float(h.offset(max(steps - 1, 0)))
         threshold = torch.zeros((), dtype=m.dtype, device=m.device)
         for D, _ in _denominators(state, settings, p):
-            # the smallest D is max(min |B|, r) + offset, and that threshold gives the same D
+            # the smallest D is max(min |B|, threshold) + offset, so this threshold gives the same D
             threshold = (D.min() - offset).clamp(min=0).to(m.dtype)
         result["threshold"] = threshold
     return result

@@ -1,6 +1,6 @@
-"""APOLLO in JAX, an optax transformation: ``algorithm.py`` once more, judged by agreement with it.
+"""APOLLO in JAX as an optax transformation, tested against ``algorithm.py``.
 
-It needs the extra ``apollo-qn[jax]``; ``import apollo_qn`` does not import it.
+The module needs the extra ``apollo-qn[jax]``. ``import apollo_qn`` does not import it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["ApolloState", "apollo", "apollow"]
 
 Number: TypeAlias = "float | jax.Array"
 
-_LONGEST_TABLE = 1 << 16  # steps: beta up to 0.9994
+_LONGEST_TABLE = 1 << 16  # steps, enough for beta up to 0.9994
 
 
 class ApolloState(NamedTuple):
@@ -35,14 +35,14 @@ class ApolloState(NamedTuple):
 
     count: jax.Array  # type: ignore[assignment]  # t, shape=(), dtype=int32
     exp_avg: optax.Updates  # m, the parameters' shapes, float32 at least
-    hessian_diag: optax.Updates  # B, likewise
-    previous_lr: jax.Array | None  # rate of the step before, shape=(); decoupled decay
-    thresholds: jax.Array | None  # of the step before, one for each leaf; belief
-    warmup_base_lr: jax.Array | None  # what warmup_init_lr is a share of, shape=()
+    hessian_diag: optax.Updates  # B, the parameters' shapes, float32 at least
+    previous_lr: jax.Array | None  # rate of the step before, shape=(), with decoupled decay
+    thresholds: jax.Array | None  # thresholds of the step before, shape=(leaves,), with belief
+    warmup_base_lr: jax.Array | None  # divisor of warmup_init_lr, shape=()
 
 
 class _Scalars(NamedTuple):
-    """The numbers of one step; ``hyperparameters.py`` says what they are."""
+    """Scalars of one step, as in ``hyperparameters.py``."""
 
     alpha: Number
     rate: Number
@@ -68,7 +68,7 @@ def apollo(
     decoupled_weight_decay: bool = False,
     rebound: Rebound = "constant",
 ) -> optax.GradientTransformation:
-    r"""APOLLO, the adaptive parameter-wise diagonal quasi-Newton method (Ma, 2020, Algorithm 1).
+    r"""Return APOLLO, a diagonal quasi-Newton method (Ma, 2020, Algorithm 1).
 
     For each leaf, with state m = B = 0 and t = 0, 1, ...:
 
@@ -81,9 +81,9 @@ def apollo(
         B'     = B - a d^2                                                    eq. (8)
         update = -learning_rate m' / max(|B'|, sigma)                         eq. (11)
 
-    The sums run over the whole leaf, under ``jit`` for sharded arrays too. Under ``vmap`` each
-    member of the batch is a leaf of its own. Inside ``shard_map`` pass whole leaves, because the
-    transformation does not see the parts on other devices.
+    The sums run over the full leaf, under ``jit`` for sharded arrays too. Under ``vmap`` each
+    member of the batch is a leaf of its own. Inside ``shard_map`` pass full leaves, because the
+    transformation does not see the shards on other devices.
 
     The steps are those of :class:`apollo_qn.Apollo`, and the arguments have the same names, with
     these differences:
@@ -91,8 +91,8 @@ def apollo(
     * ``lr`` is ``learning_rate``, as in optax, and may be a schedule.
     * ``mask`` replaces parameter groups with and without decay, ``optax.multi_transform`` replaces
       other groups.
-    * There is no ``maximize``: put ``optax.scale(-1.0)`` before.
-    * ``warmup_init_lr`` is related to the rate at the first step. If a schedule starts at 0, the
+    * There is no ``maximize``. Chain ``optax.scale(-1.0)`` before the transformation.
+    * ``warmup_init_lr`` is divided by the rate at the first step. If a schedule starts at 0, the
       rate rises from 0.
     * There is no ``rounding``, ``state_dtype`` or ``seed``. A 16-bit parameter is rounded to the
       nearest, and loses an update of less than half a unit in its last place.
@@ -103,26 +103,26 @@ def apollo(
     If you change ``sigma``, ``beta``, ``eps`` or ``weight_decay`` during training, the direction of
     the step before is rebuilt with the new values.
 
-    An update has the promoted type of gradient and parameter. A complex leaf counts as a real one
-    with twice as many elements; conjugate its gradients, as for every optimizer in optax. A leaf
-    whose gradient is None is left unchanged.
+    An update has the promoted type of gradient and parameter. A complex leaf is treated as a real
+    one with twice as many elements. Conjugate its gradients, as for every optimizer in optax. A
+    leaf whose gradient is None does not change.
 
     Args:
         learning_rate: eta, >= 0, or a schedule: a function of the number of steps done.
         beta: decay of the moving average of gradients, in [0, 1).
-        eps: added to \|\|d\|\|_4 after division by sigma, >= 0.
-        sigma: convexity threshold, > 0 (section 3.3); unused with ``rebound="belief"``. (c
-            learning_rate, c sigma) gives the same trajectory for any c > 0 (Theorem 1).
-        weight_decay: >= 0; added to the gradient (L2), as in the paper's experiments. ``update``
-            then needs the parameters.
-        mask: leaves that decay: a tree of booleans like the parameters or a prefix of it, or a
-            function of the parameters that returns one. None means all.
-        warmup_steps: steps over which the rate rises linearly from ``warmup_init_lr`` to
-            ``learning_rate`` (section 3.4), a whole number >= 0; 0 turns the warmup off. The warmup
+        eps: number added to \|\|d\|\|_4 after division by sigma, >= 0.
+        sigma: convexity threshold, > 0 (section 3.3); unused with ``rebound="belief"``. By Theorem
+            1, (c learning_rate, c sigma) gives the same trajectory for any c > 0.
+        weight_decay: factor of the decay, >= 0. By default weight_decay * theta is added to the
+            gradient (L2), as in the paper's experiments. ``update`` then needs the parameters.
+        mask: tree of booleans that says which leaves decay, of the structure of the parameters or a
+            prefix of it, or a function of the parameters that returns one. None means all.
+        warmup_steps: number of steps over which the rate rises linearly from ``warmup_init_lr`` to
+            ``learning_rate`` (section 3.4), an integer >= 0; 0 turns the warmup off. The warmup
             multiplies a schedule.
         warmup_init_lr: rate of the first step, >= 0; None means ``learning_rate`` / 1000.
-        decoupled_weight_decay: add weight_decay * theta to the direction instead
-            (Loshchilov & Hutter, 2019); the secant condition accounts for it.
+        decoupled_weight_decay: True adds weight_decay * theta to the direction instead
+            (Loshchilov & Hutter, 2019). The secant condition accounts for it.
         rebound: ``"constant"``, the paper's max(\|B\|, sigma), or ``"belief"``, the authors' later
             max(\|B\|, max\|g - m\|) + eps / alpha, which needs eps > 0.
 
@@ -195,7 +195,7 @@ def apollo(
     ) -> tuple[optax.Updates, ApolloState]:
         if decays and params is None:
             raise ValueError("weight_decay needs the parameters: call update(grads, state, params)")
-        t = state.count  # of the steps before
+        t = state.count  # number of steps done
         kappa: Number = 1.0
         omega: Number = 0.0
         if decoupled_weight_decay:
@@ -242,7 +242,7 @@ def apollo(
             tree.flatten_up_to(state.exp_avg),
             tree.flatten_up_to(state.hessian_diag),
             nothing if params is None else tree.flatten_up_to(params),
-            tree.flatten_up_to(_whole_mask(mask, params)) if decays else nothing,
+            tree.flatten_up_to(_full_mask(mask, params)) if decays else nothing,
             nothing if state.thresholds is None else state.thresholds,
         )
         us, ms, Bs, thresholds = zip(*results, strict=True) if gs else ((),) * 4
@@ -259,7 +259,12 @@ def apollo(
 
 
 apollow = functools.partial(apollo, decoupled_weight_decay=True)
-apollow.__doc__ = """:func:`apollo` with decoupled weight decay; its arguments are apollo's."""
+apollow.__doc__ = """Return :func:`apollo` with decoupled weight decay; all arguments are the same.
+
+Example:
+    >>> from apollo_qn.optax import apollow
+    >>> solver = apollow(0.5, weight_decay=1e-4)
+"""
 
 
 def _step(
@@ -271,10 +276,11 @@ def _step(
     s: Any,
     decoupled: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """Algorithm 1 on one real leaf: :func:`apollo_qn.algorithm.update`, with -rate d' for theta'.
+    """Return the update -rate d', m', B' and the threshold: Algorithm 1 on one real leaf.
 
-    ``theta`` is None where there is no decay, ``threshold`` (that of the step before) without
-    belief; ``s`` is a :class:`_Scalars` of any types.
+    The function is :func:`apollo_qn.algorithm.update`, except that the latter returns theta'.
+    ``theta`` is None without decay. ``threshold`` is that of the step before, or None without
+    belief. ``s`` is a :class:`_Scalars` of any types.
     """
     s = jax.tree.map(lambda x: jnp.asarray(x, m.dtype), s)
     l2 = theta is not None and not decoupled
@@ -306,26 +312,30 @@ def _step(
 
 
 def _secant_coefficient(scale: jax.Array, u: jax.Array, v: jax.Array, eps: jax.Array) -> jax.Array:
-    """c with B' = B - c u^2, as :func:`apollo_qn.secant.secant_coefficient`; <u, v> is its k."""
+    """Return c with B' = B - c u^2, as :func:`apollo_qn.secant.secant_coefficient`.
+
+    <u, v> is the k of that function.
+    """
     wide = jnp.promote_types(u.dtype, jnp.result_type(float))
     q4, k = jnp.sum(u**4, dtype=wide), jnp.sum(u * v, dtype=wide)
     scale, eps = scale.astype(wide), eps.astype(wide)
-    n = scale * jnp.sqrt(jnp.sqrt(jnp.where(scale == 0, 1, q4))) + eps  # no derivative at 0
+    n = (
+        scale * jnp.sqrt(jnp.sqrt(jnp.where(scale == 0, 1, q4))) + eps
+    )  # the root has no derivative at 0
     nothing = n == 0  # eps = 0 and d = 0: no displacement, no information
     n = jnp.where(nothing, 1, n)
-    share = scale / n  # at most 1; its cube may underflow where c does not
+    share = scale / n  # <= 1; its cube may underflow although c does not
     c = jnp.where(nothing, 0, share * (share * (share * k / n)))
     largest = float(np.finfo(u.dtype).max) / 8
     return jnp.clip(c, -largest, largest).astype(u.dtype)  # a saturated B stays finite
 
 
 def _alpha(beta: Number) -> Callable[[jax.Array], jax.Array]:
-    """Weight of the new gradient in m at step t, eq. (9), as a function of t.
+    """Return the weight of the new gradient in m, eq. (9), as a function of the step t.
 
-    A relative error of alpha is the same for all elements, so that it does not average out in the
-    sums, and B feels it some tenfold; and in float32 even expm1 is wrong by several roundings. So
-    the values until beta^(t+1) vanishes are tabulated, in float64, where beta is known and that is
-    not long.
+    An error of alpha is the same for all elements. It does not average out in the sums, and changes
+    B about ten times as much. In float32 even expm1 is not exact enough. If beta is known, alpha is
+    therefore tabulated in float64 until beta^(t+1) vanishes, unless the table would be too long.
     """
     log: Number
     if isinstance(beta, jax.Array):
@@ -348,7 +358,10 @@ def _displacement_weights(t: jax.Array, lr: Any, weight_decay: Number) -> tuple[
 
 
 class _Pairs:
-    """Complex arrays as real ones with a last dimension of 2, and back; real ones as they are."""
+    """Conversion of complex arrays to real ones with a last dimension of 2, and back.
+
+    Real arrays are not changed.
+    """
 
     def __init__(self, dtype: Any) -> None:
         self.dtype = dtype
@@ -385,8 +398,8 @@ def _place(path: Any) -> str:
     return jax.tree_util.keystr(path) or "the root"
 
 
-def _whole_mask(mask: Any, params: optax.Params) -> Any:
-    """``mask`` as a boolean for each leaf."""
+def _full_mask(mask: Any, params: optax.Params) -> Any:
+    """Expand ``mask`` to a boolean per leaf."""
     if mask is None:
         mask = True
     elif callable(mask) and jax.tree_util.all_leaves([mask]):  # not a callable node of a tree
@@ -421,15 +434,15 @@ def _is_array(x: Any) -> bool:
 
 
 def _is_zero(x: Any) -> bool:
-    """Whether ``x`` is known to be 0."""
+    """Return whether ``x`` is a Python number equal to 0."""
     return not _is_array(x) and bool(x == 0)
 
 
 def _real(x: Any) -> jax.Array:
-    """``x`` as JAX's widest floating type: float32, or float64 where that is enabled."""
+    """Convert ``x`` to JAX's widest enabled floating type: float32 or float64."""
     return jnp.asarray(x, jnp.result_type(float))
 
 
 def _widened(x: Any) -> Number:
-    """Arrays as :func:`_real`; Python numbers as they are, exact to float64."""
+    """Convert arrays as :func:`_real` does; keep Python numbers, which are exact to float64."""
     return _real(x) if _is_array(x) else x

@@ -1,11 +1,11 @@
-"""The class: groups, state, step and hooks; the mathematics is in ``algorithm.py``."""
+"""The optimizer class: groups, state, step and hooks. ``algorithm.py`` holds the mathematics."""
 
 from __future__ import annotations
 
 import itertools
 import warnings
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from operator import itemgetter
 from typing import Any, overload
 
@@ -14,36 +14,22 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from apollo_qn import checkpoint, distributed, plan
+from apollo_qn import checkpoint, distributed, plan, validation
 from apollo_qn import rounding as storage
 from apollo_qn.backends.base import TensorLists
 from apollo_qn.distributed import Group
-from apollo_qn.hyperparameters import (
-    Hyperparameters,
-    Rebound,
-    Scalar,
-    warmup_start,
-)
+from apollo_qn.hyperparameters import Rebound, Scalar
 from apollo_qn.rounding import Rounding
 from apollo_qn.state import (
     NewState,
     compensations_of,
     complete,
     follow_state_dtype,
+    hyperparameters,
 )
-from apollo_qn.validation import check_settings, check_storage, dtype_name, is_traced, number
 
-_rng_stream = lru_cache(maxsize=1 << 16)(storage.rng_stream)
-_made = itertools.count()  # optimizers of this process
-
-
-_FLATTENED = (
-    "takes its first step, but no parameter of that shape was given to this optimizer. Apollo's "
-    "sums run over each tensor: where a wrapper has flattened or sharded the parameters (FSDP1, "
-    "DeepSpeed ZeRO, apex), the trajectory is another one. Shard with "
-    "torch.distributed.fsdp.fully_shard (FSDP2), or give the optimizer the parameters after they "
-    "have been changed"
-)
+_rng_key = lru_cache(maxsize=1 << 16)(storage.rng_key)
+_optimizer_count = itertools.count()  # number of optimizers made in this process
 
 
 class ApolloWarning(UserWarning):
@@ -51,7 +37,7 @@ class ApolloWarning(UserWarning):
 
 
 class Apollo(Optimizer):
-    r"""APOLLO, the adaptive parameter-wise diagonal quasi-Newton method (Ma, 2020, Algorithm 1).
+    r"""Implement APOLLO, a diagonal quasi-Newton method (Ma, 2020, Algorithm 1).
 
     For each parameter tensor, with state m = B = 0 and t = 0, 1, ...:
 
@@ -64,67 +50,69 @@ class Apollo(Optimizer):
         B'     = B - a d^2                                                    eq. (8)
         theta' = theta - lr m' / max(|B'|, sigma)                             eq. (11)
 
-    The sums run over the whole tensor. d is rebuilt from m and B, so that the state is two tensors
-    of the parameter's shape, ``exp_avg`` (m) and ``hessian_diag`` (B), float32 at least unless
-    ``state_dtype`` says otherwise, and 0-dim tensors: ``step``, with decoupled decay
-    ``previous_lr``, with belief ``threshold``. ``rounding="kahan"`` adds ``compensation``.
+    The sums run over the full tensor. The state holds two tensors of the parameter's shape:
+    ``exp_avg`` (m) and ``hessian_diag`` (B). Both are float32 or wider unless ``state_dtype`` is
+    given. Apollo rebuilds d from m and B instead of storing it. The state also holds the 0-dim
+    tensor ``step``. Three modes add an entry: decoupled decay a 0-dim ``previous_lr``, belief a
+    0-dim ``threshold``, and ``rounding="kahan"`` a ``compensation`` of the parameter's shape.
 
-    The state of a sharded parameter (DTensor: ``fully_shard``, tensor parallelism) is sharded as
-    the parameter is. The sums are still those of the whole tensor, at the price of one small
-    all-reduce per step and mesh. All ranks must have gradients of the same parameters.
+    A sharded parameter (DTensor: ``fully_shard``, tensor parallelism) has a state that is sharded
+    in the same way. Its sums still run over the full tensor, which takes one small all-reduce per
+    step and mesh. All ranks must have gradients of the same parameters.
 
-    lr and sigma are coupled (Theorem 1): (c lr, c sigma) gives the same trajectory for any c > 0,
-    so tune one of them.
+    By Theorem 1, (c lr, c sigma) gives the same trajectory for any c > 0. Tune only one of them.
 
     Args:
-        params: tensors, (name, tensor) pairs or group dicts; a group may override every keyword
-            but ``differentiable``.
+        params: tensors, (name, tensor) pairs or group dicts. A group may override every keyword
+            except ``differentiable``.
         lr: learning rate eta, a float >= 0 or a tensor of one element.
-        beta: decay of the moving average of gradients, in [0, 1). With ``differentiable`` a tensor
-            of one element too.
-        eps: added to \|\|d\|\|_4 after division by sigma, >= 0.
+        beta: decay of the moving average of gradients, in [0, 1). It may be a tensor of one element
+            if ``differentiable`` is True.
+        eps: number added to \|\|d\|\|_4 after division by sigma, >= 0.
         sigma: convexity threshold, > 0 (section 3.3); unused with ``rebound="belief"``.
-        weight_decay: >= 0; added to the gradient (L2), as in the paper's experiments. With
-            ``differentiable`` a tensor of one element too.
-        decoupled_weight_decay: add weight_decay * theta to the direction instead
-            (Loshchilov & Hutter, 2019); the secant condition accounts for it.
+        weight_decay: factor of the decay, >= 0. By default weight_decay * theta is added to the
+            gradient (L2), as in the paper's experiments. It may be a tensor of one element if
+            ``differentiable`` is True.
+        decoupled_weight_decay: True adds weight_decay * theta to the direction instead
+            (Loshchilov & Hutter, 2019). The secant condition accounts for it.
         rebound: ``"constant"``, the paper's max(\|B\|, sigma), or ``"belief"``, the authors' later
             max(\|B\|, max\|g - m\|) + eps / alpha, which needs eps > 0.
-        warmup_steps: steps over which the rate rises linearly from ``warmup_init_lr`` to ``lr``
-            (section 3.4), a whole number >= 0; 0 turns it off. It multiplies ``group["lr"]``, so
-            that every scheduler of ``torch.optim.lr_scheduler`` composes with it (OneCycleLR and
-            CyclicLR with ``cycle_momentum=False``: there is no momentum of that name).
-        warmup_init_lr: rate of the first step, >= 0; None: lr / 1000.
-        foreach: True: all tensors together; False: one by one; None: the default back end.
-        fused: True demands the fused kernel: in CPU memory for float32, bfloat16 and float64
-            tensors, on CUDA and ROCm devices (a Triton kernel) for float16 too; others fall back
-            one by one. False forbids it. None: the fused kernel on a CPU, foreach elsewhere.
-        maximize: ascend instead of descend.
-        capturable: keep ``step`` on the parameters' device, so that a step can be captured in a
-            CUDA graph.
-        differentiable: let autograd run through the step.
-        rounding: how a bfloat16 or float16 parameter takes its update, which is computed in
-            float32; others ignore it. ``"nearest"`` loses updates of less than half a unit in the
-            last place. ``"stochastic"`` rounds up or down by chance, so that they count in the
-            mean. ``"kahan"`` keeps what is cut off in a third state tensor of the parameter's type
-            (a sum of a high and a low number: theta is parameter + ``compensation``). None:
-            ``"stochastic"``.
-        state_dtype: type of m and B: None, float32 at least, or ``torch.bfloat16``, of which B is
-            rounded stochastically; not for complex parameters. Groups store it as a string.
-        seed: seed of the random bits of stochastic rounding, a whole number in [0, 2**64). None:
-            drawn from torch's default generator, or, in a run of several processes, the number of
-            optimizers made before, so that all ranks agree. It is saved with the group. The bits
-            are a function of seed, position of the parameter in the optimizer, step and element,
-            the same on every back end, so that a resumed run draws what it would have drawn.
+        warmup_steps: number of steps over which the rate rises linearly from ``warmup_init_lr`` to
+            ``lr`` (section 3.4), an integer >= 0; 0 turns the warmup off. The warmup multiplies
+            ``group["lr"]``, so every scheduler of ``torch.optim.lr_scheduler`` composes with it.
+            OneCycleLR and CyclicLR need ``cycle_momentum=False``.
+        warmup_init_lr: rate of the first step, >= 0. None means lr / 1000.
+        foreach: True updates many tensors per call, False one tensor per call. None chooses the
+            default back end.
+        fused: True demands the fused kernel, False forbids it. None uses it on a CPU, and foreach
+            elsewhere. The CPU kernel takes float32, bfloat16 and float64 tensors; the Triton kernel
+            (CUDA and ROCm) also takes float16. Each tensor that it cannot take falls back alone.
+        maximize: whether to ascend instead of descend.
+        capturable: whether ``step`` is kept on the parameters' device, so that a CUDA graph can
+            capture a step.
+        differentiable: whether autograd runs through the step.
+        rounding: how a bfloat16 or float16 parameter stores its update, which is computed in
+            float32. ``"nearest"`` loses updates smaller than half a unit in the last place.
+            ``"stochastic"`` rounds up or down at random and is right in the mean. ``"kahan"`` keeps
+            the rounding error in ``compensation``, a third state tensor of the parameter's type;
+            theta is parameter + ``compensation``. None means ``"stochastic"``.
+        state_dtype: type of m and B. None means the parameter's type, float32 or wider.
+            ``torch.bfloat16`` rounds B stochastically and excludes complex parameters. Groups store
+            it as a string.
+        seed: seed of the random bits of stochastic rounding, an integer in [0, 2**64), saved with
+            the group. None draws it from torch's default generator. With several processes None
+            takes the number of optimizers made before, so that all ranks agree. The bits depend
+            only on seed, position of the parameter in the optimizer, step and element. A resumed
+            run therefore draws the same bits.
 
     Raises:
-        ValueError: a hyperparameter out of its range, named with its value; a parameter that FSDP1
-            has flattened; a state of a wrong shape when one is loaded.
-        RuntimeError: a sparse gradient; a choice of back end that cannot be served.
+        ValueError: a hyperparameter is out of its range; FSDP1 has flattened a parameter; a loaded
+            state has a wrong shape.
+        RuntimeError: a gradient is sparse; no back end serves the choice of ``foreach``, ``fused``
+            and ``differentiable``.
 
-    Nothing is changed where an error is raised. Do not change ``sigma``, ``beta``, ``eps`` or
-    ``weight_decay`` of a group lightly in mid-run: the direction of the step before is rebuilt with
-    the new values.
+    If a call raises, it has changed nothing. If you change ``sigma``, ``beta``, ``eps`` or
+    ``weight_decay`` of a group during training, the next step rebuilds d with the new values.
 
     Example:
         >>> model = torch.nn.Linear(4, 2)
@@ -134,9 +122,9 @@ class Apollo(Optimizer):
     """
 
     _backends: plan.Backends | None = None
-    _given_shapes: set[torch.Size] | None = None  # of the parameters when they were given
+    _given_shapes: set[torch.Size] | None = None  # shapes of the parameters when they were added
     _has_warned = False
-    # torch's generator before and after the default seed was drawn
+    # state of torch's generator before and after the default seed was drawn
     _drawn_seed: tuple[Tensor, Tensor] | None = None
 
     def __init__(
@@ -178,46 +166,46 @@ class Apollo(Optimizer):
             "capturable": capturable,
             "differentiable": differentiable,
             "rounding": rounding,
-            "state_dtype": dtype_name(state_dtype),
+            "state_dtype": validation.dtype_name(state_dtype),
             "seed": seed,
         }
-        check_settings(defaults)
+        validation.check_settings(defaults)
         super().__init__(params, defaults)
 
     def _default_seed(self) -> int:
-        made = next(_made)
+        index = next(_optimizer_count)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            # replicas must round alike, and the generators of the ranks need not agree
-            return made
-        if is_traced():
-            return made  # a fake tensor has no number
+            # all replicas must round in the same way, but the ranks' generators may differ
+            return index
+        if validation.is_traced():
+            return index  # a fake tensor has no value to read
         before = torch.get_rng_state()
         seed = int(torch.randint(1 << 62, (), device="cpu"))
         self._drawn_seed = (before, torch.get_rng_state())
         return seed
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; raises as the constructor does, before anything is changed."""
+        """Add a parameter group. Raise as the constructor does, before anything is changed."""
         if isinstance(param_group, dict):
             if "state_dtype" in param_group:
-                param_group["state_dtype"] = dtype_name(param_group["state_dtype"])
+                param_group["state_dtype"] = validation.dtype_name(param_group["state_dtype"])
             settings = {**self.defaults, **param_group}
-            check_settings(settings)
+            validation.check_settings(settings)
             if settings["differentiable"] != self.defaults["differentiable"]:
                 raise ValueError(
                     "differentiable must be the same for all groups, got "
                     f"{settings['differentiable']!r} in a group of an optimizer with "
                     f"{self.defaults['differentiable']!r}: give the constructor the value"
                 )
-            # warmup_init_lr is divided by it, whatever a scheduler makes of lr later
-            param_group.setdefault("warmup_base_lr", number(settings["lr"]))
+            # the warmup divides warmup_init_lr by this, even after a scheduler has changed lr
+            param_group.setdefault("warmup_base_lr", validation.number(settings["lr"]))
             params = param_group["params"]
             if not isinstance(params, Tensor | set):
                 param_group["params"] = params = list(params)
             for p in [params] if isinstance(params, Tensor) else params:
                 tensor = p[1] if isinstance(p, tuple) else p
                 distributed.check_parameter(tensor)
-                check_storage(settings, [tensor])
+                validation.check_storage(settings, [tensor])
         super().add_param_group(param_group)
         if self._given_shapes is None:
             self._given_shapes = set()
@@ -230,30 +218,31 @@ class Apollo(Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-            group.setdefault("warmup_base_lr", number(group["lr"]))
-            group["state_dtype"] = dtype_name(group["state_dtype"])
+            group.setdefault("warmup_base_lr", validation.number(group["lr"]))
+            group["state_dtype"] = validation.dtype_name(group["state_dtype"])
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Load a state of this optimizer, or of the authors' released one.
+        """Load a state of this optimizer or of the authors' released optimizer.
 
-        Load the model's parameters first: the released state's thresholds are recovered with them.
+        Load the model's parameters first: the thresholds of a released state are computed from
+        them.
 
         Raises:
-            ValueError: the groups or shapes do not fit, or a setting has no counterpart here;
-                nothing is changed.
+            ValueError: the groups or shapes do not fit, or Apollo lacks a saved setting. Nothing
+                has been changed.
         """
         loaded: StateDict = {}
 
         def before(optimizer: Optimizer, given: StateDict) -> StateDict:
             loaded.update(checkpoint.prepared(given, self.param_groups))
-            for its, group in zip(loaded["param_groups"], self.param_groups, strict=True):
-                check_storage(its, group["params"])
+            for saved, group in zip(loaded["param_groups"], self.param_groups, strict=True):
+                validation.check_storage(saved, group["params"])
             return loaded
 
         def after(optimizer: Optimizer) -> None:
             checkpoint.restore(loaded, self.param_groups, self.state)
 
-        # after the user's own hooks, and before them
+        # the pre-hook runs after the user's own, the post-hook before them
         handles = [
             self.register_load_state_dict_pre_hook(before),
             self.register_load_state_dict_post_hook(after, prepend=True),
@@ -266,9 +255,9 @@ class Apollo(Optimizer):
         self._return_drawn_seed()
 
     def _return_drawn_seed(self) -> None:
-        """Give the default seed, which the loaded one replaces, back to torch's generator.
+        """Undo the draw of the default seed from torch's generator, if it was the last draw.
 
-        A resumed run then goes on with the random numbers of the run that it continues.
+        A resumed run then draws the same random numbers as the run that it continues.
         """
         drawn, self._drawn_seed = self._drawn_seed, None
         if drawn is not None and torch.equal(drawn[1], torch.get_rng_state()):
@@ -281,17 +270,17 @@ class Apollo(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Do one step.
+        """Take one step.
 
         Args:
-            closure: evaluates the model again and returns the loss.
+            closure: function that evaluates the model again and returns the loss.
 
         Returns:
-            The closure's loss, if there is one.
+            The loss that the closure returned, or None without a closure.
 
         Raises:
-            RuntimeError: a gradient is sparse, or a parameter has another shape than its state;
-                nothing has been changed.
+            RuntimeError: a gradient is sparse, or the shape of a parameter differs from that of its
+                state. Nothing has been changed.
         """
         loss = None
         if closure is not None:
@@ -305,32 +294,33 @@ class Apollo(Optimizer):
         return loss
 
     def step_parameter(self, p: Tensor, group: dict[str, Any], position: int) -> None:
-        """Do the step of one parameter alone: what :meth:`step` does to it.
+        """Update one parameter exactly as :meth:`step` would.
 
         Args:
             p: a parameter with a gradient.
-            group: its group, an element of ``param_groups``.
-            position: its position among the parameters of all groups, from which its random bits
-                follow.
+            group: group of the parameter, an element of ``param_groups``.
+            position: position of the parameter among those of all groups; its random bits depend on
+                it.
 
         Raises:
-            RuntimeError: as :meth:`step` does.
+            RuntimeError: as :meth:`step`.
         """
         self._step([(group, [p], position)])
 
     def _step(self, groups: list[tuple[dict[str, Any], list[Tensor], int]]) -> None:
-        """Do the step of some parameters of some groups, with the position of each one's first."""
+        """Update parameters, given as (group, some of its parameters, position of the first)."""
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             if torch.compiler.is_compiling():
-                lists = [self._tensor_lists(*some) for some in groups]
+                lists = [self._tensor_lists(*group) for group in groups]
                 plan.execute(plan.prepare(lists, plan.TRACED))
                 return
             if self._backends is None:
                 self._backends = plan.Backends()
             step, new = None, NewState()
+            describe = partial(validation.parameter_name, self.param_groups)
             try:
-                lists = [self._tensor_lists(*some, new) for some in groups]
-                step = plan.prepare(lists, self._backends, self._describe)
+                lists = [self._tensor_lists(*group, new) for group in groups]
+                step = plan.prepare(lists, self._backends, describe)
                 plan.execute(step)
             except Exception:
                 if step is None or not step.started:
@@ -340,8 +330,8 @@ class Apollo(Optimizer):
                 others = [p for p in new.parameters if p.shape not in self._given_shapes]
                 if others:
                     self._has_warned = True
-                    told = f"{self._describe(others[0])} {_FLATTENED}"
-                    warnings.warn(told, ApolloWarning, stacklevel=3)
+                    message = f"{describe(others[0])} {validation.FLATTENED}"
+                    warnings.warn(message, ApolloWarning, stacklevel=3)
 
     def _tensor_lists(
         self,
@@ -350,10 +340,10 @@ class Apollo(Optimizer):
         first: int,
         new: NewState | None = None,
     ) -> Group:
-        """Return the tensors of a group that have gradients, and its hyperparameters."""
+        """Return the tensor lists of the parameters with gradients, and the hyperparameters."""
         lists: Any = [[] for _ in range(9)]  # in the order of TensorLists
-        some = None if params is group["params"] else params
-        self._init_group(group, *lists, first=first, among=some, new=new)
+        among = None if params is group["params"] else params
+        self._init_group(group, *lists, first=first, among=among, new=new)
         return TensorLists(*lists), hyperparameters(group)
 
     def _init_group(
@@ -367,23 +357,23 @@ class Apollo(Optimizer):
         previous_lrs: list[Tensor],
         thresholds: list[Tensor],
         compensations: list[Any],
-        rng_streams: list[int],
+        rng_keys: list[int],
         *,
         first: int = 0,
         among: list[Tensor] | None = None,
         new: NewState | None = None,
     ) -> None:
-        """Fill the lists with what a step of a group needs; make the state that is missing.
+        """Append a group's tensors to the lists and create missing state.
 
-        torch.compile runs this method as it is, by its name, and traces only what follows.
+        torch.compile recognizes this method by its name. It runs the method without tracing it.
 
         Args:
             first: position of the group's first parameter in the optimizer.
-            among: the parameters that take part; None: all of the group.
-            new: collects what was made, so that it can be removed again.
+            among: parameters that take part. None means all of the group.
+            new: record of the state that was created, so that it can be removed again.
         """
-        group["state_dtype"] = dtype_name(group["state_dtype"])
-        check_storage(group, group["params"])
+        group["state_dtype"] = validation.dtype_name(group["state_dtype"])
+        validation.check_storage(group, group["params"])
         members = group["params"] if among is None else among
         every = [p.grad for p in members]
         grads += [g for g in every if g is not None]
@@ -395,11 +385,7 @@ class Apollo(Optimizer):
         states = [self.state[p] for p in params]
         if new is not None and len(self.state) > known:
             new.parameters += [p for p, s in zip(params, states, strict=True) if not s]
-        wanted = [
-            ("step", state_steps),
-            ("exp_avg", exp_avgs),
-            ("hessian_diag", hessian_diags),
-        ]
+        wanted = [("step", state_steps), ("exp_avg", exp_avgs), ("hessian_diag", hessian_diags)]
         if group["decoupled_weight_decay"]:
             wanted.append(("previous_lr", previous_lrs))
         if group["rebound"] == "belief":
@@ -408,7 +394,7 @@ class Apollo(Optimizer):
             try:
                 column += map(itemgetter(name), states)
             except KeyError:
-                with torch.inference_mode(False):  # the state may be used outside of this mode
+                with torch.inference_mode(False):  # later steps may run outside of this mode
                     for p, state in zip(params, states, strict=True):
                         complete(state, p, group, new)
                 column[:] = map(itemgetter(name), states)
@@ -418,27 +404,28 @@ class Apollo(Optimizer):
         else:
             for state in states:
                 if "compensation" in state:
-                    del state["compensation"]  # it would be stale if kahan came again
+                    del state["compensation"]  # it would be stale if "kahan" were chosen again
         if group["state_dtype"] is not None or not storage.NARROW.isdisjoint(
             {p.dtype for p in params}
         ):
-            rng_streams += [
-                _rng_stream(group["seed"], first + i)
+            rng_keys += [
+                _rng_key(group["seed"], first + i)
                 for i, p in enumerate(members)
                 if p.grad is not None
             ]
 
-    def _describe(self, p: Tensor) -> str:
-        """Return how a message calls a parameter."""
-        for group in self.param_groups:
-            for name, q in zip(group.get("param_names", ()), group["params"], strict=False):
-                if q is p:
-                    return f"the parameter {name!r} of shape {tuple(p.shape)}"
-        return f"a parameter of shape {tuple(p.shape)}"
-
 
 class ApolloW(Apollo):
-    """:class:`Apollo` with decoupled weight decay; its arguments are Apollo's."""
+    """Implement :class:`Apollo` with decoupled weight decay, which is then on by default.
+
+    All arguments are those of :class:`Apollo`.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = ApolloW(model.parameters(), lr=0.5, weight_decay=1e-4)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+    """
 
     def __init__(
         self,
@@ -462,25 +449,3 @@ class ApolloW(Apollo):
             decoupled_weight_decay=decoupled_weight_decay,
             **settings,
         )
-
-
-def hyperparameters(group: dict[str, Any]) -> Hyperparameters:
-    """Return the settings of a parameter group for its next step."""
-    lr, steps = group["lr"], group["warmup_steps"]
-    return Hyperparameters(
-        lr.reshape(()) if isinstance(lr, Tensor) and lr.dim() else lr,
-        group["beta"],
-        group["eps"],
-        group["sigma"],
-        group["weight_decay"],
-        group["decoupled_weight_decay"],
-        group["rebound"],
-        steps,
-        warmup_start(group["warmup_init_lr"], group["warmup_base_lr"]) if steps else 1.0,
-        group["maximize"],
-        group["rounding"] or storage.DEFAULT,
-        group["foreach"],
-        group["fused"],
-        group["capturable"],
-        group["differentiable"],
-    )

@@ -1,7 +1,7 @@
-"""The way of a step: validated groups become batches, one back end each, which are then run.
+"""Plan of a step: split validated groups into batches, with one back end each, and run them.
 
-:func:`prepare` validates all groups and chooses who does what, :func:`execute` runs the batches and
-counts the step. Nothing is changed before all of it has been validated.
+:func:`prepare` validates all groups and chooses a back end for each tensor. :func:`execute` runs
+the batches and counts the step. Nothing is changed before all groups have been validated.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from apollo_qn.validation import check_shapes, check_tensors, checked_group, is_
 
 @dataclass
 class Backends:
-    """The back ends of one optimizer with their working memory, and its last all-reduce."""
+    """Back ends of one optimizer with their working memory, and the reduction of its last step."""
 
     reference: Reference = field(default_factory=Reference)
     foreach: Foreach = field(default_factory=Foreach)
@@ -38,24 +38,27 @@ class Backends:
     reduction: Reduction | None = None
 
 
-TRACED = Backends()  # of compiled steps, which torch.compile cannot make
+TRACED = Backends()  # shared by compiled steps, because torch.compile cannot create one
 
 
 @dataclass
 class Part:
-    """Batches that one back end updates in one call; None: tensors without elements."""
+    """Batches that one back end updates in one call.
+
+    ``backend`` is None for tensors without elements.
+    """
 
     backend: Backend | None
     batches: list[Batch]
-    sums: list[Sums] | None = None  # over the whole tensors, if the batches consist of shards
+    sums: list[Sums] | None = None  # over the full tensors, if the batches consist of shards
 
     @property
     def sharded(self) -> bool:
-        """Whether the batches consist of shards."""
+        """Return whether the batches consist of shards."""
         return bool(self.batches) and bool(self.batches[0].tensors.rows)
 
     def run(self) -> bool:
-        """Do the step of these batches; False: nothing was changed, see :meth:`Backend.step`."""
+        """Update the batches; return False as :meth:`Backend.step` does."""
         if self.backend is not None:
             return self.backend.step(self.batches, self.sums)
         for batch, sums in zip(self.batches, self.sums or (), strict=self.sums is not None):
@@ -66,13 +69,15 @@ class Part:
 
 @dataclass
 class Step:
-    """A validated step of all groups: who does what."""
+    """A validated step of all groups, with a back end for each tensor."""
 
     describe: Callable[[Tensor], str]
     backends: Backends
-    traced: bool = False  # whether a tracer or a transform sees the operations
+    traced: bool = False  # whether a tracer or a functional transform sees the operations
     reduction: Reduction | None = None
-    fused: list[Part] = field(default_factory=list)  # all or nothing: it may hand tensors back
+    fused: list[Part] = field(
+        default_factory=list
+    )  # a fused back end updates all or none, and may hand tensors back
     others: list[Part] = field(default_factory=list)
     started: bool = False  # whether anything may have been changed
 
@@ -82,12 +87,12 @@ def prepare(
     backends: Backends,
     describe: Callable[[Tensor], str] | None = None,
 ) -> Step:
-    """Validate all groups and choose who does what; nothing is changed.
+    """Validate all groups and choose a back end for each tensor; nothing is changed.
 
     Args:
         groups: tensor lists and hyperparameters of each parameter group.
-        backends: those of the optimizer.
-        describe: names a parameter in a message.
+        backends: back ends of the optimizer.
+        describe: function that returns the name of a parameter for a message.
 
     Raises:
         ValueError, RuntimeError: as :func:`apollo_qn.apollo` does.
@@ -98,17 +103,17 @@ def prepare(
     reduction = None
     if torch.compiler.is_compiling() or not all(is_plain(lists.params) for lists, _ in groups):
         for lists, _ in groups:
-            check_shapes(lists, describe)  # a shard hides the shape of its tensor
+            check_shapes(lists, describe)  # shards do not show the shape of the full tensor
         groups, reduction = distributed.localize(groups, backends.reduction)
     step = Step(describe, backends, traced, reduction)
     for lists, h in groups:
-        for some in _by_device(lists):
-            backend = None if traced else _fused_backend(some, h, backends)
+        for local in _by_device(lists):
+            backend = None if traced else _fused_backend(local, h, backends)
             if backend is None:
-                check_tensors(some, describe)
-            for batch in _batches(some, h):
+                check_tensors(local, describe)
+            for batch in _batches(local, h):
                 if backend is None:
-                    _add_alike(step, batch)
+                    _split_homogeneous(step, batch)
                 else:
                     _append(step.fused, backend, batch)
     for part in step.others:
@@ -120,7 +125,7 @@ def prepare(
 def execute(step: Step) -> None:
     """Run a step that :func:`prepare` has validated."""
     if step.reduction is not None or len(step.fused) > 1:
-        # the first part must not be changed where a later one is refused
+        # hand back now, because the first part must not change if a later one is refused
         for part in step.fused:
             _hand_back(step, part)
     if step.reduction is not None:
@@ -140,7 +145,7 @@ def execute(step: Step) -> None:
 
 
 def _hand_back(step: Step, part: Part) -> None:
-    """Give the tensors that a fused back end cannot take to the others; nothing is changed."""
+    """Move tensors that a fused back end cannot take to other back ends; nothing is changed."""
     kept = []
     assert part.backend is not None
     for batch, taken in zip(part.batches, part.backend.takes(part.batches), strict=True):
@@ -148,7 +153,7 @@ def _hand_back(step: Step, part: Part) -> None:
         if others:
             rest = batch.select(others)
             check_tensors(rest.tensors, step.describe)
-            _add_alike(step, rest)
+            _split_homogeneous(step, rest)
         if len(others) < len(taken):
             kept.append(batch.select([i for i, on in enumerate(taken) if on]))
     part.batches = kept
@@ -163,50 +168,50 @@ def _append(parts: list[Part], backend: Backend | None, batch: Batch) -> None:
 
 
 def _merged(batches: list[Batch]) -> list[Batch]:
-    """Return the batches with those as one that differ in nothing but their learning rates."""
-    alike: dict[Any, list[Batch]] = {}
+    """Merge batches that differ only in their learning rates."""
+    homogeneous: dict[Any, list[Batch]] = {}
     for batch in batches:
         s, p = batch.scalars, batch.tensors.params[0]
         if isinstance(s.rate, Tensor) or isinstance(s.t, Tensor):
-            return batches  # counters are on the device
+            return batches  # the counters are on the device
         types = (p.device, *(column[0].dtype for column in batch.tensors.large))
         key = (batch.h._replace(lr=0.0), s._replace(rate=0.0), types)
-        alike.setdefault(key, []).append(batch)
+        homogeneous.setdefault(key, []).append(batch)
     result = []
-    for same in alike.values():
-        first = same[0]
-        scalars, rates = first.scalars, [batch.scalars.rate for batch in same]
+    for members in homogeneous.values():
+        first = members[0]
+        scalars, rates = first.scalars, [batch.scalars.rate for batch in members]
         if len(set(rates)) > 1:
-            sizes = [len(batch.tensors) for batch in same]
+            sizes = [len(batch.tensors) for batch in members]
             every = [rate for rate, size in zip(rates, sizes, strict=True) for _ in range(size)]
             device = first.tensors.params[0].device
             scalars = scalars._replace(rate=torch.tensor(every, dtype=torch.float64, device=device))
-        result.append(replace(first, tensors=joined([b.tensors for b in same]), scalars=scalars))
+        result.append(replace(first, tensors=joined([b.tensors for b in members]), scalars=scalars))
     return result
 
 
-def _add_alike(step: Step, batch: Batch) -> None:
-    """Split a batch into tensors that are alike, for the foreach back end or the reference."""
+def _split_homogeneous(step: Step, batch: Batch) -> None:
+    """Split a batch into homogeneous batches, and add each to the foreach back end or reference."""
     lists, h = batch.tensors, batch.h
     many = h.foreach is not False and not h.differentiable and not step.traced
-    alike: dict[Any, list[int]] = {}
+    homogeneous: dict[Any, list[int]] = {}
     for i, (p, g, m) in enumerate(zip(lists.params, lists.grads, lists.exp_avgs, strict=True)):
         which = "foreach" if many and is_plain((p, g)) else "reference"
         if p.numel() == 0:
             which = "none"
-        alike.setdefault((which, p.device, p.dtype, g.dtype, m.dtype), []).append(i)
-    for (which, *_), members in alike.items():
+        homogeneous.setdefault((which, p.device, p.dtype, g.dtype, m.dtype), []).append(i)
+    for (which, *_), members in homogeneous.items():
         backend = None if which == "none" else getattr(step.backends, which)
         _append(step.others, backend, _real(batch.select(members)))
 
 
 def _real(batch: Batch) -> Batch:
-    """Return a batch of alike tensors with real views, and without lists that it does not need."""
+    """Return a homogeneous batch with real views and without lists that it does not need."""
     lists = batch.tensors
     if lists.params[0].is_complex():
 
         def view(tensors: list[Any]) -> list[Any]:
-            # a gradient may be conjugated lazily
+            # resolve_conj, because a gradient may be conjugated lazily
             return [x if x is None else torch.view_as_real(x.resolve_conj()) for x in tensors]
 
         lists = replace(
@@ -221,18 +226,20 @@ def _real(batch: Batch) -> Batch:
     if lists.compensations and dtype not in storage.DROPPED:
         lists = replace(lists, compensations=[])
     drawn = state_dtype in storage.DROPPED or storage.is_drawn(dtype, batch.h.rounding)
-    if lists.rng_streams and not drawn:
-        lists = replace(lists, rng_streams=[])
+    if lists.rng_keys and not drawn:
+        lists = replace(lists, rng_keys=[])
     return batch if lists is batch.tensors else replace(batch, tensors=lists)
 
 
 def _batches(lists: TensorLists, h: Hyperparameters) -> list[Batch]:
-    """Split a group into tensors with the same counters, of which all are shards or none is."""
+    """Split a group into tensors with equal counters that are all shards or all full tensors."""
     on_host = not h.capturable and not torch.compiler.is_compiling()
     shard = [row >= 0 for row in lists.rows] or [False]
     steps = [x.item() for x in lists.state_steps] if on_host else [0.0]
     rates = [0.0]
-    if on_host and lists.previous_lrs and not h.differentiable:  # autograd runs through that rate
+    if (
+        on_host and lists.previous_lrs and not h.differentiable
+    ):  # otherwise autograd runs through the rate
         rates = [x.item() for x in lists.previous_lrs]
     columns: tuple[list[Any], ...] = (shard, steps, rates)
     indices: dict[Any, list[int] | None] = {}
@@ -244,21 +251,21 @@ def _batches(lists: TensorLists, h: Hyperparameters) -> list[Batch]:
             indices.setdefault(key, []).append(i)  # type: ignore[union-attr]
     result = []
     for (is_shard, t, rate), members in indices.items():
-        some = lists if members is None else lists.select(members)
-        if some.rows and not is_shard:
-            some = replace(some, rows=[])
+        selected = lists if members is None else lists.select(members)
+        if selected.rows and not is_shard:
+            selected = replace(selected, rows=[])
         step: Scalar = t
         previous_lr: Scalar | None = rate
         if not on_host:
-            step = torch.stack(some.state_steps)
-        if some.previous_lrs and (not on_host or h.differentiable):
-            previous_lr = torch.stack(some.previous_lrs)
-        result.append(Batch(some, h, StepScalars.at(step, h, previous_lr)))
+            step = torch.stack(selected.state_steps)
+        if selected.previous_lrs and (not on_host or h.differentiable):
+            previous_lr = torch.stack(selected.previous_lrs)
+        result.append(Batch(selected, h, StepScalars.at(step, h, previous_lr)))
     return result
 
 
 def _reduce(step: Step, reduction: Reduction) -> None:
-    """Take the sums over all shards, and give each part those over the whole tensors."""
+    """Take the sums over all shards and set each part's sums over the full tensors."""
     parts = [part for part in (*step.fused, *step.others) if part.sharded]
     table = reduction.table()
     for part in parts:
@@ -272,9 +279,9 @@ def _reduce(step: Step, reduction: Reduction) -> None:
 
 
 def _count(batches: list[Batch], traced: bool) -> None:
-    """Count the step of each tensor, and record its rate: the only place that does."""
+    """Count the step of each tensor and record its rate. No other function does either."""
     on_host = not traced and cpu.why_not() is None
-    simple: list[Tensor] = []  # counters without a rate
+    simple: list[Tensor] = []  # counters of tensors without a previous_lr
     for batch in batches:
         lists, rate = batch.tensors, batch.scalars.rate
         steps, previous = lists.state_steps, lists.previous_lrs
@@ -293,7 +300,7 @@ def _count(batches: list[Batch], traced: bool) -> None:
 
 
 def _record(rate: Scalar, previous: list[Tensor]) -> None:
-    """Write a rate for all, or the rate of each, into ``previous_lrs``."""
+    """Write one rate, or one rate per tensor, into ``previous``."""
     if not isinstance(rate, Tensor):
         rate = torch.full((), rate, dtype=torch.float64, device="cpu")
     new = list(rate.expand(len(previous)).unbind())
@@ -305,20 +312,20 @@ def _record(rate: Scalar, previous: list[Tensor]) -> None:
 
 
 def _fused_backend(lists: TensorLists, h: Hyperparameters, backends: Backends) -> Backend | None:
-    """Return the fused back end that is asked first; it may hand tensors back."""
+    """Return the fused back end to try first, or None; it may hand tensors back."""
     wanted = h.fused or (h.fused is None and h.foreach is None)
     if not wanted or h.differentiable:
         return None
     p = lists.params[0]
     if torch.is_grad_enabled() and any(p.requires_grad for p in lists.params):
-        return None  # the others raise what autograd has to say
+        return None  # the other back ends raise autograd's error for in-place changes
     if triton.serves(p.device):
         if not h.fused:
-            return None  # no GPU has run it yet: foreach is what is known to be right
+            return None  # foreach is the back end that is known to be right on a GPU
         reason = triton.why_not()
     elif p.is_cpu:
         if h.capturable:
-            return None  # counters are not to be read on the host
+            return None  # the counters must not be read on the host
         reason = cpu.why_not()
     else:
         reason = f"none serves {p.device.type}"
@@ -331,17 +338,17 @@ def _fused_backend(lists: TensorLists, h: Hyperparameters, backends: Backends) -
             f"fused=True: no fused back end serves the parameter of shape {tuple(p.shape)} on "
             f"{p.device} ({reason}); use fused=None for the fastest back end that there is"
         )
-    _say_once(f"Apollo: {reason}; its foreach back end serves, more slowly")
+    _warn_once(f"Apollo: {reason}; its foreach back end serves, more slowly")
     return None
 
 
 @cache
-def _say_once(message: str) -> None:
+def _warn_once(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=2)
 
 
 def _by_device(lists: TensorLists) -> list[TensorLists]:
-    """Return the lists of each device."""
+    """Split the lists by device."""
     if torch.compiler.is_compiling() or len(lists) == 1:
         return [lists]
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
 """Numerics of the secant condition, eq. (7) and (8): scaled sums, their merging, the coefficient.
 
-Algorithm 1 takes a fourth power of ||d||_4. In float32 it would overflow from 1e9 and underflow
-below 1e-9, so the sums run over u = d / scale with a scale near max |d|.
+Algorithm 1 takes the fourth power of ||d||_4. In float32 this power overflows above 1e9 and
+underflows below 1e-9. The sums therefore run over u = d / scale, with a scale near max |d|.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """The sums of one step over a whole tensor, or over each of n tensors: shape () or (n,).
+    """Sums of one step over a tensor, shape (), or over each of n tensors, shape (n,).
 
-    With u = d / ``scale``: ``q4`` = sum u^4 and ``k`` = <u, y + B d>, where y = m' - m. With
-    belief, ``largest`` = max |g - m|. Shards of a tensor have sums of the same form.
+    With u = d / ``scale`` and y = m' - m: ``q4`` = sum u^4 and ``k`` = <u, y + B d>. With belief,
+    ``largest`` = max |g - m|. Sums over a shard of a tensor have the same form.
     """
 
     scale: Tensor
@@ -27,13 +27,13 @@ class Sums:
     largest: Tensor | None = None
 
     def of(self, i: int) -> Sums:
-        """Return the sums of tensor ``i`` of many."""
+        """Return the sums of tensor ``i``."""
         largest = None if self.largest is None else self.largest[i]
         return Sums(self.scale[i], self.q4[i], self.k[i], largest)
 
     @classmethod
     def joined(cls, sums: Sequence[Sums], join: Callable[[list[Tensor]], Tensor]) -> Sums:
-        """Return the sums of many tensors as one; ``join`` is ``torch.cat`` or ``torch.stack``."""
+        """Join the sums of many tensors; ``join`` is ``torch.cat`` or ``torch.stack``."""
         largest = [one.largest for one in sums if one.largest is not None]
         return cls(
             join([one.scale for one in sums]),
@@ -43,7 +43,7 @@ class Sums:
         )
 
     def merged(self) -> Sums:
-        """Return the sums of a whole tensor from those of its parts, along the first dimension."""
+        """Merge the sums of parts along the first dimension into those of the full tensor."""
         scale = self.scale.amax(0)
         share = (self.scale / torch.where(scale == 0, 1, scale)).to(self.k.dtype)
         largest = None if self.largest is None else self.largest.amax(0)
@@ -68,16 +68,18 @@ def arithmetic(theta: torch.dtype, state: torch.dtype) -> torch.dtype:
 
 
 def accumulator(device: torch.device) -> torch.dtype:
-    """Return the type of sums over a tensor: float64 where the device has it."""
+    """Return the type of sums over a tensor: float64 if the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def secant_sums(d: Tensor, y: Tensor, delta: Tensor, B: Tensor, belief: bool) -> Sums:
-    """Return the sums over a tensor, or over the shard of it that is given.
+    """Return the sums over a tensor or over a shard.
 
     Args:
         d: displacement of the step before, divided by minus its rate; any shape.
-        y: m' - m. delta: g - m. B: diagonal of the Hessian approximation. All of d's shape.
+        y: m' - m, in d's shape.
+        delta: g - m, in d's shape.
+        B: diagonal of the Hessian approximation, in d's shape.
         belief: whether max |g - m| is needed.
     """
     scale = d.detach().abs().amax()
@@ -89,8 +91,9 @@ def secant_sums(d: Tensor, y: Tensor, delta: Tensor, B: Tensor, belief: bool) ->
 def secant_coefficient(scale: Tensor, q4: Tensor, k: Tensor, eps: float) -> Tensor:
     """Return c with B' = B - c u^2, from the sums over the tensor; all arguments of one shape.
 
-    With u = d / scale this is Algorithm 1's a d^2 = (<d, y> + <d, B d>) / (||d||_4 + eps)^4 d^2,
-    in factors none of which overflows or underflows before the result does.
+    With u = d / scale, c u^2 equals Algorithm 1's
+    a d^2 = (<d, y> + <d, B d>) / (||d||_4 + eps)^4 d^2. No factor of c overflows or underflows
+    before c does.
     """
     q4 = torch.where(scale == 0, 1, q4)  # the root has no derivative at 0
     n = scale * q4.sqrt().sqrt() + eps
@@ -107,6 +110,6 @@ def correction(sums: Sums, eps: float, dtype: torch.dtype) -> Tensor:
 
 
 def saturated(c: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``c`` in ``dtype``, saturated where it is too large for it; NaN stays NaN."""
+    """Return ``c`` in ``dtype``, clamped if it is too large for ``dtype``; NaN stays NaN."""
     largest = torch.finfo(dtype).max / 8
     return c.clamp(-largest, largest).to(dtype)

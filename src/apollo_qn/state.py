@@ -1,4 +1,4 @@
-"""The state of a parameter: made where it is missing, converted where its type was changed."""
+"""Per-parameter state: creation, removal, and conversion to another type."""
 
 from __future__ import annotations
 
@@ -9,25 +9,48 @@ from torch import Tensor
 
 from apollo_qn import checkpoint
 from apollo_qn import rounding as storage
+from apollo_qn.hyperparameters import Hyperparameters, warmup_start
+
+
+def hyperparameters(group: dict[str, Any]) -> Hyperparameters:
+    """Return the settings of a parameter group for its next step."""
+    lr, steps = group["lr"], group["warmup_steps"]
+    return Hyperparameters(
+        lr.reshape(()) if isinstance(lr, Tensor) and lr.dim() else lr,
+        group["beta"],
+        group["eps"],
+        group["sigma"],
+        group["weight_decay"],
+        group["decoupled_weight_decay"],
+        group["rebound"],
+        steps,
+        warmup_start(group["warmup_init_lr"], group["warmup_base_lr"]) if steps else 1.0,
+        group["maximize"],
+        group["rounding"] or storage.DEFAULT,
+        group["foreach"],
+        group["fused"],
+        group["capturable"],
+        group["differentiable"],
+    )
 
 
 class NewState:
-    """The state that a step has made, to be removed where the step is refused."""
+    """Record of the state that a step created, so that a refused step can remove it."""
 
     def __init__(self) -> None:
-        self.parameters: list[Tensor] = []  # without any state before
+        self.parameters: list[Tensor] = []  # parameters that had no state before
         self.entries: list[tuple[dict[str, Any], str]] = []
 
     def remove(self, state: Any) -> None:
-        """Remove all of it again."""
-        for its, name in self.entries:
-            its.pop(name, None)
+        """Remove the recorded entries from ``state``."""
+        for entries, name in self.entries:
+            entries.pop(name, None)
         for p in self.parameters:
             state.pop(p, None)
 
 
 def complete(state: dict[str, Any], p: Tensor, group: dict[str, Any], new: NewState | None) -> None:
-    """Add to a parameter's state what is missing of it; other entries stay as they are."""
+    """Add the missing entries to a parameter's state; leave the others unchanged."""
     before = set(state)
     if not before.issuperset(("step", *checkpoint.TENSORS)):
         state["step"] = _scalar(p, group["capturable"])
@@ -35,7 +58,7 @@ def complete(state: dict[str, Any], p: Tensor, group: dict[str, Any], new: NewSt
         for name in checkpoint.TENSORS:
             state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
     if group["decoupled_weight_decay"] and "previous_lr" not in state:
-        # the mode was chosen in mid-run: the rate of the step before is that of now
+        # the mode was turned on during training: assume that the rate has not changed
         lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
         state["previous_lr"] = _scalar(p, group["capturable"], torch.float64)
         state["previous_lr"] += lr
@@ -49,11 +72,11 @@ def complete(state: dict[str, Any], p: Tensor, group: dict[str, Any], new: NewSt
 def compensations_of(
     params: list[Tensor], states: list[dict[str, Any]], new: NewState | None
 ) -> list[Tensor | None]:
-    """Return the compensation of each 16-bit parameter, made where it is missing; else None."""
+    """Return the compensation of each 16-bit parameter, None for others; create missing ones."""
     for p, state in zip(params, states, strict=True):
         low = state.get("compensation")
         if low is not None and low.dtype is not p.dtype:
-            del state["compensation"]  # of what the parameter was before
+            del state["compensation"]  # the parameter's type has changed
         if "compensation" not in state and p.dtype in storage.NARROW:
             with torch.inference_mode(False):
                 state["compensation"] = torch.zeros_like(p)
@@ -85,7 +108,7 @@ def follow_state_dtype(
 def _scalar(p: Tensor, capturable: bool, dtype: torch.dtype = torch.float32) -> Tensor:
     if capturable and not p.is_cpu:
         return torch.zeros((), dtype=torch.float32, device=p.device)
-    # whatever torch.set_default_device says: it is read on the host
+    # on the host even under torch.set_default_device, because the step reads it there
     return torch.zeros((), dtype=dtype, device="cpu")
 
 

@@ -1,4 +1,4 @@
-"""Validation: what is wrong with settings, lists or tensors, told before anything is changed."""
+"""Validation of settings, lists and tensors before anything is changed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,28 @@ from apollo_qn.distributed import Group
 from apollo_qn.hyperparameters import Hyperparameters, Scalar, check_ranges
 from apollo_qn.rounding import Rounding
 
+FLATTENED = (
+    "takes its first step, but no parameter of that shape was given to this optimizer. Apollo's "
+    "sums run over each tensor: where a wrapper has flattened or sharded the parameters (FSDP1, "
+    "DeepSpeed ZeRO, apex), the trajectory is another one. Shard with "
+    "torch.distributed.fsdp.fully_shard (FSDP2), or give the optimizer the parameters after they "
+    "have been changed"
+)
+
+
+def parameter_name(groups: list[dict[str, Any]], p: Tensor) -> str:
+    """Return how a message names a parameter of the groups."""
+    for group in groups:
+        for name, q in zip(group.get("param_names", ()), group["params"], strict=False):
+            if q is p:
+                return f"the parameter {name!r} of shape {tuple(p.shape)}"
+    return f"a parameter of shape {tuple(p.shape)}"
+
 
 def needed_list(
     name: str, tensors: list[Tensor] | None, params: list[Tensor], needed: bool, mode: str
 ) -> list[Tensor]:
-    """Return a list that only some modes need; raise ValueError where it is missing."""
+    """Return a list that only some modes need, or raise ValueError if it is missing."""
     if not needed:
         return []
     if tensors is None:
@@ -43,7 +60,7 @@ def is_traced() -> bool:
 
 
 def checked_group(lists: TensorLists, h: Hyperparameters, traced: bool) -> Group:
-    """Return the group with a number as its learning rate if possible; raise what is wrong."""
+    """Validate a group; return it with the learning rate as a number if possible."""
     check_back_end_choice(h.foreach, h.fused, h.differentiable)
     for name in ("grads", "exp_avgs", "hessian_diags", "state_steps"):
         check_length(name, getattr(lists, name), lists.params)
@@ -81,7 +98,7 @@ def checked_group(lists: TensorLists, h: Hyperparameters, traced: bool) -> Group
 def check_length(
     name: str, column: Sequence[Any], params: Sequence[Any], what: str = "tensor"
 ) -> None:
-    """Raise ValueError where a list has not one entry per parameter."""
+    """Raise ValueError unless a list has one entry per parameter."""
     if len(column) != len(params):
         raise ValueError(
             f"{name} must have one {what} for each of the {len(params)} in params, "
@@ -90,7 +107,7 @@ def check_length(
 
 
 def _compensations(lists: TensorLists) -> list[Tensor | None]:
-    """Return those of 16-bit parameters, None for the others; empty where there are no such."""
+    """Return the compensations of 16-bit parameters, None for others; empty if none is 16-bit."""
     narrow = [p.dtype in storage.NARROW for p in lists.params]
     if not any(narrow):
         return []
@@ -107,7 +124,7 @@ def _compensations(lists: TensorLists) -> list[Tensor | None]:
 
 
 def check_tensors(lists: TensorLists, describe: Callable[[Tensor], str]) -> None:
-    """Raise what no back end can take."""
+    """Raise RuntimeError for sparse gradients and differing shapes, which no back end takes."""
     for p, g in zip(lists.params, lists.grads, strict=True):
         if g.is_sparse:
             raise RuntimeError(
@@ -118,7 +135,7 @@ def check_tensors(lists: TensorLists, describe: Callable[[Tensor], str]) -> None
 
 
 def check_shapes(lists: TensorLists, describe: Callable[[Tensor], str]) -> None:
-    """Raise RuntimeError where gradient or state have another shape than their parameter."""
+    """Raise RuntimeError if a gradient or state tensor lacks its parameter's shape."""
     named = {"gradient": lists.grads, "exp_avg": lists.exp_avgs}
     for name, column in {**named, "hessian_diag": lists.hessian_diags}.items():
         for p, x in zip(lists.params, column, strict=True):
@@ -142,7 +159,7 @@ def _is_captured(lists: TensorLists) -> bool:
 
 
 def check_back_end_choice(foreach: bool | None, fused: bool | None, differentiable: bool) -> None:
-    """Raise RuntimeError for choices that cannot be served."""
+    """Raise RuntimeError for combinations that no back end serves."""
     if foreach and fused:
         raise RuntimeError("foreach and fused cannot both be True: choose one, or None for both")
     if fused and differentiable:
@@ -160,13 +177,13 @@ def check_back_end_choice(foreach: bool | None, fused: bool | None, differentiab
 
 
 def check_rounding(rounding: Rounding | None, seed: int) -> None:
-    """Raise ValueError for a way of rounding that there is not, or a seed out of its range."""
+    """Raise ValueError for an unknown rounding or a seed out of its range."""
     if rounding not in (None, *storage.ROUNDINGS):
         raise ValueError(
             f"rounding must be None, 'nearest', 'stochastic' or 'kahan', got {rounding!r}"
         )
-    whole = isinstance(seed, int) and not isinstance(seed, bool)
-    if not whole or not 0 <= seed < 1 << 64:
+    is_integer = isinstance(seed, int) and not isinstance(seed, bool)
+    if not is_integer or not 0 <= seed < 1 << 64:
         raise ValueError(f"seed must be a whole number in [0, 2**64), got {seed!r}")
 
 
@@ -200,7 +217,7 @@ def check_settings(given: dict[str, Any]) -> None:
 
 
 def check_storage(given: dict[str, Any], params: Iterable[Any] = ()) -> None:
-    """Raise ValueError for a way of storing numbers that there is not, or not for these tensors."""
+    """Raise ValueError for a rounding, seed or state_dtype that is unknown or does not fit."""
     check_rounding(given["rounding"], given["seed"])
     chosen = dtype_name(given["state_dtype"])
     if chosen not in (None, "bfloat16"):

@@ -1,4 +1,4 @@
-"""The CPU kernel as a torch operator: what it takes, and the same bits however it runs."""
+"""The CPU kernel as a torch operator: what it takes, and bit-identical results however it runs."""
 
 from __future__ import annotations
 
@@ -199,8 +199,8 @@ def stepped(threads, mode):
     low = [torch.zeros_like(p) if kahan and p.dtype is torch.bfloat16 else none for p in columns[0]]
     scalars = torch.tensor([[0.1, 0.01, 0.1, 0.01, 0.1, 1.001, 0.01 * decay, 0.01, 1e-4, -1,
         0.01 * decay, 0.02 * decay, decay, belief, stochastic, 7]], dtype=torch.float64)
-    streams = torch.arange(len(sizes)) * 1000003
-    given = (*columns, thresholds, low, None, streams, scalars)
+    rng_keys = torch.arange(len(sizes)) * 1000003
+    given = (*columns, thresholds, low, None, rng_keys, scalars)
     sums = ops.measure(*given)
     sums[::2, 0] = -1
     assert ops.step_(*given, sums) is True

@@ -191,8 +191,8 @@ def test_random_rounding_has_the_bits_of_the_rule(
     m, B = torch.zeros_like(theta), torch.zeros_like(theta)
     # theta' = 0 - 1 * m' / max(|B'|, 1) with m' = g
     apollo_qn.apollo([p], [-theta], [m], [B], [torch.zeros(())], warmup_steps=0, seed=3, **FUSED)
-    first, second = rounding.keys(rounding.rng_stream(3, 0), 0)
-    random = rounding.random_bits(rounding.places(p), first, second)
+    first, second = rounding.keys(rounding.rng_key(3, 0), 0)
+    random = rounding.random_bits(rounding.memory_offsets(p), first, second)
     assert same(p, rounding.stochastic(0 - -theta, dtype, random))
 
 
@@ -450,7 +450,7 @@ from apollo_qn.backends.triton import kernel
 
 f32, f64, bf16 = tl.float32, tl.float64, tl.bfloat16
 pointers = {"tensors": "*i64", "work": "*i64", "gradients": "*i64"}
-pointers |= {name: "*fp64" for name in ("scalars", "rows", "whole")}
+pointers |= {name: "*fp64" for name in ("scalars", "rows", "full_sums")}
 order = list(kernel.step.arg_names)
 
 def made(target, P, G, M, S, belief, aligned):

@@ -63,7 +63,7 @@ struct Set {
                 t.m = column(size.state), t.B = column(size.state);
                 t.compensation = kahan && size.p == 2 ? column(2) : nullptr;
                 t.threshold = &thresholds[items.size()];
-                t.n = n, t.kind = (int)kind, t.stream = mix((uint32_t)items.size());
+                t.n = n, t.kind = (int)kind, t.rng_key = mix((uint32_t)items.size());
                 t.scalars = &scalars;
                 items.push_back(t);
             }

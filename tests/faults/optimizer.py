@@ -154,8 +154,8 @@ FAULTS = [
     Fault(
         "all steps draw the same random bits",
         QN,
-        "first = mix(step ^ stream)",
-        "first = mix(stream)",
+        "first = mix(step ^ rng_key)",
+        "first = mix(rng_key)",
         ROUNDING,
     ),
     # the class

@@ -1,4 +1,4 @@
-"""The one form of tensor lists, and the one protocol of a back end."""
+"""Tensor lists, batches, and the interface that every back end implements."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from apollo_qn.secant import Sums
 
 @dataclass(slots=True)
 class TensorLists:
-    """The tensors of one step: entry i of each list belongs to parameter i.
+    """Tensors of one step; entry i of each list belongs to parameter i.
 
-    A list that the settings do not need is empty: ``previous_lrs`` without decoupled decay,
-    ``thresholds`` without belief, ``compensations`` without Kahan rounding (which holds None for a
-    parameter that is not of 16 bits), ``rng_streams`` where no random bits are drawn, ``rows``
-    where no parameter is a shard. ``rows`` holds a shard's row in the table of sums, or -1.
+    Some lists are empty if the settings do not need them: ``previous_lrs`` without decoupled decay,
+    ``thresholds`` without belief, ``compensations`` without Kahan rounding, ``rng_keys`` if no
+    random bits are drawn, ``rows`` if no parameter is a shard. ``compensations`` holds None for
+    parameters that are not 16 bits wide. ``rows`` holds a shard's row in the table of sums, or -1.
     """
 
     params: list[Tensor] = field(default_factory=list)
@@ -31,7 +31,7 @@ class TensorLists:
     previous_lrs: list[Tensor] = field(default_factory=list)
     thresholds: list[Tensor] = field(default_factory=list)
     compensations: list[Any] = field(default_factory=list)
-    rng_streams: list[int] = field(default_factory=list)
+    rng_keys: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -54,12 +54,12 @@ class TensorLists:
 
     @property
     def large(self) -> list[list[Tensor]]:
-        """The four lists of tensors of the parameters' shapes."""
+        """Return the four lists of tensors that have the parameters' shapes."""
         return [self.params, self.grads, self.exp_avgs, self.hessian_diags]
 
 
 def joined(lists: Sequence[TensorLists]) -> TensorLists:
-    """Return the lists of several groups, which need the same lists, as one."""
+    """Concatenate the lists of several groups, which must all need the same lists."""
     names = [each.name for each in fields(TensorLists)]
     return TensorLists(*([x for each in lists for x in getattr(each, name)] for name in names))
 
@@ -68,8 +68,8 @@ def joined(lists: Sequence[TensorLists]) -> TensorLists:
 class Batch:
     """Tensors of one group that share hyperparameters and step scalars.
 
-    The scalars are floats, or tensors of shape (n,) where counters are not read on the host. All
-    tensors are real, of one device, and of one type per list. Either all are shards or none is.
+    The scalars are floats, or tensors of shape (n,) if counters are not read on the host. All
+    tensors are real and lie on one device. Each list has one type. All tensors are shards, or none.
     """
 
     tensors: TensorLists
@@ -88,11 +88,11 @@ class Batch:
 
 
 class Backend:
-    """A way to carry out :func:`apollo_qn.algorithm.update` on many tensors.
+    """Interface of a back end, which applies :func:`apollo_qn.algorithm.update` to many tensors.
 
-    A back end sees plain local tensors and changes them in place. It knows nothing of groups,
-    state dicts or meshes, and does not count steps. An optimizer owns its instance, and with it the
-    instance's working memory.
+    A back end gets plain local tensors and changes them in place. It knows nothing of groups, state
+    dicts or meshes, and does not count steps. Each optimizer has its own instance, because an
+    instance keeps working memory.
     """
 
     def takes(self, batches: list[Batch]) -> list[list[bool]]:
@@ -107,17 +107,17 @@ class Backend:
         """Update all tensors.
 
         Args:
-            batches: what is updated.
-            sums: the sums over the whole tensors, where the batches consist of shards.
+            batches: tensors to update.
+            sums: sums over the full tensors, needed if the batches consist of shards.
 
         Returns:
-            False: nothing has been changed, because :meth:`takes` says no of some tensor.
+            True, or False if :meth:`takes` refuses a tensor; then nothing has been changed.
         """
         raise NotImplementedError
 
 
 def step_scalars(batch: Batch) -> tuple[Any, ...]:
-    """Return the row of scalars that the fused kernels read: ``step_scalars`` in ``kernel.h``."""
+    """Return the row of scalars that the fused kernels read, as ``Scalars`` in ``kernel.h``."""
     h, s = batch.h, batch.scalars
     return (
         *(s.alpha, s.rate, s.offset, h.sigma, s.previous_offset, s.kappa, s.omega),
@@ -128,7 +128,7 @@ def step_scalars(batch: Batch) -> tuple[Any, ...]:
 
 
 def is_plain(tensors: Sequence[Any]) -> bool:
-    """Return whether all are of torch's own classes; a subclass may lack an operation."""
+    """Return whether all are of torch's own classes, because a subclass may lack an operation."""
     return set(map(type, tensors)) <= _PLAIN
 
 

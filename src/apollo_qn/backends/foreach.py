@@ -1,9 +1,9 @@
-"""Many tensors in few calls, in working memory that stays small.
+"""The foreach back end: many tensors in few calls, with little working memory.
 
-Small tensors are gathered into one padded matrix, each in rows of its own; a large one is walked
-through in blocks. Either way the arithmetic is :func:`_measure`, which takes the sums over each
-tensor, and :func:`_apply`, and the number of operations does not grow with the number of small
-tensors. Nothing waits for the device.
+Small tensors are copied into one padded matrix, each into its own rows. A large tensor is processed
+in blocks. Both use :func:`_measure`, which takes the sums over each tensor, and :func:`_apply`. The
+number of operations does not grow with the number of small tensors, and nothing waits for the
+device.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 from typing import Any
 
 import torch
@@ -20,25 +19,25 @@ from torch import Tensor
 
 from apollo_qn import rounding
 from apollo_qn.backends.base import Backend, Batch
+from apollo_qn.backends.layout import ROW, BlockLayout, RowLayout
 from apollo_qn.hyperparameters import Hyperparameters, Scalar, StepScalars
-from apollo_qn.secant import Sums, accumulator, arithmetic, saturated, secant_coefficient
+from apollo_qn.secant import Sums, arithmetic, saturated, secant_coefficient
 
-ROW = 256
-# Elements worked on at once: temporaries stay bounded, and on a CPU in its cache.
+# Elements processed at once. The bound limits temporaries; on a CPU they then fit its cache.
 BLOCK = {"cpu": 1 << 18}
 BLOCK_ELSEWHERE = 1 << 24
-CACHED_ROWS = 1 << 17  # of all layouts that an instance keeps: 2 MB of indices
+CACHED_ROWS = 1 << 17  # rows of all layouts that an instance caches: 2 MB of indices
 
 
 class Foreach(Backend):
-    """Many tensors in few calls.
+    """Back end that updates many tensors in few calls.
 
-    An instance keeps layouts, and on the CPU the matrices' memory, from step to step: at most
-    ``CACHED_ROWS`` rows of layouts, and a few blocks.
+    An instance caches layouts between steps, at most ``CACHED_ROWS`` rows. On a CPU it also keeps
+    the matrices' memory, the size of a few blocks.
     """
 
     def __init__(self) -> None:
-        self._layouts: OrderedDict[Any, _Layout] = OrderedDict()
+        self._layouts: OrderedDict[Any, RowLayout] = OrderedDict()
         self._cached_rows = 0
         self._memory: dict[torch.dtype, Tensor] = {}
 
@@ -49,14 +48,14 @@ class Foreach(Backend):
     def step(self, batches: list[Batch], sums: list[Sums] | None = None) -> bool:
         """Apply Algorithm 1 to all tensors of each batch."""
         for i, batch in enumerate(batches):
-            whole = None if sums is None else sums[i]
+            full = None if sums is None else sums[i]
             dtype = _arithmetic(batch)
             for bucket, part, flat, limit in _parts(batch):
                 given = None
-                if whole is not None:
-                    largest = None if whole.largest is None else whole.largest[bucket].to(dtype)
-                    scale = whole.scale[bucket].to(dtype)
-                    given = Sums(scale, whole.q4[bucket], whole.k[bucket], largest)
+                if full is not None:
+                    largest = None if full.largest is None else full.largest[bucket].to(dtype)
+                    scale = full.scale[bucket].to(dtype)
+                    given = Sums(scale, full.q4[bucket], full.k[bucket], largest)
                 if flat is None:
                     self._step_gathered(part, given)
                 else:
@@ -73,32 +72,32 @@ class Foreach(Backend):
                 found.append(_measured_in_blocks(part, flat, s, limit))
         return Sums.joined(found, torch.cat)
 
-    def _workspace(self, batch: Batch, matrices: int) -> tuple[_Layout, Tensor]:
-        """Return a layout, and that many zero matrices as one tensor."""
+    def _workspace(self, batch: Batch, matrices: int) -> tuple[RowLayout, Tensor]:
+        """Return the layout of a batch, and zeroed matrices of that layout as one tensor."""
         params, dtype = batch.tensors.params, _arithmetic(batch)
         device = params[0].device
         key = (tuple(p.shape for p in params), device, dtype)
         layout = self._layouts.get(key)
         if layout is None:
             with torch.inference_mode(False):
-                layout = self._layouts[key] = _Layout(*key)
+                layout = self._layouts[key] = RowLayout(*key)
             self._cached_rows += layout.rows
             while self._cached_rows > CACHED_ROWS and len(self._layouts) > 1:
                 self._cached_rows -= self._layouts.popitem(last=False)[1].rows
         self._layouts.move_to_end(key)
         size = (matrices, layout.rows, ROW)
         numel = matrices * layout.rows * ROW
-        # elsewhere an allocator that knows of streams gives it to each step
+        # on other devices each step allocates, because the allocator knows of CUDA streams
         if device.type != "cpu" or layout.rows * ROW > 2 * BLOCK["cpu"]:
             return layout, torch.zeros(size, dtype=dtype, device=device)
         memory = self._memory.get(dtype)
         if memory is None or memory.numel() < numel:
-            with torch.inference_mode(False):  # it may be written outside of this step's mode
+            with torch.inference_mode(False):  # later steps may run outside of this mode
                 memory = self._memory[dtype] = torch.empty(numel, dtype=dtype, device="cpu")
         return layout, memory[:numel].view(size).zero_()
 
     def _gathered(self, batch: Batch) -> tuple[_Work, list[list[Tensor]]]:
-        """Return small tensors in matrices, and the places of g, m, B and theta there."""
+        """Return small tensors as matrices, and views of g, m, B and theta in these matrices."""
         tensors, h = batch.tensors, batch.h
         read = [tensors.grads, tensors.exp_avgs, tensors.hessian_diags]
         with_theta = h.decays or _rounds(batch)
@@ -127,8 +126,8 @@ class Foreach(Backend):
         _apply(work, h, s, sums, u2, y, out=work.g)
 
         random = None
-        if tensors.rng_streams:
-            assert isinstance(work.layout, _Layout)
+        if tensors.rng_keys:
+            assert isinstance(work.layout, RowLayout)
             random = work.layout.random_bits(tensors.params, *_keys(batch))
         if _rounds(batch):
             assert work.theta is not None
@@ -152,17 +151,20 @@ def _arithmetic(batch: Batch) -> torch.dtype:
 
 
 def _parts(batch: Batch) -> Iterator[tuple[slice, Batch, list[Tensor] | None, int]]:
-    """What is worked on together: where it lies in the batch, and a large tensor's vectors."""
+    """Yield slices of a batch to process together, and the vectors of a large tensor.
+
+    Each item is (slice, its batch, vectors or None, number of elements in a block).
+    """
     limit = BLOCK.get(batch.tensors.params[0].device.type, BLOCK_ELSEWHERE)
     for bucket in _buckets(batch, limit):
         part = batch.slice(bucket)
-        # a small tensor is summed row by row whether it is alone or not: the same bits
+        # a small tensor is summed by rows even if it is alone, so results are bit-identical
         large = len(part.tensors) == 1 and part.tensors.params[0].numel() > limit // 4
         yield bucket, part, _flat(part) if large else None, limit
 
 
 def _buckets(batch: Batch, limit: int) -> Iterator[slice]:
-    """Runs of small tensors whose rows hold ``limit`` elements; a larger tensor is alone."""
+    """Yield runs of small tensors of at most ``limit`` padded elements, and single large ones."""
     start = size = 0
     for i, tensor in enumerate(batch.tensors.params):
         n = -(-tensor.numel() // ROW) * ROW
@@ -175,14 +177,13 @@ def _buckets(batch: Batch, limit: int) -> Iterator[slice]:
 
 
 def _flat(batch: Batch) -> list[Tensor] | None:
-    """Parameter, gradient, m, B (and compensation) of a single tensor as vectors.
+    """Return parameter, gradient, m, B (and compensation) of a single tensor as vectors.
 
-    None: they do not lie alike in memory.
+    Return None if their memory layouts differ.
     """
     tensors, p = batch.tensors, batch.tensors.params[0]
-    order = sorted(
-        range(p.dim()), key=p.stride, reverse=True
-    )  # of channels-last: its channels last
+    # the order of dimensions in memory, in which a channels-last tensor is contiguous too
+    order = sorted(range(p.dim()), key=p.stride, reverse=True)
     columns = [*tensors.large, *([tensors.compensations] if tensors.compensations else [])]
     in_order = [column[0].permute(order) for column in columns]
     if not all(tensor.is_contiguous() for tensor in in_order):
@@ -190,100 +191,25 @@ def _flat(batch: Batch) -> list[Tensor] | None:
     return [tensor.view(-1) for tensor in in_order]
 
 
-class _Layout:
-    """Where tensors of given shapes lie in a matrix: each in rows of its own, then zeros."""
-
-    def __init__(
-        self, shapes: tuple[torch.Size, ...], device: torch.device, dtype: torch.dtype
-    ) -> None:
-        numels = [shape.numel() for shape in shapes]
-        rows = [-(-n // ROW) for n in numels]
-        self.rows = sum(rows)
-        self.rows_of_tensor = torch.tensor(rows, device=device)
-        self.tensor_of_row = torch.arange(len(rows), device=device).repeat_interleave(
-            self.rows_of_tensor, output_size=self.rows
-        )
-        self.shapes = shapes
-        self.sizes = list(
-            chain.from_iterable((n, r * ROW - n) for n, r in zip(numels, rows, strict=True))
-        )
-        self.dtype = dtype
-        self.wide = accumulator(device)
-        firsts = self.rows_of_tensor.cumsum(0) - self.rows_of_tensor
-        # of each row's first element, in its tensor
-        self.places = (torch.arange(self.rows, device=device) - firsts[self.tensor_of_row]) * ROW
-
-    def views(self, matrix: Tensor) -> list[Tensor]:
-        """Each tensor's place in ``matrix``, in its shape."""
-        pieces = matrix.view(-1).split_with_sizes(self.sizes)[::2]
-        return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
-
-    def sum(self, matrix: Tensor) -> Tensor:
-        """Sum over each tensor, shape (tensors,)."""
-        return self._reduce(matrix.sum(1).to(self.wide), "sum")
-
-    def max(self, matrix: Tensor) -> Tensor:
-        """Maximum over each tensor of what is not negative, shape (tensors,)."""
-        return self._reduce(matrix.amax(1), "max")
-
-    def _reduce(self, of_rows: Tensor, how: str) -> Tensor:
-        # rows of one tensor in their order: deterministic, and no tensor reaches another
-        return torch.segment_reduce(of_rows, how, lengths=self.rows_of_tensor, unsafe=True)
-
-    def spread(self, scalar: Scalar) -> Scalar:
-        """A number for each tensor as a column for the rows; a number for all as it is."""
-        if isinstance(scalar, Tensor) and scalar.dim() == 1:
-            return self.column(scalar.to(self.dtype))
-        return scalar
-
-    def column(self, of_tensors: Tensor) -> Tensor:
-        """What is given for each tensor, for the rows."""
-        return of_tensors[self.tensor_of_row].unsqueeze(1)
-
-    def random_bits(self, params: list[Tensor], first: Tensor, second: Tensor) -> Tensor:
-        """A random word for each element, from the tensors' keys."""
-        places = self.places.unsqueeze(1) + torch.arange(ROW, device=self.places.device)
-        if not all(p.is_contiguous() for p in params):
-            for p, view in zip(params, self.views(places), strict=True):
-                view.copy_(rounding.places(p))
-        return rounding.random_bits(places, self.column(first), self.column(second))
-
-
-class _Block:
-    """Stands for a :class:`_Layout` where one tensor is all there is."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.wide = accumulator(device)
-
-    def sum(self, x: Tensor) -> Tensor:
-        return x.sum().to(self.wide).reshape(1)
-
-    def max(self, x: Tensor) -> Tensor:
-        return x.amax().reshape(1)
-
-    def spread(self, scalar: Scalar) -> Scalar:
-        return scalar
-
-
 @dataclass(slots=True)
 class _Work:
-    """Matrices of one layout: g and theta are only read, m and B become m' and B'."""
+    """Matrices of one layout. g and theta are only read; m and B are overwritten by m' and B'."""
 
-    layout: _Layout | _Block
+    layout: RowLayout | BlockLayout
     g: Tensor
     m: Tensor
     B: Tensor
-    theta: Tensor | None  # where it is needed
+    theta: Tensor | None  # None if neither decay nor rounding needs it
 
 
 def _rounds(batch: Batch) -> bool:
-    """Return whether theta' is stored in another way than to the nearest."""
+    """Return whether theta' is stored otherwise than by rounding to nearest."""
     drawn = rounding.is_drawn(batch.tensors.params[0].dtype, batch.h.rounding)
     return bool(batch.tensors.compensations) or drawn
 
 
 def _stored(theta: Tensor, batch: Batch, random: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """theta' as it is stored, and the compensation where there is one."""
+    """Return theta' as it is stored, and the compensation or None."""
     dtype = batch.tensors.params[0].dtype
     if batch.tensors.compensations:
         return rounding.split(theta, dtype)
@@ -296,27 +222,27 @@ def _drawn(B: Tensor, batch: Batch, random: Tensor) -> Tensor:
 
 
 def _keys(batch: Batch) -> tuple[Tensor, Tensor]:
-    """The keys of each tensor in this step."""
+    """Return the two keys of each tensor's random bits in this step."""
     device = batch.tensors.params[0].device
     t = batch.scalars.t
     step = t.to(device).long() if isinstance(t, Tensor) else int(t)
-    return rounding.keys(_on_device(tuple(batch.tensors.rng_streams), device), step)
+    return rounding.keys(_on_device(tuple(batch.tensors.rng_keys), device), step)
 
 
 @lru_cache(maxsize=64)
-def _on_device(streams: tuple[int, ...], device: torch.device) -> Tensor:
-    # cached, so that a step that is captured in a graph copies nothing from the host
-    return torch.tensor(streams, device=device)
+def _on_device(rng_keys: tuple[int, ...], device: torch.device) -> Tensor:
+    # cached, because a step that a CUDA graph captures must not copy from the host
+    return torch.tensor(rng_keys, device=device)
 
 
 def _pieces(flat: list[Tensor], block: int) -> Iterator[list[Tensor]]:
-    """The blocks of a large tensor's vectors."""
+    """Yield the blocks of a large tensor's vectors."""
     for pieces in zip(*(torch.split(vector, block) for vector in flat), strict=True):
         yield list(pieces)
 
 
 def _work(pieces: list[Tensor], batch: Batch) -> _Work:
-    """Return one block; what is of another type than the arithmetic is copied."""
+    """Return one block, with m and B converted to the type of the arithmetic."""
     p, g, m, B, *low = pieces
     dtype = _arithmetic(batch)
     theta: Tensor | None = None
@@ -324,7 +250,7 @@ def _work(pieces: list[Tensor], batch: Batch) -> _Work:
         theta = rounding.joined(p, low[0], dtype)
     elif batch.h.decays:
         theta = p
-    return _Work(_Block(p.device), g, m.to(dtype), B.to(dtype), theta)
+    return _Work(BlockLayout(p.device), g, m.to(dtype), B.to(dtype), theta)
 
 
 def _step_in_blocks(batch: Batch, flat: list[Tensor], block: int, given: Sums | None) -> None:
@@ -333,20 +259,20 @@ def _step_in_blocks(batch: Batch, flat: list[Tensor], block: int, given: Sums | 
     sums = given
     if given is None and not one_block:
         sums = _measured_in_blocks(batch, flat, s, block)
-    keys = _keys(batch) if batch.tensors.rng_streams else None
+    keys = _keys(batch) if batch.tensors.rng_keys else None
     for i, pieces in enumerate(_pieces(flat, block)):
         work = _work(pieces, batch)
         p, _, m, B, *low = pieces
         if sums is None:
             sums, u2, y = _measure(work, h, s)
         else:
-            # u^2 and y are computed again rather than kept: memory stays that of a block
+            # compute u^2 and y again instead of keeping them, to need the memory of one block only
             u2, y = _terms(work, h, s, sums)
         change = _apply(work, h, s, sums, u2, y, out=u2)
         random = None
         if keys is not None:
-            places = torch.arange(i * block, i * block + p.numel(), device=p.device)
-            random = rounding.random_bits(places, *keys)
+            positions = torch.arange(i * block, i * block + p.numel(), device=p.device)
+            random = rounding.random_bits(positions, *keys)
         if _rounds(batch):
             theta = p.to(_arithmetic(batch)) if work.theta is None else work.theta
             new, rest = _stored(theta - change, batch, random)
@@ -363,7 +289,7 @@ def _step_in_blocks(batch: Batch, flat: list[Tensor], block: int, given: Sums | 
 
 
 def _terms(work: _Work, h: Hyperparameters, s: StepScalars, sums: Sums) -> tuple[Tensor, Tensor]:
-    """u^2, with the scale of ``sums``, and y = m' - m."""
+    """Return u^2, with the scale of ``sums``, and y = m' - m."""
     spread = work.layout.spread
     scale = torch.where(sums.scale == 0, 1, sums.scale)
     u2 = _displacement(work, h, s).div_(spread(scale)).square_()
@@ -388,7 +314,9 @@ def _measured_in_blocks(batch: Batch, flat: list[Tensor], s: StepScalars, block:
 
 
 def _number(x: Scalar) -> float:
-    assert not isinstance(x, Tensor)  # with differentiable alone, which the reference serves
+    assert not isinstance(
+        x, Tensor
+    )  # only differentiable allows a tensor, and the reference serves it
     return x
 
 
@@ -398,7 +326,7 @@ def _rectify_(D: Tensor, threshold: Scalar, offset: Scalar) -> Tensor:
 
 
 def _displacement(work: _Work, h: Hyperparameters, s: StepScalars) -> Tensor:
-    """d, the displacement of the step before."""
+    """Return d, the displacement of the step before."""
     spread = work.layout.spread
     d = _rectify_(work.B.abs(), spread(s.previous_threshold), spread(s.previous_offset))
     torch.div(work.m, d, out=d)
@@ -414,7 +342,7 @@ def _displacement(work: _Work, h: Hyperparameters, s: StepScalars) -> Tensor:
 
 
 def _difference(work: _Work, h: Hyperparameters) -> Tensor:
-    """g - m, with what maximize and L2 decay make of g."""
+    """Return g - m, where g includes the sign of maximize and L2 decay."""
     y = torch.add(work.m, work.g).neg_() if h.maximize else torch.sub(work.g, work.m)
     if h.l2:
         assert work.theta is not None
@@ -423,7 +351,7 @@ def _difference(work: _Work, h: Hyperparameters) -> Tensor:
 
 
 def _measure(work: _Work, h: Hyperparameters, s: StepScalars) -> tuple[Sums, Tensor, Tensor]:
-    """The sums, with u^2 (of this work's own scale) and y = m' - m for :func:`_apply`."""
+    """Return the sums, u^2 (with the scale of these sums) and y = m' - m."""
     layout = work.layout
     d = _displacement(work, h, s)
     y = _difference(work, h)
@@ -448,7 +376,7 @@ def _apply(
     y: Tensor,
     out: Tensor,
 ) -> Tensor:
-    """m' and B' in place of m and B, and in ``out`` what is to be subtracted from theta."""
+    """Overwrite m and B with m' and B'; return theta - theta' in ``out``."""
     spread = work.layout.spread
     work.m.add_(y)
     scale = sums.scale.to(sums.k.dtype)

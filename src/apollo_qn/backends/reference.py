@@ -1,4 +1,7 @@
-"""Algorithm 1, one tensor after the other: slow, differentiable, and what the others must equal."""
+"""The reference back end: Algorithm 1 on one tensor after the other, slow and differentiable.
+
+All other back ends are tested against it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from apollo_qn.secant import Sums, arithmetic
 
 
 class Reference(Backend):
-    """One tensor after the other, by the lines of :mod:`apollo_qn.algorithm`."""
+    """Back end that calls :mod:`apollo_qn.algorithm` for one tensor after the other."""
 
     def measure(self, batches: list[Batch]) -> list[Sums]:
         """Return the sums over each tensor of each batch; nothing is changed."""
@@ -32,7 +35,9 @@ def _step(batch: Batch, sums: Sums | None) -> None:
         s = _scalars(batch, i, dtype)
         low = tensors.compensations[i] if tensors.compensations else None
         old = (p, m, B)
-        if torch.is_grad_enabled():  # they are overwritten below, and autograd still needs them
+        if (
+            torch.is_grad_enabled()
+        ):  # autograd still needs the old values, which are overwritten below
             old = (p.clone(), m.clone(), B.clone())
         theta = old[0] if low is None else rounding.joined(old[0], low, dtype)
         given = None if sums is None else sums.of(i)
@@ -65,15 +70,15 @@ def _scalars(batch: Batch, i: int, dtype: torch.dtype) -> StepScalars:
     """Return the scalars of tensor ``i``."""
     s = batch.scalars.select(i)
     if batch.tensors.thresholds:
-        # clone: it is overwritten in the step, and autograd may still need it
+        # clone, because the step overwrites it and autograd may still need it
         s = s._replace(previous_threshold=batch.tensors.thresholds[i].clone())
     return s.to(dtype)
 
 
 def _random_bits(batch: Batch, i: int) -> Tensor | None:
-    if not batch.tensors.rng_streams:
+    if not batch.tensors.rng_keys:
         return None
     p, t = batch.tensors.params[i], batch.scalars.select(i).t
     step = t.detach().to(p.device).long() if isinstance(t, Tensor) else int(t)
-    keys = rounding.keys(batch.tensors.rng_streams[i], step)
-    return rounding.random_bits(rounding.places(p), *keys)
+    keys = rounding.keys(batch.tensors.rng_keys[i], step)
+    return rounding.random_bits(rounding.memory_offsets(p), *keys)

@@ -1,6 +1,6 @@
-"""What Apollo's curvature looks like while it trains, and how near it is to the Hessian.
+"""Measurements of Apollo's curvature during training, and its comparison with the Hessian.
 
-::
+Example::
 
     from apollo_qn import diagnostics
 
@@ -9,7 +9,7 @@
     for tensor in diagnostics.measure(optimizer):  # at any time, after a step
         print(tensor.name, tensor.negative, tensor.rectified, tensor.step_ratio)
 
-Nothing of this is in an optimizer that is not measured: the recorder is two of its hooks.
+An optimizer that is not measured runs none of this code. A recorder is two hooks of the optimizer.
 """
 
 from apollo_qn.diagnostics.curvature import (

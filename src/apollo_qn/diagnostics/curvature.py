@@ -1,4 +1,4 @@
-"""Numbers of each tensor's curvature, from the state that a step has left."""
+"""Measurements of each tensor's curvature, from the state after a step."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from apollo_qn.backends.base import TensorLists
 from apollo_qn.distributed import Reduction, localize
 from apollo_qn.gradient_release import is_released
 from apollo_qn.hyperparameters import Hyperparameters, Scalar, StepScalars
-from apollo_qn.optimizer import Apollo, hyperparameters
+from apollo_qn.optimizer import Apollo
 from apollo_qn.secant import Sums, accumulator, arithmetic, correction
+from apollo_qn.state import hyperparameters
 
 Names: TypeAlias = Iterable[tuple[str, Tensor]]
-Corrections: TypeAlias = dict[Tensor, Tensor]  # of each parameter: 0-dim, on its device
+Corrections: TypeAlias = dict[Tensor, Tensor]  # a 0-dim tensor per parameter, on its device
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,28 +74,28 @@ class TensorDiagnostics:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A parameter as it lies here: real tensors, of which a sharded one has others elsewhere."""
+    """Local tensors of one parameter, as real tensors; shards if the parameter is sharded."""
 
     p: Tensor
     name: str
     h: Hyperparameters
-    t: Scalar  # steps done
-    s: StepScalars  # of the coming step: with those of the last one, that give its D and d
-    last_rate: Scalar  # of the last step
+    t: Scalar  # number of steps done
+    s: StepScalars  # scalars of the next step, which include those of the last step's D and d
+    last_rate: Scalar  # learning rate of the last step
     theta: Tensor
     g: Tensor
     m: Tensor
     B: Tensor
-    row: int  # of the reduction; -1: it is whole
+    row: int  # row in the reduction's table, or -1 for a full tensor
 
     @property
     def numel(self) -> int:
-        """Of the whole tensor."""
+        """Return the number of real elements of the full tensor."""
         return self.p.numel() * (2 if self.p.is_complex() else 1)
 
     @property
     def empty(self) -> bool:
-        """Whether nothing of it lies here."""
+        """Return whether this rank holds no element."""
         return self.B.numel() == 0
 
 
@@ -105,8 +106,8 @@ def measure(
     """Measure every tensor that has taken a step; nothing is changed.
 
     A call makes about ten passes over parameters and state. It waits for the device once and needs
-    working memory of two tensors. For sharded parameters the numbers are those of the whole
-    tensors. All ranks must then call it, for two small all-reduces per mesh.
+    working memory of two tensors. For sharded parameters the numbers are those of the full tensors.
+    All ranks must then call the function, for two small all-reduces per mesh.
 
     Args:
         optimizer: an Apollo after a step, before a scheduler changes the learning rate. The rate of
@@ -123,6 +124,12 @@ def measure(
 
     Raises:
         TypeError: the optimizer is not an Apollo.
+
+    Example::
+
+        optimizer.step()
+        for tensor in measure(optimizer, names=model.named_parameters()):
+            print(tensor.name, tensor.negative, tensor.rectified, tensor.step_ratio)
     """
     parts, reduction = _parts(optimizer, names, coming=False)
     sums = [_sums(part) for part in parts]
@@ -131,9 +138,9 @@ def measure(
     rows: list[list[Scalar]] = []
     for part, (added, largest) in zip(parts, sums, strict=True):
         s = part.s
-        sizes = torch.stack([largest[2], -largest[3]])  # of B
+        sizes = torch.stack([largest[2], -largest[3]])  # largest and smallest |B|
         D = algorithm.rectify(sizes, s.previous_threshold, s.previous_offset)
-        change: Scalar = 0.0  # of the first step, and of one without a gradient
+        change: Scalar = 0.0  # no correction in the first step, or without a gradient
         if corrections is not None:
             change = corrections.get(part.p, 0.0)
         numbers = [part.t, part.last_rate, s.previous_threshold, change]
@@ -148,9 +155,10 @@ def measure(
 def coming_corrections(optimizer: Apollo) -> Corrections:
     """Measure how the next step will change B; nothing is changed.
 
-    Call it after ``backward``, and after gradients are unscaled and clipped, but before ``step``.
-    :class:`Recorder` does so by itself. A call costs the sums of a step and does not wait for the
-    device. For sharded parameters all ranks must call it, for one small all-reduce per mesh.
+    Call the function after ``backward``, and after gradients are unscaled and clipped, but before
+    ``step``. :class:`Recorder` calls it automatically. A call costs the sums of a step and does not
+    wait for the device. For sharded parameters all ranks must call it, for one small all-reduce per
+    mesh.
 
     Returns:
         A 0-dim tensor per parameter that has a gradient, a state and elements: the
@@ -158,6 +166,13 @@ def coming_corrections(optimizer: Apollo) -> Corrections:
 
     Raises:
         TypeError: the optimizer is not an Apollo.
+
+    Example::
+
+        loss.backward()
+        corrections = coming_corrections(optimizer)
+        optimizer.step()
+        tensors = measure(optimizer, corrections)  # with secant_correction
     """
     parts, reduction = _parts(optimizer, None, coming=True)
     table = None if reduction is None else reduction.table()
@@ -184,13 +199,22 @@ def coming_corrections(optimizer: Apollo) -> Corrections:
 
 
 def overall(tensors: Sequence[TensorDiagnostics], name: str = "all") -> TensorDiagnostics:
-    """Return the measurements of several tensors as if they were one.
+    """Combine the measurements of several tensors as if they were one tensor.
 
-    ``secant_correction`` has no sign here. ``lr`` and ``threshold`` are NaN if the tensors differ
-    in them. ``step`` is the largest.
+    ``secant_correction`` is >= 0 here. ``lr`` and ``threshold`` are NaN if the tensors differ in
+    them. ``step`` is the largest.
+
+    Args:
+        tensors: result of :func:`measure`, or a part of it.
+        name: name of the combined tensor.
 
     Raises:
         ValueError: ``tensors`` is empty.
+
+    Example::
+
+        total = overall(measure(optimizer))
+        print(f"{total.negative:.0%} of all elements have negative curvature")
     """
     if not tensors:
         raise ValueError("tensors must be at least one, got none")
@@ -231,7 +255,7 @@ def overall(tensors: Sequence[TensorDiagnostics], name: str = "all") -> TensorDi
 
 
 def check_apollo(optimizer: Any) -> None:
-    """Raise TypeError for another optimizer."""
+    """Raise TypeError unless the optimizer is an Apollo."""
     if not isinstance(optimizer, Apollo):
         raise TypeError(
             f"optimizer must be an Apollo, got {type(optimizer).__name__}; of one that wraps it "
@@ -242,7 +266,7 @@ def check_apollo(optimizer: Any) -> None:
 def named(
     optimizer: Apollo, names: Names | None
 ) -> Iterator[tuple[dict[str, Any], list[tuple[str, Tensor]]]]:
-    """Every group with its parameters and their names."""
+    """Yield every group with its parameters and their names."""
     given = {p: name for name, p in names or ()}
     for i, group in enumerate(optimizer.param_groups):
         own = group.get("param_names") or [f"{i}.{j}" for j in range(len(group["params"]))]
@@ -251,7 +275,7 @@ def named(
 
 
 def last_rate(optimizer: Apollo, p: Tensor, group: dict[str, Any]) -> float:
-    """The learning rate of a stepped parameter's last step."""
+    """Return the learning rate of the last step of a parameter that has taken one."""
     return float(_last_rate(optimizer.state[p], hyperparameters(group)))
 
 
@@ -263,14 +287,14 @@ def _last_rate(state: dict[str, Any], h: Hyperparameters) -> Scalar:
 
 
 def _coming_scalars(state: dict[str, Any], h: Hyperparameters) -> StepScalars:
-    # a mode that was chosen in mid-run finds no scalar of its own yet
+    # a mode that was turned on during training has no scalar of its own yet
     previous_lr = _number(state.get("previous_lr", h.lr))
     threshold = state.get("threshold", h.sigma) if h.belief else None
     return StepScalars.at(_number(state["step"]), h, previous_lr, threshold)
 
 
 def _number(x: Scalar) -> Scalar:
-    """On the host, where that needs no wait."""
+    """Return a CPU tensor as a Python number, which needs no wait; return others unchanged."""
     return x.item() if isinstance(x, Tensor) and x.is_cpu else x
 
 
@@ -282,12 +306,12 @@ def _parts(
     for settings, named_params in named(optimizer, names):
         mine = [(name, p) for name, p in named_params if p.numel() and optimizer.state.get(p)]
         if coming:
-            # a released gradient's step has been done; of a sparse one the step raises
+            # skip released gradients, already applied, and sparse ones, for which the step raises
             mine = [(name, p) for name, p in mine if p.grad is not None and _is_readable(p.grad)]
         states = [optimizer.state[p] for _, p in mine]
         lists = TensorLists(
             [p for _, p in mine],
-            # without a gradient to look at, something that is placed as it would be
+            # without a gradient, p stands for a tensor of the same placements
             [p.grad if coming and p.grad is not None else p for _, p in mine],
             [state["exp_avg"] for state in states],
             [state["hessian_diag"] for state in states],
@@ -307,7 +331,7 @@ def _parts(
             if low is not None:
                 theta = rounding.joined(theta, low, dtype)
             if B.numel() == 0 and row < 0:
-                continue  # all of it lies on ranks of another mesh
+                continue  # all of the parameter lies on ranks of another mesh
             state = optimizer.state[p]
             parts.append(
                 _Part(
@@ -330,7 +354,7 @@ _ADDED, _LARGEST = 6, 4
 
 
 def _sums(part: _Part) -> tuple[Tensor, Tensor]:
-    """What is added up over the parts of a tensor, and what is the largest of theirs."""
+    """Return the values to add up over the shards of a tensor, and those to take the maximum of."""
     B, s = part.B, part.s
     wide = accumulator(B.device)
     if part.empty:
@@ -349,7 +373,7 @@ def _sums(part: _Part) -> tuple[Tensor, Tensor]:
 
 
 def _complete(parts: list[_Part], sums: list[tuple[Tensor, Tensor]], reduction: Reduction) -> None:
-    """Put those of whole tensors in the place of those of parts."""
+    """Replace the sums over shards in ``sums`` by those of the full tensors."""
     rows = [i for i, part in enumerate(parts) if part.row >= 0]
     ordered = sorted(rows, key=lambda i: parts[i].row)
     added, largest = (torch.stack([sums[i][k] for i in ordered]) for k in range(2))
@@ -359,7 +383,7 @@ def _complete(parts: list[_Part], sums: list[tuple[Tensor, Tensor]], reduction: 
 
 
 def _on_host(rows: list[list[Scalar]]) -> list[list[float]]:
-    """The same as Python's numbers, with one wait for each device."""
+    """Convert tensors to Python numbers, with one wait per device."""
     waiting: dict[torch.device, list[tuple[int, int, Tensor]]] = {}
     result = [[x if not isinstance(x, Tensor) else math.nan for x in row] for row in rows]
     for i, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Apollo's B beside the true diagonal of the Hessian, on models small enough to afford it."""
+"""Comparison of Apollo's B with the diagonal of the Hessian, for small models."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from apollo_qn.diagnostics.curvature import Names, check_apollo, last_rate, named
 from apollo_qn.distributed import is_sharded
-from apollo_qn.optimizer import Apollo, hyperparameters
+from apollo_qn.optimizer import Apollo
 from apollo_qn.secant import accumulator
+from apollo_qn.state import hyperparameters
 
 Tensors: TypeAlias = dict[str, Tensor]
 Loss: TypeAlias = Callable[[Tensors], Tensor]
@@ -22,10 +23,10 @@ Loss: TypeAlias = Callable[[Tensors], Tensor]
 
 @dataclass(frozen=True)
 class HessianDiagonal:
-    """The Hessian's diagonal: one float64 tensor per parameter name, in the parameter's shape.
+    """Diagonal of the Hessian: one float64 tensor per parameter name, in the parameter's shape.
 
     Attributes:
-        mean: the estimate.
+        mean: estimate of the diagonal.
         standard_error: standard error of each element; zeros if the diagonal is exact.
         probes: number of products with the Hessian.
     """
@@ -46,8 +47,9 @@ def hessian_diagonal(
     """Estimate the diagonal of the Hessian by Hutchinson's probes.
 
     For a vector v of random signs, v * (H v) has the mean diag(H). The variance of an element is
-    the sum of squares of the rest of its row (Bekas, Kokiopoulou & Saad, 2007). So the estimate is
-    exact if H is diagonal. Otherwise its standard error falls with the root of ``probes``. ::
+    the sum of squares of the rest of its row (Bekas, Kokiopoulou & Saad, 2007). The estimate is
+    therefore exact if H is diagonal. Otherwise its standard error falls with the root of
+    ``probes``. ::
 
         def loss(params):
             return F.cross_entropy(torch.func.functional_call(model, params, (x,)), y)
@@ -65,8 +67,8 @@ def hessian_diagonal(
 
     Args:
         loss: function of a dict like ``params`` that returns a scalar.
-        params: whole real tensors by name.
-        probes: number of probes, >= 2; each costs about two gradients.
+        params: full real tensors by name.
+        probes: number of probes, >= 2. A probe costs about two gradients.
         generator: random generator of the probes, on the parameters' device.
         at_once: number of probes that go through the model together (``torch.func.vmap``), >= 1.
             More is faster on small models and needs that many times the memory.
@@ -87,12 +89,12 @@ def hessian_diagonal(
     mean = {name: torch.zeros_like(p, dtype=_wide(p)) for name, p in params.items()}
     squares = {name: torch.zeros_like(x) for name, x in mean.items()}
     for start in range(0, probes, at_once):
-        # drawn one by one: the same numbers however many go together
+        # drawn one by one, so that the numbers do not depend on at_once
         signs = [_signs(params, generator) for _ in range(min(at_once, probes - start))]
-        for i, (v, Hv) in enumerate(_together(product, signs), start + 1):
+        for i, (v, Hv) in enumerate(_products(product, signs), start + 1):
             for name in params:
                 sample = (v[name] * Hv[name]).detach().to(mean[name].dtype)
-                # Welford's: of equal samples the variance is 0 to the bit
+                # Welford's algorithm gives a variance of exactly 0 for equal samples
                 before = sample - mean[name]
                 mean[name] += before / i
                 squares[name] += before * (sample - mean[name])
@@ -105,7 +107,11 @@ def exact_hessian_diagonal(
 ) -> HessianDiagonal:
     """Compute the diagonal exactly, with one product with the Hessian per element of ``params``.
 
-    Arguments and errors are those of :func:`hessian_diagonal`.
+    Arguments and errors are those of :func:`hessian_diagonal`. ::
+
+        diagonal = exact_hessian_diagonal(loss, dict(model.named_parameters()), at_once=64)
+        for comparison in compare(optimizer, diagonal, model.named_parameters()):
+            print(comparison.name, comparison.spearman)
     """
     params = _checked(params)
     _check_count("at_once", at_once, 1)
@@ -126,7 +132,7 @@ def exact_hessian_diagonal(
                 v = torch.zeros(p.numel(), dtype=p.dtype, device=p.device)
                 v[i] = 1
                 units.append({"v": v.view(p.shape)})
-            for i, (_, Hv) in enumerate(_together(product, units), start):
+            for i, (_, Hv) in enumerate(_products(product, units), start):
                 found.append(Hv["Hv"].detach().flatten()[i])
         mean[name] = (torch.stack(found).view(p.shape) if found else torch.zeros_like(p)).to(
             _wide(p)
@@ -135,10 +141,10 @@ def exact_hessian_diagonal(
     return HessianDiagonal(mean, error, sum(p.numel() for p in params.values()))
 
 
-def _together(
+def _products(
     product: Callable[[Tensors], Tensors], vectors: list[Tensors]
 ) -> Iterator[tuple[Tensors, Tensors]]:
-    """Each vector with its product."""
+    """Yield each vector with its product."""
     if len(vectors) == 1:
         yield vectors[0], product(vectors[0])
         return
@@ -163,7 +169,7 @@ def _checked(params: Mapping[str, Tensor]) -> Tensors:
     for name, p in params.items():
         if is_sharded(p) or not p.is_floating_point():
             kind = "a DTensor" if is_sharded(p) else str(p.dtype)
-            raise ValueError(f"params must be whole real tensors, got {kind} for {name!r}")
+            raise ValueError(f"params must be full real tensors, got {kind} for {name!r}")
     return {name: p.detach() for name, p in params.items()}
 
 
@@ -174,9 +180,9 @@ def _check_count(name: str, value: int, least: int) -> None:
 
 @dataclass(frozen=True)
 class Comparison:
-    """B of one tensor and the Hessian's diagonal, as float64 vectors in CPU memory.
+    """Apollo's B and the Hessian's diagonal of one tensor, as float64 vectors in CPU memory.
 
-    A number that is not defined is NaN, such as a correlation of a single element.
+    Undefined numbers are NaN, such as the correlation of a single element.
 
     Attributes:
         name: name of the parameter.
@@ -192,17 +198,17 @@ class Comparison:
 
     @cached_property
     def pearson(self) -> float:
-        """Correlation, in [-1, 1]."""
+        """Return Pearson's correlation, in [-1, 1]."""
         return _correlation(self.B, self.hessian)
 
     @cached_property
     def spearman(self) -> float:
-        """Correlation of the ranks, ties sharing theirs: whether large and small are told apart."""
+        """Return Spearman's rank correlation, in [-1, 1]. Ties share their mean rank."""
         return _correlation(_ranks(self.B), _ranks(self.hessian))
 
     @cached_property
     def signs(self) -> float:
-        """Share of equal signs, of the elements more than two standard errors from 0."""
+        """Return the share of equal signs among elements more than two standard errors from 0."""
         known = self.hessian.abs() > 2 * self.standard_error
         if not bool(known.any()):
             return math.nan
@@ -210,17 +216,17 @@ class Comparison:
 
     @cached_property
     def relative_error(self) -> float:
-        """\\|\\|B - hessian\\|\\| / \\|\\|hessian\\|\\|; 1 is what B = 0 has."""
+        """Return \\|\\|B - hessian\\|\\| / \\|\\|hessian\\|\\|, which is 1 for B = 0."""
         return _share(self.B - self.hessian, self.hessian)
 
     @cached_property
     def noise(self) -> float:
-        """The relative error that the true diagonal is expected to have, for want of probes."""
+        """Return the relative error that too few probes alone explain, >= 0."""
         return _share(self.standard_error, self.hessian)
 
     @cached_property
     def trace_ratio(self) -> float:
-        """Sum of B over sum of hessian: whether the mean curvature is right."""
+        """Return the sum of B divided by the sum of hessian: 1 if the mean curvature is right."""
         total = float(self.hessian.sum())
         return float(self.B.sum()) / total if total else math.nan
 
@@ -233,10 +239,12 @@ def compare(
     Expect little agreement element by element. A tensor learns one number per step, the curvature
     along its own last displacement d, and spreads it as d^2. B holds what earlier steps left, the
     noise of batches, and the other elements of the Hessian, because d'Hd is not d'diag(H)d. The
-    average of gradients delays B too. In a network of three tanh layers after 120 full batches, the
-    rank correlations were -0.2 to 0.5 and 40 to 70 per cent of the signs agreed. Sums
-    (``trace_ratio``) were wrong by factors of 2 to 7, some in sign. B is exact for tensors of one
-    element without noise, at beta = 0 and eps = 0.
+    average of gradients delays B too. B is exact for tensors of one element without noise, at
+    beta = 0 and eps = 0.
+
+    An example is a network of three tanh layers after 120 full batches. The rank correlations were
+    -0.2 to 0.5, and 40 to 70 per cent of the signs agreed. Sums (``trace_ratio``) were wrong by
+    factors of 2 to 7, some in sign.
 
     B estimates the learning rate times the curvature (section 3.2 of the paper), so it is divided
     by the rate of the last step here. During warmup, or soon after a scheduler's step, B mixes
@@ -246,11 +254,21 @@ def compare(
     Args:
         optimizer: an Apollo that has taken steps and holds the parameters of ``diagonal``.
         diagonal: the Hessian's diagonal for some or all parameters.
-        names: as in :func:`apollo_qn.diagnostics.measure`; they join parameters and diagonal.
+        names: (name, parameter) pairs as in :func:`apollo_qn.diagnostics.measure`, with the names
+            of ``diagonal``.
+
+    Returns:
+        One comparison per name of ``diagonal``, in its order.
 
     Raises:
         TypeError: the optimizer is not an Apollo.
         ValueError: the diagonal has a name or a shape that no stepped parameter has.
+
+    Example::
+
+        estimate = hessian_diagonal(loss, dict(model.named_parameters()), probes=200)
+        for comparison in compare(optimizer, estimate, model.named_parameters()):
+            print(comparison.name, comparison.spearman, comparison.signs)
     """
     check_apollo(optimizer)
     known = {name: (p, group) for group, mine in named(optimizer, names) for name, p in mine}
@@ -289,8 +307,8 @@ def _vector(x: Tensor) -> Tensor:
     return x.detach().cpu().double().flatten()
 
 
-def _share(part: Tensor, whole: Tensor) -> float:
-    norm = float(torch.linalg.vector_norm(whole))
+def _share(part: Tensor, full: Tensor) -> float:
+    norm = float(torch.linalg.vector_norm(full))
     return float(torch.linalg.vector_norm(part)) / norm if norm else math.nan
 
 

@@ -1,4 +1,4 @@
-"""B against the diagonal of the Hessian, drawn."""
+"""Plot of B against the diagonal of the Hessian."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from apollo_qn.diagnostics.hessian import Comparison
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_MOST = 4000  # points of a panel; more are a blot
-_COLOR = "#D55E00"  # Apollo's in the reports, of Okabe and Ito's palette
+_MAX_POINTS = 4000  # largest number of points in a panel, so that points stay distinguishable
+_COLOR = "#D55E00"  # Apollo's color in the reports, from the palette of Okabe and Ito
 
 
 def plot(comparisons: Sequence[Comparison], columns: int = 3) -> Figure:
     """Draw B / lr over the Hessian's diagonal, with one panel per tensor.
 
-    On the line both are equal. Grey bars show one standard error of the diagonal to both sides. The
-    axes are linear near 0 and logarithmic beyond the median size, because curvatures have both
-    signs and many sizes. For a large tensor 4,000 evenly spread elements are drawn.
+    Both are equal on the diagonal line. Grey bars show one standard error of the Hessian's diagonal
+    on each side. The axes are linear near 0 and logarithmic beyond the median size, because
+    curvatures have both signs and many orders of magnitude. At most 4,000 evenly spaced elements of
+    a tensor are drawn.
 
     Args:
-        comparisons: some results of :func:`apollo_qn.diagnostics.compare`.
+        comparisons: results of :func:`apollo_qn.diagnostics.compare`.
         columns: number of panels side by side, >= 1.
 
     Returns:
@@ -34,6 +35,10 @@ def plot(comparisons: Sequence[Comparison], columns: int = 3) -> Figure:
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: ``comparisons`` is empty, or ``columns`` is out of its range.
+
+    Example::
+
+        plot(compare(optimizer, diagonal, model.named_parameters())).savefig("curvature.png")
     """
     if not comparisons:
         raise ValueError("comparisons must be at least one, got none")
@@ -63,7 +68,7 @@ def plot(comparisons: Sequence[Comparison], columns: int = 3) -> Figure:
 
 
 def _panel(axes: Any, one: Comparison) -> None:
-    step = math.ceil(one.B.numel() / _MOST)
+    step = math.ceil(one.B.numel() / _MAX_POINTS)
     x, y, error = (v[::step] for v in (one.hessian, one.B, one.standard_error))
     finite = x.isfinite() & y.isfinite()
     x, y, error = x[finite], y[finite], error[finite].nan_to_num(0)
@@ -71,7 +76,7 @@ def _panel(axes: Any, one: Comparison) -> None:
     sizes = sizes[sizes > 0]
     reach = 1.3 * float(sizes.max()) if sizes.numel() else 1.0
     near = float(sizes.median()) if sizes.numel() else 1.0
-    # a decade takes as much room as all that lies near 0
+    # a decade is as wide as the linear range on one side of 0
     scale = {"linthresh": max(near, reach * 1e-6), "linscale": 1.0}
     axes.set_xscale("symlog", **scale)
     axes.set_yscale("symlog", **scale)
@@ -98,7 +103,7 @@ def _panel(axes: Any, one: Comparison) -> None:
 
 
 def _ticks(reach: float, near: float) -> list[float]:
-    """Powers of ten of both signs, at most three of each, and 0."""
+    """Return 0 and at most three powers of ten of each sign."""
     first, last = math.ceil(math.log10(near)), math.floor(math.log10(reach))
     if last < first:
         return [-near, 0.0, near]

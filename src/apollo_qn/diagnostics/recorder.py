@@ -1,4 +1,4 @@
-"""Measures an optimizer every so many steps, through its hooks."""
+"""Recording of an optimizer's curvature every n steps, through its hooks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHOWN = (
 
 
 class Writer(Protocol):
-    """What is needed of a ``torch.utils.tensorboard.SummaryWriter``."""
+    """Interface of a ``torch.utils.tensorboard.SummaryWriter`` that a recorder needs."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
         """Write a number."""
@@ -94,7 +94,7 @@ class Recorder:
 
     @property
     def due(self) -> bool:
-        """Whether the next step will be recorded."""
+        """Return whether the next step will be recorded."""
         return bool(self._handles) and (self.step + 1) % self.every == 0
 
     def detach(self) -> None:
@@ -118,13 +118,13 @@ class Recorder:
         if not self.due:
             return None
         assert isinstance(optimizer, Apollo)
-        # the optimizer is its own first argument
+        # the first argument is the optimizer
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._coming = coming_corrections(optimizer)
             return None
 
-        def measured() -> Any:  # the gradients are there when the closure has been called
+        def measured() -> Any:  # gradients exist only after the closure has been called
             loss = closure()
             self._coming = coming_corrections(optimizer)
             return loss
@@ -152,6 +152,11 @@ def to_tensorboard(writer: Writer, step: int, tensors: Sequence[TensorDiagnostic
         writer: a ``SummaryWriter``, or any object with its ``add_scalar``.
         step: number of the training step.
         tensors: result of :func:`measure`.
+
+    Example::
+
+        writer = torch.utils.tensorboard.SummaryWriter()
+        to_tensorboard(writer, step, measure(optimizer))
     """
     for tensor in (*tensors, *([overall(tensors)] if tensors else [])):
         numbers = asdict(tensor)

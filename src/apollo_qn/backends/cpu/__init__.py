@@ -1,6 +1,7 @@
 """The fused back end for tensors in CPU memory: one call of a torch operator for all tensors.
 
-``operator.cpp`` defines the operator through torch's stable ABI, ``kernel.h`` does the arithmetic.
+``operators.cpp`` defines the operators through torch's stable ABI. ``schedule.h`` distributes the
+tensors over threads. ``kernel.h`` does the arithmetic.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ _HOW = (
 
 @cache
 def why_not() -> str | None:
-    """Return why there is no fused operator; None where there is one."""
+    """Return the reason why the fused operator is missing, or None if it is there."""
     library = Path(__file__).with_name("_kernel.so")
     if not library.exists():
         return f"the fused CPU kernel was not compiled when apollo-qn was installed ({_HOW})"
     try:
         torch.ops.load_library(library)  # type: ignore[no-untyped-call]
-    except OSError as error:  # of another torch
+    except OSError as error:  # compiled for another version of torch
         return (
             f"the fused CPU kernel cannot be loaded by torch {torch.__version__} ({error}; {_HOW})"
         )
@@ -36,13 +37,13 @@ def why_not() -> str | None:
 
 
 class CPU(Backend):
-    """All tensors of all batches in one call."""
+    """Back end that updates all tensors of all batches in one call."""
 
     def takes(self, batches: list[Batch]) -> list[list[bool]]:
         """Return for each tensor whether the operator can update it."""
         arguments = _Arguments(batches)
         if not arguments.plain:
-            # one by one: what remains may still be taken
+            # check each tensor, because the kernel may still take the plain ones
             plain = [_plain_members(batch) for batch in batches]
             kept = [
                 batch.select(_indices(mask)) for batch, mask in zip(batches, plain, strict=True)
@@ -52,8 +53,7 @@ class CPU(Backend):
             taken = self.takes([batch for batch in kept if len(batch.tensors)])
             flags = iter([flag for batch in taken for flag in batch])
             return [[on and next(flags) for on in mask] for mask in plain]
-        kinds = torch.ops.apollo_qn.check(*arguments.tensors).tolist()
-        flags = iter(kinds)
+        flags = iter(torch.ops.apollo_qn.check(*arguments.tensors).tolist())
         return [[next(flags) >= 0 for _ in batch.tensors.params] for batch in batches]
 
     def measure(self, batches: list[Batch]) -> list[Sums]:
@@ -67,14 +67,14 @@ class CPU(Backend):
         ]
 
     def step(self, batches: list[Batch], sums: list[Sums] | None = None) -> bool:
-        """Update all tensors, or none: False where one of them cannot be taken."""
+        """Update all tensors, or return False and change none if one cannot be taken."""
         arguments = _Arguments(batches)
         if not arguments.plain:
             return False
         table = None if sums is None else torch.cat([one.table() for one in sums])
         if not torch.ops.apollo_qn.step_(*arguments.tensors, *arguments.numbers(), table):
             return False
-        # autograd learns that they are no longer what they were
+        # tell autograd that the parameters were changed in place
         _increment_version(arguments.tensors[0])
         return True
 
@@ -85,7 +85,7 @@ def count(state_steps: list[Tensor], previous_lrs: list[Tensor], rate: float) ->
 
 
 class _Arguments:
-    """The operator's arguments for all batches: one row of tensors, and a table of scalars."""
+    """Arguments of the operator for all batches: lists of tensors, and a table of scalars."""
 
     def __init__(self, batches: list[Batch]) -> None:
         self._batches = batches
@@ -98,19 +98,19 @@ class _Arguments:
         self.plain = all(map(is_plain, self.tensors))
 
     def numbers(self) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """Return the row of scalars of each tensor, their RNG streams, and the scalars."""
+        """Return the row of scalars of each tensor, the RNG keys, and the table of scalars."""
         batches = self._batches
-        rows = streams = None
+        rows = rng_keys = None
         if len(batches) > 1:
             which = [row for row, batch in enumerate(batches) for _ in batch.tensors.params]
             rows = torch.tensor(which, device="cpu")
-        if any(batch.tensors.rng_streams for batch in batches):
-            every = (batch.tensors.rng_streams or [0] * len(batch.tensors) for batch in batches)
-            streams = torch.tensor([x for some in every for x in some], device="cpu")
+        if any(batch.tensors.rng_keys for batch in batches):
+            every = (batch.tensors.rng_keys or [0] * len(batch.tensors) for batch in batches)
+            rng_keys = torch.tensor([key for keys in every for key in keys], device="cpu")
         table = torch.tensor(
             [step_scalars(batch) for batch in batches], dtype=torch.float64, device="cpu"
         )
-        return rows, streams, table
+        return rows, rng_keys, table
 
 
 def _joined(lists: list[TensorLists], name: str) -> list[Tensor]:
@@ -121,7 +121,7 @@ def _joined(lists: list[TensorLists], name: str) -> list[Tensor]:
 
 
 def _filled(lists: list[TensorLists], name: str) -> list[Tensor]:
-    """Return a list that not all tensors need, with an empty tensor for those that do not."""
+    """Join a list that only some tensors need, with an empty tensor for the others."""
     if not any(getattr(each, name) for each in lists):
         return []
     nothing = torch.empty(0, device="cpu")

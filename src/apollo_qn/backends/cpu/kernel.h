@@ -1,9 +1,9 @@
 // Algorithm 1 on runs of elements. This header knows nothing of torch.
 //
-// The result depends neither on the number of threads nor on the width of the vectors: no
+// The result depends neither on the number of threads nor on the width of the vectors. No
 // multiplication is contracted with an addition (-ffp-contract=off), and every sum has a fixed order.
-// Sums are taken in blocks of a fixed size, each in LANES interleaved partial sums, and the blocks are
-// added in their order.
+// A sum is taken in blocks of a fixed size, each with LANES interleaved partial sums. The blocks are
+// added up in order.
 #pragma once
 
 #include <cmath>
@@ -21,11 +21,11 @@
 namespace apollo {
 
 constexpr size_t LANES = 16;
-constexpr size_t RUN = 8 * LANES;    // elements summed in the type of the arithmetic: the rounding error
-                                     // of a sum of equal numbers grows with its length
+constexpr size_t RUN = 8 * LANES;    // elements summed in the type of the arithmetic; short, because the
+                                     // rounding error of a sum of equal numbers grows with its length
 constexpr size_t BLOCK = 8 * RUN;    // elements that share a scale
-constexpr size_t CHUNK = 32 * BLOCK; // elements of a large tensor whose sums are kept apart
-constexpr size_t SMALL = 2 * CHUNK;  // the most elements of a small tensor, which is one thread's
+constexpr size_t CHUNK = 32 * BLOCK; // elements of a large tensor that have their own sums
+constexpr size_t SMALL = 2 * CHUNK;  // largest number of elements of a tensor that one thread updates
 
 // One row of the operators' `scalars`.
 struct Scalars {
@@ -34,19 +34,19 @@ struct Scalars {
 };
 static_assert(sizeof(Scalars) == 16 * sizeof(double));
 
-// One row of the operators' `sums`, secant.Sums of a tensor or of its shard.
+// One row of the operators' `sums`: secant.Sums of a tensor or of a shard.
 struct ShardSums {
     double scale; // a power of 2; negative: the tensor is not sharded
     double q4, k, largest;
 };
 
-// With u = d / 2^e: sum u^4, <u, y + B d>, max |d| and max |g - m|.
+// Sums over some elements, with u = d / 2^e: sum u^4, <u, y + B d>, max |d| and max |g - m|.
 struct Sums {
     double q4, k, d, most;
     int e;
 };
 
-// B' = B - c u^2, the threshold of D, and the keys of the random bits.
+// The update of a tensor: c and e of B' = B - c u^2, threshold of D, keys of the random bits.
 struct Update {
     double c, threshold, d;
     int e;
@@ -55,14 +55,14 @@ struct Update {
 
 struct Item {
     char *p, *m, *B;
-    char *compensation; // of p; null: none
-    void *threshold;    // null: none
+    char *compensation; // compensation of p, or null
+    void *threshold;    // threshold of belief, or null
     const char *g;
     size_t n;
     const Scalars *scalars;
-    const ShardSums *sums; // null: not sharded
+    const ShardSums *sums; // global sums of a sharded tensor, or null
     int kind;              // index in Kinds
-    uint32_t stream;       // of random bits, see rounding.py
+    uint32_t rng_key;      // key of the random bits, see rounding.py
 };
 
 enum Rounding { NEAREST, STOCHASTIC, KAHAN }; // how a 16-bit parameter is stored
@@ -71,7 +71,7 @@ struct bf16 {
     uint16_t bits;
 };
 
-// Types of parameter, gradient and state. The arithmetic is that of the state, but at least float.
+// Types of parameter, gradient and state. The arithmetic has the state's type, float or wider.
 template <class P_, class G_, class M_> struct Kind {
     using P = P_;
     using G = G_;
@@ -95,7 +95,7 @@ template <class... K> constexpr auto sizes_of(std::tuple<K...>)
 }
 constexpr auto SIZES = sizes_of(Kinds{});
 
-// The largest |e| of a scale 2^e, and the size of |d| below which denormal numbers matter.
+// The largest |e| of a scale 2^e, the |d| below which denormal numbers matter, and the largest |c|.
 template <class S> struct Limits;
 template <> struct Limits<float> {
     static constexpr int exponent = 120;
@@ -114,8 +114,8 @@ template <class To, class From> INLINE To bits_of(From x)
     return y;
 }
 
-// Operations on denormal numbers take a hundred times longer, and such numbers occur where gradients
-// are 0 and m decays; so they count as 0.
+// Treats denormal numbers as 0, because operations on them take a hundred times longer. They occur where
+// gradients are 0 and m decays.
 INLINE void flush_denormals(bool on)
 {
 #if defined(__x86_64__)
@@ -127,7 +127,7 @@ INLINE void flush_denormals(bool on)
 #endif
 }
 
-// Flushes denormals while it lives, in its thread.
+// Flushes denormal numbers in the thread of the object, until its destruction.
 class Flushing {
 #if defined(__x86_64__)
   public:
@@ -146,14 +146,14 @@ INLINE double power_of_2(int e) // |e| <= 1000
     return bits_of<double>((uint64_t)(1023 + e) << 52);
 }
 
-// e with 2^(e-1) <= x < 2^e of a normal number, limited to [-most, most].
+// Returns e with 2^(e-1) <= x < 2^e for a normal number x, limited to [-most, most].
 INLINE int exponent(double x, int most)
 {
     const int e = (int)(bits_of<uint64_t>(x) >> 52 & 0x7ff) - 1022;
     return e > most ? most : e < -most ? -most : e;
 }
 
-// Adds in the larger of both scales.
+// Adds `part` to `total`, in the larger of the two scales.
 inline void add(Sums &total, const Sums &part)
 {
     total.d = larger(total.d, part.d);
@@ -174,7 +174,7 @@ inline void add(Sums &total, const Sums &part)
     total.k += k;
 }
 
-// A hash of 32-bit words, as in rounding.py.
+// Hashes a 32-bit integer, as rounding.mix does.
 INLINE uint32_t mix(uint32_t x)
 {
     x = (x ^ x >> 16) * 0x21f0aaadu;
@@ -186,7 +186,7 @@ INLINE float load(float x) { return x; }
 INLINE double load(double x) { return x; }
 INLINE float load(bf16 x) { return bits_of<float>((uint32_t)x.bits << 16); }
 
-// To the nearest, ties to even.
+// Rounds to nearest, ties to even.
 INLINE void store(float &to, float x) { to = x; }
 INLINE void store(double &to, double x) { to = x; }
 INLINE void store(bf16 &to, float x)
@@ -196,7 +196,7 @@ INLINE void store(bf16 &to, float x)
     to.bits = (uint16_t)(x != x ? 0x7fc0u : rounded);
 }
 
-// Up or down with the probabilities that preserve the mean; random < 2^16.
+// Rounds up or down at random so that the mean is preserved; random < 2^16.
 INLINE void draw(float &to, float x, uint32_t) { to = x; }
 INLINE void draw(double &to, double x, uint32_t) { to = x; }
 INLINE void draw(bf16 &to, float x, uint32_t random)
@@ -204,7 +204,7 @@ INLINE void draw(bf16 &to, float x, uint32_t random)
     const uint32_t bits = bits_of<uint32_t>(x);
     bf16 nearest;
     store(nearest, x);
-    // of the largest finite number and beyond
+    // the largest finite number, larger ones, infinities and NaN
     const bool beyond = (bits & 0x7fffffffu) >= 0x7f7f0000u;
     to.bits = beyond ? nearest.bits : (uint16_t)((bits + random) >> 16);
 }
@@ -212,8 +212,8 @@ INLINE void draw(bf16 &to, float x, uint32_t random)
 INLINE float magnitude(float x) { return __builtin_fabsf(x); }
 INLINE double magnitude(double x) { return __builtin_fabs(x); }
 
-// Fetches a thread's next tensors into the cache while it measures others, at the same pace. Measuring
-// is arithmetic more than memory, and divides.
+// Prefetches a thread's next tensors into the cache while the thread measures others, at the same pace.
+// Measuring is bound by arithmetic, such as its divisions, and so leaves memory bandwidth for this.
 class Prefetcher {
   public:
     Prefetcher() = default;
@@ -243,7 +243,7 @@ class Prefetcher {
     const char *at_[STREAMS] = {};
     size_t size_[STREAMS] = {};
 
-    // A large tensor is fetched by the hardware: prefetching it made it 1.25 times slower.
+    // Skips large tensors, which the hardware prefetches. Prefetching here made them 1.25 times slower.
     void open()
     {
         while (item_ != end_ && item_->n > SMALL) item_++;
@@ -260,7 +260,7 @@ class Prefetcher {
     }
 };
 
-// The constants of a step in the type of the arithmetic, and the displacement of one element.
+// Constants of a step in the type of the arithmetic, and the formulas for one element.
 template <class S, bool DECAY> struct Element {
     S alpha, sign, l2, kappa, omega, floor, offset;
 
@@ -270,7 +270,7 @@ template <class S, bool DECAY> struct Element {
     {
     }
 
-    // d, the direction of the step before, rebuilt
+    // Rebuilds d, the displacement of the step before.
     INLINE S displacement(S m, S b, S theta) const
     {
         const S a = magnitude(b);
@@ -279,7 +279,7 @@ template <class S, bool DECAY> struct Element {
         else return d;
     }
 
-    // g - m
+    // Returns g - m.
     INLINE S difference(S g, S m, S theta) const
     {
         const S delta = sign * g - m;
@@ -294,7 +294,7 @@ template <Rounding ROUNDING, class P> INLINE auto theta_of(const P *p, const P *
     else return load(p[i]);
 }
 
-// The sums over a block with u = d / 2^e.
+// Returns the sums over a block, with u = d / 2^e.
 template <class K, bool DECAY, bool BELIEF, Rounding ROUNDING>
 INLINE Sums measure_block(const typename K::P *__restrict p, const typename K::P *__restrict low,
                           const typename K::G *__restrict g, const typename K::M *__restrict m,
@@ -347,9 +347,9 @@ INLINE Sums measure_block(const typename K::P *__restrict p, const typename K::P
     return found;
 }
 
-// The scale of a block is guessed from the block before. Where |u| comes near the limits of its type,
-// which is rare, the block is measured again. So it is where all of d is so small that denormal
-// numbers matter; smaller yet is 0.
+// Returns the sums over a run. The first guess for the scale of a block is that of the block before. In
+// two rare cases the block is measured again: if |u| comes near the limits of its type, and if d is so
+// small that denormal numbers matter.
 template <class K, bool DECAY, bool BELIEF, Rounding ROUNDING>
 INLINE Sums measure_run(const Item &t, size_t at, size_t n, const Scalars &s, Prefetcher &ahead)
 {
@@ -380,8 +380,8 @@ INLINE Sums measure_run(const Item &t, size_t at, size_t n, const Scalars &s, Pr
     return total;
 }
 
-// m', B' and theta', with B' = B - c u^2 and u = d / 2^e. The upper half of an element's index in its
-// tensor is constant within a run.
+// Stores m', B' and theta', with B' = B - c u^2 and u = d / 2^e. The upper 32 bits of an element's
+// offset in its tensor are constant within a run.
 template <class K, bool DECAY, Rounding ROUNDING>
 INLINE void apply_run(const Item &t, size_t place, size_t n, const Scalars &s, const Update &r)
 {
@@ -411,21 +411,21 @@ INLINE void apply_run(const Item &t, size_t place, size_t n, const Scalars &s, c
         S d1 = m1 / ((threshold > a1 ? threshold : a1) + next_offset);
         if constexpr (DECAY) d1 += decoupled * theta;
         const S theta1 = theta - rate * d1;
-        uint32_t word = 0;
-        if constexpr (drawing) word = mix(mix((first + (uint32_t)i) ^ key) ^ second);
+        uint32_t random = 0;
+        if constexpr (drawing) random = mix(mix((first + (uint32_t)i) ^ key) ^ second);
         store(m[i], m1);
-        draw(B[i], B1, word & 0xffffu);
-        if constexpr (ROUNDING == STOCHASTIC) draw(p[i], theta1, word >> 16);
+        draw(B[i], B1, random & 0xffffu);
+        if constexpr (ROUNDING == STOCHASTIC) draw(p[i], theta1, random >> 16);
         else store(p[i], theta1);
         if constexpr (ROUNDING == KAHAN) {
             const S high = load(p[i]);
-            store(low[i], high - high == 0 ? theta1 - high : 0); // infinity has no rest
+            store(low[i], high - high == 0 ? theta1 - high : 0); // an infinity has no rounding error
         }
     }
     if (tiny) flush_denormals(true);
 }
 
-// The modes become constants here, so that the compiler makes a loop for each.
+// Turns the modes into template parameters, so that the compiler generates a loop for each.
 template <class K>
 INLINE Sums measure_any(const Item &t, size_t at, size_t n, const Scalars &s, Prefetcher &ahead)
 {
@@ -495,7 +495,7 @@ template <class T, class... K> constexpr Table table_of(std::tuple<K...>)
     return {{{&T::template measure<K>, &T::template apply<K>}...}};
 }
 
-// The widest instruction set that this processor has, or the one that is named.
+// Returns the kernel for the widest instruction set of this processor, or for the one named `name`.
 inline const Table &functions(const char *name = nullptr)
 {
     static constexpr Table baseline = table_of<Baseline>(Kinds{});
@@ -514,8 +514,8 @@ inline const Table &functions(const char *name = nullptr)
     return baseline;
 }
 
-// secant.py: the coefficient c, limited to what the type of B holds; NaN stays NaN.
-inline Update conclude(const Sums &total, const Scalars &s, int kind, uint32_t stream)
+// Computes secant.correction: the coefficient c, clamped to the range of B's type; NaN stays NaN.
+inline Update conclude(const Sums &total, const Scalars &s, int kind, uint32_t rng_key)
 {
     Update r{};
     r.e = total.e;
@@ -527,9 +527,9 @@ inline Update conclude(const Sums &total, const Scalars &s, int kind, uint32_t s
         const double most = kind == F64 ? Limits<double>::coefficient : Limits<float>::coefficient;
         r.c = c > most ? most : c < -most ? -most : c;
     }
-    r.key = mix((uint32_t)s.t ^ stream);
-    r.second_key = mix(r.key ^ stream ^ 0x9e3779b9u);
-    if (s.belief != 0) // a maximum may have passed over a NaN, k has not
+    r.key = mix((uint32_t)s.t ^ rng_key);
+    r.second_key = mix(r.key ^ rng_key ^ 0x9e3779b9u);
+    if (s.belief != 0) // a maximum may ignore a NaN, k does not
         r.threshold = total.k != total.k ? total.k : total.most;
     return r;
 }

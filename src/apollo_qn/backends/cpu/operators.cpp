@@ -1,9 +1,9 @@
-// The torch operators apollo_qn::check, step_, measure and count_, through PyTorch's stable
-// ABI: the library needs neither Python's headers nor a certain version of torch (2.10 or newer).
+// The torch operators apollo_qn::check, step_, measure and count_, through PyTorch's stable ABI. The
+// library needs no headers of Python and runs with every torch from 2.10 on.
 //
-// Nothing outlives a call: a call owns its lists, and with them the tensors whose memory it uses. The
-// lists are read through the C interface, because torch::stable::Tensor would allocate once more for
-// each tensor.
+// Nothing outlives a call. A call owns its lists, and so keeps the tensors alive whose memory it uses.
+// The lists are read through the C interface, because torch::stable::Tensor allocates memory for each
+// tensor.
 
 #include <memory>
 #include <optional>
@@ -31,7 +31,7 @@ void must(AOTITorchError error)
     if (error != AOTI_TORCH_SUCCESS) refuse("apollo_qn: a function of libtorch failed");
 }
 
-// A list of tensors that the call owns.
+// A list of tensors, owned by the call.
 class TensorList {
   public:
     explicit TensorList(StableIValue value) : list_(take<StableListHandle>(value))
@@ -88,13 +88,13 @@ const Dtypes &dtypes()
     return found;
 }
 
-// What a tensor is. Only a strided tensor in CPU memory that it has gets further than `usable`.
+// Type, shape and memory of a tensor. `usable` is true for a strided tensor in allocated CPU memory.
 struct View {
     bool usable = false;
     int32_t dtype = 0;
     int64_t dim = 0, n = 0, *sizes = nullptr, *strides = nullptr;
     char *data = nullptr;
-    size_t item = 0, bytes = 0; // of an element; from the first to the end of the last
+    size_t item = 0, bytes = 0; // size of an element; size from the first to the last element
 
     View(AtenTensorHandle x, bool written)
     {
@@ -139,7 +139,7 @@ struct View {
         return true;
     }
 
-    // Contiguous in some order of its dimensions: then none overlaps, and nothing lies between.
+    // Returns whether the tensor is contiguous in some order of its dimensions.
     bool dense() const
     {
         int64_t expected = 1, found = 0;
@@ -169,7 +169,7 @@ struct Range {
     size_t owner;
 };
 
-// All tensors of a call: which of them the kernel can take, and where they lie.
+// All tensors of a call, their addresses, and which of them the kernel can take.
 class Tensors {
   public:
     const TensorList params, grads, exp_avgs, hessian_diags, thresholds, compensations;
@@ -192,8 +192,8 @@ class Tensors {
             refuse("apollo_qn: lists of different lengths");
     }
 
-    // Fills kinds, with -1 for what the kernel cannot take, and the places in items.
-    void look(bool written)
+    // Fills `kinds`, with -1 for tensors that the kernel cannot take, and the addresses in `items`.
+    void inspect(bool written)
     {
         check_lengths();
         const size_t n = size();
@@ -202,7 +202,7 @@ class Tensors {
         std::vector<Range> writes, reads;
         writes.reserve(5 * n);
         reads.reserve(n);
-        for (size_t i = 0; i < n; i++) look(i, written, writes, reads);
+        for (size_t i = 0; i < n; i++) inspect(i, written, writes, reads);
         forbid_overlaps(writes, reads);
     }
 
@@ -215,7 +215,7 @@ class Tensors {
     std::vector<Item> items;
 
   private:
-    void look(size_t i, bool written, std::vector<Range> &writes, std::vector<Range> &reads)
+    void inspect(size_t i, bool written, std::vector<Range> &writes, std::vector<Range> &reads)
     {
         const Dtypes &known = dtypes();
         const View p(params[i], written), g(grads[i], false), m(exp_avgs[i], written);
@@ -259,7 +259,7 @@ class Tensors {
         item.kind = kind;
     }
 
-    // The order of tensors would matter where one writes what another one writes, or reads.
+    // Refuses overlapping tensors, because the result would depend on the order of updates.
     void forbid_overlaps(std::vector<Range> &writes, const std::vector<Range> &reads)
     {
         std::sort(writes.begin(), writes.end(),
@@ -268,7 +268,7 @@ class Tensors {
         for (Range &x : writes) {
             if (x.start < furthest.end) kinds[x.owner] = kinds[furthest.owner] = -1;
             if (x.end > furthest.end) furthest = x;
-            x.end = furthest.end; // from here on the end of all up to this one
+            x.end = furthest.end; // from here on: largest end of this and all earlier ranges
         }
         for (const Range &g : reads) {
             const auto after = std::lower_bound(
@@ -287,19 +287,19 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype)
     return torch::stable::empty(sizes, dtype, std::nullopt, cpu);
 }
 
-// The memory of a tensor of numbers that belong to a call.
+// Returns the memory of an argument, after checks of its type, size and device.
 template <class T> const T *numbers(const Tensor &x, ScalarType dtype, int64_t count, const char *name)
 {
     if (x.scalar_type() != dtype || !x.is_contiguous() || !x.is_cpu() || x.numel() != count)
-        refuse(std::string("apollo_qn: ") + name + " has another type, size or place");
+        refuse(std::string("apollo_qn: ") + name + " has another type, size or device");
     return (const T *)x.const_data_ptr();
 }
 
-// The numbers of each tensor's step, from the arguments after the lists.
+// The arguments after the lists: scalars, RNG keys and sums of each tensor.
 class Numbers {
   public:
     Numbers(const StableIValue *stack, bool with_sums)
-        : rows_(take<std::optional<Tensor>>(stack[6])), streams_(take<std::optional<Tensor>>(stack[7])),
+        : rows_(take<std::optional<Tensor>>(stack[6])), rng_keys_(take<std::optional<Tensor>>(stack[7])),
           scalars_(take<Tensor>(stack[8]))
     {
         if (with_sums) sums_ = take<std::optional<Tensor>>(stack[9]);
@@ -312,17 +312,18 @@ class Numbers {
         const int64_t count = scalars_.dim() == 2 && scalars_.size(1) == columns ? scalars_.size(0) : 0;
         if (n && !count) refuse("apollo_qn: scalars must be of shape [rows, 16]");
         const auto *scalars = numbers<Scalars>(scalars_, ScalarType::Double, count * columns, "scalars");
-        const int64_t *rows = nullptr, *streams = nullptr;
+        const int64_t *rows = nullptr, *rng_keys = nullptr;
         const ShardSums *sums = nullptr;
         if (rows_) rows = numbers<int64_t>(*rows_, ScalarType::Long, n, "rows");
-        if (streams_) streams = numbers<int64_t>(*streams_, ScalarType::Long, n, "streams");
+        if (rng_keys_)
+            rng_keys = numbers<int64_t>(*rng_keys_, ScalarType::Long, n, "rng_keys");
         if (sums_) sums = numbers<ShardSums>(*sums_, ScalarType::Double, 4 * n, "sums");
         for (int64_t i = 0; i < n; i++) {
             Item &item = tensors.items[(size_t)i];
             const int64_t row = rows ? rows[i] : 0;
             if (row < 0 || row >= count) refuse("apollo_qn: a row that scalars do not have");
             item.scalars = scalars + row;
-            item.stream = streams ? (uint32_t)streams[i] : 0;
+            item.rng_key = rng_keys ? (uint32_t)rng_keys[i] : 0;
             item.sums = sums && !(sums[i].scale < 0) ? sums + i : nullptr;
             if (item.scalars->belief != 0 && !item.threshold)
                 refuse("apollo_qn: belief needs a threshold");
@@ -330,7 +331,7 @@ class Numbers {
     }
 
   private:
-    std::optional<Tensor> rows_, streams_, sums_;
+    std::optional<Tensor> rows_, rng_keys_, sums_;
     Tensor scalars_;
 };
 
@@ -350,7 +351,7 @@ const Table &kernel()
 void check(StableIValue *stack, uint64_t, uint64_t)
 {
     Tensors tensors(stack);
-    tensors.look(false);
+    tensors.inspect(false);
     const Tensor result = empty({(int64_t)tensors.size()}, ScalarType::Char);
     std::copy(tensors.kinds.begin(), tensors.kinds.end(), (int8_t *)result.mutable_data_ptr());
     stack[0] = torch::stable::detail::from(result);
@@ -360,7 +361,7 @@ void step_(StableIValue *stack, uint64_t, uint64_t)
 {
     Tensors tensors(stack);
     const Numbers numbers(stack, true);
-    tensors.look(true);
+    tensors.inspect(true);
     const bool fits = tensors.all_fit();
     if (fits) {
         numbers.fill(tensors);
@@ -373,7 +374,7 @@ void measure(StableIValue *stack, uint64_t, uint64_t)
 {
     Tensors tensors(stack);
     const Numbers numbers(stack, false);
-    tensors.look(false);
+    tensors.inspect(false);
     if (!tensors.all_fit()) refuse("apollo_qn: measure() of a tensor that check() refuses");
     numbers.fill(tensors);
     const Tensor result = empty({(int64_t)tensors.size(), 4}, ScalarType::Double);
@@ -382,7 +383,7 @@ void measure(StableIValue *stack, uint64_t, uint64_t)
     stack[0] = torch::stable::detail::from(result);
 }
 
-// The only number in a CPU tensor.
+// Returns the address of the single number in a CPU tensor.
 template <class T> T *number(AtenTensorHandle x, int32_t dtype, bool written)
 {
     const View view(x, written);
@@ -404,8 +405,8 @@ void count_(StableIValue *stack, uint64_t, uint64_t)
     for (double *x : written) *x = rate;
 }
 
-// Where a tensor is a lazy negation or conjugate of another, torch would give an operator copies of
-// them. The kernel takes no such tensor; who asks for each is told so.
+// Returns whether a tensor is a lazy negation or conjugate. For such a tensor torch would pass a copy
+// to an operator, so the kernel does not take it.
 bool lazy(AtenTensorHandle x)
 {
     for (const char *name : {"aten::is_neg", "aten::is_conj"}) {
@@ -421,7 +422,7 @@ bool lazy(AtenTensorHandle x)
 void check_lazy(StableIValue *stack, uint64_t, uint64_t)
 {
     Tensors tensors(stack);
-    tensors.look(false);
+    tensors.inspect(false);
     const Tensor result = empty({(int64_t)tensors.size()}, ScalarType::Char);
     const TensorList *const lists[] = {&tensors.params,        &tensors.grads,
                                        &tensors.exp_avgs,      &tensors.hessian_diags,
@@ -445,7 +446,7 @@ void step_lazy(StableIValue *stack, uint64_t, uint64_t)
 #define LISTS(p, m, B, t, c)                                                                       \
     "(Tensor" p "[] params, Tensor[] grads, Tensor" m "[] exp_avgs, Tensor" B "[] hessian_diags, "  \
     "Tensor" t "[] thresholds, Tensor" c "[] compensations"
-#define NUMBERS ", Tensor? rows, Tensor? streams, Tensor scalars"
+#define NUMBERS ", Tensor? rows, Tensor? rng_keys, Tensor scalars"
 
 STABLE_TORCH_LIBRARY(apollo_qn, library)
 {
@@ -456,7 +457,7 @@ STABLE_TORCH_LIBRARY(apollo_qn, library)
     library.def("count_(Tensor(a!)[] state_steps, Tensor(b!)[] previous_lrs, float rate) -> ()");
 }
 
-// For every device and layout, so that check() can say of any tensor that it does not fit.
+// Registered for every device and layout, so that check() can refuse any tensor.
 STABLE_TORCH_LIBRARY_IMPL(apollo_qn, CompositeExplicitAutograd, library)
 {
     library.impl("check", check);

@@ -1,8 +1,8 @@
 // Algorithm 1 on many tensors, in parallel. This header knows nothing of torch.
 //
-// A small tensor belongs to one thread, whose second pass finds it in the cache of its core. Threads
-// take portions of small tensors as they become free. A large tensor belongs to all threads: they
-// measure its chunks, then they update them, each thread the same chunks both times.
+// One thread processes a small tensor, so that its second pass finds the tensor in the core's cache.
+// Free threads take the next portion of small tensors. All threads process a large tensor together:
+// they first measure its chunks and then update them. Each thread gets the same chunks both times.
 #pragma once
 
 #include <algorithm>
@@ -14,9 +14,9 @@
 namespace apollo {
 
 constexpr size_t PORTION = 16 * BLOCK; // elements of small tensors that a thread takes at once
-constexpr size_t OVERHEAD = 256;       // what a tensor costs beyond its elements, in elements
+constexpr size_t OVERHEAD = 256;       // fixed cost of a tensor, expressed in elements
 
-// With belief the threshold of the step before is the tensor's own.
+// Returns the scalars of a tensor. With belief each tensor has its own previous threshold.
 inline Scalars scalars_of(const Item &t)
 {
     Scalars s = *t.scalars;
@@ -38,15 +38,15 @@ inline ShardSums to_shard(const Sums &total)
     return {power_of_2(total.e), total.q4, total.k, total.most};
 }
 
-inline Sums from_shard(const ShardSums &whole)
+inline Sums from_shard(const ShardSums &sums)
 {
     constexpr int most = Limits<double>::exponent;
-    const int e = std::clamp(exponent(whole.scale, most + 1) - 1, -most, most);
-    return {whole.q4, whole.k, whole.scale * sqrt(sqrt(whole.q4)), whole.largest, e};
+    const int e = std::clamp(exponent(sums.scale, most + 1) - 1, -most, most);
+    return {sums.q4, sums.k, sums.scale * sqrt(sqrt(sums.q4)), sums.largest, e};
 }
 
-// One step on all tensors, or only their sums. Everything is allocated by the constructor. The template
-// parameter ParallelFor is called as parallel_for(begin, end, grain, function of a range).
+// Runs one step on all tensors, or takes only their sums. Only the constructor allocates memory. The
+// template parameter ParallelFor is called as parallel_for(begin, end, grain, function of a range).
 class Schedule {
   public:
     Schedule(const std::vector<Item> &items, const Table &kernel) : items_(items), kernel_(kernel)
@@ -71,7 +71,7 @@ class Schedule {
         run(parallel_for, threads, nullptr);
     }
 
-    // Nothing is changed but `out`, which has one element for each tensor.
+    // Writes only to `out`, which has one element per tensor.
     template <class ParallelFor>
     void measure(const ParallelFor &parallel_for, int64_t threads, ShardSums *out)
     {
@@ -85,8 +85,8 @@ class Schedule {
     };
     const std::vector<Item> &items_;
     const Table &kernel_;
-    std::vector<Chunk> chunks_;    // of the large tensors, in their order
-    std::vector<size_t> portions_; // their ends in items_; large tensors among them are skipped
+    std::vector<Chunk> chunks_;    // chunks of the large tensors, in order
+    std::vector<size_t> portions_; // end of each portion in items_; portions skip large tensors
     std::atomic<size_t> next_{0};
 
     template <class ParallelFor>
@@ -106,7 +106,7 @@ class Schedule {
         else work(0, 1);
     }
 
-    // The chunks [first, end) of one large tensor.
+    // Processes the chunks [first, end) of one large tensor.
     template <class ParallelFor>
     void large(const ParallelFor &parallel_for, size_t first, size_t end, ShardSums *out)
     {
@@ -146,10 +146,10 @@ class Schedule {
     static Update concluded(const Item &t, const Scalars &s, const Sums &total)
     {
         const Flushing flushing;
-        return conclude(total, s, t.kind, t.stream);
+        return conclude(total, s, t.kind, t.rng_key);
     }
 
-    // Portions until there are no more.
+    // Processes portions until none is left.
     void small(ShardSums *out)
     {
         const Flushing flushing;
@@ -179,7 +179,7 @@ class Schedule {
             *out = to_shard(total);
             return;
         }
-        const Update r = conclude(total, s, t.kind, t.stream);
+        const Update r = conclude(total, s, t.kind, t.rng_key);
         kernel.apply(t, 0, t.n, s, r);
         store_threshold(t, r);
     }

@@ -1,7 +1,7 @@
 """The fused back end for CUDA and ROCm: all tensors in a few launches of one Triton kernel.
 
 This module decides which tensors the kernel can take, and collects the scalars of a step.
-``schedule.py`` says which program works on what and when, ``kernel.py`` what it does.
+``schedule.py`` assigns runs of elements to programs and launches. ``kernel.py`` is the kernel.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from apollo_qn.backends.base import Backend, Batch, is_plain, step_scalars
 from apollo_qn.secant import Sums, arithmetic
 
 _f16, _bf16, _f32, _f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-# types of parameter, gradient and state that the kernel takes
+# (parameter, gradient, state) types that the kernel takes
 TYPES = {
     *((_f32, g, _f32) for g in (_f32, _bf16, _f16)),
     *((p, g, _f32) for p in (_bf16, _f16) for g in (p, _f32)),
@@ -30,41 +30,41 @@ TYPES = {
     (_f32, _f32, _bf16),
     *((p, p, _bf16) for p in (_bf16, _f16)),
 }
-# Types of device that are served; under Triton's interpreter "cpu" may be another.
+# Types of device that are served. Tests add "cpu" under Triton's interpreter.
 DEVICES = {"cuda"}
 
 
 @cache
 def why_not() -> str | None:
-    """Return why there is no kernel; None where there is one."""
+    """Return the reason why the kernel is missing, or None if it is there."""
     if find_spec("triton") is None:
         return "Triton is not installed (on Linux, PyTorch for CUDA and for ROCm brings it)"
     try:
         from apollo_qn.backends.triton import schedule  # noqa: F401
-    except Exception as error:  # whatever a broken installation raises
+    except Exception as error:  # a broken installation may raise anything
         return f"Triton cannot be imported ({type(error).__name__}: {error})"
     return None
 
 
 def serves(device: torch.device) -> bool:
-    """Return whether tensors on this device may be the kernel's."""
+    """Return whether the kernel may serve tensors on this device."""
     if device.type not in DEVICES:
         return False
-    # the interpreter reads addresses in the host's memory
+    # the interpreter can only read addresses in host memory
     return device.type == "cpu" or os.environ.get("TRITON_INTERPRET", "0") != "1"
 
 
 def available() -> bool:
-    """Return whether there are a kernel and a device for it."""
+    """Return whether the kernel and a device for it are available."""
     return why_not() is None and (torch.cuda.is_available() or "cpu" in DEVICES)
 
 
 class Triton(Backend):
-    """All tensors of all batches in a few launches.
+    """Back end that updates all tensors of all batches in a few launches.
 
-    An instance keeps the tables of the last step of each device, to be used again where all
-    addresses are the same. The tensors themselves belong to the caller, who holds them during a
-    call; a launch on another stream than the tables' own tells the allocator.
+    An instance caches the tables of the last step on each device. The next step reuses them if all
+    addresses are the same. The caller keeps the tensors alive during a call. A launch on another
+    CUDA stream than that of the tables is recorded with the allocator.
     """
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class Triton(Backend):
         for number, (b, i) in enumerate(_members(batches)):
             flags[b][i] = flags[b][i] and number not in overlapping
         if _reaches_into(read, written):
-            # what one tensor reads another writes: the order of all of them matters
+            # one tensor reads what another writes, so the order of all updates matters
             return [[False] * len(mask) for mask in flags]
         return flags
 
@@ -100,7 +100,7 @@ class Triton(Backend):
         ]
 
     def step(self, batches: list[Batch], sums: list[Sums] | None = None) -> bool:
-        """Update all tensors, or none: False where one of them cannot be taken."""
+        """Update all tensors, or return False and change none if one cannot be taken."""
         if not all(map(all, self.takes(batches))):
             return False
         table = None if sums is None else torch.cat([one.table() for one in sums])
@@ -127,13 +127,13 @@ class Triton(Backend):
         params, grads, states = column("params"), column("grads"), column("exp_avgs")
         types = [(p.dtype, g.dtype, m.dtype) for p, g, m in zip(params, grads, states, strict=True)]
         rows = list(range(len(params))) if table is not None else [-1] * len(params)
-        streams = [stream or 0 for stream in column("rng_streams")]
+        rng_keys = [key or 0 for key in column("rng_keys")]
         sizes = [p.numel() for p in params]
-        signature = (addresses, sizes, types, rows, streams)
+        signature = (addresses, sizes, types, rows, rng_keys)
         key = (device, capturable)
         known, tables = self._tables.get(key, (None, None))
         if known != signature:
-            tables = Tables(device, addresses, sizes, types, rows, streams, capturable)
+            tables = Tables(device, addresses, sizes, types, rows, rng_keys, capturable)
             self._tables[key] = (signature, tables)
         which, scalars = _scalars(batches, device, capturable)
         belief = any(batch.h.belief for batch in batches)
@@ -149,7 +149,7 @@ def _scalars(
         return which, array("d", [x for batch in batches for x in step_scalars(batch)])
     found = []
     for batch in batches:
-        # by multiplication, which copies nothing from the host: a graph may be captured
+        # multiply ones instead of copying from the host, which a CUDA graph cannot capture
         ones = torch.ones(len(batch.tensors), dtype=_f64, device=device)
         found.append(torch.stack([ones * x for x in step_scalars(batch)], 1))
     return list(range(sum(map(len, found)))), torch.cat(found)
@@ -169,7 +169,7 @@ def _written(batch: Batch, i: int) -> list[Tensor]:
 
 
 def _fits(batch: Batch, i: int) -> bool:
-    """Return whether a tensor's parameter, gradient and state lie as the kernel needs them."""
+    """Return whether parameter, gradient and state of a tensor have the layout of the kernel."""
     lists = batch.tensors
     p, g, m, B = (column[i] for column in lists.large)
     low = lists.compensations[i] if lists.compensations else None
@@ -185,14 +185,14 @@ def _fits(batch: Batch, i: int) -> bool:
         return False
     if p.numel() == 0 or m.dtype is not B.dtype or any(x.shape != p.shape for x in large):
         return False
-    alike = all(x.is_contiguous() for x in large) or (
+    same_layout = all(x.is_contiguous() for x in large) or (
         _dense(p) and all(x.stride() == p.stride() for x in large)
     )
-    if not alike or (p.dtype, g.dtype, m.dtype) not in TYPES:
+    if not same_layout or (p.dtype, g.dtype, m.dtype) not in TYPES:
         return False
     try:
         return all(x.data_ptr() for x in every)
-    except (RuntimeError, NotImplementedError):  # a wrapper without memory of its own
+    except (RuntimeError, NotImplementedError):  # a wrapper has no memory of its own
         return False
 
 
@@ -210,7 +210,7 @@ def _span(x: Tensor) -> tuple[int, int]:
 
 
 def _reaches_into(read: list[tuple[int, int]], written: list[tuple[int, int, int]]) -> bool:
-    """Return whether a span that is read reaches into one that is written."""
+    """Return whether a span that is read overlaps one that is written."""
     ordered = sorted(written)
     starts, ends = (
         [start for start, *_ in ordered],
@@ -224,12 +224,12 @@ def _reaches_into(read: list[tuple[int, int]], written: list[tuple[int, int, int
 
 
 def _overlapping(spans: list[tuple[int, int, int]]) -> set[int]:
-    """Return the owners of spans that reach into each other."""
+    """Return the owners of spans that overlap."""
     owners: set[int] = set()
     furthest, owner = 0, -1
-    for start, end, its in sorted(spans):
+    for start, end, index in sorted(spans):
         if start < furthest:
-            owners |= {its, owner}
+            owners |= {index, owner}
         if end > furthest:
-            furthest, owner = end, its
+            furthest, owner = end, index
     return owners

@@ -1,8 +1,8 @@
-"""Algorithm 1 in Triton, for all tensors in a few launches; knows addresses only.
+"""Algorithm 1 as a Triton kernel, for all tensors in a few launches. It knows addresses only.
 
-One program works on one run of elements of one tensor; what it does there is its role. The sums
-over a run are taken in blocks of a fixed size in the state's type and added in float64 in a fixed
-order, and the sums of a tensor's runs likewise: no atomics, the same bits at every call, whatever
+One program processes one run of elements of one tensor, according to its role. The sums over a run
+are taken in blocks of a fixed size in the arithmetic's type. Blocks, and then runs, are added up in
+float64 in a fixed order. There are no atomics, so results are bit-identical at every call, whatever
 else is in the launch. The letters are those of ``algorithm.py``.
 """
 
@@ -11,27 +11,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Elements that a program holds in registers at once, 8 a thread.
+# Elements that a program holds in registers at once: 8 per thread.
 BLOCK = 1024
 WARPS = 4
-# Runs of a tensor at most: so many sums a program that updates a part of it reads.
+# Largest number of runs of a tensor. A program that updates a run reads the sums of all runs.
 RUNS = 512
-# Columns of the tables, which schedule.py fills.
-TENSOR = 9  # p, m, B, threshold, compensation, first row of its sums, how many, row in `whole`
-# (-1: it is whole), stream of random bits
-WORK = 5  # tensor, role, first element, how many, row of its sums
+# Number of columns of the tables, which schedule.py fills.
+TENSOR = 9  # p, m, B, threshold, compensation, first row of its sums, number of its runs, row in
+# `full_sums` (-1 for a full tensor), RNG key
+WORK = 5  # tensor, role, first element, number of elements, row of sums
 SUMS = 4  # scale (a power of 2), q4, k, largest: secant.Sums
-SCALARS = 16  # as cpu.step_scalars has them
+SCALARS = 16  # in the order of base.step_scalars
 
-# Roles.
-ALL = 0  # of a tensor that is one run: sums and update
-MEASURE = 1  # the run's sums are written into their row
-APPLY = 2  # the update, with the sums of the tensor
-KEEP = 3  # belief: the threshold of a tensor whose runs have all been updated
-TELL = 4  # the sums of a tensor, which is a part of another, are written into `whole`
+# Roles of a program.
+ALL = 0  # take the sums and update, for a tensor of one run
+MEASURE = 1  # write the sums of the run into their row
+APPLY = 2  # update the run with the sums of its tensor
+KEEP = 3  # store the threshold of belief, after all runs of the tensor have been updated
+WRITE_SUMS = 4  # write the sums over a shard into `full_sums`
 
 _ALL, _MEASURE, _APPLY, _KEEP = (tl.constexpr(role) for role in (ALL, MEASURE, APPLY, KEEP))
-_TELL = tl.constexpr(TELL)
+_WRITE_SUMS = tl.constexpr(WRITE_SUMS)
 _TENSOR, _WORK, _SUMS, _SCALARS = (tl.constexpr(n) for n in (TENSOR, WORK, SUMS, SCALARS))
 
 
@@ -45,7 +45,7 @@ def _quotient(x, y):
 
 @triton.jit
 def _exponent(x):
-    """e with 2^e <= x < 2^(e + 1) of x >= 0, within what the type can turn around."""
+    """Return e with 2^e <= x < 2^(e + 1) for x >= 0, limited so that 2^-e is normal too."""
     if x.dtype == tl.float32:
         e = (x.to(tl.int32, bitcast=True) >> 23) - 127
         return tl.minimum(tl.maximum(e, -120), 120)
@@ -56,20 +56,20 @@ def _exponent(x):
 
 @triton.jit
 def _power(e):
-    """2^e in float64, |e| <= 1022."""
+    """Return 2^e in float64, for |e| <= 1022."""
     return ((e.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def _share(e):
-    """2^e for e <= 0; what is smaller than 2^-250 does not count."""
+    """Return 2^e for e <= 0, and 2^-250 where it is smaller: a negligible share."""
     return _power(tl.maximum(e, -250))
 
 
 @triton.jit
 def _pointer(address, start, T: tl.constexpr, ALIGNED: tl.constexpr):
     pointer = address.to(tl.pointer_type(T)) + start
-    if ALIGNED:  # 4 elements a thread, of every type: no layout has to be converted
+    if ALIGNED:  # 4 elements per thread for every type, so that no layout has to be converted
         pointer = tl.multiple_of(pointer, 4 * T.primitive_bitwidth // 8)
     return pointer
 
@@ -93,7 +93,7 @@ def _store(pointer, i, mask, x, MASKED: tl.constexpr):
 
 @triton.jit
 def _mix(x):
-    """rounding.mix."""
+    """Compute rounding.mix."""
     x = (x ^ (x >> 16)) * 0x21F0AAAD
     x = (x ^ (x >> 15)) * 0xD35A2D97
     return x ^ (x >> 15)
@@ -101,7 +101,7 @@ def _mix(x):
 
 @triton.jit
 def _drawn(x, random, T: tl.constexpr):
-    """rounding.stochastic of float32 numbers; ``random`` is uint32."""
+    """Compute rounding.stochastic of float32 numbers; ``random`` is uint32."""
     if tl.float16 == T:
         dropped: tl.constexpr = 13
         smallest = 0.00006103515625  # 2^-14
@@ -121,7 +121,7 @@ def _drawn(x, random, T: tl.constexpr):
 
 @triton.jit
 def _secant_pair(theta, g, m, B, s):
-    """d, the displacement of the step before, and g - m."""
+    """Return d, the displacement of the step before, and g - m."""
     sign, l2, kappa, omega, threshold, offset = s
     size = tl.abs(B)
     d = _quotient(m, tl.where(threshold > size, threshold, size) + offset)
@@ -133,7 +133,7 @@ def _measured(
     total, p, low, g, m, B, i, end, needed, s, alpha,
     S: tl.constexpr, BELIEF: tl.constexpr, KAHAN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The sums so far with those over one block: e, and q4 and k of u = d / 2^e; max |g - m|."""
+    """Add the sums over one block: e, q4 and k of u = d / 2^e, and max |g - m|."""
     e, q4, k, most = total
     mask = i < end
     b, mi = _fetch(B, i, mask, MASKED, S), _fetch(m, i, mask, MASKED, S)
@@ -162,7 +162,7 @@ def _update(
     draws, key, second,
     S: tl.constexpr, KAHAN: tl.constexpr, DRAWS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """m', B' and theta' of one block, with B' = B - c u^2 and u = d inverse."""
+    """Store m', B' and theta' of one block, with B' = B - c u^2 and u = d * inverse."""
     mask = i < end
     b, mi = _fetch(B, i, mask, MASKED, S), _fetch(m, i, mask, MASKED, S)
     theta = _fetch(p, i, mask, MASKED, S)
@@ -180,16 +180,17 @@ def _update(
     M: tl.constexpr = m.dtype.element_ty
     stored = theta.to(P)
     if KAHAN:
-        high = stored.to(S)  # of infinities nothing is left over
+        high = stored.to(S)  # an infinity has no rounding error
         _store(low, i, mask, tl.where(high - high == 0, theta - high, 0.0), MASKED)
     if DRAWS:
-        place = start + i
-        word = _mix(_mix(place.to(tl.uint32) ^ key) ^ second ^ (place >> 32).to(tl.uint32))
+        offset_in_tensor = start + i
+        low_half, high_half = offset_in_tensor.to(tl.uint32), (offset_in_tensor >> 32).to(tl.uint32)
+        random = _mix(_mix(low_half ^ key) ^ second ^ high_half)
         if P.primitive_bitwidth == 16:
             if draws != 0:
-                stored = _drawn(theta, word, P)
+                stored = _drawn(theta, random, P)
         if M.primitive_bitwidth == 16:
-            b = _drawn(b, word << 16, M)
+            b = _drawn(b, random << 16, M)
     _store(m, i, mask, mi, MASKED)
     _store(B, i, mask, b, MASKED)
     _store(p, i, mask, stored, MASKED)
@@ -197,13 +198,13 @@ def _update(
 
 @triton.jit
 def _gathered(row, count, RUNS: tl.constexpr):
-    """The sums of a tensor from those of its runs."""
+    """Return the sums of a tensor from those of its runs."""
     i = tl.arange(0, RUNS)
     there = i < count
     at = row + i * _SUMS
     scales = tl.load(at, mask=there, other=0.0)
     scale = tl.max(scales, 0)
-    share = scales * (1.0 / scale)  # exact: powers of 2
+    share = scales * (1.0 / scale)  # exact, because scales are powers of 2
     share2 = share * share
     q4 = tl.sum(tl.load(at + 1, mask=there, other=0.0) * (share2 * share2), 0)
     k = tl.sum(tl.load(at + 2, mask=there, other=0.0) * share, 0)
@@ -212,7 +213,10 @@ def _gathered(row, count, RUNS: tl.constexpr):
 
 @triton.jit
 def _concluded(scale, q4, k, eps, S: tl.constexpr):
-    """c and e with B' = B - c u^2 and u = d / 2^e: rule.secant_coefficient and rule.finite."""
+    """Return c and e with B' = B - c u^2 and u = d / 2^e.
+
+    The function is secant.secant_coefficient followed by secant.saturated.
+    """
     norm = scale * tl.sqrt(tl.sqrt(q4))
     e = _exponent(norm)
     if tl.float32 == S:
@@ -224,23 +228,23 @@ def _concluded(scale, q4, k, eps, S: tl.constexpr):
     nothing = n == 0
     n = tl.where(nothing, 1.0, n)
     share = _power(e) / n
-    c = share * share * share * (k * (scale / _power(e)) / n)  # k is that of d / scale
+    c = share * share * share * (k * (scale / _power(e)) / n)  # k belongs to d / scale
     c = tl.where(c > most, most, tl.where(c < -most, -most, c))  # NaN stays NaN
     return tl.where(nothing, 0.0, c), e
 
 
 @triton.jit(do_not_specialize=["first"])
 def step(
-    tensors, work, first, gradients, scalars, rows, whole,
+    tensors, work, first, gradients, scalars, rows, full_sums,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, S: tl.constexpr,
     BELIEF: tl.constexpr, KAHAN: tl.constexpr, DRAWS: tl.constexpr,
     ALIGNED: tl.constexpr, BLOCK: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
-    """One launch: a program for each row of ``work`` from ``first`` on.
+    """Run one program per row of ``work``, beginning with row ``first``.
 
-    ``gradients`` holds for each tensor the address of its gradient and its row of ``scalars``,
-    ``rows`` the sums of runs, ``whole`` those of tensors of which only parts are here. P, G and M
-    are the types of parameter, gradient and state, S that of the arithmetic.
+    ``gradients`` holds the address of each tensor's gradient and the tensor's row in ``scalars``.
+    ``rows`` holds the sums of runs, ``full_sums`` the global sums of sharded tensors. P, G, M and S
+    are the types of parameter, gradient, state and arithmetic.
     """
     mine = work + (first + tl.program_id(0)).to(tl.int64) * _WORK
     tensor, role, start = tl.load(mine), tl.load(mine + 1), tl.load(mine + 2)
@@ -253,7 +257,7 @@ def step(
     low = _pointer(tl.load(its + 4), start, P, ALIGNED)
     g = _pointer(tl.load(address), start, G, ALIGNED)
     threshold_of = tl.load(its + 3).to(tl.pointer_type(S))
-    whole_row = tl.load(its + 7)
+    full_row = tl.load(its + 7)
 
     number = scalars + tl.load(address + 1) * _SCALARS
     alpha, rate = tl.load(number).to(S), tl.load(number + 1).to(S)
@@ -274,7 +278,7 @@ def step(
     )
     full = count // BLOCK * BLOCK
     lane = tl.arange(0, BLOCK)
-    # the parameter has a part in the sums where it decays
+    # the sums need the parameter only if it decays
     needed = lane * 0 + tl.load(number + 12).to(tl.int32) != 0
 
     e = tl.full((), -1000, tl.int32)
@@ -294,20 +298,20 @@ def step(
                 S, BELIEF, KAHAN, True,
             )  # fmt: skip
         scale = _power(e)
-    elif (whole_row >= 0) & (role != _TELL):
-        scale, q4, k, most = _gathered(whole + whole_row * _SUMS, 1, 2)
+    elif (full_row >= 0) & (role != _WRITE_SUMS):
+        scale, q4, k, most = _gathered(full_sums + full_row * _SUMS, 1, 2)
     else:
         scale, q4, k, most = _gathered(
             rows + tl.load(its + 5) * _SUMS, tl.load(its + 6).to(tl.int32), RUNS
         )
     if BELIEF:
         if belief:
-            threshold = tl.where(k != k, k, most)  # a maximum may have passed over a NaN
+            threshold = tl.where(k != k, k, most)  # a maximum may ignore a NaN, k does not
 
-    if (role == _MEASURE) | (role == _TELL):
+    if (role == _MEASURE) | (role == _WRITE_SUMS):
         row = rows + tl.load(mine + 4) * _SUMS
-        if role == _TELL:
-            row = whole + whole_row * _SUMS
+        if role == _WRITE_SUMS:
+            row = full_sums + full_row * _SUMS
         tl.store(row, scale)
         tl.store(row + 1, q4)
         tl.store(row + 2, k)
@@ -317,9 +321,9 @@ def step(
         c, inverse = c.to(S), _power(-e).to(S)
         decoupled = tl.load(number + 11).to(S)
         draws = tl.load(number + 14)
-        stream = tl.load(its + 8).to(tl.uint32)
-        key = _mix(tl.load(number + 15).to(tl.int64).to(tl.uint32) ^ stream)
-        second = _mix(key ^ stream ^ 0x9E3779B9)
+        rng_key = tl.load(its + 8).to(tl.uint32)
+        key = _mix(tl.load(number + 15).to(tl.int64).to(tl.uint32) ^ rng_key)
+        second = _mix(key ^ rng_key ^ 0x9E3779B9)
         for at in range(0, full, BLOCK):
             _update(
                 p, low, g, m, B, at + lane, start, count, s, alpha, rate, decoupled,

@@ -1,12 +1,13 @@
-"""Which program of the Triton kernel works on what, and when.
+"""Launch schedule of the Triton kernel: which program processes which run of elements, and when.
 
-A tensor's sums must be complete before its first element changes, so that g, m and B are read
-twice: 10 words a parameter. To find them in the L2 cache the second time (7 words from memory) the
-tensors are cut into windows that fit there, and each launch updates one window and takes the sums
-of the next. A tensor that is larger than a window is updated in reverse, from what was read last.
+The sums of a tensor must be complete before its first element changes. Therefore g, m and B are
+read twice, which moves 10 numbers per element. If the second read hits the L2 cache, only 7 come
+from memory. So the tensors are grouped into windows that fit the cache, and each launch updates one
+window and takes the sums of the next. A tensor larger than a window is updated in reverse order,
+beginning with what was read last.
 
-What stays from step to step lies in tables on the device. A step uploads the addresses of the
-gradients and its numbers, in one copy, where they have changed, and waits for nothing.
+Tables on the device keep all that does not change between steps. A step uploads the addresses of
+the gradients and its scalars in one copy, if they have changed, and waits for nothing.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from torch import Tensor
 from apollo_qn.backends.triton import kernel
 from apollo_qn.secant import arithmetic
 
-Types: TypeAlias = tuple[torch.dtype, ...]  # of parameter, gradient and state
-Span: TypeAlias = tuple[int, int]  # first program of a launch, and how many
+Types: TypeAlias = tuple[torch.dtype, ...]  # types of parameter, gradient and state
+Span: TypeAlias = tuple[int, int]  # first program of a launch, and number of programs
 
-# Elements in a run at least: a program's share; a tensor up to that size is one program's.
+# Smallest number of elements in a run. One program processes a run.
 RUN = 4096
-# Share of the L2 cache that a window's gradients and states may take; its parameters and what the
-# next window reads meanwhile need the rest.
+# Share of the L2 cache for the gradients and states of a window. The rest is for the parameters of
+# the window, and for the reads of the next window.
 WINDOW = 0.6
-_L2 = 40 << 20  # bytes, where the device does not tell
+_L2 = 40 << 20  # assumed size of the L2 cache in bytes, if the device does not report it
 _ALIGNMENT = 16  # bytes
-_PROGRAMS = 4  # of a window, for each multiprocessor, at least
-_SPARE = 4  # graphs that may be captured without a step between them
+_PROGRAMS = 4  # smallest number of programs per multiprocessor in a window
+_SPARE = 4  # number of CUDA graphs that may be captured without a step between them
 
 _TYPES = {
     torch.float16: tl.float16,
@@ -45,38 +46,38 @@ _TYPES = {
     torch.float64: tl.float64,
 }
 
-# Of CUDA graphs, which outlive the optimizer that they have captured: what a replay reads.
+# Memory that replays of CUDA graphs read. A graph may outlive the optimizer that it captured.
 _captured: list[Any] = []
 
 
 @dataclass
 class _Set:
-    """Tensors of the same types that are stored and lie alike."""
+    """Tensors that share types, way of rounding and alignment."""
 
     types: Types
     kahan: bool
-    aligned: bool  # all of their addresses, so that 16 bytes are read at once
+    aligned: bool  # whether all addresses are aligned to 16 bytes, which are read at once
     members: list[int]
 
     @property
     def draws(self) -> bool:
-        """Whether random bits may be needed."""
+        """Return whether random bits may be needed."""
         p, _, state = self.types
         return state.itemsize == 2 or (p.itemsize == 2 and not self.kahan)
 
     @property
     def constants(self) -> tuple[Any, ...]:
-        """Of the kernel: types of parameter, gradient, state and arithmetic."""
+        """Return the kernel's type constants: parameter, gradient, state and arithmetic."""
         p, _, state = self.types
         return tuple(_TYPES[dtype] for dtype in (*self.types, arithmetic(p, state)))
 
-    measuring: list[Span] = field(default_factory=list)  # parts of tensors: their sums only
+    measuring: list[Span] = field(default_factory=list)  # launches that take the sums of shards
     steps: list[Span] = field(default_factory=list)
-    keep: list[Span] = field(default_factory=list)  # at last, with belief
+    keep: list[Span] = field(default_factory=list)  # last launches, which store thresholds
 
 
-class _Work:
-    """Collects the rows of all programs."""
+class _WorkTable:
+    """Builder of the table of work, with one row per program."""
 
     def __init__(self, n: Sequence[int]) -> None:
         self.pieces: list[Tensor] = []
@@ -84,13 +85,13 @@ class _Work:
         block, most = kernel.BLOCK, kernel.RUNS
         self.length = [max(RUN, -(-size // (most * block)) * block) for size in n]
         self.runs = [-(-size // length) for size, length in zip(n, self.length, strict=True)]
-        self.row = [0]  # of the sums of each tensor's first run
+        self.row = [0]  # row of sums of each tensor's first run
         for runs in self.runs:
             self.row.append(self.row[-1] + runs)
         self.n = n
 
     def launch(self, *works: tuple[int, Iterable[int]]) -> list[Span]:
-        """A launch of all runs of these tensors, each with its role; none: no launch."""
+        """Add one launch of all runs of the tensors, given by role; empty if there are none."""
         first = self.count
         for role, tensors in works:
             for i in tensors:
@@ -98,30 +99,29 @@ class _Work:
         return [(first, self.count - first)] if self.count > first else []
 
     def _add(self, role: int, i: int) -> None:
-        on_elements = role not in (kernel.KEEP, kernel.TELL)
+        on_elements = role not in (kernel.KEEP, kernel.WRITE_SUMS)
         number = torch.arange(self.runs[i] if on_elements else 1, device="cpu")
         start = number * self.length[i]
         rows = torch.zeros(len(number), kernel.WORK, dtype=torch.int64, device="cpu")
         rows[:, 0], rows[:, 1], rows[:, 4] = i, role, self.row[i] + number
         if on_elements:
             rows[:, 2], rows[:, 3] = start, (self.n[i] - start).clamp(max=self.length[i])
-        # what was read last is in the cache
+        # updates go in reverse order, because the runs that were read last are in the cache
         self.pieces.append(rows.flip(0) if role == kernel.APPLY else rows)
         self.count += len(rows)
 
 
 class Tables:
-    """What the kernel works on, and in which launches.
+    """Device tables of tensors and work, and the launches that use them.
 
     Args:
-        device: of all tensors.
-        addresses: columns p, m, B, threshold and compensation (the two last 0: none), with a number
-            for each tensor.
-        n: elements of each, at least 1.
-        types: of each.
-        shared: of each its row among the sums of tensors of which only parts are here; -1: it is
-            whole.
-        streams: of each the word that stands for it in :mod:`apollo_qn.rounding`.
+        device: device of all tensors.
+        addresses: columns p, m, B, threshold and compensation, one address per tensor; 0 if a
+            tensor has no threshold or compensation.
+        n: number of elements per tensor, >= 1.
+        types: types per tensor.
+        shared: row of each shard in the table of global sums; -1 for a full tensor.
+        rng_keys: key of each tensor's random bits, see :mod:`apollo_qn.rounding`.
         capturable: whether launches may be captured in a CUDA graph.
     """
 
@@ -132,14 +132,14 @@ class Tables:
         n: Sequence[int],
         types: Sequence[Types],
         shared: Sequence[int],
-        streams: Sequence[int],
+        rng_keys: Sequence[int],
         capturable: bool = False,
     ) -> None:
         self._device = device
         self._addresses, self._n, self._types, self._shared = addresses, n, types, shared
         self.has_parts = any(row >= 0 for row in shared)
-        work = _Work(n)
-        columns = [*addresses, work.row[:-1], work.runs, shared, streams]
+        work = _WorkTable(n)
+        columns = [*addresses, work.row[:-1], work.runs, shared, rng_keys]
         table = torch.tensor([list(column) for column in columns], dtype=torch.int64, device="cpu")
         self._tensors = _on_device(table.t().contiguous(), device)
         self._rows = torch.empty(work.row[-1], kernel.SUMS, dtype=torch.float64, device=device)
@@ -148,19 +148,19 @@ class Tables:
         self._sets: list[_Set] = []
         self._aligned: list[bool] = []
         self._work = self._tensors
-        self._home = _stream(device)
+        self._home_stream = _stream(device)
 
     def _schedule(self, aligned: list[bool]) -> None:
-        """Say which program works on what."""
+        """Build the table of work."""
         self._aligned = aligned
         kahan = [low != 0 for low in self._addresses[4]]
         kinds = list(zip(self._types, kahan, aligned, strict=True))
-        # what a tensor is read with does not depend on the others
+        # sets per alignment, so that how a tensor is read does not depend on the others
         self._sets = [
-            _Set(*kind, [i for i, its in enumerate(kinds) if its == kind])
+            _Set(*kind, [i for i, other in enumerate(kinds) if other == kind])
             for kind in dict.fromkeys(kinds)
         ]
-        work = _Work(self._n)
+        work = _WorkTable(self._n)
         for one in self._sets:
             _schedule(one, work, self._shared, _budget(self._device))
         self._work = _on_device(torch.cat(work.pieces), self._device)
@@ -170,19 +170,20 @@ class Tables:
         gradients: array[int],
         which: Iterable[int],
         scalars: array[float] | Tensor,
-        whole: Tensor | None,
+        full_sums: Tensor | None,
         belief: bool,
         measuring: bool,
     ) -> None:
-        """Launch a step, or the measuring of parts.
+        """Launch a step, or take the sums of shards.
 
         Args:
-            gradients: the address of each.
-            which: the row of each tensor in ``scalars``.
-            scalars: rows of numbers, on the host or on the device.
-            whole: the sums of tensors of which only parts are here, written when ``measuring``.
-            belief: whether any tensor's threshold is that of belief.
-            measuring: only take the sums of parts.
+            gradients: address of each tensor's gradient.
+            which: row of each tensor in ``scalars``.
+            scalars: rows of scalars, on the host or on the device.
+            full_sums: global sums of sharded tensors. With ``measuring`` the sums over the shards
+                are written here instead.
+            belief: whether any tensor uses belief.
+            measuring: whether only to take the sums of shards.
         """
         words = array("Q", bytes(16 * len(gradients)))
         words[::2], words[1::2] = gradients, array("Q", which)
@@ -200,11 +201,11 @@ class Tables:
             if aligned != self._aligned:
                 self._schedule(aligned)
             uploaded = self._upload(words, self._tensors, self._work, self._rows)
-            self._tell_allocator(uploaded)
+            self._record_stream(uploaded)
             numbers = scalars
             if not isinstance(numbers, Tensor):
                 numbers = uploaded[2 * len(gradients) :].view(torch.float64)
-            given = (uploaded, numbers, self._rows, self._rows if whole is None else whole)
+            given = (uploaded, numbers, self._rows, self._rows if full_sums is None else full_sums)
             for one in self._sets:
                 spans = one.measuring if measuring else one.steps + (one.keep if belief else [])
                 for first, count in spans:
@@ -215,20 +216,23 @@ class Tables:
                         num_warps=kernel.WARPS,
                     )
 
-    def _tell_allocator(self, uploaded: Tensor) -> None:
-        """Of another stream than the one that the tables were made on: they may be dropped soon."""
+    def _record_stream(self, uploaded: Tensor) -> None:
+        """Tell the allocator that a CUDA stream other than the tables' own uses the tables.
+
+        Otherwise the allocator could reuse their memory before this stream has read it.
+        """
         stream = _stream(self._device)
-        if stream != self._home:
+        if stream != self._home_stream:
             for table in (self._tensors, self._work, self._rows, uploaded):
                 table.record_stream(stream)
 
 
-def _schedule(one: _Set, work: _Work, shared: Sequence[int], budget: float) -> None:
+def _schedule(one: _Set, work: _WorkTable, shared: Sequence[int], budget: float) -> None:
     parts = [i for i in one.members if shared[i] >= 0]
-    whole = [i for i in one.members if shared[i] < 0]
-    small = [i for i in whole if work.runs[i] == 1]
-    large = [i for i in whole if work.runs[i] > 1]
-    one.measuring = work.launch((kernel.MEASURE, parts)) + work.launch((kernel.TELL, parts))
+    full = [i for i in one.members if shared[i] < 0]
+    small = [i for i in full if work.runs[i] == 1]
+    large = [i for i in full if work.runs[i] > 1]
+    one.measuring = work.launch((kernel.MEASURE, parts)) + work.launch((kernel.WRITE_SUMS, parts))
     _, g, state = (dtype.itemsize for dtype in one.types)
     windows: list[list[int]] = []
     room = 0.0
@@ -245,7 +249,7 @@ def _schedule(one: _Set, work: _Work, shared: Sequence[int], budget: float) -> N
         one.steps += work.launch(
             (kernel.APPLY, reversed(before)),
             (kernel.MEASURE, window),
-            # in the first launch, beside sums that are short
+            # in the first launch, where only sums are taken
             (kernel.APPLY, parts if first else []),
             (kernel.ALL, small if first else []),
         )
@@ -254,13 +258,13 @@ def _schedule(one: _Set, work: _Work, shared: Sequence[int], budget: float) -> N
 
 
 def _budget(device: torch.device) -> float:
-    """Bytes of gradients and states in a window."""
+    """Return the number of bytes of gradients and states in a window."""
     if device.type != "cuda":
         return WINDOW * _L2
-    its = torch.cuda.get_device_properties(device)
-    window = WINDOW * (getattr(its, "L2_cache_size", 0) or _L2)
-    # a window that leaves processors idle costs more than it saves
-    least = its.multi_processor_count * _PROGRAMS * RUN * 12
+    properties = torch.cuda.get_device_properties(device)
+    window = WINDOW * (getattr(properties, "L2_cache_size", 0) or _L2)
+    # one window for all, if smaller ones would leave multiprocessors idle
+    least = properties.multi_processor_count * _PROGRAMS * RUN * 12
     return window if window >= least else math.inf
 
 
@@ -273,7 +277,7 @@ def _stream(device: torch.device) -> Any:
 
 
 def _on_device(table: Tensor, device: torch.device) -> Tensor:
-    """A copy that nothing waits for."""
+    """Copy a table to the device without waiting."""
     if device.type != "cuda":
         return table.to(device)
     if torch.cuda.is_current_stream_capturing():
@@ -285,14 +289,14 @@ def _on_device(table: Tensor, device: torch.device) -> Tensor:
 
 
 class _Upload:
-    """Words on the device, which are copied there when they change."""
+    """Copy of 64-bit words on the device, refreshed when the words change."""
 
     def __init__(self, device: torch.device, capturable: bool) -> None:
         self._device = device
         self._spares = _SPARE if capturable else 0
         self._words: array[int] | None = None
         self._tensor = torch.empty(0, dtype=torch.int64, device=device)
-        # pinned, for copies that are captured, when none can be allocated; a replay reads it again
+        # pinned memory for captured copies, because none can be allocated during a capture
         self._spare: list[Tensor] = []
 
     def __call__(self, words: array[int], *tables: Tensor) -> Tensor:
@@ -313,7 +317,7 @@ class _Upload:
         if [len(spare) for spare in self._spare] != [len(words)] * self._spares:
             self._spare = [_pinned(len(words)) for _ in range(self._spares)]
         if words != self._words:
-            # new at each copy: the allocator gives it away again when the device has read it
+            # allocated for each copy; the allocator reuses it after the device has read it
             pinned = _pinned(len(words)).copy_(given)
             if self._tensor.numel() != len(words):
                 self._tensor = torch.empty_like(given, device=self._device)
