@@ -110,6 +110,10 @@ def taken(name: str, times: list[float], peer: list[float], words: int = 7) -> T
     return Timings(name, "apollo", words, times, peer)
 
 
+def test_a_timer_counts_milliseconds() -> None:
+    assert timing.CpuTimer().milliseconds(lambda: time.sleep(0.02)) >= 20
+
+
 def test_ratios_are_of_the_same_round() -> None:
     # a disturbance of all in the second round leaves the ratio alone
     assert taken("a", [2.0, 20.0, 2.2, 2.0], [1.0, 10.0, 1.0, 1.0]).ratio == 2.0
