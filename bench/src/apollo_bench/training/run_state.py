@@ -125,8 +125,11 @@ class TrainingState:
             self.events.close()
 
     def seconds(self) -> float:
-        """Return the training time so far, over all processes that trained the run in turn."""
-        return self.seconds_before + time.perf_counter() - self.started
+        """Return the training time so far, over all processes that trained the run in turn.
+
+        It has milliseconds, as an archive has: the report of an archive is that of its runs.
+        """
+        return round(self.seconds_before + time.perf_counter() - self.started, 3)
 
     @property
     def epoch(self) -> int | float:
