@@ -18,7 +18,6 @@ from scipy import stats
 
 from apollo_bench.config import recipe
 from apollo_bench.config.recipe import Recipe, RunSpec, scale_lr
-from apollo_bench.config.schema import ImageData
 from apollo_bench.runs import loading
 from apollo_bench.runs.archive import RUNS
 from apollo_bench.search.best_trials import best_trial, mean_score
@@ -124,9 +123,7 @@ def planned(name: str, results: Path = RESULTS) -> list[RunSpec]:
     _, length, kind = piece.split("-")
     if kind == "tuning":
         plan = recipe.load(str(results / task / f"length-{length}.toml"))
-        if isinstance(plan.data, ImageData):
-            data = plan.data.model_copy(update={"validation": HELD_OUT})
-            plan = plan.model_copy(update={"data": data})
+        plan = plan.model_copy(update={"data": plan.data.holding_out(HELD_OUT)})
         return make_trials(plan, list(plan.optimizers))
     plan = chosen(task, length, results)
     if kind == "comparison":

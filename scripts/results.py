@@ -26,7 +26,6 @@ os.environ.setdefault("MPLCONFIGDIR", str(ROOT / "build" / "matplotlib"))
 import lengths  # noqa: E402
 
 from apollo_bench.config import recipe  # noqa: E402
-from apollo_bench.config.schema import ImageData  # noqa: E402
 from apollo_bench.errors import ExperimentError  # noqa: E402
 from apollo_bench.report import narrative, page, tables  # noqa: E402
 from apollo_bench.report.statistics import SampleStats  # noqa: E402
@@ -194,12 +193,8 @@ def protocol(task: str, plan: str) -> Iterator[str]:
     search, compared = names
     known = recipe.load(str(RESULTS / task / f"{plan}.toml"))
     searched = summary_of(search)
-    held_out = known
-    if isinstance(known.data, ImageData):
-        size = getattr(searched.runs[0].spec.data, "validation", 0)
-        held_out = known.model_copy(
-            update={"data": known.data.model_copy(update={"validation": size})}
-        )
+    size = searched.runs[0].spec.data.held_out
+    held_out = known.model_copy(update={"data": known.data.holding_out(size)})
     optimizers = list(known.optimizers)
     yield from unlike(search, searched, trials.make_trials(held_out, optimizers))
     final = FAMILIES[task].final.name

@@ -14,7 +14,7 @@ import pytest
 
 from apollo_bench.config import recipe
 from apollo_bench.config.optimizer_settings import ApolloSettings
-from apollo_bench.config.schema import ImageData, LRShape
+from apollo_bench.config.schema import LRShape
 from apollo_bench.search import trials
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,7 @@ RECIPES = sorted((ROOT / "results").glob("*/*.toml"))
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_recipe_gives_all_the_same_chance(path: Path) -> None:
     plan = recipe.load(str(path))
-    held_out = ["data.validation=5000"] if isinstance(plan.data, ImageData) else []
+    held_out = [] if plan.data.has_validation_split() else ["data.validation=5000"]
     tried = trials.make_trials(recipe.load(str(path), held_out))
     assert plan.tuning is not None
     assert {spec.name for spec in tried} == set(plan.optimizers)

@@ -81,14 +81,14 @@ def error_of(text: str, path: Path) -> str:
         (
             "crop_padding = 2",
             "croppadding = 2",
-            "data.croppadding: unknown key, allowed are train_examples, validation, kind, "
+            "data.croppadding: unknown key, allowed are kind, train_examples, validation, "
             "crop_padding, flip",
         ),
         ("crop_padding", "kind = 3\ncrop_padding", "data.kind: is '3', allowed are 'small-images'"),
         (
             "crop_padding",
             'kind = "photographs"\ncrop_padding',
-            "data.crop_padding: unknown key, allowed are train_examples, validation, kind, size",
+            "data.crop_padding: unknown key, allowed are kind, train_examples, validation, size",
         ),
         (
             "crop_padding = 2",

@@ -35,6 +35,7 @@ def prepare(
     other tasks take minutes and start again.
     """
     with runtime.one_line_errors():
+        from apollo_bench.config import recipe
         from apollo_bench.launch.progress import counter
         from apollo_bench.workloads.preparation import PREPARERS, PrepareOptions
 
@@ -44,6 +45,8 @@ def prepare(
                 "preparation"
             )
         folder = out or Path("data") / task
+        if subwords is None:
+            subwords = getattr(recipe.load(task).data, "subwords", None)
         with counter(Console(stderr=True)) as report_progress:
             prepared = PREPARERS[task](
                 raw, folder, PrepareOptions(vocabulary, workers, subwords), report_progress

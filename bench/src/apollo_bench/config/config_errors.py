@@ -7,7 +7,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
-from apollo_bench.config.schema_types import ConfigSection
+from apollo_bench.config_section import ConfigSection
 
 
 def describe(error: ValidationError, schema: type[ConfigSection]) -> str:

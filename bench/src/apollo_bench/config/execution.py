@@ -8,7 +8,7 @@ import torch
 
 from apollo_bench.available_cores import available_cores
 from apollo_bench.config.recipe import RunSpec
-from apollo_bench.config.schema_types import ConfigSection, PositiveInt
+from apollo_bench.config_section import ConfigSection, PositiveInt
 from apollo_bench.errors import ExperimentError
 
 Accelerator = Literal["cpu", "gpu"]
@@ -44,7 +44,7 @@ class Execution(ConfigSection):
                 f"--strategy is 'fsdp2', the optimizer {spec.name!r} (muon) needs unsharded "
                 "matrices; use --strategy ddp"
             )
-        if self.strategy == "fsdp2" and spec.model.family != "transformer":
+        if self.strategy == "fsdp2" and not spec.model.can_be_sharded:
             raise ExperimentError(
                 f"--strategy is 'fsdp2', the model of the task {spec.task} ({spec.model}) is "
                 "trained with 'ddp' only; transformers with both"

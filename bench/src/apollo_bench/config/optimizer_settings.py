@@ -8,7 +8,7 @@ from pydantic import (
     Field,
 )
 
-from apollo_bench.config.schema_types import ConfigSection, Fraction, NonNegative, Positive
+from apollo_bench.config_section import ConfigSection, Fraction, NonNegative, Positive
 
 
 class EqualStrength(ConfigSection):

@@ -1,6 +1,7 @@
 """Recipes: every number of an experiment, in a TOML file.
 
-``recipes/`` holds ours; ``schema.py`` says what a recipe may contain.
+``recipes/`` holds ours. ``schema.py`` and ``optimizer_settings.py`` say what a recipe may contain;
+[model] and [data] are in the package of each workload.
 """
 
 from __future__ import annotations
@@ -18,21 +19,19 @@ from apollo_bench.config.overrides import override
 from apollo_bench.config.schema import (
     Analysis,
     CompareSettings,
-    Data,
-    Model,
     PaperResult,
     QuickSettings,
     RunTrainSettings,
     Schedule,
-    SmallImageData,
     SweepKind,
     SweepPoint,
     SweepSettings,
     TrainSettings,
     TuningSettings,
 )
-from apollo_bench.config.schema_types import ConfigSection
+from apollo_bench.config_section import ConfigSection
 from apollo_bench.errors import ExperimentError
+from apollo_bench.workloads.workload_settings import DEFAULT_DATA, Data, Model
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -46,7 +45,7 @@ class RunSpec(ConfigSection):
     """The resolved recipe of one run: every number that its result depends on, except the data."""
 
     task: str
-    model: Annotated[Model, Field(discriminator="family")]
+    model: Model
     data: Data
     train: RunTrainSettings
     schedule: str  # name of the schedule in the recipe
@@ -74,8 +73,8 @@ class Recipe(ConfigSection):
 
     task: str
     seeds: Annotated[list[int], Field(min_length=1)]
-    model: Annotated[Model, Field(discriminator="family")]
-    data: Data = SmallImageData()
+    model: Model
+    data: Data = DEFAULT_DATA
     train: TrainSettings
     schedules: Annotated[dict[str, Schedule], Field(min_length=1)]
     optimizers: Annotated[dict[str, OptimizerSettings], Field(min_length=1)]

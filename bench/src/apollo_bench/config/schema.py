@@ -1,4 +1,4 @@
-"""The tables of a recipe: their keys, types and ranges."""
+"""The tables of a recipe that every task has: their keys, types and ranges."""
 
 from __future__ import annotations
 
@@ -6,186 +6,16 @@ import itertools
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
-    Discriminator,
     Field,
-    Tag,
     model_validator,
 )
 
-from apollo_bench.config.schema_types import (
+from apollo_bench.config_section import (
     ConfigSection,
-    Fraction,
     Interval,
-    NonNegative,
     Positive,
     PositiveInt,
 )
-
-
-class ResNetModel(ConfigSection):
-    """Residual network for small images."""
-
-    family: Literal["resnet"]
-    depth: Annotated[int, Field(ge=8)]  # 6n + 2
-    width: PositiveInt = 16  # channels of the first stage
-
-    @model_validator(mode="after")
-    def _depth_is_6n_plus_2(self) -> ResNetModel:
-        if (self.depth - 2) % 6:
-            raise ValueError(f"depth is {self.depth}, allowed are 8, 14, 20, ... (6n + 2)")
-        return self
-
-    def __str__(self) -> str:
-        return f"ResNet-{self.depth}, width {self.width}"
-
-
-class ResNeXtModel(ConfigSection):
-    """Residual network of grouped convolutions, for photographs."""
-
-    family: Literal["resnext"]
-    depth: Literal[50, 101]
-    groups: PositiveInt = 32  # per 3x3 convolution
-    group_width: PositiveInt = 4  # channels per group in the first stage
-
-    def __str__(self) -> str:
-        return f"ResNeXt-{self.depth} {self.groups}x{self.group_width}d"
-
-
-class LSTMModel(ConfigSection):
-    """Stack of LSTMs that predicts the next word."""
-
-    family: Literal["lstm"]
-    embedding: PositiveInt  # dimensions of a word vector
-    hidden: PositiveInt  # units per layer
-    layers: PositiveInt = 2
-    dropout: Fraction = 0.0
-    cutoffs: list[PositiveInt] = Field(
-        default_factory=list
-    )  # of the adaptive softmax; none: a plain one
-    div_value: Annotated[float, Field(ge=1)] = 4.0
-
-    @model_validator(mode="after")
-    def _clusters_fit(self) -> LSTMModel:
-        if any(left >= right for left, right in itertools.pairwise(self.cutoffs)):
-            raise ValueError(f"cutoffs are {self.cutoffs}, allowed are increasing numbers")
-        if self.cutoffs and self.hidden < self.div_value ** len(self.cutoffs):
-            raise ValueError(
-                f"hidden is {self.hidden}, allowed is {self.div_value ** len(self.cutoffs):g} or "
-                f"more with {len(self.cutoffs)} cut-offs and div_value {self.div_value:g}"
-            )
-        return self
-
-    def __str__(self) -> str:
-        layers = f"{self.layers} LSTM layer{'s' if self.layers > 1 else ''}"
-        return f"{layers} of {self.hidden}, words of {self.embedding} dimensions"
-
-
-class TransformerModel(ConfigSection):
-    """Encoder and decoder with attention; all embeddings are shared."""
-
-    renamed_keys: ClassVar[dict[str, str]] = {"longest": "max_length"}
-
-    family: Literal["transformer"]
-    width: PositiveInt  # dimensions of a token vector
-    inner: PositiveInt  # dimensions of the feed-forward layers
-    heads: PositiveInt
-    layers: PositiveInt  # of the encoder and of the decoder, each
-    dropout: Fraction = 0.1
-    max_length: PositiveInt = 1024  # subwords per sentence, its end included
-
-    @model_validator(mode="after")
-    def _heads_divide_the_width(self) -> TransformerModel:
-        if self.width % self.heads:
-            raise ValueError(f"heads is {self.heads}, allowed are divisors of width, {self.width}")
-        return self
-
-    def __str__(self) -> str:
-        return (
-            f"Transformer {self.width}/{self.inner}, {self.heads} heads, "
-            f"{self.layers}+{self.layers} layers"
-        )
-
-
-Model = ResNetModel | ResNeXtModel | LSTMModel | TransformerModel
-
-
-class ImageData(ConfigSection):
-    """The part of the training images that is used."""
-
-    train_examples: PositiveInt | None = None  # size of the subset, from the start; None: all
-    # training examples, from the end, that are held out and evaluated on instead of the test set
-    validation: Annotated[int, Field(ge=0)] = 0
-
-
-class SmallImageData(ImageData):
-    """Images of one size, kept decoded in memory."""
-
-    kind: Literal["small-images"] = "small-images"
-    crop_padding: Annotated[int, Field(ge=0)] = 4  # pixels
-    flip: bool = True
-
-
-class PhotographData(ImageData):
-    """Images of any size, decoded for each use; random resized crops, at test time center crops."""
-
-    renamed_keys: ClassVar[dict[str, str]] = {"smallest_area": "min_area"}
-
-    kind: Literal["photographs"]
-    size: PositiveInt = 224  # pixels, of the model's input
-    min_area: Annotated[float, Field(gt=0, le=1)] = 0.08  # of a random crop, relative to the image
-    flip: bool = True
-    test_resize: PositiveInt = 256  # pixels, shorter side of a test image before its center crop
-
-    @model_validator(mode="after")
-    def _crop_fits(self) -> PhotographData:
-        if self.test_resize < self.size:
-            raise ValueError(f"test_resize is {self.test_resize}, allowed is size or more")
-        return self
-
-
-class TextData(ConfigSection):
-    """One stream of words, cut into parallel streams."""
-
-    renamed_keys: ClassVar[dict[str, str]] = {"steps": "bptt_steps"}
-
-    kind: Literal["text"]
-    train_examples: PositiveInt | None = None  # words, from the start; None: all
-    bptt_steps: PositiveInt = 20  # steps of truncated back-propagation through time
-
-
-class SentencePairData(ConfigSection):
-    """Pairs of sentences as subwords, in batches by number of tokens."""
-
-    renamed_keys: ClassVar[dict[str, str]] = {"beams": "beam_size"}
-
-    kind: Literal["sentence-pairs"]
-    train_examples: PositiveInt | None = None  # pairs, from the start; None: all
-    subwords: Annotated[int, Field(ge=300)]  # size of the joint vocabulary
-    label_smoothing: Fraction = 0.1
-    beam_size: PositiveInt = 5
-    length_penalty: NonNegative = 0.6
-    # A translation of n subwords has at most factor * n + constant subwords.
-    length_factor: NonNegative = 1.0  # Vaswani et al. (2017), section 6.1
-    length_constant: PositiveInt = 50
-
-
-def kind(data: Any) -> Any:
-    """Return the kind of the table [data]; its default is small images.
-
-    Messages of pydantic name the discriminator by this function: it is called as the key.
-    """
-    if isinstance(data, dict):
-        return data.get("kind", "small-images")
-    return getattr(data, "kind", None)
-
-
-Data = Annotated[
-    Annotated[SmallImageData, Tag("small-images")]
-    | Annotated[PhotographData, Tag("photographs")]
-    | Annotated[TextData, Tag("text")]
-    | Annotated[SentencePairData, Tag("sentence-pairs")],
-    Discriminator(kind),
-]
 
 
 class LRShape(ConfigSection):

@@ -294,7 +294,7 @@ def _summarise(runs: list[Run], target: float | None) -> Summary:
     curve, final = TASKS[task].curve, TASKS[task].final
     if runs[0].spec.is_trial:
         final = curve
-    if getattr(runs[0].spec.data, "validation", 0):
+    if runs[0].spec.data.held_out:
         curve, final = (
             metric._replace(label=metric.label.replace("test ", "validation "))
             for metric in (curve, final)

@@ -9,7 +9,6 @@ from typing import Any
 
 from apollo_bench.config.optimizer_settings import EqualStrength
 from apollo_bench.config.recipe import Recipe, RunSpec, coupled_decay
-from apollo_bench.config.schema import ImageData
 from apollo_bench.errors import ExperimentError
 from apollo_bench.runs import loading
 from apollo_bench.workloads.tasks import TASKS
@@ -135,8 +134,7 @@ def mean_score(runs: list[loading.Run]) -> float | None:
 
 def _check_same(recipe: Recipe, spec: RunSpec, folder: Path) -> None:
     own = recipe.run(spec.name, spec.seed, spec.schedule)
-    held_out = {"validation": getattr(spec.data, "validation", 0)}
-    data = own.data.model_copy(update=held_out if isinstance(own.data, ImageData) else {})
+    data = own.data.holding_out(spec.data.held_out)
     for what, one, other in (
         ("task", spec.task, own.task),
         ("model", spec.model, own.model),

@@ -10,7 +10,7 @@ from scipy.stats import qmc
 
 from apollo_bench.config.config_errors import describe
 from apollo_bench.config.recipe import Recipe, RunSpec, scale_lr
-from apollo_bench.config.schema import ImageData, SweepPoint, TuningSettings
+from apollo_bench.config.schema import SweepPoint, TuningSettings
 from apollo_bench.errors import ExperimentError
 
 
@@ -48,7 +48,7 @@ def make_trials(
     for name in names:
         if name not in plan.ranges:
             raise ExperimentError(f"tuning.ranges.{name} is missing, as lr = [0.01, 1]")
-    if isinstance(recipe.data, ImageData) and not recipe.data.validation:
+    if not (recipe.data.has_validation_split() or recipe.data.held_out):
         raise ExperimentError(
             "a search is judged on images held out of the training data; say how many, as in "
             "--set data.validation=5000"

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from apollo_bench.available_cores import available_cores
-from apollo_bench.config import recipe
-from apollo_bench.config.schema import SentencePairData
 from apollo_bench.progress_callback import ProgressCallback
 from apollo_bench.workloads.image_classification import cifar10
 from apollo_bench.workloads.language_modeling import one_billion_word
@@ -17,7 +15,7 @@ from apollo_bench.workloads.translation.parallel_text import ParallelCorpus
 
 
 class PrepareOptions(NamedTuple):
-    """Options of a preparation; None: the default of the task."""
+    """Options of a preparation; None: the default of the task, or unused by it."""
 
     vocabulary: Path | None = None  # file of the vocabulary
     workers: int | None = None  # processes
@@ -34,17 +32,16 @@ class Prepared(NamedTuple):
 Preparer = Callable[[Path, Path, PrepareOptions, ProgressCallback], Prepared]
 
 
-def _translation(task: str, load: Callable[[Path], ParallelCorpus]) -> Preparer:
+def _translation(load: Callable[[Path], ParallelCorpus]) -> Preparer:
     def prepare(
         raw: Path, out: Path, options: PrepareOptions, report_progress: ProgressCallback
     ) -> Prepared:
-        data = recipe.load(task).data
-        assert isinstance(data, SentencePairData)
-        size = data.subwords if options.subwords is None else options.subwords
+        if options.subwords is None:
+            raise ValueError("subwords is None, needed is the size of the joint vocabulary")
         report_progress("Reading sentences", 0, 0)
         text = load(raw)
         report_progress("Learning subwords and encoding", 0, 0)
-        corpus = encoded_corpus.encode(text, size, clean=True)
+        corpus = encoded_corpus.encode(text, options.subwords, clean=True)
         encoded_corpus.prepare(corpus, out, report_progress)
         return Prepared(out, str(corpus.counts))
 
@@ -68,7 +65,7 @@ def _one_billion_word(
 
 PREPARERS: dict[str, Preparer] = {
     "one-billion-word": _one_billion_word,
-    "wmt14-en-de": _translation("wmt14-en-de", wmt14.load),
-    "multi30k": _translation("multi30k", multi30k.load),
+    "wmt14-en-de": _translation(wmt14.load),
+    "multi30k": _translation(multi30k.load),
     "cifar10": _cifar10,
 }

@@ -8,18 +8,17 @@ from typing import NamedTuple
 
 import torch
 
-from apollo_bench.config.recipe import RunSpec
 from apollo_bench.errors import ExperimentError
 from apollo_bench.workloads.image_classification import image_workload
 from apollo_bench.workloads.language_modeling import language_workload
 from apollo_bench.workloads.translation import translation_workload
-from apollo_bench.workloads.workload import Metric, Resources, Workload
+from apollo_bench.workloads.workload import Metric, Resources, Workload, WorkloadSpec
 
 
 class TaskEntry(NamedTuple):
     """How the workload of a task is made, and what ``apollo-bench tasks`` prints about it."""
 
-    make: Callable[[RunSpec, Resources], Workload]
+    make: Callable[[WorkloadSpec, Resources], Workload]
     curve: Metric  # during training
     final: Metric  # of the trained model
     data: str
@@ -91,7 +90,7 @@ TASKS = {
 
 
 def make(
-    spec: RunSpec,
+    spec: WorkloadSpec,
     folder: Path | None = None,
     device: torch.device | str = "cpu",
     workers: int | None = None,
@@ -103,7 +102,7 @@ def make(
         >>> network = make(spec).model()
 
     Args:
-        spec: the run.
+        spec: task, model, data and batch size, as a ``config.recipe.RunSpec`` has them.
         folder: folder of local data; None: the task's own.
         device: device of the batches, and of small data sets.
         workers: processes that decode images; None: one per core.

@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from apollo_bench.workloads.base_settings import DataSettings, ModelSettings
+
 Batch = tuple[Tensor, ...]  # one row per example
 HiddenState = tuple[Tensor, ...]  # one row per example; () at the start of an epoch
 
@@ -29,6 +31,32 @@ class Metric(NamedTuple):
     def better(self, one: float, other: float) -> bool:
         """Return whether ``one`` is better than ``other``."""
         return one > other if self.higher_is_better else one < other
+
+
+class _Batches(Protocol):
+    @property
+    def batch_size(self) -> int:
+        """Examples (sentence pairs: tokens) per step, over all processes."""
+
+
+class WorkloadSpec(Protocol):
+    """The part of a resolved recipe that a workload is made from."""
+
+    @property
+    def task(self) -> str:
+        """Name of the task."""
+
+    @property
+    def model(self) -> ModelSettings:
+        """The table [model]."""
+
+    @property
+    def data(self) -> DataSettings:
+        """The table [data]."""
+
+    @property
+    def train(self) -> _Batches:
+        """The table [train]."""
 
 
 class Resources(NamedTuple):

@@ -20,11 +20,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from apollo_bench.cli import app
-from apollo_bench.config import recipe, schema
+from apollo_bench.config import recipe
 from apollo_bench.errors import ExperimentError
 from apollo_bench.workloads import tasks
 from apollo_bench.workloads.image_classification import cifar10
 from apollo_bench.workloads.image_classification.image_set import ImageSet
+from apollo_bench.workloads.image_classification.image_settings import ResNetModel
 from apollo_bench.workloads.image_classification.safe_unpickle import unpickle_arrays
 
 SHARED = Path(__file__).parents[5] / "shared" / "data"
@@ -357,7 +358,7 @@ def test_without_the_library(tmp_path: Path, missing: str, monkeypatch: pytest.M
 
 def test_the_task(tmp_path: Path) -> None:
     spec = recipe.load("cifar10").run("apollo", 1)
-    small = schema.ResNetModel(family="resnet", depth=8, width=2)
+    small = ResNetModel(family="resnet", depth=8, width=2)
     training = spec.train.model_copy(update={"batch_size": 10})
     spec = spec.model_copy(update={"model": small, "train": training})
     task = tasks.make(spec, write_pickles(tmp_path / "set"))

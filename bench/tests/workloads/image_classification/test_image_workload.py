@@ -5,11 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from apollo_bench.config import recipe, schema
-from apollo_bench.config.schema import ResNetModel, ResNeXtModel, SmallImageData
+from apollo_bench.config import recipe
 from apollo_bench.errors import ExperimentError
 from apollo_bench.workloads import tasks
 from apollo_bench.workloads.image_classification import fashion_mnist
+from apollo_bench.workloads.image_classification.image_settings import (
+    PhotographData,
+    ResNetModel,
+    ResNeXtModel,
+    SmallImageData,
+)
 from apollo_bench.workloads.image_classification.image_workload import ImageClassification
 from apollo_bench.workloads.image_classification.in_memory_images import InMemoryImageSource
 
@@ -119,7 +124,7 @@ def test_tasks_that_do_not_fit() -> None:
     spec = recipe.load("fashion-mnist").run("sgd", 1)
     with pytest.raises(ExperimentError, match="task is 'mnist', allowed are "):
         tasks.make(spec.model_copy(update={"task": "mnist"}))
-    photographs = schema.PhotographData(kind="photographs")
+    photographs = PhotographData(kind="photographs")
     with pytest.raises(ExperimentError, match="'photographs', the task fashion-mnist needs 'small"):
         tasks.make(spec.model_copy(update={"data": photographs}))
 

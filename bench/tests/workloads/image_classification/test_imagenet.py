@@ -16,9 +16,8 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from apollo_bench.config import recipe, schema
+from apollo_bench.config import recipe
 from apollo_bench.config.recipe import RunSpec
-from apollo_bench.config.schema import PhotographData
 from apollo_bench.errors import ExperimentError
 from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.seeds import derived_seed
@@ -29,11 +28,16 @@ from apollo_bench.workloads.image_classification.cropping import center_crop, ra
 from apollo_bench.workloads.image_classification.encoded_images import EncodedImages
 from apollo_bench.workloads.image_classification.image_decoding import decode
 from apollo_bench.workloads.image_classification.image_loader import DecodingImageSource
+from apollo_bench.workloads.image_classification.image_settings import (
+    PhotographData,
+    ResNetModel,
+    SmallImageData,
+)
 from apollo_bench.workloads.image_classification.image_workload import ImageClassification
 from bench.tests.image_trees import WNIDS, jpeg, photograph, write_tree
 
 DATA = PhotographData(kind="photographs", size=24, test_resize=32)
-TINY = schema.ResNetModel(family="resnet", depth=8, width=2)
+TINY = ResNetModel(family="resnet", depth=8, width=2)
 
 
 @pytest.fixture
@@ -308,7 +312,7 @@ def test_a_run(tree: Path, tmp_path: Path) -> None:
 def test_tasks_that_do_not_fit(tree: Path) -> None:
     with pytest.raises(ExperimentError, match="12 training images are left, fewer than one batch"):
         tasks.make(spec_of(batch_size=16), tree)
-    small = spec_of().model_copy(update={"data": schema.SmallImageData()})
+    small = spec_of().model_copy(update={"data": SmallImageData()})
     with pytest.raises(ExperimentError, match="'small-images', the task imagenet needs 'photogra"):
         tasks.make(small, tree)
 
@@ -327,7 +331,7 @@ from apollo_bench.workloads.image_classification import imagenet
 from apollo_bench.workloads.image_classification.encoded_images import EncodedImages
 from apollo_bench.workloads.image_classification.image_loader import DecodingImageSource
 from apollo_bench.errors import ExperimentError
-from apollo_bench.config.schema import PhotographData
+from apollo_bench.workloads.image_classification.image_settings import PhotographData
 
 data = PhotographData(kind="photographs", size=24, test_resize=32)
 both = []

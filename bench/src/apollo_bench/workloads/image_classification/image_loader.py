@@ -11,7 +11,6 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from apollo_bench.config.schema import PhotographData
 from apollo_bench.errors import ExperimentError
 from apollo_bench.seeds import derived_seed
 from apollo_bench.workloads.image_classification.cropping import center_crop, random_resized_crop
@@ -20,6 +19,7 @@ from apollo_bench.workloads.image_classification.encoded_images import (
     EncodedImageSet,
 )
 from apollo_bench.workloads.image_classification.image_decoding import decode
+from apollo_bench.workloads.image_classification.image_settings import PhotographData
 from apollo_bench.workloads.image_classification.image_source import (
     BatchRequest,
     ImageBatch,

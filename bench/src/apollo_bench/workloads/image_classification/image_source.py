@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from apollo_bench.config.schema import ImageData
+from apollo_bench.workloads.image_classification.image_settings import ImageData
 
 ImageBatch = tuple[Tensor, Tensor]  # normalised images (n, channels, height, width), labels (n,)
 

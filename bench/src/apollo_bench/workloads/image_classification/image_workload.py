@@ -9,20 +9,24 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from apollo_bench.available_cores import available_cores
-from apollo_bench.config.recipe import RunSpec
-from apollo_bench.config.schema import PhotographData, ResNetModel, ResNeXtModel, SmallImageData
 from apollo_bench.errors import ExperimentError
 from apollo_bench.seeds import derived_seed
 from apollo_bench.workloads.image_classification import cifar10, fashion_mnist, imagenet, networks
 from apollo_bench.workloads.image_classification.image_loader import DecodingImageSource
 from apollo_bench.workloads.image_classification.image_set import ImageSet
+from apollo_bench.workloads.image_classification.image_settings import (
+    PhotographData,
+    ResNetModel,
+    ResNeXtModel,
+    SmallImageData,
+)
 from apollo_bench.workloads.image_classification.image_source import (
     BatchRequest,
     ImageBatch,
     ImageSource,
 )
 from apollo_bench.workloads.image_classification.in_memory_images import InMemoryImageSource
-from apollo_bench.workloads.workload import Batch, HiddenState, Metric, Resources
+from apollo_bench.workloads.workload import Batch, HiddenState, Metric, Resources, WorkloadSpec
 
 ACCURACY = Metric("accuracy", "test accuracy", "%", higher_is_better=True)
 
@@ -119,21 +123,21 @@ class ImageClassification:
         return {"accuracy": 100.0 * right / images, "test_loss": loss / images}
 
 
-def make_fashion_mnist(spec: RunSpec, resources: Resources) -> ImageClassification:
+def make_fashion_mnist(spec: WorkloadSpec, resources: Resources) -> ImageClassification:
     """Make Fashion-MNIST, embedded or from a folder; raise ExperimentError for bad files."""
     data = _small_images(spec)
     images = fashion_mnist.load(resources.folder)
     return _in_memory(images, len(fashion_mnist.CLASSES), spec, data, resources)
 
 
-def make_cifar10(spec: RunSpec, resources: Resources) -> ImageClassification:
+def make_cifar10(spec: WorkloadSpec, resources: Resources) -> ImageClassification:
     """Make CIFAR-10 from local files or the hub; raise ExperimentError for bad files."""
     data = _small_images(spec)
     images = cifar10.load(resources.folder)
     return _in_memory(images, len(cifar10.CLASSES), spec, data, resources)
 
 
-def make_imagenet(spec: RunSpec, resources: Resources) -> ImageClassification:
+def make_imagenet(spec: WorkloadSpec, resources: Resources) -> ImageClassification:
     """Make ImageNet from a folder tree or the hub; raise ExperimentError for bad files."""
     if not isinstance(spec.data, PhotographData):
         raise _wrong_kind(spec, "photographs")
@@ -150,19 +154,19 @@ def make_imagenet(spec: RunSpec, resources: Resources) -> ImageClassification:
 
 
 def _in_memory(
-    images: ImageSet, classes: int, spec: RunSpec, data: SmallImageData, resources: Resources
+    images: ImageSet, classes: int, spec: WorkloadSpec, data: SmallImageData, resources: Resources
 ) -> ImageClassification:
     source = InMemoryImageSource(images, classes, data, resources.device)
     return ImageClassification(source, _network(spec), spec.train.batch_size)
 
 
-def _small_images(spec: RunSpec) -> SmallImageData:
+def _small_images(spec: WorkloadSpec) -> SmallImageData:
     if not isinstance(spec.data, SmallImageData):
         raise _wrong_kind(spec, "small-images")
     return spec.data
 
 
-def _network(spec: RunSpec) -> ResNetModel | ResNeXtModel:
+def _network(spec: WorkloadSpec) -> ResNetModel | ResNeXtModel:
     if not isinstance(spec.model, ResNetModel | ResNeXtModel):
         raise ExperimentError(
             f"model.family is {spec.model.family!r}, the task {spec.task} needs 'resnet' or "
@@ -171,7 +175,7 @@ def _network(spec: RunSpec) -> ResNetModel | ResNeXtModel:
     return spec.model
 
 
-def _wrong_kind(spec: RunSpec, needed: str) -> ExperimentError:
+def _wrong_kind(spec: WorkloadSpec, needed: str) -> ExperimentError:
     return ExperimentError(
         f"data.kind is {spec.data.kind!r}, the task {spec.task} needs {needed!r}"
     )

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Generator, Tensor
 
-from apollo_bench.config.schema import SmallImageData
 from apollo_bench.seeds import derived_seed
 from apollo_bench.workloads.image_classification.augmentation import crop_and_flip, draw_shifts
 from apollo_bench.workloads.image_classification.image_set import ImageSet
+from apollo_bench.workloads.image_classification.image_settings import SmallImageData
 from apollo_bench.workloads.image_classification.image_source import (
     BatchRequest,
     ImageBatch,

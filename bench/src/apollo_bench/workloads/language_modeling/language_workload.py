@@ -9,14 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from apollo_bench.config.recipe import RunSpec
-from apollo_bench.config.schema import LSTMModel, TextData
 from apollo_bench.errors import ExperimentError
 from apollo_bench.workloads.language_modeling import bptt_batches, one_billion_word, wordnet
 from apollo_bench.workloads.language_modeling.bptt_batches import IGNORED, BPTTBatches
+from apollo_bench.workloads.language_modeling.language_settings import LSTMModel, TextData
 from apollo_bench.workloads.language_modeling.lstm import LanguageModel
 from apollo_bench.workloads.language_modeling.token_corpus import Corpus, TokenStream
-from apollo_bench.workloads.workload import Batch, HiddenState, Metric, Resources
+from apollo_bench.workloads.workload import Batch, HiddenState, Metric, Resources, WorkloadSpec
 
 VALIDATION = Metric("valid_perplexity", "validation perplexity", "", higher_is_better=False)
 TEST = Metric("test_perplexity", "test perplexity", "", higher_is_better=False)
@@ -141,12 +140,12 @@ class LanguageModeling:
         return found
 
 
-def make_wordnet(spec: RunSpec, resources: Resources) -> LanguageModeling:
+def make_wordnet(spec: WorkloadSpec, resources: Resources) -> LanguageModeling:
     """Make WordNet, embedded or from a folder; raise ExperimentError for bad files."""
     return _make_workload(spec, resources, wordnet.load)
 
 
-def make_one_billion_word(spec: RunSpec, resources: Resources) -> LanguageModeling:
+def make_one_billion_word(spec: WorkloadSpec, resources: Resources) -> LanguageModeling:
     """Make the prepared benchmark; raise ExperimentError if it is missing or damaged."""
     if resources.folder is None:
         raise ExperimentError(
@@ -158,7 +157,7 @@ def make_one_billion_word(spec: RunSpec, resources: Resources) -> LanguageModeli
 
 
 def _make_workload(
-    spec: RunSpec, resources: Resources, load: Callable[[Path | None], Corpus]
+    spec: WorkloadSpec, resources: Resources, load: Callable[[Path | None], Corpus]
 ) -> LanguageModeling:
     if not isinstance(spec.data, TextData) or not isinstance(spec.model, LSTMModel):
         raise ExperimentError(

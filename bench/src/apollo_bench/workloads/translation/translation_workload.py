@@ -14,8 +14,6 @@ from sacrebleu.metrics.bleu import BLEU
 from torch import Tensor, nn
 from torch.nn import functional
 
-from apollo_bench.config.recipe import RunSpec
-from apollo_bench.config.schema import SentencePairData, TransformerModel
 from apollo_bench.errors import ExperimentError
 from apollo_bench.workloads.translation import encoded_corpus, multi30k, phrases, wmt14
 from apollo_bench.workloads.translation.beam_search import beam_search
@@ -25,7 +23,11 @@ from apollo_bench.workloads.translation.parallel_text import ParallelCorpus
 from apollo_bench.workloads.translation.subwords import BEGIN, END, PADDING
 from apollo_bench.workloads.translation.token_batches import TokenBatches, group, padded
 from apollo_bench.workloads.translation.transformer import Transformer
-from apollo_bench.workloads.workload import Batch, HiddenState, Metric, Resources
+from apollo_bench.workloads.translation.translation_settings import (
+    SentencePairData,
+    TransformerModel,
+)
+from apollo_bench.workloads.workload import Batch, HiddenState, Metric, Resources, WorkloadSpec
 
 VALIDATION = Metric("valid_perplexity", "validation perplexity", "", higher_is_better=False)
 TEST = Metric("test_bleu", "test BLEU", "", higher_is_better=True)
@@ -203,23 +205,23 @@ class Translation:
         return found
 
 
-def make_phrases(spec: RunSpec, resources: Resources) -> Translation:
+def make_phrases(spec: WorkloadSpec, resources: Resources) -> Translation:
     """Make the embedded phrases; raise ExperimentError for bad files."""
     return _make_workload(spec, resources, phrases.load, clean=False)
 
 
-def make_multi30k(spec: RunSpec, resources: Resources) -> Translation:
+def make_multi30k(spec: WorkloadSpec, resources: Resources) -> Translation:
     """Make Multi30k from local files or the hub; raise ExperimentError for bad files."""
     return _make_workload(spec, resources, multi30k.load)
 
 
-def make_wmt14(spec: RunSpec, resources: Resources) -> Translation:
+def make_wmt14(spec: WorkloadSpec, resources: Resources) -> Translation:
     """Make WMT14, prepared or raw, or from the hub; raise ExperimentError for bad files."""
     return _make_workload(spec, resources, wmt14.load)
 
 
 def _make_workload(
-    spec: RunSpec,
+    spec: WorkloadSpec,
     resources: Resources,
     load: Callable[[Path | None], ParallelCorpus],
     clean: bool = True,

@@ -1,0 +1,48 @@
+"""What the tables [model] and [data] of every workload have."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from apollo_bench.config_section import ConfigSection, PositiveInt
+
+
+class ModelSettings(ConfigSection):
+    """The table [model]."""
+
+    can_be_sharded: ClassVar[bool] = False  # whether --strategy fsdp2 trains it
+
+    family: str  # a literal, by which a recipe chooses the class
+
+
+class DataSettings(ConfigSection):
+    """The table [data].
+
+    Data without a validation split of their own have a key ``validation``: the number of training
+    examples to hold out.
+    """
+
+    kind: str  # a literal, by which a recipe chooses the class
+    train_examples: PositiveInt | None = None  # size of the subset, from the start; None: all
+
+    @classmethod
+    def has_validation_split(cls) -> bool:
+        """Return whether the data have a validation split of their own."""
+        return "validation" not in cls.model_fields
+
+    @property
+    def held_out(self) -> int:
+        """Number of training examples that are held out and evaluated on instead of the test set.
+
+        0 if the data have a validation split of their own.
+        """
+        return int(getattr(self, "validation", 0))
+
+    def holding_out(self, examples: int) -> DataSettings:
+        """Return the settings with this many held-out examples.
+
+        Data with a validation split of their own are returned unchanged.
+        """
+        if self.has_validation_split():
+            return self
+        return self.model_copy(update={"validation": examples})

@@ -1,0 +1,47 @@
+"""The tables [model] and [data] that a recipe may contain: those of every workload.
+
+It imports no torch: reading a recipe is fast.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Discriminator, Field, Tag
+
+from apollo_bench.workloads.image_classification.image_settings import (
+    PhotographData,
+    ResNetModel,
+    ResNeXtModel,
+    SmallImageData,
+)
+from apollo_bench.workloads.language_modeling.language_settings import LSTMModel, TextData
+from apollo_bench.workloads.translation.translation_settings import (
+    SentencePairData,
+    TransformerModel,
+)
+
+Model = Annotated[
+    ResNetModel | ResNeXtModel | LSTMModel | TransformerModel, Field(discriminator="family")
+]
+
+
+def kind(data: Any) -> Any:
+    """Return the kind of the table [data]; its default is small images.
+
+    Messages of pydantic name the discriminator by this function: it is called as the key.
+    """
+    if isinstance(data, dict):
+        return data.get("kind", "small-images")
+    return getattr(data, "kind", None)
+
+
+Data = Annotated[
+    Annotated[SmallImageData, Tag("small-images")]
+    | Annotated[PhotographData, Tag("photographs")]
+    | Annotated[TextData, Tag("text")]
+    | Annotated[SentencePairData, Tag("sentence-pairs")],
+    Discriminator(kind),
+]
+
+DEFAULT_DATA = SmallImageData()

@@ -1,0 +1,69 @@
+"""The house: imports between its packages point one way, names are unique, modules are short."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BENCH = ROOT / "bench" / "src" / "apollo_bench"
+OPTIMIZER = ROOT / "src" / "apollo_qn"
+SOURCES = {package: sorted(package.rglob("*.py")) for package in (BENCH, OPTIMIZER)}
+MAX_LINES = 460
+
+
+def imported(path: Path, package: Path) -> Iterator[str]:
+    """Yield the modules of a package that a module imports, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        yield from (name for name in names if name.split(".")[0] == package.name)
+
+
+def module_name(path: Path, package: Path) -> str:
+    return ".".join(path.relative_to(package.parent).with_suffix("").parts)
+
+
+def test_packages_of_the_evaluation_import_one_way() -> None:
+    graph: dict[str, set[str]] = {}
+    for path in SOURCES[BENCH]:
+        room = path.relative_to(BENCH).parts[0]
+        for name in imported(path, BENCH):
+            parts = name.split(".")
+            if len(parts) > 1 and (BENCH / parts[1]).is_dir() and (BENCH / room).is_dir():
+                graph.setdefault(room, set()).add(parts[1])
+    graph = {room: others - {room} for room, others in graph.items()}
+    order = list(graphlib.TopologicalSorter(graph).static_order())
+    flow = ["workloads", "config", "training", "launch", "cli"]
+    assert sorted(flow, key=order.index) == flow
+    assert "report" not in graph["search"]
+
+
+@pytest.mark.parametrize("package", SOURCES, ids=lambda package: package.name)
+def test_no_import_is_circular(package: Path) -> None:
+    modules = {module_name(path, package): path for path in SOURCES[package]}
+    graph = {
+        name: {other for other in imported(path, package) if other in modules} - {name}
+        for name, path in modules.items()
+    }
+    list(graphlib.TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.parametrize("package", SOURCES, ids=lambda package: package.name)
+def test_names_are_unique_and_modules_short(package: Path) -> None:
+    names = [path.name for path in SOURCES[package] if not path.name.startswith("__")]
+    assert sorted(names) == sorted(set(names))
+    lengths = {path: len(path.read_text("utf-8").splitlines()) for path in SOURCES[package]}
+    assert {path: lines for path, lines in lengths.items() if lines > MAX_LINES} == {}
+
+
+def test_the_optimizer_does_not_know_the_evaluation() -> None:
+    assert not [path for path in SOURCES[OPTIMIZER] if [*imported(path, BENCH)]]
