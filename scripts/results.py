@@ -221,7 +221,7 @@ def protocol(task: str, plan: str) -> Iterator[str]:
     }
     if len(data) > 1:
         yield f"{', '.join(analyses)}: not all of the same data"
-    if len(made.seeds) < 5 or known.tuning is None or known.tuning.seed in made.seeds:
+    if len(made.seeds) < 5 or known.search is None or known.search.seed in made.seeds:
         yield f"{compared}: five seeds are needed that no trial had"
 
 

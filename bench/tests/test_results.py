@@ -26,15 +26,15 @@ def test_a_recipe_gives_all_the_same_chance(path: Path) -> None:
     plan = recipe.load(str(path))
     held_out = [] if plan.data.has_validation_split() else ["data.validation=5000"]
     tried = trials.make_trials(recipe.load(str(path), held_out))
-    assert plan.tuning is not None
+    assert plan.search is not None
     assert {spec.name for spec in tried} == set(plan.optimizers)
-    assert len(tried) == plan.tuning.trials * len(plan.optimizers)
-    for ranges in plan.tuning.ranges.values():
+    assert len(tried) == plan.search.trials * len(plan.optimizers)
+    for ranges in plan.search.ranges.values():
         assert set(ranges) == {"lr"}
         low, high = ranges["lr"]
         assert high / low == pytest.approx(100.0)
     assert len(plan.seeds) >= (3 if path.stem == "length-whole" else 5)
-    assert plan.tuning.seed not in plan.seeds
+    assert plan.search.seed not in plan.seeds
     if path.stem in ("forms", "warmup") or path.stem.startswith("length-"):
         return
     # all but RAdam warm up, and as long
@@ -71,7 +71,7 @@ def test_the_recipes_of_the_lengths_differ_in_length_alone(task: str) -> None:
             update={"evaluate_every": None}
         )
         assert steps // share % (plan.train.evaluate_every or 1) == 0
-        assert plan.tuning == whole.tuning
+        assert plan.search == whole.search
         expected = milestones(reference, reference.length)
         for name, own in plan.optimizers.items():
             shape = schedule.overrides.get(name, schedule)

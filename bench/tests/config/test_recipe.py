@@ -442,15 +442,29 @@ inner = 8
 heads = 2
 layers = 1
 longest = 77
+
+[tuning]
+tries = 5
+ranges = { sgd = { lr = [0.1, 1.0] } }
 """
 
 
 def test_former_keys_are_read(recipe_file: Path) -> None:
     tables = tomllib.loads(recipe_file.read_text()) | tomllib.loads(FORMER)
-    spec = recipe.Recipe.model_validate(tables).run("sgd", 3)
+    plan = recipe.Recipe.model_validate(tables)
+    assert plan.search is not None
+    assert plan.search.trials == 5
+    spec = plan.run("sgd", 3)
     now = spec.model_dump()
     assert now["data"]["beam_size"] == 7
     assert now["model"]["max_length"] == 77
     assert now["train"]["average_checkpoints"] == 3
     assert now["train"]["schedule"]["overrides"]["sgd"]["kind"] == "constant"
     assert recipe.RunSpec.model_validate(now) == spec
+
+
+def test_settings_name_a_table_by_its_former_or_its_present_name(recipe_file: Path) -> None:
+    search = ["search.trials=5", "search.ranges.sgd.lr=[0.1, 1.0]"]
+    plan = recipe.load(str(recipe_file), [*search, "tuning.trials=7"]).search
+    assert plan is not None
+    assert (plan.trials, list(plan.ranges)) == (7, ["sgd"])

@@ -419,8 +419,8 @@ def test_sweeps(recipe_file: Path, tmp_path: Path) -> None:
 
 def test_trials_of_a_search(recipe_file: Path, tmp_path: Path) -> None:
     """Trials are sorted by the rate, and a best rate at an end of the range is marked."""
-    settings = ["data.validation=64", "tuning.trials=3", "tuning.ranges.sgd.lr=[0.01, 1.0]"]
-    plan = recipe.load(str(recipe_file), [*settings, "tuning.ranges.apollo.lr=[0.1, 10.0]"])
+    settings = ["data.validation=64", "search.trials=3", "search.ranges.sgd.lr=[0.01, 1.0]"]
+    plan = recipe.load(str(recipe_file), [*settings, "search.ranges.apollo.lr=[0.1, 10.0]"])
     for spec in trials.make_trials(plan):
         rate = spec.optimizer.lr
         score = 60.0 + 10 * rate if spec.name == "sgd" else 60.0 - rate

@@ -19,11 +19,11 @@ from apollo_bench.training.loop import train
 from bench.tests.conftest import TINY, settings_of_a_worker
 from bench.tests.helpers import prepared
 
-TUNING = """
-[tuning]
+SEARCH = """
+[search]
 trials = 3
 
-[tuning.ranges]
+[search.ranges]
 sgd = { lr = [0.01, 1.0] }
 apollo = { lr = [0.1, 1e3] }
 """
@@ -32,7 +32,7 @@ HELD_OUT = "data.validation=64"
 
 def write_recipe(folder: Path) -> Path:
     path = folder / "tuned.toml"
-    path.write_text(TINY.replace("epochs = 2", "epochs = 1") + TUNING)
+    path.write_text(TINY.replace("epochs = 2", "epochs = 1") + SEARCH)
     return path
 
 
@@ -53,7 +53,7 @@ def rates(plan: Recipe, name: str) -> list[float]:
 def searched_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All trials, trained; the largest rates of Apollo diverge."""
     folder = tmp_path_factory.mktemp("searched")
-    plan = load(write_recipe(folder), "tuning.ranges.apollo.lr=[1e-10, 1e30]")
+    plan = load(write_recipe(folder), "search.ranges.apollo.lr=[1e-10, 1e30]")
     with settings_of_a_worker():
         for spec in trials.make_trials(plan):
             directory, task = prepared(folder / "out" / "runs" / spec.label, spec)
@@ -67,7 +67,7 @@ def searched(searched_once: Path, tmp_path: Path) -> Path:
 
 
 def test_the_places_are_evenly_spaced_and_the_same_for_all(tuned_recipe: Path) -> None:
-    plan = load(tuned_recipe, "tuning.trials=7")
+    plan = load(tuned_recipe, "search.trials=7")
     found = {name: sorted(rates(plan, name)) for name in ("sgd", "apollo")}
     for name, (low, high) in {"sgd": (0.01, 1.0), "apollo": (0.1, 1e3)}.items():
         shares = [math.log(rate / low) / math.log(high / low) for rate in found[name]]
@@ -87,9 +87,9 @@ def test_decay_keeps_its_strength_and_the_warmup_its_share(tuned_recipe: Path) -
 def test_several_settings_at_once(tuned_recipe: Path) -> None:
     plan = load(
         tuned_recipe,
-        "tuning.ranges.apollo.warmup_steps=[1, 100]",
-        "tuning.ranges.apollo.weight_decay=[1e-6, 1e-2]",
-        "tuning.trials=4",
+        "search.ranges.apollo.warmup_steps=[1, 100]",
+        "search.ranges.apollo.weight_decay=[1e-6, 1e-2]",
+        "search.trials=4",
     )
     own = [spec.optimizer for spec in trials.make_trials(plan, ["apollo"])]
     assert len({one.warmup_steps for one in own}) == 4  # type: ignore[union-attr]
@@ -110,12 +110,12 @@ def test_fresh_seeds_and_names(tuned_recipe: Path) -> None:
     ("settings", "message"),
     [
         (["data.validation=0"], "held out of the training data.*data.validation=5000"),
-        (["tuning.ranges.sgd.beta=[0.1, 0.2]"], "ranges.sgd.beta: not a number .*lr, momentum"),
-        (["tuning.ranges.sgd.momentum=[0.5, 5]"], r"ranges.sgd.momentum: is 1.08.*less than 1$"),
-        (["tuning.seed=3"], "tuning.seed is 3, allowed are seeds that no comparison has"),
-        (["tuning.ranges.sgd.lr=[1, 0.1]"], r"tuning.ranges.sgd.lr: is \[1, 0.1\]: the first is"),
-        (["tuning.ranges.adagrad.lr=[0.1, 1]"], "tuning.ranges is .*adagrad.*allowed are some of"),
-        (["tuning.schedules=[step]"], "tuning.schedules"),
+        (["search.ranges.sgd.beta=[0.1, 0.2]"], "ranges.sgd.beta: not a number .*lr, momentum"),
+        (["search.ranges.sgd.momentum=[0.5, 5]"], r"ranges.sgd.momentum: is 1.08.*less than 1$"),
+        (["search.seed=3"], "search.seed is 3, allowed are seeds that no comparison has"),
+        (["search.ranges.sgd.lr=[1, 0.1]"], r"search.ranges.sgd.lr: is \[1, 0.1\]: the first is"),
+        (["search.ranges.adagrad.lr=[0.1, 1]"], "search.ranges is .*adagrad.*allowed are some of"),
+        (["search.schedules=[step]"], "search.schedules"),
     ],
 )
 def test_what_cannot_be_tuned_is_named(
@@ -126,9 +126,9 @@ def test_what_cannot_be_tuned_is_named(
 
 
 def test_without_ranges(recipe_file: Path, tuned_recipe: Path) -> None:
-    with pytest.raises(ExperimentError, match=r"no table \[tuning\] in this recipe; give it"):
+    with pytest.raises(ExperimentError, match=r"no table \[search\] in this recipe; give it"):
         trials.make_trials(recipe.load(str(recipe_file)))
-    with pytest.raises(ExperimentError, match=r"tuning.ranges.adam is missing"):
+    with pytest.raises(ExperimentError, match=r"search.ranges.adam is missing"):
         trials.make_trials(load(tuned_recipe), ["adam"])
 
 
@@ -153,7 +153,7 @@ def test_the_best_trial_is_taken(searched: Path, tuned_recipe: Path) -> None:
 
 
 def test_decay_that_is_coupled_stays_so(tuned_recipe: Path, tmp_path: Path) -> None:
-    extra = ["tuning.ranges.adam.lr=[1e-3, 1e-1]", "tuning.trials=1"]
+    extra = ["search.ranges.adam.lr=[1e-3, 1e-1]", "search.trials=1"]
     out = tmp_path / "searched"
     for spec in trials.make_trials(load(tuned_recipe, *extra), ["adam", "apollo"]):
         directory, task = prepared(out / "runs" / spec.label, spec)
@@ -236,7 +236,7 @@ def test_a_try_never_sees_the_test_text(tmp_path: Path) -> None:
         [
             *("model.hidden=16", "model.embedding=4", "data.train_examples=2000"),
             *("train.batch_size=4", "schedules.cosine.updates=2"),
-            *("tuning.trials=1", "tuning.ranges.adam.lr=[0.01, 0.1]"),
+            *("search.trials=1", "search.ranges.adam.lr=[0.01, 0.1]"),
         ],
     )
     [tried] = trials.make_trials(plan, ["adam"])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from apollo_bench.errors import ExperimentError
@@ -23,6 +24,7 @@ def override(
     settings: Iterable[str],
     optimizers: list[str] | None = None,
     schedules: list[str] | None = None,
+    renamed_keys: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Return a recipe's table with other values, not yet validated.
 
@@ -32,6 +34,7 @@ def override(
             ``optimizer.`` and ``schedule.`` stand for all selected optimizers and schedules.
         optimizers: selected optimizers; None: all.
         schedules: selected schedules; None: all.
+        renamed_keys: former name of a table: its present name.
 
     Raises:
         ExperimentError: a setting is not key=value, or its key passes through something that is not
@@ -42,6 +45,7 @@ def override(
     for setting in settings:
         key, equals, text = (part.strip() for part in setting.partition("="))
         first, *rest = key.split(".")
+        first = renamed_keys.get(first, first)
         if not equals or not text or not all((first, *rest)):
             raise ExperimentError(
                 f"--set is {setting!r}, allowed is key=value, as in --set optimizer.lr=0.25"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -23,11 +23,11 @@ from apollo_bench.config.schema import (
     QuickSettings,
     RunTrainSettings,
     Schedule,
+    SearchSettings,
     SweepKind,
     SweepPoint,
     SweepSettings,
     TrainSettings,
-    TuningSettings,
 )
 from apollo_bench.config_section import ConfigSection
 from apollo_bench.errors import ExperimentError
@@ -53,7 +53,7 @@ class RunSpec(ConfigSection):
     optimizer: OptimizerSettings
     seed: int
     sweep: SweepPoint | None = None  # None: the recipe as it stands
-    # of a trial: the ranges that its settings were sampled from, as in TuningSettings
+    # of a trial: the ranges that its settings were sampled from, as in SearchSettings
     ranges: dict[str, list[float]] | None = None
 
     @property
@@ -71,6 +71,8 @@ class RunSpec(ConfigSection):
 class Recipe(ConfigSection):
     """An experiment: a task, and the optimizers, schedules and seeds to train it with."""
 
+    renamed_keys: ClassVar[dict[str, str]] = {"tuning": "search"}
+
     task: str
     seeds: Annotated[list[int], Field(min_length=1)]
     model: Model
@@ -81,7 +83,7 @@ class Recipe(ConfigSection):
     quick: QuickSettings
     compare: CompareSettings = CompareSettings()
     sweeps: dict[SweepKind, SweepSettings] = Field(default_factory=dict)
-    tuning: TuningSettings | None = None
+    search: SearchSettings | None = None
     # the paper's results on this task, by schedule and optimizer
     paper: dict[str, dict[str, PaperResult]] = Field(default_factory=dict)
 
@@ -89,9 +91,9 @@ class Recipe(ConfigSection):
     def _decay_can_be_coupled(self) -> Recipe:
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds: the same seed twice")
-        if self.tuning is not None and self.tuning.seed in self.seeds:
+        if self.search is not None and self.search.seed in self.seeds:
             raise ValueError(
-                f"tuning.seed is {self.tuning.seed}, allowed are seeds that no comparison has"
+                f"search.seed is {self.search.seed}, allowed are seeds that no comparison has"
             )
         for name in self.optimizers:
             coupled_decay(name, self.optimizers)
@@ -112,9 +114,9 @@ class Recipe(ConfigSection):
             raise ValueError(f"task is {self.task!r}, allowed are {', '.join(recipe_names())}")
         choices: dict[str, CompareSettings | SweepSettings] = {"compare": self.compare}
         choices |= {f"sweeps.{kind}": plan for kind, plan in self.sweeps.items()}
-        if self.tuning is not None:
-            _check_names("tuning.ranges", list(self.tuning.ranges), self.optimizers)
-            _check_names("tuning.schedules", self.tuning.schedules, self.schedules)
+        if self.search is not None:
+            _check_names("search.ranges", list(self.search.ranges), self.optimizers)
+            _check_names("search.schedules", self.search.schedules, self.schedules)
         for key, plan in choices.items():
             _check_names(f"{key}.optimizers", plan.optimizers, self.optimizers)
             _check_names(f"{key}.schedules", plan.schedules, self.schedules)
@@ -218,11 +220,11 @@ class Recipe(ConfigSection):
 
     def default_schedules(self, kind: Analysis | None = None) -> list[str]:
         """Return the default schedules of an analysis, or of a comparison (None)."""
-        plan: CompareSettings | SweepSettings | TuningSettings | None
+        plan: CompareSettings | SweepSettings | SearchSettings | None
         if kind is None:
             plan = self.compare
         else:
-            plan = self.tuning if kind == "tuning" else self.sweeps.get(kind)
+            plan = self.search if kind == "tuning" else self.sweeps.get(kind)
         return list((plan.schedules if plan else None) or self.schedules)
 
     def _at(self, point: SweepPoint, name: str, seed: int, schedule: str) -> RunSpec:
@@ -350,7 +352,9 @@ def load(
     if quick:
         recipe = recipe.with_quick_settings()
     if settings:
-        changed = override(recipe.model_dump(), settings, optimizers, schedules)
+        changed = override(
+            recipe.model_dump(), settings, optimizers, schedules, Recipe.renamed_keys
+        )
         recipe = _validated(changed, f"{path} with --set {' --set '.join(settings)}")
     return recipe
 

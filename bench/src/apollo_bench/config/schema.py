@@ -146,7 +146,7 @@ class SweepSettings(ConfigSection):
         return self
 
 
-class TuningSettings(ConfigSection):
+class SearchSettings(ConfigSection):
     """A search for the settings of each optimizer on held-out data, with equally many trials."""
 
     renamed_keys: ClassVar[dict[str, str]] = {"tries": "trials"}
@@ -172,6 +172,7 @@ class SweepPoint(ConfigSection):
     value: Positive  # of a search: the number of the trial
 
     def __str__(self) -> str:
+        # "try": directories of earlier searches, which are resumed, are named so
         prefix = {"lr-robustness": "lr-x", "weight-decay": "decay-", "tuning": "try"}
         return f"{prefix[self.kind]}{self.value:g}"
 

@@ -10,7 +10,7 @@ from scipy.stats import qmc
 
 from apollo_bench.config.config_errors import describe
 from apollo_bench.config.recipe import Recipe, RunSpec, scale_lr
-from apollo_bench.config.schema import SweepPoint, TuningSettings
+from apollo_bench.config.schema import SearchSettings, SweepPoint
 from apollo_bench.errors import ExperimentError
 
 
@@ -28,9 +28,9 @@ def make_trials(
     product is unchanged (eq. 14).
 
     Args:
-        recipe: recipe with a table [tuning].
+        recipe: recipe with a table [search].
         names: optimizers; None: all that have ranges.
-        seeds: number of seeds, from ``tuning.seed`` on; None: one.
+        seeds: number of seeds, from ``search.seed`` on; None: one.
         schedules: None: those of the table.
 
     Raises:
@@ -38,16 +38,16 @@ def make_trials(
             a number of the optimizer, a value that it does not allow, or images without held-out
             ones.
     """
-    plan = recipe.tuning
+    plan = recipe.search
     if plan is None:
         raise ExperimentError(
-            "no table [tuning] in this recipe; give it trials and ranges, as in "
-            "--set tuning.trials=7 --set tuning.ranges.sgd.lr=[0.01, 1]"
+            "no table [search] in this recipe; give it trials and ranges, as in "
+            "--set search.trials=7 --set search.ranges.sgd.lr=[0.01, 1]"
         )
     names = list(plan.ranges) if names is None else names
     for name in names:
         if name not in plan.ranges:
-            raise ExperimentError(f"tuning.ranges.{name} is missing, as lr = [0.01, 1]")
+            raise ExperimentError(f"search.ranges.{name} is missing, as lr = [0.01, 1]")
     if not (recipe.data.has_validation_split() or recipe.data.held_out):
         raise ExperimentError(
             "a search is judged on images held out of the training data; say how many, as in "
@@ -63,14 +63,14 @@ def make_trials(
     ]
 
 
-def _sample_settings(recipe: Recipe, plan: TuningSettings, name: str) -> list[dict[str, Any]]:
+def _sample_settings(recipe: Recipe, plan: SearchSettings, name: str) -> list[dict[str, Any]]:
     ranges, own = plan.ranges[name], recipe.optimizers[name]
     for key in ranges:
         there = {k for k, value in own.model_dump().items() if isinstance(value, int | float)}
         there |= {"weight_decay", "warmup_init_lr"} & type(own).model_fields.keys()
         if key not in there:
             raise ExperimentError(
-                f"tuning.ranges.{name}.{key}: not a number of this optimizer; there are "
+                f"search.ranges.{name}.{key}: not a number of this optimizer; there are "
                 f"{', '.join(sorted(there))}"
             )
     places = qmc.Halton(len(ranges), scramble=False)
@@ -97,12 +97,12 @@ def _make_trial(
     try:
         own = type(own).model_validate({**own.model_dump(), **values})
     except ValidationError as error:
-        raise ExperimentError(f"tuning.ranges.{name}.{describe(error, type(own))}") from None
-    assert recipe.tuning is not None
+        raise ExperimentError(f"search.ranges.{name}.{describe(error, type(own))}") from None
+    assert recipe.search is not None
     return spec.model_copy(
         update={
             "optimizer": own,
             "sweep": SweepPoint(kind="tuning", value=float(number)),
-            "ranges": recipe.tuning.ranges[name],
+            "ranges": recipe.search.ranges[name],
         }
     )
