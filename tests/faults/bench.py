@@ -10,23 +10,52 @@ IMAGES = f"{TESTS}/workloads/image_classification"
 LANGUAGE = f"{TESTS}/workloads/language_modeling"
 TRANSLATION = f"{TESTS}/workloads/translation"
 LOOP = (f"{TESTS}/training/test_loop.py",)
+DAMAGED = (f"{TESTS}/runs/test_damaged_runs.py",)
 REPORT = (f"{TESTS}/report",)
 
 FAULTS = [
     # training
     Fault(
-        "the first line of the metrics is lost on resumption",
+        "the records before the checkpoint are lost on resumption",
         BENCH,
-        "self.metrics.truncate(offset)",
-        "self.metrics.truncate(0)",
+        "write_atomically(path, text.encode())",
+        'write_atomically(path, b"")',
         LOOP,
     ),
     Fault(
-        "lines after the checkpoint stay",
+        "what is left of damaged records stays",
         BENCH,
-        "            self.metrics.truncate(offset)\n",
+        "        write_atomically(path, text.encode())\n",
         "",
-        LOOP,
+        DAMAGED,
+    ),
+    Fault(
+        "the checksums of a checkpoint are ignored",
+        BENCH,
+        "damaged = records.testzip()",
+        "damaged = None",
+        DAMAGED,
+    ),
+    Fault(
+        "a damaged run loses the report of all",
+        BENCH,
+        "if skip is None or not found:",
+        "if True:",
+        DAMAGED,
+    ),
+    Fault(
+        "a run whose records are damaged counts as ended",
+        BENCH,
+        "                for _ in self.records():\n                    pass\n",
+        "                pass\n",
+        DAMAGED,
+    ),
+    Fault(
+        "the records are not on the disk before the checkpoint",
+        BENCH,
+        "            self.metrics.sync()\n            self.events.flush()\n",
+        "",
+        DAMAGED,
     ),
     Fault(
         "the best checkpoint is the last",

@@ -295,7 +295,9 @@ def test_an_unfinished_run_may_move(recipe_file: Path, tmp_path: Path) -> None:
     message = r"holds an unfinished run of 2 processes \(--devices 2\), 1 asked for"
     with pytest.raises(ExperimentError, match=message):
         prepare(Execution())
-    directory.result.write_text('{"verdict": "finished"}')
+    directory.result.write_text(
+        '{"verdict": "finished", "step": 24, "steps": 24, "time": {"seconds": 1.0}}'
+    )
     before = directory.manifest.read_text()
     prepare(Execution(accelerator="gpu", threads=7), keep=False)
     assert directory.manifest.read_text() == before

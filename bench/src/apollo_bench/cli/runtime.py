@@ -91,7 +91,10 @@ def write_report(runs: list[Path], out: Path, target: float | None = None) -> No
     """Write the report on runs, and print its tables."""
     from apollo_bench.report import page
 
-    page.show(page.write(runs, out, target), Console())
+    summaries = page.write(
+        runs, out, target, lambda text: typer.echo(f"apollo-bench: {text}", err=True)
+    )
+    page.show(summaries, Console())
     typer.echo(f"Report: {out / 'report.html'}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,8 +77,8 @@ def train_runs(request: Request, warn: Callable[[str], None]) -> list[RunState]:
             curvature_log.require_apollo(spec)
     console = Console(stderr=True)
     if under_torchrun:
-        return _train_under_torchrun(request, execution, console)
-    runs = _prepare(request, execution)
+        return _train_under_torchrun(request, execution, console, warn)
+    runs = _prepare(request, execution, warn)
     with display(console) as shown:
         if machines.cluster is None:
             run_scheduler.run_all(runs, jobs, shown)
@@ -107,20 +107,20 @@ def _plan(machines: Machines, under_torchrun: bool) -> tuple[int, Execution]:
 
 
 def _train_under_torchrun(
-    request: Request, execution: Execution, console: Console
+    request: Request, execution: Execution, console: Console, warn: Callable[[str], None]
 ) -> list[RunState]:
     folders = [run_folder(request.out, spec) for spec in request.specs]
     with process_group.translate_lost_connection():
         process_group.init_process_group(execution.accelerator)
         runs = process_group.run_on_all(
-            lambda: _prepare(request, execution) if process_group.is_main_process() else []
+            lambda: _prepare(request, execution, warn) if process_group.is_main_process() else []
         )
         with display(console) if runs else nullcontext() as shown:
             torchrun.run_all(folders, runs, shown)
     return [run for run in runs if run.status == "failed"]
 
 
-def _prepare(request: Request, execution: Execution) -> list[RunState]:
+def _prepare(request: Request, execution: Execution, warn: Callable[[str], None]) -> list[RunState]:
     """Create the run directories.
 
     Nothing is written before all runs are known to be trainable. Where they share a report, they
@@ -138,13 +138,20 @@ def _prepare(request: Request, execution: Execution) -> list[RunState]:
         directory.check(spec, fingerprint, execution)
         new[directory.path.resolve()] = compatibility.RunIdentity(directory.path, spec, fingerprint)
     if request.one_report:
-        there = [
-            compatibility.identity_of(directory)
-            for directory in compatibility.find_run_directories(request.out)
-            if directory.path.resolve() not in new
-        ]
+        there = []
+        for directory in compatibility.find_run_directories(request.out):
+            if directory.path.resolve() not in new:
+                with suppress(ExperimentError):  # damaged: the report leaves it out, and says so
+                    there.append(compatibility.identity_of(directory))
         compatibility.check([*there, *new.values()])
-    return [_prepare_run(request, execution, spec, workloads[spec.task]) for spec in specs]
+    runs = [_prepare_run(request, execution, spec, workloads[spec.task]) for spec in specs]
+    for run in runs:
+        if run.directory.result.exists() and run.directory.usable_verdict() is None:
+            warn(
+                f"{run.directory.path}: its result or its records are damaged; it continues from "
+                "its checkpoint"
+            )
+    return runs
 
 
 def _prepare_run(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from apollo_bench.config.execution import Execution
 from apollo_bench.config.recipe import RunSpec
 from apollo_bench.interrupts import Interrupted, catch_signals
 from apollo_bench.launch.worker import ERROR_PREFIX, EXIT_STOPPED, PARENT_PID
-from apollo_bench.runs.run_directory import Record, RunDirectory
+from apollo_bench.runs.run_directory import Record, RunDirectory, is_metrics_record, parsed
 from apollo_bench.workloads.workload import Metric
 
 Status = Literal["waiting", "running", "finished", "diverged", "failed", "stopped"]
@@ -87,7 +86,7 @@ class RunState:
             status: exit status of the process; None: it was not started.
         """
         self.pid = None
-        verdict = self.directory.verdict()
+        verdict = self.directory.usable_verdict()
         if verdict is not None:
             self.status = "diverged" if verdict["verdict"] == "diverged" else "finished"
             self.step = verdict["step"]
@@ -215,8 +214,8 @@ def _tail(directory: RunDirectory) -> list[Record]:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - _TAIL))
             lines = file.read().split(b"\n")
-    except FileNotFoundError:
-        return []
+    except OSError:
+        return []  # not there yet, or damaged: the worker tells
     # the first line may be cut off; the last is empty or still being written
     whole = lines[:-1] if size <= _TAIL else lines[1:-1]
-    return [json.loads(line) for line in whole]
+    return [record for record in map(parsed, whole) if is_metrics_record(record)]

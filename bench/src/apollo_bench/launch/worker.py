@@ -10,6 +10,7 @@ import fcntl
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -45,7 +46,9 @@ def main() -> int:
     try:
         outcome = train_prepared_run(directory, lambda: bool(asked) or not _is_alive(parent))
         destroy_process_group()
-    except ExperimentError as error:
+    except (ExperimentError, OSError) as error:
+        if isinstance(error, OSError):
+            traceback.print_exc()
         print(f"{ERROR_PREFIX}{error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     return EXIT_STOPPED if outcome == "stopped" else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from pathlib import Path
 
 import jinja2
@@ -15,7 +16,12 @@ from apollo_bench.report.figure_axes import FigureFile
 from apollo_bench.report.summary import Row, Summary, collect
 
 
-def write(paths: list[Path], out: Path, target: float | None = None) -> list[Summary]:
+def write(
+    paths: list[Path],
+    out: Path,
+    target: float | None = None,
+    warn: Callable[[str], None] = lambda _: None,
+) -> list[Summary]:
     """Write report.html, results.md, results.csv and the figures (PNG, SVG) into a folder.
 
     Example:
@@ -26,17 +32,21 @@ def write(paths: list[Path], out: Path, target: float | None = None) -> list[Sum
         paths: as in ``collect``.
         out: folder, created if it is missing; a report that is there is replaced.
         target: as in ``collect``.
+        warn: called with a line for each run that is damaged. The report says it too.
 
     Raises:
         ExperimentError: as in ``collect``.
     """
-    summaries = collect(paths, target)
+    left_out: list[str] = []
+    summaries = collect(paths, target, left_out.append)
+    for reason in left_out:
+        warn(f"{reason}; this run is left out of the report")
     several = len(summaries) > 1
     pictures = [figures.draw(summary) for summary in summaries]
     files = {
         "results.csv": tables.as_csv(summaries).encode(),
-        "results.md": _markdown(summaries).encode(),
-        "report.html": _page(summaries, pictures).encode(),
+        "results.md": _markdown(summaries, left_out).encode(),
+        "report.html": _page(summaries, pictures, left_out).encode(),
     }
     for summary, drawn in zip(summaries, pictures, strict=True):
         for picture in drawn:
@@ -59,8 +69,8 @@ def show(summaries: list[Summary], console: Console) -> None:
         console.print(narrative.headline(summary), highlight=False)
 
 
-def _markdown(summaries: list[Summary]) -> str:
-    parts = []
+def _markdown(summaries: list[Summary], left_out: list[str]) -> str:
+    parts = [f"Left out, because it is damaged: {reason}\n" for reason in left_out]
     for summary in summaries:
         if len(summaries) > 1:
             parts.append(f"## {summary.task}\n")
@@ -69,7 +79,7 @@ def _markdown(summaries: list[Summary]) -> str:
     return "\n".join(parts)
 
 
-def _page(summaries: list[Summary], pictures: list[list[FigureFile]]) -> str:
+def _page(summaries: list[Summary], pictures: list[list[FigureFile]], left_out: list[str]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -93,6 +103,7 @@ def _page(summaries: list[Summary], pictures: list[list[FigureFile]]) -> str:
             }
             for summary, drawn in zip(summaries, pictures, strict=True)
         ],
+        left_out=left_out,
     )
 
 

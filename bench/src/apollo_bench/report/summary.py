@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -272,18 +273,23 @@ class Summary:
         return None if self.paper is None else self.paper.paper.get(row.schedule, {}).get(row.name)
 
 
-def collect(paths: list[Path], target: float | None = None) -> list[Summary]:
+def collect(
+    paths: list[Path],
+    target: float | None = None,
+    skip: Callable[[str], None] | None = None,
+) -> list[Summary]:
     """Load runs and summarize them, task by task.
 
     Args:
         paths: as in ``load_runs``.
         target: value of the curve that times are measured to; None: chosen for each schedule.
+        skip: as in ``load_runs``.
 
     Raises:
         ExperimentError: there is no run, a run is damaged, or the runs of a task are incompatible.
     """
     by_task: dict[str, list[Run]] = {}
-    for run in loading.load_runs(paths):
+    for run in loading.load_runs(paths, skip):
         by_task.setdefault(run.spec.task, []).append(run)
     known = list(TASKS)
     return [_summarise(by_task[task], target) for task in sorted(by_task, key=known.index)]

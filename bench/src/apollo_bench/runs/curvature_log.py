@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -82,6 +83,11 @@ class CurvatureLog:
     def due(self) -> bool:
         """Whether the next step will be measured."""
         return self._recorder.due
+
+    def sync(self) -> None:
+        """Wait until the lines are on the disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Stop measuring."""

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from apollo_bench.config.execution import Execution
 from apollo_bench.config.recipe import RunSpec
-from apollo_bench.errors import ExperimentError
+from apollo_bench.errors import ExperimentError, first_line
 from apollo_bench.runs import archive, compatibility
 from apollo_bench.runs.curvature_log import Curvature, overall_curvature
-from apollo_bench.runs.run_directory import Record, RunDirectory, execution_of
+from apollo_bench.runs.run_directory import (
+    Record,
+    RunDirectory,
+    checked_manifest,
+    checked_result,
+    execution_of,
+)
 
 
 @dataclass(frozen=True)
@@ -69,28 +77,38 @@ class Run:
         return f"{done:g} of {schedule}"
 
 
-def load_runs(paths: list[Path]) -> list[Run]:
+def load_runs(paths: list[Path], skip: Callable[[str], None] | None = None) -> list[Run]:
     """Load runs, and check that those of a task are compatible with each other.
 
     Args:
         paths: run directories, folders that contain some (also in ``runs``), or archives.
+        skip: called with the reason for each damaged run, which is left out; None: such a run is an
+            error.
 
     Raises:
-        ExperimentError: there is no run, a run is damaged, or runs are incompatible.
+        ExperimentError: there is no run, none can be read, a run is damaged without ``skip``, or
+            runs are incompatible.
     """
     found: dict[Path, Run] = {}
+    damaged: list[str] = []
     for path in paths:
         if not path.is_dir():
             raise ExperimentError(f"{path}: no such folder")
-        kept = [_unpacked(run) for run in archive.read(path)]
-        there = [
-            *kept,
-            *(_read(directory) for directory in compatibility.find_run_directories(path)),
-        ]
-        if not there:
+        archived = [partial(_unpacked, run) for run in archive.read(path)]
+        there = [partial(_read, one) for one in compatibility.find_run_directories(path)]
+        if not archived and not there:
             raise ExperimentError(f"{path}: no runs in it; `apollo-bench compare` makes some")
-        for run in there:
-            found.setdefault(run.path.resolve(), run)
+        for load in (*archived, *there):
+            try:
+                run = load()
+            except ExperimentError as error:
+                damaged.append(str(error))
+            else:
+                found.setdefault(run.path.resolve(), run)
+    for reason in damaged:
+        if skip is None or not found:
+            raise ExperimentError(reason)
+        skip(reason)
     compatibility.check(
         compatibility.RunIdentity(run.path, run.spec, run.manifest["data"]["fingerprint"])
         for run in found.values()
@@ -99,25 +117,33 @@ def load_runs(paths: list[Path]) -> list[Run]:
 
 
 def _unpacked(run: archive.Archived) -> Run:
+    manifest = checked_manifest(run.manifest, run.path)
+    result = checked_result(run.result, run.path)
     try:
-        spec = RunSpec.model_validate(run.manifest["recipe"])
-        execution_of(run.manifest)
-        return Run(
-            run.path,
-            spec,
-            run.manifest,
-            run.result["verdict"],
-            run.result,
-            run.evaluations,
-            run.curvature,
-            run.result["time"]["seconds"],
-        )
+        spec = RunSpec.model_validate(manifest["recipe"])
+        execution_of(manifest)
     except (ValidationError, KeyError) as error:
-        raise ExperimentError(f"{run.path}: damaged ({error})") from None
+        raise ExperimentError(f"{run.path}: damaged ({first_line(error)})") from None
+    return Run(
+        run.path,
+        spec,
+        manifest,
+        result["verdict"],
+        result,
+        run.evaluations,
+        run.curvature,
+        result["time"]["seconds"],
+    )
 
 
 def _read(directory: RunDirectory) -> Run:
-    records = list(directory.records())
+    try:
+        records = list(directory.records())
+        curvature = overall_curvature(directory.diagnostics_records())
+    except OSError as error:
+        raise ExperimentError(f"{error.filename}: cannot be read ({error.strerror})") from None
+    except (LookupError, TypeError, ValueError) as error:
+        raise ExperimentError(f"{directory.diagnostics}: damaged ({first_line(error)})") from None
     verdict = directory.verdict()
     directory.execution()  # raises if it is damaged
     seconds = records[-1]["time"]["seconds"] if records else 0.0
@@ -128,6 +154,6 @@ def _read(directory: RunDirectory) -> Run:
         "unfinished" if verdict is None else verdict["verdict"],
         verdict or {},
         [record for record in records if record["kind"] == "evaluation"],
-        overall_curvature(directory.diagnostics_records()),
+        curvature,
         seconds if verdict is None else verdict["time"]["seconds"],
     )

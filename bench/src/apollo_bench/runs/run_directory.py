@@ -1,7 +1,8 @@
 """A run is a directory: ``run.json``, ``metrics.jsonl``, ``checkpoint/``, ``result.json``.
 
-``checkpoint/newest.pt`` holds everything that training continues from. ``checkpoint/best.pt`` holds
-the weights of the best evaluation, for use elsewhere; no table uses them.
+``checkpoint/newest.pt`` holds everything that training continues from, also the records so far: a
+resumed run writes them again. ``checkpoint/best.pt`` holds the weights of the best evaluation, for
+use elsewhere; no table uses them.
 ``checkpoint/averaged.pt`` holds the mean of the last weights, if the recipe averages.
 ``diagnostics.jsonl`` exists with ``--diagnostics``. ``tensorboard/`` shows metrics and diagnostics.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from apollo_bench.available_cores import available_cores
 from apollo_bench.config.config_errors import describe
 from apollo_bench.config.execution import Execution
 from apollo_bench.config.recipe import RunSpec
-from apollo_bench.errors import ExperimentError
+from apollo_bench.errors import ExperimentError, first_line
 
 Record = dict[str, Any]
 
@@ -86,7 +87,7 @@ class RunDirectory:
             ExperimentError: as in ``check``.
         """
         if self.check(spec, fingerprint, execution):
-            if self.verdict() is None:
+            if self.usable_verdict() is None:
                 self._move(data, execution, keep_threads, diagnose_every)
             return
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +138,7 @@ class RunDirectory:
                 "choose another --out, or remove it"
             )
         own = self.execution()
-        begun = self.checkpoint.exists() and self.verdict() is None
+        begun = self.checkpoint.exists() and self.usable_verdict() is None
         if begun and (own.devices, own.nodes) != (execution.devices, execution.nodes):
             raise ExperimentError(
                 f"{self.path}: holds an unfinished run of {own.processes} "
@@ -177,14 +178,9 @@ class RunDirectory:
             ExperimentError: this is no run directory, or its run.json is damaged.
         """
         try:
-            manifest: Record = json.loads(self.manifest.read_text())
-            if not isinstance(manifest["recipe"], dict) or "fingerprint" not in manifest["data"]:
-                raise ValueError("recipe or data are missing")
+            return checked_manifest(_read_json(self.manifest), self.manifest)
         except FileNotFoundError:
             raise ExperimentError(f"{self.path}: not a run, it has no run.json") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ExperimentError(f"{self.manifest}: damaged ({error})") from None
-        return manifest
 
     def spec(self) -> RunSpec:
         """Return the resolved recipe; raise ExperimentError as ``read`` does."""
@@ -198,7 +194,9 @@ class RunDirectory:
         try:
             return execution_of(self.read())
         except (KeyError, ValidationError) as error:
-            raise ExperimentError(f"{self.manifest}: execution is damaged ({error})") from None
+            raise ExperimentError(
+                f"{self.manifest}: execution is damaged ({first_line(error)})"
+            ) from None
 
     def diagnose_every(self) -> int | None:
         """Return the steps between measurements of the curvature; None: none.
@@ -212,22 +210,118 @@ class RunDirectory:
         return every
 
     def verdict(self) -> Record | None:
-        """Return how the run ended; None if it has not ended."""
+        """Return how the run ended; None if it has not ended.
+
+        Raises:
+            ExperimentError: result.json is damaged.
+        """
         try:
-            verdict: Record = json.loads(self.result.read_text())
+            return checked_result(_read_json(self.result), self.result)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
-            raise ExperimentError(f"{self.result}: damaged ({error})") from None
+
+    def usable_verdict(self) -> Record | None:
+        """Return how the run ended; None if it must be trained, or its result is damaged.
+
+        A run whose result or records are damaged continues from its checkpoint, which holds the
+        records.
+        """
+        try:
+            verdict = self.verdict()
+            if verdict is not None:
+                for _ in self.records():
+                    pass
+        except (ExperimentError, OSError):
+            return None
         return verdict
 
     def records(self) -> Iterator[Record]:
-        """Yield the records of metrics.jsonl, without a last line that is still being written."""
-        return _lines(self.metrics)
+        """Yield the records of metrics.jsonl, without a last line that is still being written.
+
+        Raises:
+            ExperimentError: a line is damaged.
+        """
+        return _records(self.metrics, is_metrics_record)
+
+    def first_records(self, size: int) -> str:
+        """Return the first ``size`` bytes of metrics.jsonl; raise ExperimentError if damaged."""
+        content = self.metrics.read_bytes()[:size]
+        if len(content) < size or (content and not content.endswith(b"\n")):
+            raise ExperimentError(
+                f"{self.metrics}: damaged since the checkpoint; remove {self.path} to train the "
+                "run again"
+            )
+        return content.decode()
 
     def diagnostics_records(self) -> Iterator[Record]:
         """Yield the records of diagnostics.jsonl, likewise."""
-        return _lines(self.diagnostics)
+        return _records(self.diagnostics, lambda record: isinstance(record, dict))
+
+
+# what reports read of run.json
+_SECTIONS = {
+    "data": ("fingerprint",),
+    "versions": ("torch", "apollo_qn"),
+    "machine": ("cpu", "cores"),
+}
+
+
+def checked_manifest(manifest: Any, where: Path) -> Record:
+    """Return the content of a run.json; raise ExperimentError if something is missing."""
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("recipe"), dict):
+        raise ExperimentError(f"{where}: damaged (the recipe is missing)")
+    for section, keys in _SECTIONS.items():
+        table = manifest.get(section)
+        for key in keys:
+            if not isinstance(table, dict) or key not in table:
+                raise ExperimentError(f"{where}: damaged ({section}.{key} is missing)")
+    return manifest
+
+
+def checked_result(result: Any, where: Path) -> Record:
+    """Return the content of a result.json; raise ExperimentError if something is missing."""
+    if (
+        not isinstance(result, dict)
+        or result.get("verdict") not in ("finished", "diverged")
+        or not _is_number(result.get("step"), result.get("steps"))
+        or not _has_times(result)
+    ):
+        raise ExperimentError(f"{where}: damaged (not the result of a run)")
+    return result
+
+
+def is_metrics_record(record: Any) -> bool:
+    """Return whether a value is a record of metrics.jsonl."""
+    return (
+        isinstance(record, dict)
+        and (record.get("kind") == "evaluation" or _is_number(record.get("loss")))
+        and _is_number(record.get("step"), record.get("epoch"))
+        and _has_times(record)
+    )
+
+
+def _has_times(record: Record) -> bool:
+    times = record.get("time")
+    return isinstance(times, dict) and _is_number(times.get("seconds"))
+
+
+def _is_number(*values: Any) -> bool:
+    return all(isinstance(value, int | float) for value in values)
+
+
+def _read_json(path: Path) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ExperimentError: the file cannot be read, or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise ExperimentError(f"{path}: damaged ({error})") from None
 
 
 def execution_of(manifest: Record) -> Execution:
@@ -236,16 +330,25 @@ def execution_of(manifest: Record) -> Execution:
     return Execution.model_validate(manifest[key])
 
 
-def _lines(path: Path) -> Iterator[Record]:
+def _records(path: Path, is_record: Callable[[Any], bool]) -> Iterator[Record]:
+    """Yield the records of a file with one per line, without an incomplete last line."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return
     for number, line in enumerate(content.split(b"\n")[:-1], 1):
-        try:
-            yield json.loads(line)
-        except ValueError:
-            raise ExperimentError(f"{path}, line {number}: damaged") from None
+        record = parsed(line)
+        if not is_record(record):
+            raise ExperimentError(f"{path}, line {number}: damaged")
+        yield record
+
+
+def parsed(line: bytes) -> Any:
+    """Return the value of a line of JSON; None if it is damaged."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _absolute(folder: Path | None) -> str | None:

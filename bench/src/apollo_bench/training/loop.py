@@ -66,7 +66,7 @@ def train(
         curvature_log.require_apollo(spec)
     # Only one process reads: on a shared file system the others may see a file later.
     verdict = process_group.broadcast_from_main(
-        directory.verdict() if process_group.is_main_process() else None
+        directory.usable_verdict() if process_group.is_main_process() else None
     )
     if verdict is not None:
         return "diverged" if verdict["verdict"] == "diverged" else "finished"
@@ -181,8 +181,7 @@ class _TrainingRun(TrainingState):
     def _write(self, record: Record) -> None:
         if self.metrics is None or self.events is None:
             return
-        self.metrics.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-        self.metrics.flush()
+        self.metrics.write(record)
         for name, value in record.items():
             if isinstance(value, float) and name != "epoch":
                 self.events.add_scalar(f"{record['kind']}/{name}", value, record["step"])
@@ -266,7 +265,8 @@ class _TrainingRun(TrainingState):
                 # JSON has no NaN
                 verdict |= {name: x if math.isfinite(x) else None for name, x in measured.items()}
         verdict["time"] = {"seconds": self.seconds()}
-        if self.fabric.is_global_zero:
+        if self.metrics is not None:
+            self.metrics.sync()
             write_atomically(self.directory.result, json.dumps(verdict, indent=2).encode() + b"\n")
         self.fabric.barrier()
         return outcome

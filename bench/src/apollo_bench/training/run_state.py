@@ -5,29 +5,26 @@ Batches are functions of (seed, epoch, step). A checkpoint holds everything else
 
 from __future__ import annotations
 
-import io
-import pickle
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from apollo_bench.atomic_write import write_atomically
 from apollo_bench.config.recipe import RunSpec
-from apollo_bench.errors import ExperimentError
+from apollo_bench.errors import ExperimentError, first_line
 from apollo_bench.optimizers.registry import build_optimizer, lr_factor
 from apollo_bench.runs import curvature_log
 from apollo_bench.runs.run_directory import Record, RunDirectory
 from apollo_bench.seeds import derived_seed
-from apollo_bench.training import process_group
+from apollo_bench.training import checkpoint_files, process_group
 from apollo_bench.training.full_state_dict import (
     full_model_state,
     full_optimizer_state,
     load_model_state,
     load_optimizer_state,
 )
+from apollo_bench.training.metrics_log import MetricsLog
 from apollo_bench.training.step_timer import StepTimer
 from apollo_bench.training.sync_batch_norm import convert_sync_batch_norm
 from apollo_bench.training.tensorboard_log import make_event_writer
@@ -38,12 +35,6 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 S = TypeVar("S", bound="TrainingState")
-
-# what torch.load and the loading of states raise for a damaged checkpoint
-_UNREADABLE = (
-    *(OSError, RuntimeError, ValueError, KeyError, IndexError, EOFError),
-    pickle.PickleError,
-)
 
 
 class TrainingState:
@@ -97,16 +88,14 @@ class TrainingState:
         self.best: float | None = None  # best value of the workload's curve so far
         self.seconds_before = 0.0  # training time of the processes before this one
         self.started = time.perf_counter()
-        self.metrics: BinaryIO | None = None  # open in the main process
+        self.metrics: MetricsLog | None = None  # open in the main process
         self.events: SummaryWriter | None = None  # open in the main process
         self.curvature: curvature_log.CurvatureLog | None = None  # with diagnose_every
 
     def __enter__(self: S) -> S:
-        offset = self._restore()
+        records = self._restore()
         if self.fabric.is_global_zero:
-            self.metrics = self.directory.metrics.open("ab")
-            # records after the checkpoint will be written again
-            self.metrics.truncate(offset)
+            self.metrics = MetricsLog(self.directory.metrics, records)
             self.events = make_event_writer(self.directory.events, self.step)
         if self.diagnose_every is not None:
             self.curvature = curvature_log.CurvatureLog(
@@ -151,7 +140,7 @@ class TrainingState:
         weights = self.full_weights()
         if self.fabric.is_global_zero:
             state = {"model": weights, "epoch": self.epoch, metric.name: value}
-            write_atomically(self.directory.best, _serialized(state))
+            checkpoint_files.write_checkpoint(self.directory.best, state)
 
     def keep_for_average(self) -> None:
         """Write the weights of this evaluation if the recipe averages the last evaluations."""
@@ -162,23 +151,23 @@ class TrainingState:
         if not self.fabric.is_global_zero:
             return
         state = {name: value.cpu() for name, value in weights.items()}
-        write_atomically(self.directory.evaluated(self.step), _serialized(state))
+        checkpoint_files.write_checkpoint(self.directory.evaluated(self.step), state)
         for path in self.directory.kept_evaluations(self.step)[:-count]:
             path.unlink()
 
     def average_weights(self) -> None:
         """Replace the weights by their mean over the last evaluations."""
-        mean = process_group.broadcast_from_main(
-            self._mean_weights() if self.fabric.is_global_zero else None
-        )
+        main = self.fabric.is_global_zero
+        mean = process_group.run_on_all(lambda: self._mean_weights() if main else None)
+        mean = process_group.broadcast_from_main(mean)
         assert mean is not None
         load_model_state(self.network, mean)
         if self.fabric.is_global_zero:
-            write_atomically(self.directory.averaged, _serialized({"model": mean}))
+            checkpoint_files.write_checkpoint(self.directory.averaged, {"model": mean})
 
     def _mean_weights(self) -> dict[str, Tensor]:
         paths = self.directory.kept_evaluations(self.step)[-self.spec.train.average_checkpoints :]
-        states = [torch.load(path, weights_only=True) for path in paths]
+        states = [checkpoint_files.read_checkpoint(path) for path in paths]
         mean = {}
         for name, last in states[-1].items():
             total = torch.stack([state[name].double() for state in states]).mean(0)
@@ -194,8 +183,10 @@ class TrainingState:
         processes = self._gather_process_states()
         weights, optimizer = self.full_weights(), full_optimizer_state(self.optimizer)
         if self.metrics is not None and self.events is not None:
-            self.metrics.flush()
+            self.metrics.sync()
             self.events.flush()
+            if self.curvature is not None:
+                self.curvature.sync()
             state = {
                 "model": weights,
                 "optimizer": optimizer,
@@ -208,9 +199,9 @@ class TrainingState:
                 "best": self.best,
                 "evaluated": self.evaluated,
                 "seconds": self.seconds(),
-                "metrics_bytes": self.metrics.tell(),
+                "metrics": self.metrics.text,
             }
-            write_atomically(self.directory.checkpoint, _serialized(state))
+            checkpoint_files.write_checkpoint(self.directory.checkpoint, state)
         self.fabric.barrier()
         self.saved_at = time.perf_counter()
 
@@ -233,15 +224,13 @@ class TrainingState:
 
     def _read_checkpoint(self) -> dict[str, Any]:
         path = self.directory.checkpoint
-        try:
-            state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-            _ = state["step"]  # a file that is no checkpoint has none
-        except FileNotFoundError:
+        if not path.exists():
             raise ExperimentError(
                 f"{path}: rank 0 sees it; all processes must see the same directory"
-            ) from None
-        except _UNREADABLE as error:
-            raise _unreadable(path, error) from None
+            )
+        state = checkpoint_files.read_checkpoint(path)
+        if not isinstance(state.get("step"), int):
+            raise checkpoint_files.unreadable(path, "it holds no number of steps")
         return state
 
     def _check_step(self, state: dict[str, Any], main_step: int) -> None:
@@ -251,26 +240,30 @@ class TrainingState:
                 "for rank 0; all processes must see the same directory"
             )
 
-    def _restore(self) -> int:
-        """Load the checkpoint, if there is one; return the number of valid bytes of the metrics."""
+    def _restore(self) -> str:
+        """Load the checkpoint, if there is one; return the records that were written before it."""
         path = self.directory.checkpoint
         if not process_group.broadcast_from_main(path.exists()):
-            return 0
+            return ""
+        state = process_group.run_on_all(self._read_checkpoint)
+        main_step = process_group.broadcast_from_main(state["step"])
+        process_group.run_on_all(lambda: self._check_step(state, main_step))
         try:
-            state = process_group.run_on_all(self._read_checkpoint)
-            main_step = process_group.broadcast_from_main(state["step"])
-            process_group.run_on_all(lambda: self._check_step(state, main_step))
-            load_model_state(self.network, state["model"])
-            load_optimizer_state(self.optimizer, state["optimizer"])
-            self.schedule.load_state_dict(state["schedule"])
-            own_state = state["processes"][self.fabric.global_rank]
-            torch.set_rng_state(own_state["random"])
-            if self.fabric.device.type == "cuda" and "device_random" in own_state:
-                torch.cuda.set_rng_state(own_state["device_random"], self.fabric.device)
-            elif self.fabric.device.type == "cuda":  # the run began on a CPU
-                torch.cuda.manual_seed(derived_seed(self.spec.seed, state["step"]))
-        except _UNREADABLE as error:
-            raise _unreadable(path, error) from None
+            return self._load(state)
+        except checkpoint_files.UNREADABLE as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
+            raise checkpoint_files.unreadable(path, reason) from None
+
+    def _load(self, state: dict[str, Any]) -> str:
+        load_model_state(self.network, state["model"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        own_state = state["processes"][self.fabric.global_rank]
+        torch.set_rng_state(own_state["random"])
+        if self.fabric.device.type == "cuda" and "device_random" in own_state:
+            torch.cuda.set_rng_state(own_state["device_random"], self.fabric.device)
+        elif self.fabric.device.type == "cuda":  # the run began on a CPU
+            torch.cuda.manual_seed(derived_seed(self.spec.seed, state["step"]))
         self.step = state["step"]
         self.period_loss.copy_(own_state["period_loss"])
         self.hidden_state = tuple(
@@ -283,18 +276,7 @@ class TrainingState:
         self.last, self.best = state["last"], state["best"]
         self.evaluated = state["evaluated"]
         self.seconds_before = state["seconds"]
-        return int(state["metrics_bytes"])
-
-
-def _unreadable(path: Path, error: Exception) -> ExperimentError:
-    first = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return ExperimentError(
-        f"{path}: the checkpoint cannot be read ({first}); remove the run's directory to train it "
-        "again"
-    )
-
-
-def _serialized(state: dict[str, Any]) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
+        if "metrics" in state or not self.fabric.is_global_zero:
+            return str(state.get("metrics", ""))
+        # earlier checkpoints hold only the size of the file
+        return self.directory.first_records(state["metrics_bytes"])
