@@ -99,6 +99,28 @@ FAULTS = [
         "[-1:]",
         (LANGUAGE + "/test_language_workload.py",),
     ),
+    # files of the user
+    Fault(
+        "prepare overwrites what it did not make",
+        BENCH,
+        "if os.path.lexists(folder / name):",
+        "if False:",
+        (f"{TESTS}/workloads/test_output_files.py",),
+    ),
+    Fault(
+        "prepare removes all that lies beside its counts",
+        BENCH,
+        "    for path in counted:\n        path.unlink()\n",
+        "    for path in counted[0].parent.iterdir():\n        path.unlink()\n",
+        (f"{TESTS}/workloads/test_output_files.py",),
+    ),
+    Fault(
+        "an archive is written among its runs",
+        BENCH,
+        "    if compatibility.find_run_directories(out):\n",
+        "    if False:\n",
+        (f"{TESTS}/workloads/test_output_files.py",),
+    ),
     # schedules and recipes
     Fault(
         "a milestone is one step late",

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from apollo_bench.atomic_write import write_atomically
 from apollo_bench.errors import ExperimentError
+from apollo_bench.runs import compatibility
 from apollo_bench.runs.curvature_log import Curvature, overall_curvature
 from apollo_bench.runs.run_directory import Record, RunDirectory
 from apollo_qn.diagnostics import TensorDiagnostics
@@ -40,7 +41,7 @@ class Archived(NamedTuple):
 
 
 def write(directories: Iterable[RunDirectory], out: Path) -> int:
-    """Write an archive; an archive that is there is replaced.
+    """Write an archive; an archive that is there is replaced, and nothing else.
 
     Args:
         directories: directories of finished runs.
@@ -50,8 +51,10 @@ def write(directories: Iterable[RunDirectory], out: Path) -> int:
         Number of runs in the archive.
 
     Raises:
-        ExperimentError: a run is unfinished or damaged.
+        ExperimentError: a run is unfinished or damaged, or ``out`` holds runs or other files of
+            these names.
     """
+    _check_out(out)
     manifests, results, lines = {}, {}, []
     curvature: dict[str, list[Curvature]] = {}
     for directory in directories:
@@ -93,6 +96,19 @@ def write(directories: Iterable[RunDirectory], out: Path) -> int:
     if not curvature:
         (out / CURVATURE).unlink(missing_ok=True)
     return len(runs)
+
+
+def _check_out(out: Path) -> None:
+    if compatibility.find_run_directories(out):
+        raise ExperimentError(
+            f"--out is {out}, which holds runs; a report would find them twice: choose another "
+            "folder"
+        )
+    there = [name for name in (RUNS, EVALUATIONS, CURVATURE) if (out / name).exists()]
+    if there and not read(out):
+        raise ExperimentError(
+            f"{out / there[0]}: not of an archive, and would be overwritten; choose another --out"
+        )
 
 
 def read(folder: Path) -> list[Archived]:

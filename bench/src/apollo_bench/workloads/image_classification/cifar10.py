@@ -17,7 +17,7 @@ from torch import Tensor
 
 from apollo_bench.atomic_write import write_atomically
 from apollo_bench.errors import ExperimentError, first_line
-from apollo_bench.workloads import arrow_tables
+from apollo_bench.workloads import arrow_tables, output_files
 from apollo_bench.workloads.image_classification.image_decoding import decode_equal
 from apollo_bench.workloads.image_classification.image_set import ImageSet, checked_labels
 from apollo_bench.workloads.image_classification.safe_unpickle import unpickle_arrays
@@ -81,9 +81,12 @@ def prepare(images: ImageSet, out: Path) -> Path:
 
     Returns:
         The folder of pickles.
+
+    Raises:
+        ExperimentError: pickles that no preparation made would be overwritten.
     """
     folder = out / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
+    output_files.claim(folder, TRAIN + TEST)
     parts = zip(images.train_images.chunk(5), images.train_labels.chunk(5), strict=True)
     batches = dict(zip(TRAIN, parts, strict=False))
     batches[TEST[0]] = (images.test_images, images.test_labels)

@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -39,6 +39,7 @@ import numpy
 from apollo_bench.atomic_write import replacing, write_atomically
 from apollo_bench.errors import ExperimentError
 from apollo_bench.progress_callback import ProgressCallback
+from apollo_bench.workloads import output_files
 from apollo_bench.workloads.language_modeling import text_files, token_files
 from apollo_bench.workloads.language_modeling import vocabulary as vocabularies
 from apollo_bench.workloads.language_modeling.token_corpus import Corpus, TokenIds, TokenStream
@@ -53,6 +54,7 @@ TEST = 0  # the held-out shard of the test set
 MIN_COUNT = 3  # occurrences of a word of the standard vocabulary, and of one made from the text
 EMPTY, UNKNOWNS, SENTENCES = "empty_lines", "unknown_words", "sentences"
 FORMAT = 1
+_VOCABULARY = "vocabulary.txt"
 _CHECKED = "checked.json"  # next to the token files: the cache of validated files
 _REMEDY = "run apollo-bench prepare one-billion-word again; what is finished is kept"
 
@@ -86,27 +88,32 @@ def prepare(
         "train": _shards(raw / TRAIN, "news.en-", 1),
         "heldout": _shards(raw / HELD_OUT, "news.en.heldout-", 0),
     }
+    jobs = {
+        f"{split}/{number:05}.tokens": path
+        for split, paths in shards.items()
+        for number, path in paths.items()
+    }
     with _folder(out), _Workers(workers) as pool:
+        described = (token_files.beside(Path(name)).as_posix() for name in jobs)
+        output_files.claim(out, [*jobs, *described, _VOCABULARY, _manifest(out).name, _CHECKED])
         _manifest(out).unlink(missing_ok=True)
-        words = (
-            _count(list(shards["train"].values()), out / "counts", pool, report_progress)
-            if vocabulary is None
-            else vocabularies.read(vocabulary)
-        )
+        counted: list[Path] = []
+        if vocabulary is None:
+            counted = _count(list(shards["train"].values()), out / "counts", pool, report_progress)
+            words = _most_frequent(counted, str(raw / TRAIN))
+        else:
+            words = vocabularies.read(vocabulary)
         digest = words.digest
         encode = partial(_encode_shard, out, digest, words.end, words.unknown)
-        vocabularies.write(out / "vocabulary.txt", words)
+        vocabularies.write(out / _VOCABULARY, words)
         del words  # each worker has its own
-        jobs = {}
-        for split, paths in shards.items():
+        for split in shards:
             (out / split).mkdir(exist_ok=True)
-            for number, path in paths.items():
-                jobs[f"{split}/{number:05}.tokens"] = path
         made = pool.do(encode, list(jobs.items()), partial(report_progress, "Tokenising shards"))
         files = {name: made[name, path] for name, path in jobs.items()}
         manifest = _summary(files, digest)
         write_atomically(_manifest(out), json.dumps(manifest, indent=1).encode() + b"\n")
-        _remove(out / "counts")
+        _remove(counted)
         _kept.clear()
     counts = manifest["counts"]
     report_progress(
@@ -152,9 +159,9 @@ def load(folder: Path) -> Corpus:
         raise ExperimentError(f"{place}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ExperimentError(f"{place}: damaged; {_REMEDY}") from None
-    words = vocabularies.read(folder / "vocabulary.txt")
+    words = vocabularies.read(folder / _VOCABULARY)
     if words.digest != digest:
-        raise ExperimentError(f"{folder / 'vocabulary.txt'}: changed since; {_REMEDY}")
+        raise ExperimentError(f"{folder / _VOCABULARY}: changed since; {_REMEDY}")
     fingerprint = hashlib.sha256("".join(sums).encode()).hexdigest()
     train, valid, test = (TokenStream(parts) for parts in splits.values())
     return Corpus(train, valid, test, words, fingerprint, empty)
@@ -218,7 +225,7 @@ def _encode_shard(
     if token_files.is_made_from(target, digest, [source]):
         return token_files.describe(target)
     counts = Counter({SENTENCES: 0, UNKNOWNS: 0, EMPTY: 0})
-    blocks = _encode(path, _numbers(out / "vocabulary.txt", digest), end, unknown, counts)
+    blocks = _encode(path, _numbers(out / _VOCABULARY, digest), end, unknown, counts)
     return token_files.write(target, blocks, digest, [source], counts)
 
 
@@ -258,16 +265,21 @@ def _encode(
 
 def _count(
     paths: list[Path], folder: Path, pool: _Workers, report_progress: ProgressCallback
-) -> Vocabulary:
-    """The vocabulary of the training text, from sorted counts of each shard on the disk."""
+) -> list[Path]:
+    """Write sorted counts of each shard's words into files of the folder, and return these."""
     folder.mkdir(exist_ok=True)
     made = pool.do(partial(_count_shard, folder), paths, partial(report_progress, "Counting words"))
-    merged = heapq.merge(*(_counts(made[path]) for path in paths))
+    return [made[path] for path in paths]
+
+
+def _most_frequent(counted: list[Path], place: str) -> Vocabulary:
+    """Return the vocabulary of the training text from the counts of its shards."""
+    merged = heapq.merge(*map(_counts, counted))
     words = (
         (word.decode(), sum(count for _, count in pairs))
         for word, pairs in itertools.groupby(merged, itemgetter(0))
     )
-    return vocabularies.from_counts(words, MIN_COUNT, place=f"{paths[0].parent}")
+    return vocabularies.from_counts(words, MIN_COUNT, place=place)
 
 
 def _count_shard(folder: Path, path: Path) -> Path:
@@ -358,7 +370,7 @@ def _folder(out: Path) -> Iterator[None]:
     """The folder for the result, for this process alone."""
     with _written(out):
         out.mkdir(parents=True, exist_ok=True)
-        lock = (out / "lock").open("w")
+        lock = (out / "lock").open("a")  # a file of the user keeps its content
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -377,8 +389,10 @@ def _written(path: Path) -> Iterator[None]:
         raise ExperimentError(f"{where}: cannot be written ({error.strerror})") from None
 
 
-def _remove(folder: Path) -> None:
-    if folder.is_dir():
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()
+def _remove(counted: list[Path]) -> None:
+    """Remove files of counts, and their folder unless other files are in it."""
+    for path in counted:
+        path.unlink()
+    with suppress(OSError):
+        for folder in {path.parent for path in counted}:
+            folder.rmdir()

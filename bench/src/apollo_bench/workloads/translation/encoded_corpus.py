@@ -13,6 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 from apollo_bench.atomic_write import write_atomically
 from apollo_bench.errors import ExperimentError
 from apollo_bench.progress_callback import ProgressCallback
+from apollo_bench.workloads import output_files
 from apollo_bench.workloads.translation.encoded_pairs import EncodedPairs, TokenizedSentences
 from apollo_bench.workloads.translation.parallel_text import FAIRSEQ, NOT_EMPTY, ParallelCorpus
 from apollo_bench.workloads.translation.subwords import Subwords
@@ -63,8 +64,17 @@ def prepare(corpus: EncodedCorpus, out: Path, report_progress: ProgressCallback)
         corpus: as of ``encode``.
         out: made where it is missing.
         report_progress: called with what is going on and how much is done.
+
+    Raises:
+        ExperimentError: a file that no preparation made would be overwritten.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    columns = [
+        f"{split}.{name}.{part}"
+        for split in _SPLITS
+        for name in ("source", "target")
+        for part in ("tokens", "offsets")
+    ]
+    output_files.claim(out, [*columns, _SUBWORDS, _REFERENCES, _LIST, _CHECKED])
     (out / _LIST).unlink(missing_ok=True)
     corpus.subwords.save(out / _SUBWORDS)
     about: dict[str, Any] = {
