@@ -18,6 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    rich_markup_mode=None,  # rich takes [quick] and [default: ...] in a help text for markup
 )
 for _command in (compare, sweep, train, report, archive, prepare, steptime):
     app.command()(_command)
