@@ -10,6 +10,7 @@ own. Apollo warms up by itself, so the schedule begins without a warmup.
 from __future__ import annotations
 
 import tempfile
+from typing import Any
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
@@ -27,6 +28,17 @@ def sentences(words: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": piece, "labels": piece} for piece in tokens.view(-1, LENGTH)]
 
 
+class ApolloTrainer(Trainer):
+    """Logs the rate of the next step, with Apollo's warmup."""
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Replace the rate of the schedule in the log."""
+        if "learning_rate" in logs:
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate wraps it
+            logs["learning_rate"] = optimizer.effective_lrs()[0]
+        super().log(logs, *args, **kwargs)
+
+
 def main() -> None:
     """Train, and print how the loss fell."""
     set_seed(0)
@@ -35,7 +47,7 @@ def main() -> None:
         GPT2Config(vocab_size=words, n_positions=LENGTH, n_embd=64, n_layer=2, n_head=2)
     )
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
+        trainer = ApolloTrainer(
             model,
             TrainingArguments(
                 folder,
@@ -56,6 +68,8 @@ def main() -> None:
             # or, made by hand: optimizers=(Apollo(groups, lr=5.0), scheduler)
         )
         trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    print(f"learning rate {rates[0]:.3f} after 5 steps, {max(rates):.3f} at its highest")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     print(f"loss {float(losses[0]):.3f} -> {float(losses[-1]):.3f}")
 

@@ -43,6 +43,10 @@ class Network(LightningModule):
         self.losses.append(loss.item())
         return loss
 
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Log the rate of the step that follows, with Apollo's warmup."""
+        self.log("lr", optimizer.effective_lrs()[0])
+
     def configure_optimizers(self) -> Any:
         """Apollo, with a schedule that is advanced at each step."""
         optimizer = Apollo(self.parameters(), lr=0.5, weight_decay=5e-4, warmup_steps=10)

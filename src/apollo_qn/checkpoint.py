@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import StateDict
 
 from apollo_qn import migrate
+from apollo_qn.advice import check_origin
 from apollo_qn.distributed import is_sharded, placed_as
 
 TENSORS = ("exp_avg", "hessian_diag")
@@ -35,8 +36,9 @@ def prepared(state_dict: StateDict, groups: list[dict[str, Any]]) -> StateDict:
         groups: parameter groups to load the state into.
 
     Raises:
-        ValueError: the state does not fit the groups.
+        ValueError: the state does not fit the groups, or is one of another optimizer.
     """
+    check_origin(state_dict)
     sizes = [[len(g["params"]) for g in each] for each in (state_dict["param_groups"], groups)]
     if sizes[0] != sizes[1]:
         raise ValueError(

@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-import itertools
-import warnings
 from collections.abc import Callable
 from functools import lru_cache, partial
 from operator import itemgetter
 from typing import Any, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from apollo_qn import checkpoint, distributed, plan, validation
+from apollo_qn import advice, checkpoint, distributed, plan, summary, validation
 from apollo_qn import rounding as storage
+from apollo_qn.advice import ApolloWarning
 from apollo_qn.backends.base import TensorLists
 from apollo_qn.distributed import Group
 from apollo_qn.hyperparameters import Rebound, Scalar
 from apollo_qn.rounding import Rounding
+from apollo_qn.seeds import DefaultSeed
 from apollo_qn.state import (
     NewState,
     compensations_of,
     complete,
     follow_state_dtype,
     hyperparameters,
+    rate_of_next_step,
 )
 
 _rng_key = lru_cache(maxsize=1 << 16)(storage.rng_key)
-_optimizer_count = itertools.count()  # number of optimizers made in this process
-
-
-class ApolloWarning(UserWarning):
-    """Category of the warnings of this package, for ``warnings.filterwarnings``."""
 
 
 class Apollo(Optimizer):
@@ -65,7 +60,10 @@ class Apollo(Optimizer):
     Args:
         params: tensors, (name, tensor) pairs or group dicts. A group may override every keyword
             except ``differentiable``.
-        lr: learning rate eta, a float >= 0 or a tensor of one element.
+        lr: learning rate eta, a float >= 0 or a tensor of one element. Usual rates are 0.5 for a
+            convolutional network, and 10 for an LSTM or a Transformer with the gradient's norm
+            clipped to 1 (the paper's); otherwise ten times the rate of SGD with momentum 0.9.
+            Apollo hardly moves at a rate of Adam's, such as 3e-4, and a warning says so.
         beta: decay of the moving average of gradients, in [0, 1). It may be a tensor of one element
             if ``differentiable`` is True.
         eps: number added to \|\|d\|\|_4 after division by sigma, >= 0.
@@ -106,6 +104,8 @@ class Apollo(Optimizer):
             run therefore draws the same bits.
 
     Raises:
+        TypeError: a keyword is one of another optimizer, such as ``betas``; the message says what
+            Apollo has instead.
         ValueError: a hyperparameter is out of its range; FSDP1 has flattened a parameter; a loaded
             state has a wrong shape.
         RuntimeError: a gradient is sparse; no back end serves the choice of ``foreach``, ``fused``
@@ -123,10 +123,11 @@ class Apollo(Optimizer):
 
     _backends: plan.Backends | None = None
     _given_shapes: set[torch.Size] | None = None  # shapes of the parameters when they were added
-    _has_warned = False
-    # state of torch's generator before and after the default seed was drawn
-    _drawn_seed: tuple[Tensor, Tensor] | None = None
+    _has_warned_of_shapes = False
+    _has_warned_of_rate = False
+    _default_seed: DefaultSeed | None = None  # until a state is loaded
 
+    @advice.advises
     def __init__(
         self,
         params: ParamsT,
@@ -149,7 +150,9 @@ class Apollo(Optimizer):
         state_dtype: torch.dtype | str | None = None,
         seed: int | None = None,
     ) -> None:
-        seed = self._default_seed() if seed is None else seed
+        if seed is None:
+            self._default_seed = DefaultSeed.draw()
+            seed = self._default_seed.value
         defaults: dict[str, Any] = {
             "lr": lr,
             "beta": beta,
@@ -172,21 +175,10 @@ class Apollo(Optimizer):
         validation.check_settings(defaults)
         super().__init__(params, defaults)
 
-    def _default_seed(self) -> int:
-        index = next(_optimizer_count)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            # all replicas must round in the same way, but the ranks' generators may differ
-            return index
-        if validation.is_traced():
-            return index  # a fake tensor has no value to read
-        before = torch.get_rng_state()
-        seed = int(torch.randint(1 << 62, (), device="cpu"))
-        self._drawn_seed = (before, torch.get_rng_state())
-        return seed
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group. Raise as the constructor does, before anything is changed."""
         if isinstance(param_group, dict):
+            advice.check_keywords(param_group)
             if "state_dtype" in param_group:
                 param_group["state_dtype"] = validation.dtype_name(param_group["state_dtype"])
             settings = {**self.defaults, **param_group}
@@ -198,7 +190,11 @@ class Apollo(Optimizer):
                     f"{self.defaults['differentiable']!r}: give the constructor the value"
                 )
             # the warmup divides warmup_init_lr by this, even after a scheduler has changed lr
-            param_group.setdefault("warmup_base_lr", validation.number(settings["lr"]))
+            settings.setdefault("warmup_base_lr", validation.number(settings["lr"]))
+            if not self._has_warned_of_rate:
+                position = len(self.param_groups)
+                self._has_warned_of_rate = advice.warn_if_small_rate(settings, position)
+            param_group.setdefault("warmup_base_lr", settings["warmup_base_lr"])
             params = param_group["params"]
             if not isinstance(params, Tensor | set):
                 param_group["params"] = params = list(params)
@@ -207,11 +203,9 @@ class Apollo(Optimizer):
                 distributed.check_parameter(tensor)
                 validation.check_storage(settings, [tensor])
         super().add_param_group(param_group)
-        if self._given_shapes is None:
-            self._given_shapes = set()
         lazy = torch.nn.parameter.UninitializedParameter
-        members = self.param_groups[-1]["params"]
-        self._given_shapes |= {p.shape for p in members if not isinstance(p, lazy)}
+        shapes = {p.shape for p in self.param_groups[-1]["params"] if not isinstance(p, lazy)}
+        self._given_shapes = (self._given_shapes or set()) | shapes
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -228,8 +222,8 @@ class Apollo(Optimizer):
         them.
 
         Raises:
-            ValueError: the groups or shapes do not fit, or Apollo lacks a saved setting. Nothing
-                has been changed.
+            ValueError: the state is one of another optimizer; the groups or shapes do not fit;
+                Apollo lacks a saved setting. Nothing has been changed.
         """
         loaded: StateDict = {}
 
@@ -252,16 +246,22 @@ class Apollo(Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
-        self._return_drawn_seed()
+        if self._default_seed is not None:
+            self._default_seed.give_back()
+            self._default_seed = None
 
-    def _return_drawn_seed(self) -> None:
-        """Undo the draw of the default seed from torch's generator, if it was the last draw.
+    def effective_lrs(self) -> list[float]:
+        """Return the learning rate of the next step of each group, with the warmup included.
 
-        A resumed run then draws the same random numbers as the run that it continues.
+        A group's ``lr`` is only the rate that the scheduler sets. If parameters of a group have
+        taken different numbers of steps, the rate is that of the parameters with the most steps;
+        during the warmup the rates of the others are lower. Counters on a GPU (``capturable``) are
+        waited for, but only with a warmup.
         """
-        drawn, self._drawn_seed = self._drawn_seed, None
-        if drawn is not None and torch.equal(drawn[1], torch.get_rng_state()):
-            torch.set_rng_state(drawn[0])
+        return [float(rate_of_next_step(group, self.state)) for group in self.param_groups]
+
+    def __repr__(self) -> str:
+        return summary.describe(self)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -326,12 +326,11 @@ class Apollo(Optimizer):
                 if step is None or not step.started:
                     new.remove(self.state)
                 raise
-            if new.entries and self._given_shapes and not self._has_warned:
+            if new.entries and self._given_shapes and not self._has_warned_of_shapes:
                 others = [p for p in new.parameters if p.shape not in self._given_shapes]
                 if others:
-                    self._has_warned = True
-                    message = f"{describe(others[0])} {validation.FLATTENED}"
-                    warnings.warn(message, ApolloWarning, stacklevel=3)
+                    self._has_warned_of_shapes = True
+                    advice.warn(f"{describe(others[0])} {validation.FLATTENED}", ApolloWarning)
 
     def _tensor_lists(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,6 +33,25 @@ def hyperparameters(group: dict[str, Any]) -> Hyperparameters:
         group["capturable"],
         group["differentiable"],
     )
+
+
+def rate_of_next_step(group: dict[str, Any], state: Mapping[Tensor, dict[str, Any]]) -> float:
+    """Return the rate of a group's next step, for the parameters with the most steps done."""
+    h, done = hyperparameters(group), 0.0
+    if h.warmup_steps:  # otherwise no counter is needed, and none is waited for
+        states = [state[p] for p in group["params"] if p in state]  # state may be a defaultdict
+        steps = [each["step"] for each in states if "step" in each]
+        done = max((float(step.max()) for step in _stacked(steps)), default=0.0)
+    rate = h.rate(done)
+    return float(rate.detach()) if isinstance(rate, Tensor) else float(rate)
+
+
+def _stacked(scalars: list[Tensor]) -> list[Tensor]:
+    """Return the scalars of each device as one tensor, so that each device is waited for once."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for scalar in scalars:
+        by_device.setdefault(scalar.device, []).append(scalar)
+    return [torch.stack(each) for each in by_device.values()]
 
 
 class NewState:

@@ -10,6 +10,7 @@ BACK_ENDS = ("tests/backends/test_backends.py",)
 OPTAX = ("tests/test_optax.py",)
 ROUNDING = ("tests/test_rounding.py",)
 DIAGNOSTICS = ("tests/test_diagnostics.py",)
+ADVICE = ("tests/test_advice.py",)
 
 FAULTS = [
     # the rule
@@ -259,5 +260,35 @@ FAULTS = [
         "(self.step + 1) % self.every == 0",
         "self.step % self.every == 0",
         DIAGNOSTICS,
+    ),
+    # advice
+    Fault(
+        "a small rate is judged without sigma",
+        QN,
+        "0 < lr < _SMALLEST_RATE * sigma",
+        "0 < lr < _SMALLEST_RATE",
+        ADVICE,
+    ),
+    Fault("a rate of 0 is told", QN, "not 0 < lr < _SMALLEST", "not 0 <= lr < _SMALLEST", ADVICE),
+    Fault(
+        "the rate of the next step is that of the parameters with the fewest steps",
+        QN,
+        "done = max((float(step.max()) for",
+        "done = min((float(step.min()) for",
+        ADVICE,
+    ),
+    Fault(
+        "a state of another optimizer is loaded",
+        QN,
+        "if not found or",
+        "if True or",
+        ADVICE,
+    ),
+    Fault(
+        "a group's keywords of other optimizers are kept",
+        QN,
+        "            advice.check_keywords(param_group)\n",
+        "",
+        ADVICE,
     ),
 ]
