@@ -52,8 +52,9 @@ def test_report(finished: Path) -> None:
     assert rows["sgd"].score.std == pytest.approx(abs(finals[0] - finals[1]) / 2**0.5)
     assert rows["sgd"].score.text(2) in html
     assert rows["sgd"].score.text(2) in (finished / "results.md").read_text()
-    assert rows["sgd"].optimizer_share is not None
-    assert 0 < rows["sgd"].optimizer_share.mean < 100
+    share = rows["sgd"].stats("optimizer_share")
+    assert share is not None
+    assert 0 < share.mean < 100
     assert "in the paper" not in html
     with (finished / "results.csv").open() as file:
         lines = list(csv.DictReader(file))

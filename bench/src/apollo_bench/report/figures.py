@@ -50,7 +50,9 @@ def _comparison(summary: Summary) -> list[FigureFile]:
         picture(
             "wall_time",
             "Wall time of a run, mean ± one standard deviation over seeds",
-            _bars(summary, "wall time of a run (s)", 1, [row.seconds for row in summary.rows]),
+            _bars(
+                summary, "wall time of a run (s)", 1, [row.stats("seconds") for row in summary.rows]
+            ),
         ),
         picture(
             "optimizer_time",
@@ -59,7 +61,7 @@ def _comparison(summary: Summary) -> list[FigureFile]:
                 summary,
                 "optimizer time per step (ms)",
                 2,
-                [row.optimizer_ms for row in summary.rows],
+                [row.stats("optimizer_ms") for row in summary.rows],
             ),
         ),
         *curvature(summary),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from apollo_bench.config.recipe import Recipe, RunSpec
+from apollo_bench.report.run_table import sampled_settings
 from apollo_bench.report.summary import Row, ScheduleSection, Summary, best_of
-from apollo_bench.report.tables import settings_of
 from apollo_bench.runs.loading import Run
 
 
@@ -84,7 +84,7 @@ def _tuned(section: ScheduleSection, summary: Summary) -> str:
         for name in names
     ]
     parts = [
-        f"{row.label} {settings_of(row)} ({row.score.text(2)})"
+        f"{row.label} {sampled_settings(row.runs[0].spec)} ({row.score.text(2)})"
         for row in chosen
         if row is not None and row.score is not None
     ]

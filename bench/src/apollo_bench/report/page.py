@@ -66,7 +66,7 @@ def show(summaries: list[Summary], console: Console) -> None:
         for table in tables.tables(summary):
             if sum(column.on_console for column in table.columns) > 1:
                 console.print(tables.for_console(table))
-        console.print(narrative.headline(summary), highlight=False)
+        console.print(narrative.headline(summary), highlight=False, markup=False)
 
 
 def _markdown(summaries: list[Summary], left_out: list[str]) -> str:

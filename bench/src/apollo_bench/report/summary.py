@@ -1,4 +1,8 @@
-"""Summaries: the runs of each optimizer over their seeds."""
+"""Summaries: the runs of each optimizer over their seeds.
+
+Numbers come from the pandas table of the runs (``run_table``). A row also keeps its runs, whose
+evaluations give targets and curves.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas
+
 from apollo_bench.config import recipe
 from apollo_bench.config.schema import Analysis, PaperResult, SweepPoint
 from apollo_bench.optimizers.plot_style import sort_key, style_of
+from apollo_bench.report.run_table import run_table
 from apollo_bench.report.statistics import Difference, SampleStats, difference, sample_stats
 from apollo_bench.runs import loading
 from apollo_bench.runs.loading import Run
@@ -54,29 +61,18 @@ class Row:
         return self.runs[0].spec.sweep
 
     @functools.cached_property
+    def _finished(self) -> pandas.DataFrame:
+        table = run_table(self.runs, [self.metric.name])
+        return table[table["verdict"] == "finished"]
+
+    def stats(self, quantity: str) -> SampleStats | None:
+        """Return the statistics of a column of ``run_table`` over the finished runs."""
+        return sample_stats(self._finished[quantity])
+
+    @functools.cached_property
     def score(self) -> SampleStats | None:
         """Statistics of the task's metric over the finished runs."""
-        return sample_stats(run.final(self.metric.name) for run in self.runs)
-
-    @functools.cached_property
-    def train_loss(self) -> SampleStats | None:
-        """Training loss since the previous evaluation, over the finished runs."""
-        return sample_stats(run.final("train_loss") for run in self.runs)
-
-    @functools.cached_property
-    def seconds(self) -> SampleStats | None:
-        """Wall time of the finished runs."""
-        return sample_stats(run.seconds for run in self.runs if run.finished)
-
-    @functools.cached_property
-    def optimizer_ms(self) -> SampleStats | None:
-        """Time of an optimizer step in milliseconds, over the finished runs."""
-        return sample_stats(run.optimizer_ms for run in self.runs if run.finished)
-
-    @functools.cached_property
-    def optimizer_share(self) -> SampleStats | None:
-        """Share of a training step in percent, over the finished runs."""
-        return sample_stats(run.optimizer_share for run in self.runs if run.finished)
+        return self.stats(self.metric.name)
 
     @property
     def remark(self) -> str:

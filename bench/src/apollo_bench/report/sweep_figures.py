@@ -208,7 +208,7 @@ def _score(row: Row) -> SampleStats | None:
 
 
 def _train_loss(row: Row) -> SampleStats | None:
-    return row.train_loss
+    return row.stats("train_loss")
 
 
 def _value(row: Row) -> str:

@@ -1,14 +1,19 @@
-"""The tables of a report as cells, and their form on a console, in Markdown and in CSV."""
+"""The tables of a report as cells, and their form on a console, in Markdown and in CSV.
+
+Results per run are a pandas table (``run_table``). The tables of a report are not: a cell carries
+emphasis and a color beside its text, which only pandas' HTML knows, and ``DataFrame.to_markdown``
+pads the columns, so that a longer number would change every line of a committed table.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-import pandas
 from rich import table as rich
+from rich.text import Text
 
-from apollo_bench.config.recipe import RunSpec
+from apollo_bench.report.run_table import run_table, sampled_settings
 from apollo_bench.report.statistics import Difference, SampleStats, sample_stats
 from apollo_bench.report.summary import Row, ScheduleSection, Summary, best_of
 
@@ -115,7 +120,7 @@ def _comparison(summary: Summary, section: ScheduleSection) -> Table:
             over_rival,
         ),
         (Column("in the paper", False), published),
-        (Column("training loss"), lambda row: _spread(row.train_loss, 4)),
+        (Column("training loss"), lambda row: _spread(row.stats("train_loss"), 4)),
         (
             Column(f"updates to {NOTHING if target is None else f'{target:.2f}'}", False),
             lambda row: reaching(row, "updates", 0),
@@ -128,9 +133,12 @@ def _comparison(summary: Summary, section: ScheduleSection) -> Table:
             Column(f"time to {NOTHING if target is None else f'{target:.2f}'} (s)", False),
             lambda row: reaching(row, "seconds", 1),
         ),
-        (Column("wall time (s)"), lambda row: _spread(row.seconds, 1)),
-        (Column("optimizer step (ms)"), lambda row: _spread(row.optimizer_ms, 2)),
-        (Column("share of a step (%)", False), lambda row: _spread(row.optimizer_share, 1)),
+        (Column("wall time (s)"), lambda row: _spread(row.stats("seconds"), 1)),
+        (Column("optimizer step (ms)"), lambda row: _spread(row.stats("optimizer_ms"), 2)),
+        (
+            Column("share of a step (%)", False),
+            lambda row: _spread(row.stats("optimizer_share"), 1),
+        ),
         (Column("runs"), lambda row: row.remark),
     ]
     shown = [
@@ -198,7 +206,7 @@ def _chosen(summary: Summary, section: ScheduleSection) -> Table:
         rows.append(
             [
                 Cell(own_rows[0].label, color=name),
-                Cell(NOTHING if best is None else settings_of(best)),
+                Cell(NOTHING if best is None else sampled_settings(best.runs[0].spec)),
                 Cell(NOTHING if best is None else _spread(best.score, 2)),
                 Cell(
                     ", ".join(
@@ -226,7 +234,10 @@ def _trials(summary: Summary, section: ScheduleSection) -> Table:
         own_rows = _in_order([row for row in section.rows if row.name == name])
         best = best_of([row for row in own_rows if not row.diverged])
         cells = [
-            Cell(f"{settings_of(row, len(keys) == 1)}: {_outcome(row)}", row is best)
+            Cell(
+                f"{sampled_settings(row.runs[0].spec, len(keys) == 1)}: {_outcome(row)}",
+                row is best,
+            )
             for row in own_rows
         ]
         rows.append([Cell(own_rows[0].label, color=name), *cells])
@@ -249,16 +260,6 @@ def _outcome(row: Row) -> str:
 
 def _ranges(row: Row) -> dict[str, list[float]]:
     return row.runs[0].spec.ranges or {}
-
-
-def settings_of(row: Row, short: bool = False) -> str:
-    """Return the sampled settings of a trial as text."""
-    return _drawn(row.runs[0].spec, short)
-
-
-def _drawn(spec: RunSpec, short: bool = False) -> str:
-    values = [(key, f"{getattr(spec.optimizer, key):g}") for key in spec.ranges or {}]
-    return ", ".join(value if short else f"{key} {value}" for key, value in values)
 
 
 def _in_order(rows: list[Row]) -> list[Row]:
@@ -290,7 +291,7 @@ def for_console(table: Table) -> rich.Table:
         texts = [row[place].text.replace(" ± ", unbroken) for place in shown]
         made.add_row(
             *(
-                f"[bold]{text}[/bold]" if row[place].best else text
+                Text(text, style="bold" if row[place].best else "")
                 for place, text in zip(shown, texts, strict=True)
             )
         )
@@ -311,29 +312,7 @@ def as_markdown(table: Table) -> str:
 def as_csv(summaries: list[Summary]) -> str:
     """Return one line per run, with all digits."""
     metrics = list(dict.fromkeys(summary.metric.name for summary in summaries))
-    lines: list[dict[str, Any]] = []
-    for run in (run for summary in summaries for run in summary.runs):
-        spec, point = run.spec, run.spec.sweep
-        lines.append(
-            {
-                "task": spec.task,
-                "optimizer": spec.name,
-                "schedule": spec.schedule,
-                "sweep": None if point is None else point.kind,
-                "value": None if point is None else point.value,
-                "lr": spec.optimizer.lr,
-                "weight_decay": spec.optimizer.weight_decay,
-                "settings": _drawn(spec),
-                "seed": spec.seed,
-                "verdict": run.verdict,
-                "done": run.progress,
-                **{name: run.final(name) for name in metrics},
-                "train_loss": run.final("train_loss"),
-                "seconds": round(run.seconds, 3),
-                "optimizer_ms": run.optimizer_ms,
-                "optimizer_share": run.optimizer_share,
-            }
-        )
-    # dtype object: integers and missing values stay what they are
-    table: str = pandas.DataFrame(lines, dtype=object).to_csv(index=False, lineterminator="\n")
-    return table
+    table = run_table([run for summary in summaries for run in summary.runs], metrics)
+    table["seconds"] = table["seconds"].map(lambda seconds: round(seconds, 3))
+    text: str = table.to_csv(index=False, lineterminator="\n")
+    return text

@@ -3,7 +3,8 @@
 ``runs.json`` holds the content of ``run.json`` and ``result.json`` of every run; what all runs have
 in common stands there once. ``evaluations.csv`` has one line per evaluation. ``curvature.csv`` has
 one line per measurement of all tensors, for runs with ``--diagnostics``. An archive holds no
-weights and no paths of a machine.
+weights and no paths of a machine. The tables are read and written with ``csv``, not pandas: a
+record lacks the keys whose cells are empty, and whole numbers stay whole beside them.
 """
 
 from __future__ import annotations
