@@ -33,6 +33,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file; a crash at any moment leaves the whole old file or the whole new one."""
+    """Write a file; a crash at any moment leaves the whole old file or the whole new one.
+
+    Example:
+        >>> write_atomically(Path("results.csv"), b"optimizer,accuracy")
+    """
     with replacing(path) as file:
         file.write(content)

@@ -37,7 +37,15 @@ Interval = Annotated[
 
 
 class ConfigSection(BaseModel):
-    """A table of a recipe; unknown keys and values of the wrong type are errors."""
+    """A table of a recipe; unknown keys and values of the wrong type are errors.
+
+    Example:
+        >>> class Settings(ConfigSection):
+        ...     renamed_keys: ClassVar[dict[str, str]] = {"tries": "trials"}
+        ...     trials: PositiveInt = 7
+        >>> Settings.model_validate({"tries": 3}).trials
+        3
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
     # former name of a key: its present name; older recipes, runs and archives have the former

@@ -11,6 +11,10 @@ from apollo_bench.errors import ExperimentError
 def import_optional(name: str, purpose: str, alternative: str = "") -> Any:
     """Import a library that only some runs need.
 
+    Example:
+        >>> import_optional("json", "this example").dumps([1])
+        '[1]'
+
     Args:
         name: name of the module.
         purpose: what needs the library; the error message begins with it.

@@ -11,7 +11,20 @@ from apollo_bench.config_section import ConfigSection
 
 
 def describe(error: ValidationError, schema: type[ConfigSection]) -> str:
-    """Return one line with every error: its key, its value and what is allowed."""
+    """Return one line with every error: its key, its value and what is allowed.
+
+    Example:
+        >>> from apollo_bench.config.schema import QuickSettings
+        >>> try:
+        ...     QuickSettings.model_validate({"seeds": 0})
+        ... except ValidationError as error:
+        ...     print(describe(error, QuickSettings))
+        seeds: is 0: Input should be greater than or equal to 1
+
+    Args:
+        error: what pydantic raised for a table.
+        schema: class of the table.
+    """
     lines = []
     for item in error.errors():
         shown, owner = _locate(schema, item["loc"])

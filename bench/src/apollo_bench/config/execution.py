@@ -19,6 +19,10 @@ class Execution(ConfigSection):
     """Devices, processes and threads of a run; only rounding depends on them.
 
     torchrun starts the processes of several machines, ``devices`` on each of ``nodes``.
+
+    Example:
+        >>> Execution(devices=4, nodes=2).processes
+        8
     """
 
     accelerator: Accelerator = "cpu"
@@ -60,6 +64,11 @@ def plan_execution(
     cluster: bool = False,
 ) -> tuple[int, Execution]:
     """Divide this machine between runs.
+
+    Example:
+        >>> jobs, execution = plan_execution("cpu", devices=2, jobs=1, threads=4)
+        >>> jobs, execution.devices, execution.threads
+        (1, 2, 4)
 
     Args:
         accelerator: ``"cpu"`` or ``"gpu"``.

@@ -12,7 +12,11 @@ from apollo_bench.config_section import ConfigSection, Fraction, NonNegative, Po
 
 
 class EqualStrength(ConfigSection):
-    """Weight decay coupled to another optimizer's by eq. (14)."""
+    """Weight decay coupled to another optimizer's by eq. (14).
+
+    In a recipe: ``weight_decay = { equal_strength_to = "apollo" }``. ``recipe.coupled_decay``
+    resolves it.
+    """
 
     equal_strength_to: str
 

@@ -28,6 +28,10 @@ def override(
 ) -> dict[str, Any]:
     """Return a recipe's table with other values, not yet validated.
 
+    Example:
+        >>> override({"train": {"batch_size": 32}}, ["train.batch_size=64"])
+        {'train': {'batch_size': 64}}
+
     Args:
         table: table of the recipe; it is not changed.
         settings: for example ``train.batch_size=64``. Values are TOML; strings need no quotes.

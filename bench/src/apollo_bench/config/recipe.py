@@ -42,7 +42,13 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 class RunSpec(ConfigSection):
-    """The resolved recipe of one run: every number that its result depends on, except the data."""
+    """The resolved recipe of one run: every number that its result depends on, except the data.
+
+    Example:
+        >>> spec = load("wordnet").run("apollo", seed=1)
+        >>> spec.label, spec.optimizer.lr, spec.train.batch_size
+        ('wordnet-apollo-cosine-seed1', 100.0, 32)
+    """
 
     task: str
     model: Model
@@ -69,7 +75,10 @@ class RunSpec(ConfigSection):
 
 
 class Recipe(ConfigSection):
-    """An experiment: a task, and the optimizers, schedules and seeds to train it with."""
+    """An experiment: a task, and the optimizers, schedules and seeds to train it with.
+
+    ``load`` reads one; its methods resolve the runs of a command.
+    """
 
     renamed_keys: ClassVar[dict[str, str]] = {"tuning": "search"}
 
@@ -131,6 +140,10 @@ class Recipe(ConfigSection):
     def run(self, name: str, seed: int, schedule: str | None = None) -> RunSpec:
         """Resolve the run of one optimizer, seed and schedule.
 
+        Example:
+            >>> load("wordnet").run("apollo", seed=1).train.schedule.length  # updates
+            400
+
         Args:
             name: name of the optimizer.
             seed: seed of the run.
@@ -168,6 +181,10 @@ class Recipe(ConfigSection):
     ) -> list[RunSpec]:
         """Resolve optimizers x schedules x seeds, seed by seed: an early report has all optimizers.
 
+        Example:
+            >>> [spec.label for spec in load("wordnet").runs(["sgd", "apollo"], seeds=1)]
+            ['wordnet-sgd-cosine-seed1', 'wordnet-apollo-cosine-seed1']
+
         Args:
             names: optimizers; None: those of the table [compare].
             seeds: number of seeds; beyond the recipe's own they continue from its largest.
@@ -191,6 +208,11 @@ class Recipe(ConfigSection):
         schedules: list[str] | None = None,
     ) -> list[RunSpec]:
         """Resolve an analysis of the paper: its values x optimizers x schedules x seeds.
+
+        Example:
+            >>> plan = load("wordnet")
+            >>> [spec.optimizer.lr for spec in plan.sweep("lr-robustness", ["sgd"], seeds=1)]
+            [1.0, 5.0, 10.0, 50.0]
 
         Args:
             kind: ``"lr-robustness"`` (section 4.1, figure 2) multiplies learning rates and divides
@@ -219,7 +241,12 @@ class Recipe(ConfigSection):
         ]
 
     def default_schedules(self, kind: Analysis | None = None) -> list[str]:
-        """Return the default schedules of an analysis, or of a comparison (None)."""
+        """Return the default schedules of an analysis, or of a comparison (None).
+
+        Example:
+            >>> load("fashion-mnist").default_schedules()
+            ['cosine']
+        """
         plan: CompareSettings | SweepSettings | SearchSettings | None
         if kind is None:
             plan = self.compare
@@ -276,6 +303,14 @@ def scale_lr(settings: Any, factor: float) -> Any:
     """Return settings at ``factor`` times the learning rate, with equally strong decay, eq. (14).
 
     Apollo's warmup_init_lr is multiplied too.
+
+    Example:
+        >>> scale_lr(load("wordnet").optimizers["apollo"], 2.0).lr
+        200.0
+
+    Args:
+        settings: settings of an optimizer, whose decay is a number.
+        factor: positive.
     """
     update = {"lr": settings.lr * factor, "weight_decay": settings.weight_decay / factor}
     if getattr(settings, "warmup_init_lr", None) is not None:
@@ -289,6 +324,15 @@ def coupled_decay(name: str, optimizers: dict[str, Any]) -> float:
     Decay of equal strength shrinks the weights equally per step: gamma * eta is the same. So gamma
     = gamma_reference * eta_reference / eta. Optimizers that state a number keep it: the paper gives
     SGD and Apollo the same gamma.
+
+    Example:
+        >>> optimizers = load("fashion-mnist").optimizers
+        >>> round(coupled_decay("radam-adj", optimizers), 6)  # 5e-4 of Apollo, times 5.0 / 0.2
+        0.0125
+
+    Args:
+        name: name of an optimizer of the recipe.
+        optimizers: settings of all optimizers, by name.
 
     Raises:
         ValueError: the reference is missing, or is itself coupled.
@@ -324,6 +368,13 @@ def load(
     quick: bool = False,
 ) -> Recipe:
     """Read a recipe by name, or from a path that ends in ``.toml``.
+
+    Example:
+        >>> plan = load("wordnet", ["train.batch_size=16", "optimizer.lr=0.1"], ["sgd"])
+        >>> plan.train.batch_size, plan.optimizers["sgd"].lr, plan.optimizers["adam"].lr
+        (16, 0.1, 0.02)
+        >>> load("wordnet", quick=True).schedules["cosine"].length  # updates
+        100
 
     Args:
         name: name of a recipe in the package, or a path.

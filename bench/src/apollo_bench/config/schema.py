@@ -41,7 +41,16 @@ class LRShape(ConfigSection):
 
 
 class Schedule(LRShape):
-    """Length of the training in epochs or updates, and the learning rate over it."""
+    """Length of the training in epochs or updates, and the learning rate over it.
+
+    Example:
+        >>> schedule = Schedule(kind="milestone", milestones=[40.0, 60.0], epochs=80)
+        >>> schedule.steps(per_epoch=100)
+        8000
+        >>> short = schedule.shortened(20)
+        >>> str(short), short.milestones
+        ('20 epochs', [10.0, 15.0])
+    """
 
     renamed_keys: ClassVar[dict[str, str]] = {"instead": "overrides"}
 
@@ -76,11 +85,15 @@ class Schedule(LRShape):
         return f"{self.length} {self.unit}{'' if self.length == 1 else 's'}"
 
     def steps(self, per_epoch: int) -> int:
-        """Return the number of updates in the whole training."""
+        """Return the number of updates in the whole training.
+
+        Args:
+            per_epoch: updates per epoch; it matters only for a length in epochs.
+        """
         return self.length if self.epochs is None else self.length * per_epoch
 
     def shortened(self, length: int) -> Schedule:
-        """Return the same shape over another length in the same unit."""
+        """Return the same shape over another length in the same unit; milestones move with it."""
         share = length / self.length
         overrides = {
             name: shape.model_copy(update=shape._scaled(share))

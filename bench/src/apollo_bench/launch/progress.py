@@ -38,7 +38,12 @@ _AROUND = 4  # lines for titles, the count of hidden runs, the bar and the curso
 
 
 def duration(seconds: float | None) -> str:
-    """Return a time as 1:05 or 1:02:05; a dash if it is unknown."""
+    """Return a time as 1:05 or 1:02:05; a dash if it is unknown.
+
+    Example:
+        >>> duration(65.2), duration(3725), duration(None)
+        ('1:05', '1:02:05', '-')
+    """
     if seconds is None:
         return "-"
     minutes, rest = divmod(round(seconds), 60)
@@ -47,7 +52,12 @@ def duration(seconds: float | None) -> str:
 
 
 def seconds_left(runs: list[RunState], jobs: int) -> float | None:
-    """Return the time that all runs together still need; None before the first measurement."""
+    """Return the time that all runs together still need; None before the first measurement.
+
+    Args:
+        runs: all runs of the command.
+        jobs: runs at the same time.
+    """
     measured = [run for run in runs if run.step]
     if not measured:
         return None
@@ -153,6 +163,10 @@ def counter(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """Return a function that shows one piece of work after the other, with its progress.
 
     On a terminal it draws a bar; elsewhere it prints one line per piece.
+
+    Example:
+        >>> with counter(Console(stderr=True)) as report_progress:
+        ...     report_progress("Reading", 3, 10)  # 3 of 10 pieces are done; 0 of 0: unknown
     """
     if not console.is_terminal:
         shown: list[str] = []

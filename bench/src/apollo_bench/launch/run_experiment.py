@@ -24,7 +24,7 @@ from apollo_bench.workloads.workload import Workload
 
 
 class Machines(NamedTuple):
-    """What the command line says about devices and processes."""
+    """What the command line says about devices and processes, as ``plan_execution`` takes it."""
 
     accelerator: str
     devices: int
@@ -48,12 +48,25 @@ class Request(NamedTuple):
 
 
 def run_folder(out: Path, spec: RunSpec) -> Path:
-    """Return the folder of a run's directory."""
+    """Return the folder of a run's directory.
+
+    Example:
+        >>> from apollo_bench.config import recipe
+        >>> run_folder(Path("runs/mine"), recipe.load("wordnet").run("apollo", seed=1)).as_posix()
+        'runs/mine/runs/wordnet-apollo-cosine-seed1'
+    """
     return out / "runs" / spec.label
 
 
 def train_runs(request: Request, warn: Callable[[str], None]) -> list[RunState]:
     """Train all runs that are not finished.
+
+    Example:
+        >>> from apollo_bench.config import recipe
+        >>> machines = Machines("cpu", devices=1, jobs=2, threads=1, strategy="ddp")
+        >>> specs = recipe.load("fashion-mnist", quick=True).runs(["sgd", "apollo"])
+        >>> train_runs(Request(specs, Path("runs/mine"), None, machines), print)  # doctest: +SKIP
+        []
 
     Args:
         request: the runs.

@@ -149,7 +149,17 @@ def run_all(runs: list[RunState], jobs: int, display: Display) -> None:
 
 
 def worker_command(execution: Execution) -> list[str]:
-    """Return the command that starts a run's processes here, without the run's folder."""
+    """Return the command that starts a run's processes here, without the run's folder.
+
+    Example:
+        >>> worker_command(Execution())[1:]
+        ['-m', 'apollo_bench.launch.worker']
+        >>> worker_command(Execution(devices=2))[1:4]
+        ['-m', 'torch.distributed.run', '--standalone']
+
+    Args:
+        execution: how the run is executed.
+    """
     worker = ["-m", "apollo_bench.launch.worker"]
     if execution.processes == 1:
         return [sys.executable, *worker]
@@ -163,6 +173,10 @@ def start_worker(directory: RunDirectory, gpus: list[str] | None = None) -> subp
     Args:
         directory: directory of the run.
         gpus: names of the GPUs that the run may use; None: all that are visible.
+
+    Returns:
+        The process. Its exit status is 0, ``EXIT_STOPPED`` (the run continues from its checkpoint)
+        or ``EXIT_USER_ERROR``; its output is in the log of the run.
     """
     environment = dict(os.environ, PYTHONDONTWRITEBYTECODE="1")
     environment[PARENT_PID] = str(os.getpid())

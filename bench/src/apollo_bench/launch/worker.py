@@ -57,6 +57,13 @@ def main() -> int:
 def train_prepared_run(directory: RunDirectory, stop: Callable[[], bool]) -> Outcome:
     """Train a prepared run, in all processes that were started for it.
 
+    Args:
+        directory: a run that ``RunDirectory.prepare`` made.
+        stop: called after every step; training stops with a checkpoint once it returns True.
+
+    Returns:
+        ``"finished"``, ``"diverged"`` or ``"stopped"``.
+
     Raises:
         ExperimentError: the run or its data cannot be used, or another process is lost.
     """

@@ -65,6 +65,10 @@ def style_of(name: str) -> Style:
     A variant such as ``apollo-long-warmup`` is labeled "Apollo, long warmup". An optimizer that is
     not in the paper keeps its name as label. Its color is a function of the name, or the next free
     one.
+
+    Example:
+        >>> style_of("apollo-long-warmup").label, style_of("apollo").color
+        ('Apollo, long warmup', '#D55E00')
     """
     if name in STYLES:
         return STYLES[name]
@@ -84,6 +88,11 @@ def _label(name: str) -> str:
 
 
 def sort_key(name: str) -> tuple[int, str]:
-    """Return a key that sorts optimizers as the paper's tables do, with others after them."""
+    """Return a key that sorts optimizers as the paper's tables do, with others after them.
+
+    Example:
+        >>> sorted(["apollo", "mine", "sgd"], key=sort_key)
+        ['sgd', 'apollo', 'mine']
+    """
     known = list(STYLES)
     return (known.index(name) if name in known else len(known), name)

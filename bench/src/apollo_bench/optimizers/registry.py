@@ -28,8 +28,10 @@ def build_optimizer(settings: OptimizerSettings, network: nn.Module) -> torch.op
     """Make an optimizer on its fastest back end, as a user would.
 
     Example:
+        >>> from apollo_bench.config import recipe
         >>> spec = recipe.load("wordnet").run("apollo", seed=1)
-        >>> optimizer = build_optimizer(spec.optimizer, network)
+        >>> build_optimizer(spec.optimizer, nn.Linear(4, 2)).defaults["lr"]
+        100.0
 
     Args:
         settings: of one run: weight decay is a number.
@@ -74,7 +76,10 @@ def lr_factor(schedule: Schedule, name: str, steps: int) -> Callable[[int], floa
     """Return the factor on the learning rate as a function of the step, for LambdaLR.
 
     Example:
-        >>> factor = lr_factor(spec.train.schedule, spec.name, steps=400)
+        >>> factor = lr_factor(Schedule(kind="cosine", updates=400), "sgd", steps=400)
+        >>> factor(0), round(factor(200), 3), factor(400)
+        (1.0, 0.5, 0.0)
+        >>> optimizer = torch.optim.SGD(nn.Linear(4, 2).parameters(), lr=0.1)
         >>> scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
     Args:

@@ -11,7 +11,15 @@ from apollo_bench.runs.loading import Run
 
 
 def headline(summary: Summary) -> str:
-    """Return the outcome in a few sentences, whichever optimizer wins."""
+    """Return the outcome in a few sentences, whichever optimizer wins.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from apollo_bench.report.summary import collect
+        >>> [summary] = collect([Path("runs/compare")])
+        >>> headline(summary)
+        'Best mean test perplexity: ...'
+    """
     unfinished = any(run.verdict == "unfinished" for run in summary.runs)
     diverged = _diverged(summary)
     if all(row.score is None for row in summary.rows):

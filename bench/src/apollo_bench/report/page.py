@@ -25,8 +25,9 @@ def write(
     """Write report.html, results.md, results.csv and the figures (PNG, SVG) into a folder.
 
     Example:
-        >>> summaries = write([Path("runs/compare")], Path("runs/compare"))
-        >>> show(summaries, rich.console.Console())
+        >>> [summary] = write([Path("runs/search")], Path("report"))
+        >>> sorted(path.name for path in Path("report").iterdir())
+        ['report.html', 'results.csv', 'results.md', 'tuning.png', 'tuning.svg']
 
     Args:
         paths: as in ``collect``.

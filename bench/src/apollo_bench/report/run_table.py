@@ -14,9 +14,12 @@ def run_table(runs: Sequence[Run], metrics: Sequence[str]) -> pandas.DataFrame:
     """Return one line per run, with all digits.
 
     Example:
-        >>> runs = load_runs([Path("runs/compare")])
-        >>> table = run_table(runs, ["accuracy"])
-        >>> table.groupby("optimizer")["accuracy"].mean()
+        >>> from pathlib import Path
+        >>> from apollo_bench.runs.loading import load_runs
+        >>> table = run_table(load_runs([Path("runs/compare")]), ["test_perplexity"])
+        >>> means = table.groupby("optimizer")["test_perplexity"].mean()
+        >>> sorted(means.index)[:2]
+        ['adamw', 'apollo']
 
     Args:
         runs: the runs, in the order of the lines.

@@ -27,7 +27,12 @@ class SampleStats:
 
 
 def sample_stats(values: Iterable[float | None]) -> SampleStats | None:
-    """Return the statistics of the values that are not None; None if there are none."""
+    """Return the statistics of the values that are not None; None if there are none.
+
+    Example:
+        >>> sample_stats([1.0, None, 3.0]).text(digits=2)
+        '2.00 ± 1.41'
+    """
     known = [value for value in values if value is not None]
     if not known:
         return None
@@ -58,6 +63,15 @@ def difference(one: dict[int, float], other: dict[int, float]) -> Difference | N
 
     The bootstrap resamples pairs and takes percentiles; its draws are always the same. For few
     pairs its interval is too narrow.
+
+    Example:
+        >>> found = difference({1: 93.0, 2: 94.0, 3: 95.0}, {1: 92.5, 2: 93.0, 3: 93.5})
+        >>> found.mean, found.pairs, round(found.p, 3)
+        (1.0, 3, 0.074)
+
+    Args:
+        one: values by seed.
+        other: values by seed.
     """
     seeds = sorted(one.keys() & other.keys())
     if not seeds:

@@ -99,6 +99,9 @@ class Row:
         """Return the mean of the curve after a fraction of a run; None if a run is unfinished.
 
         It takes the last evaluation up to there, or the first if that is later.
+
+        Args:
+            share: fraction of the updates of a run, between 0 and 1.
         """
         values = []
         for run in self.runs:
@@ -113,6 +116,9 @@ class Row:
         """Return when each ended run first has an evaluation that reaches the target, by seed.
 
         A run that diverged has not reached it, whatever its evaluations before.
+
+        Args:
+            target: value of the curve.
         """
         found = {}
         for run in self.runs:
@@ -140,7 +146,14 @@ class Row:
 
 
 def best_of(rows: list[Row]) -> Row | None:
-    """Return the first row with the best mean; diverged rows count only if all diverged."""
+    """Return the first row with the best mean; diverged rows count only if all diverged.
+
+    Args:
+        rows: rows of one metric.
+
+    Returns:
+        The first of the best rows; None if no row has a finished run.
+    """
     scored = [row for row in rows if row.score is not None]
     sound = [row for row in scored if not row.diverged] or scored
 
@@ -275,6 +288,11 @@ def collect(
     skip: Callable[[str], None] | None = None,
 ) -> list[Summary]:
     """Load runs and summarize them, task by task.
+
+    Example:
+        >>> [summary] = collect([Path("runs/compare")])
+        >>> summary.task, summary.metric.title, [section.length for section in summary.sections]
+        ('wordnet', 'test perplexity', ['400 updates'])
 
     Args:
         paths: as in ``load_runs``.

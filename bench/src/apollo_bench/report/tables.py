@@ -44,7 +44,18 @@ class Table(NamedTuple):
 
 
 def tables(summary: Summary) -> list[Table]:
-    """Return the tables of a summary: one or two per schedule."""
+    """Return the tables of a summary: one or two per schedule.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from apollo_bench.report.summary import collect
+        >>> [summary] = collect([Path("runs/compare")])
+        >>> [table] = tables(summary)
+        >>> [column.title for column in table.columns][:4]
+        ['optimizer', 'learning rate', 'weight decay', 'test perplexity']
+        >>> print(as_markdown(table))
+        | optimizer | learning rate | ...
+    """
     if summary.sweep == "tuning":
         return [
             make(summary, section) for section in summary.sections for make in (_chosen, _trials)

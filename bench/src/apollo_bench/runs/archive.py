@@ -44,6 +44,11 @@ class Archived(NamedTuple):
 def write(directories: Iterable[RunDirectory], out: Path) -> int:
     """Write an archive; an archive that is there is replaced, and nothing else.
 
+    Example:
+        >>> runs = [RunDirectory(path) for path in Path("runs/mine/runs").glob("*")]
+        >>> write(runs, Path("results/mine"))
+        0
+
     Args:
         directories: directories of finished runs.
         out: folder of the archive.
@@ -114,6 +119,13 @@ def _check_out(out: Path) -> None:
 
 def read(folder: Path) -> list[Archived]:
     """Return the runs of an archive; none if the folder is no archive.
+
+    Example:
+        >>> [run.result["verdict"] for run in read(Path("runs/compare"))][0]
+        'finished'
+
+    Args:
+        folder: folder with runs.json.
 
     Raises:
         ExperimentError: the archive is damaged, or of a later version.

@@ -80,6 +80,11 @@ class Run:
 def load_runs(paths: list[Path], skip: Callable[[str], None] | None = None) -> list[Run]:
     """Load runs, and check that those of a task are compatible with each other.
 
+    Example:
+        >>> runs = load_runs([Path("runs/compare")])
+        >>> runs[0].spec.task, runs[0].verdict, runs[0].progress
+        ('wordnet', 'finished', '400 of 400 updates')
+
     Args:
         paths: run directories, folders that contain some (also in ``runs``), or archives.
         skip: called with the reason for each damaged run, which is left out; None: such a run is an

@@ -33,6 +33,14 @@ Record = dict[str, Any]
 class RunDirectory:
     """The files of one run.
 
+    Example:
+        >>> from apollo_bench.config import recipe
+        >>> spec = recipe.load("wordnet").run("apollo", seed=1)
+        >>> directory = RunDirectory(Path("runs/train") / spec.label)
+        >>> directory.prepare(spec, "fingerprint", None, ["apollo-bench", "train", "wordnet"])
+        >>> directory.spec() == spec, directory.verdict()
+        (True, None)
+
     Args:
         path: folder of the run.
     """

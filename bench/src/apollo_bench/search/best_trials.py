@@ -26,6 +26,12 @@ def apply_best_settings(
     The best trial has the best mean, over the search's seeds, of the metric on held-out data at the
     end of a run. A trial with a diverged run is never the best.
 
+    Example:
+        >>> from apollo_bench.config.recipe import load
+        >>> best = apply_best_settings(load("recipe.toml"), Path("runs/search"), ["sgd"])
+        >>> 0.1 < best.optimizers["sgd"].lr < 100.0
+        True
+
     Args:
         recipe: recipe of the same task, model, training and training examples.
         folder: folder of the finished search, as in ``load_runs``; other tasks and schedules in it
@@ -74,7 +80,12 @@ def apply_best_settings(
 
 
 def check_data(folder: Path, fingerprints: dict[str, str]) -> None:
-    """Raise ExperimentError if a search used other data, by task, than these."""
+    """Raise ExperimentError if a search used other data, by task, than these.
+
+    Args:
+        folder: folder of a finished search.
+        fingerprints: fingerprint of the data of each task.
+    """
     for run in _load_trials(folder):
         wanted = fingerprints.get(run.spec.task)
         if wanted not in (None, run.manifest["data"]["fingerprint"]):
@@ -100,6 +111,10 @@ def _references(recipe: Recipe, names: list[str]) -> list[str]:
 
 def best_trial(runs: list[loading.Run], origin: str) -> Any:
     """Return the settings of the best trial of one optimizer; of equal trials, the first.
+
+    Args:
+        runs: trials of one optimizer.
+        origin: beginning of the message of an error.
 
     Raises:
         ExperimentError: there is no trial, one is unfinished, or all diverged.

@@ -27,6 +27,12 @@ def make_trials(
     a shorter one. Weight decay without a range of its own follows the learning rate, so that their
     product is unchanged (eq. 14).
 
+    Example:
+        >>> from apollo_bench.config import recipe
+        >>> ranges = ["search.trials=3", "search.ranges.sgd.lr=[0.1, 10]"]
+        >>> [spec.optimizer.lr for spec in make_trials(recipe.load("wordnet", ranges))]
+        [1.0, 0.316, 3.16]
+
     Args:
         recipe: recipe with a table [search].
         names: optimizers; None: all that have ranges.

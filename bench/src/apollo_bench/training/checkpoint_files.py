@@ -21,7 +21,17 @@ UNREADABLE = (
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write tensors and plain values."""
+    """Write tensors and plain values; a crash leaves the whole old file or the whole new one.
+
+    Example:
+        >>> write_checkpoint(Path("newest.pt"), {"step": 3, "weight": torch.ones(2)})
+        >>> read_checkpoint(Path("newest.pt"))["step"]
+        3
+
+    Args:
+        path: file in an existing folder.
+        state: tensors, numbers, texts, and lists and dicts of them.
+    """
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_atomically(path, buffer.getvalue())

@@ -19,7 +19,12 @@ def is_sharded(network: nn.Module) -> bool:
 
 
 def full_model_state(network: nn.Module) -> StateDict:
-    """Return the state dict with full tensors; every process must call this."""
+    """Return the state dict with full tensors; every process must call this.
+
+    Example:
+        >>> network = nn.Linear(4, 2)
+        >>> load_model_state(network, full_model_state(network))
+    """
     if not is_sharded(network):
         return network.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -28,7 +33,12 @@ def full_model_state(network: nn.Module) -> StateDict:
 
 
 def load_model_state(network: nn.Module, state: StateDict) -> None:
-    """Load full tensors, of which every process has a copy, into a sharded or unsharded network."""
+    """Load full tensors, of which every process has a copy, into a sharded or unsharded network.
+
+    Args:
+        network: the network, or its shards.
+        state: what ``full_model_state`` returned for the same network.
+    """
     if not is_sharded(network):
         network.load_state_dict(state)
         return
@@ -42,13 +52,24 @@ def load_model_state(network: nn.Module, state: StateDict) -> None:
 
 
 def full_optimizer_state(optimizer: Any) -> StateDict:
-    """Return the optimizer's state dict with full tensors; every process must call this."""
+    """Return the optimizer's state dict with full tensors; every process must call this.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.Adam(nn.Linear(4, 2).parameters())
+        >>> load_optimizer_state(optimizer, full_optimizer_state(optimizer))
+    """
     state: StateDict = _full(optimizer.state_dict())
     return state
 
 
 def load_optimizer_state(optimizer: Any, state: StateDict) -> None:
-    """Load a full state dict into an optimizer, or Fabric's wrapper of one."""
+    """Load a full state dict into an optimizer, or Fabric's wrapper of one.
+
+    Args:
+        optimizer: of parameters with the same shapes in the same order.
+        state: what ``full_optimizer_state`` returned.
+    """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     shards = {
         index: {

@@ -45,6 +45,21 @@ def train(
 ) -> Outcome:
     """Train a prepared run to its end, from its checkpoint if it has one.
 
+    Example:
+        >>> from pathlib import Path
+        >>> from apollo_bench.config import recipe
+        >>> from apollo_bench.workloads import tasks
+        >>> small = ["data.train_examples=64", "model.width=1", "schedule.epochs=1"]
+        >>> plan = recipe.load("fashion-mnist", small, schedules=["cosine"])
+        >>> spec = plan.run("apollo", seed=1, schedule="cosine")
+        >>> workload = tasks.make(spec)
+        >>> directory = RunDirectory(Path("runs/example") / spec.label)
+        >>> directory.prepare(spec, workload.fingerprint, None, ["example"])
+        >>> train(directory, spec, workload)
+        'finished'
+        >>> directory.verdict()["step"]
+        1
+
     Args:
         directory: prepared for this ``spec``.
         spec: the resolved recipe.

@@ -53,7 +53,11 @@ def torchrun_execution(requested: Execution) -> Execution:
 
 
 def init_process_group(accelerator: str) -> None:
-    """Initialize the default process group."""
+    """Initialize the default process group, unless it is.
+
+    Args:
+        accelerator: ``"cpu"`` (gloo) or ``"gpu"`` (also NCCL).
+    """
     import torch
     import torch.distributed as dist
     from torch._C._distributed_c10d import PrefixStore, TCPStore
@@ -104,6 +108,10 @@ def is_distributed() -> bool:
 def run_on_all(work: Callable[[], T]) -> T:
     """Call ``work`` in every process, and raise in all of them if it fails in one.
 
+    Example:
+        >>> run_on_all(lambda: 3)  # every process must call it
+        3
+
     Raises:
         ExperimentError: in every process, if ``work`` raised one in any process.
     """
@@ -128,7 +136,11 @@ def run_on_all(work: Callable[[], T]) -> T:
 
 
 def broadcast_from_main(value: T) -> T:
-    """Return the value of the main process."""
+    """Return the value of the main process; every process must call this.
+
+    Args:
+        value: a picklable value; those of other processes are ignored.
+    """
     import torch.distributed as dist
 
     if not is_distributed():

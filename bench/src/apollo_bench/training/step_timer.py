@@ -13,6 +13,13 @@ import torch
 class StepTimer:
     """Collect times in milliseconds; on a GPU, between two events in its stream.
 
+    Example:
+        >>> timer = StepTimer(torch.device("cpu"))
+        >>> with timer.measure():
+        ...     total = sum(range(1000))
+        >>> timer.median() >= 0.0  # milliseconds
+        True
+
     Args:
         device: device on which the timed work runs.
     """

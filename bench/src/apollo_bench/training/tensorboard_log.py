@@ -8,6 +8,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 def make_event_writer(folder: Path, step: int) -> SummaryWriter:
-    """Return a writer that continues after ``step``; events of later steps are hidden."""
+    """Return a writer that continues after ``step``; events of later steps are hidden.
+
+    Args:
+        folder: folder of the events.
+        step: step of the checkpoint that the run continues from; 0 for a new run.
+    """
     after = step + 1 if step else None
     return SummaryWriter(str(folder), purge_step=after)

@@ -42,6 +42,11 @@ class DataSettings(ConfigSection):
         """Return the settings with this many held-out examples.
 
         Data with a validation split of their own are returned unchanged.
+
+        Example:
+            >>> from apollo_bench.workloads.workload_settings import DEFAULT_DATA
+            >>> DEFAULT_DATA.holding_out(5000).held_out
+            5000
         """
         if self.has_validation_split():
             return self

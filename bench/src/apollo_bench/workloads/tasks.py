@@ -98,8 +98,10 @@ def make(
     """Make the workload of a run.
 
     Example:
-        >>> spec = recipe.load("wordnet").run("apollo", seed=1)
-        >>> network = make(spec).model()
+        >>> from apollo_bench.config import recipe
+        >>> workload = make(recipe.load("fashion-mnist").run("apollo", seed=1))
+        >>> workload.steps_per_epoch, workload.units_per_step, workload.unit
+        (125, 64.0, 'images')
 
     Args:
         spec: task, model, data and batch size, as a ``config.recipe.RunSpec`` has them.

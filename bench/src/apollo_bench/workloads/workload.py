@@ -16,7 +16,13 @@ HiddenState = tuple[Tensor, ...]  # one row per example; () at the start of an e
 
 
 class Metric(NamedTuple):
-    """A metric of a workload, one of the names that ``Workload.metrics`` returns."""
+    """A metric of a workload, one of the names that ``Workload.metrics`` returns.
+
+    Example:
+        >>> accuracy = Metric("accuracy", "test accuracy", "%", higher_is_better=True)
+        >>> accuracy.title, accuracy.better(90.0, 89.0)
+        ('test accuracy (%)', True)
+    """
 
     name: str
     label: str  # as reports show it, with the split
@@ -71,8 +77,15 @@ class Workload(Protocol):
     """A problem to train: data, model, loss and metric. A workload does not know the optimizer.
 
     Example:
+        >>> from apollo_bench.config import recipe
+        >>> from apollo_bench.workloads import tasks
+        >>> workload = tasks.make(recipe.load("fashion-mnist").run("apollo", seed=1))
         >>> batch = next(workload.batches(seed=1, epoch=0, start=0))
+        >>> [tuple(column.shape) for column in batch]
+        [(64, 1, 28, 28), (64,)]
         >>> loss, hidden_state = workload.loss(workload.model(), batch, batch, ())
+        >>> loss.shape, hidden_state
+        (torch.Size([]), ())
     """
 
     curve: Metric  # during training; the best weights are those of its best value
@@ -94,6 +107,16 @@ class Workload(Protocol):
 
         A batch is a function of (seed, epoch, step) alone, so that a resumed run equals an
         uninterrupted one. The parts of ``world`` processes together are the batch of one process.
+
+        Args:
+            seed: seed of the run.
+            epoch: from 0 on.
+            start: first step of the epoch that is wanted, from 0 on.
+            rank: number of this process, below ``world``.
+            world: number of processes.
+
+        Raises:
+            ExperimentError: the processes cannot share a batch.
         """
 
     def loss(
@@ -103,13 +126,31 @@ class Workload(Protocol):
 
         The sum over the parts of ``batch``, averaged over the processes, is the mean loss of the
         whole batch.
+
+        Args:
+            model: what ``model`` returned, or Fabric's wrapper of it.
+            part: rows of ``batch``.
+            batch: the batch of this process.
+            hidden_state: what the previous step returned for the same rows; () at the start of an
+                epoch.
         """
 
     def tally(self, model: nn.Module, rank: int = 0, world: int = 1, final: bool = False) -> Tensor:
-        """Return 1-dim sums over this process's part of the held-out data, to be added up.
+        """Return 1-dim float64 sums over this process's part of the held-out data, to be added up.
 
-        The model is in eval mode, without autograd. ``final``: the model is fully trained.
+        It is called without autograd.
+
+        Args:
+            model: in eval mode.
+            rank: number of this process.
+            world: number of processes.
+            final: whether the model is fully trained.
         """
 
     def metrics(self, tally: Tensor, final: bool = False) -> dict[str, float]:
-        """Return metrics by name, from the sums of all processes."""
+        """Return metrics by name, from the sums of all processes.
+
+        Args:
+            tally: sum over the processes of what ``tally`` returned.
+            final: as it was for ``tally``; then ``self.final`` is among the metrics.
+        """
