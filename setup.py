@@ -139,7 +139,9 @@ setup(
         Extension(
             KERNEL,
             [f"{FOLDER}/operators.cpp"],
-            depends=[f"{FOLDER}/kernel.h", f"{FOLDER}/schedule.h"],
+            depends=[
+                f"{FOLDER}/{name}.h" for name in ("kernel", "numbers", "schedule", "tensor_lists")
+            ],
             extra_compile_args=COMPILE,
             language="c++",
         ),

@@ -1,7 +1,7 @@
 """The fused back end for tensors in CPU memory: one call of a torch operator for all tensors.
 
-``operators.cpp`` defines the operators through torch's stable ABI. ``schedule.h`` distributes the
-tensors over threads. ``kernel.h`` does the arithmetic.
+``operators.cpp`` defines the operators through torch's stable ABI, on the lists of ``tensor_lists.h``.
+``schedule.h`` distributes the tensors over threads. ``kernel.h`` does the arithmetic on ``numbers.h``.
 """
 
 from __future__ import annotations
