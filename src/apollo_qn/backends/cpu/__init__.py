@@ -1,7 +1,8 @@
 """The fused back end for tensors in CPU memory: one call of a torch operator for all tensors.
 
-``operators.cpp`` defines the operators through torch's stable ABI, on the lists of ``tensor_lists.h``.
-``schedule.h`` distributes the tensors over threads. ``kernel.h`` does the arithmetic on ``numbers.h``.
+``operators.cpp`` defines the operators through torch's stable ABI. ``tensor_lists.h`` reads their
+arguments. ``schedule.h`` distributes the tensors over threads. ``kernel.h`` does the arithmetic on
+the types of ``numbers.h``.
 """
 
 from __future__ import annotations
