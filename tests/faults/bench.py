@@ -11,6 +11,7 @@ LANGUAGE = f"{TESTS}/workloads/language_modeling"
 TRANSLATION = f"{TESTS}/workloads/translation"
 LOOP = (f"{TESTS}/training/test_loop.py",)
 DAMAGED = (f"{TESTS}/runs/test_damaged_runs.py",)
+UNUSABLE = (f"{TESTS}/workloads/test_unusable_files.py",)
 REPORT = (f"{TESTS}/report",)
 
 FAULTS = [
@@ -120,6 +121,69 @@ FAULTS = [
         "    if compatibility.find_run_directories(out):\n",
         "    if False:\n",
         (f"{TESTS}/workloads/test_output_files.py",),
+    ),
+    Fault(
+        "a pipe is waited for",
+        BENCH,
+        "    if not stat.S_ISREG(mode):\n",
+        "    if False:\n",
+        UNUSABLE,
+    ),
+    Fault(
+        "a pickle may make arrays of objects",
+        BENCH,
+        '_NUMBERS = "buif"',
+        '_NUMBERS = "buifOVM"',
+        UNUSABLE,
+    ),
+    Fault(
+        "an array need not have the bytes of its shape",
+        BENCH,
+        "            or any(size < 0 for size in shape)\n",
+        "",
+        UNUSABLE,
+    ),
+    Fault(
+        "what unpacks without end is unpacked",
+        BENCH,
+        "if self._read > self._limit:",
+        "if False:",
+        UNUSABLE,
+    ),
+    Fault(
+        "grey of 16 bits becomes white",
+        BENCH,
+        'if image.mode[0] != "I":',
+        "if True:",
+        UNUSABLE,
+    ),
+    Fault(
+        "a picture of any size is decoded",
+        BENCH,
+        "if image.width * image.height > MAX_PIXELS:",
+        "if False:",
+        UNUSABLE,
+    ),
+    Fault(
+        "files of other endings are counted nowhere",
+        BENCH,
+        "                    unused[kind] += 1\n",
+        "                    pass\n",
+        UNUSABLE,
+    ),
+    Fault(
+        "a zero byte in a translation passes",
+        BENCH,
+        'if b"\\0" in row:',
+        "if False:",
+        UNUSABLE,
+    ),
+    Fault(
+        "lines that end in CR alone are one line",
+        BENCH,
+        "if returns > len(lines):",
+        "if False:",
+        UNUSABLE,
     ),
     # schedules and recipes
     Fault(

@@ -31,6 +31,7 @@ from apollo_bench.config.schema import (
 )
 from apollo_bench.config_section import ConfigSection
 from apollo_bench.errors import ExperimentError
+from apollo_bench.regular_files import read_regular
 from apollo_bench.workloads.workload_settings import DEFAULT_DATA, Data, Model
 
 if sys.version_info >= (3, 11):
@@ -394,7 +395,7 @@ def load(
             "file"
         )
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(read_regular(path).decode())
     except OSError as error:
         raise ExperimentError(f"{path}: cannot be read ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -142,6 +142,10 @@ def _prepare(request: Request, execution: Execution, warn: Callable[[str], None]
     specs = request.specs
     first = {spec.task: spec for spec in reversed(specs)}  # reading data takes a while
     workloads = {name: tasks.make(spec, request.data) for name, spec in first.items()}
+    if request.data is not None:  # what was made of the user's files
+        for made in workloads.values():
+            for remark in made.remarks:
+                warn(remark)
     if request.check_data is not None:
         request.check_data({name: made.fingerprint for name, made in workloads.items()})
     new = {}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from apollo_bench.errors import ExperimentError, first_line
 from apollo_bench.optional_imports import import_optional
+from apollo_bench.regular_files import open_regular
 from apollo_bench.workloads.image_classification.image_set import checked_labels
 
 _IMAGES = ("image", "img")
@@ -50,7 +51,8 @@ def read_parquet(path: Path) -> Any:
     arrow = import_optional("pyarrow", f"{path}, a parquet file,")
     try:
         # not memory-mapped: a later change of the file must not change the run
-        return parquet.read_table(path, memory_map=False)
+        with open_regular(path) as file:
+            return parquet.read_table(file)
     except (OSError, arrow.ArrowException) as error:
         raise ExperimentError(f"{path}: not a whole parquet file ({first_line(error)})") from None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from apollo_bench.errors import ExperimentError
+from apollo_bench.regular_files import read_regular
 
 
 def checksums(folder: Path, names: Iterable[str], remedy: str) -> dict[str, str]:
@@ -24,7 +25,7 @@ def checksums(folder: Path, names: Iterable[str], remedy: str) -> dict[str, str]
     digests = {}
     for name in names:
         try:
-            digests[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            digests[name] = hashlib.sha256(read_regular(folder / name)).hexdigest()
         except FileNotFoundError:
             raise ExperimentError(f"{folder / name}: no such file; {remedy}") from None
         except OSError as error:

@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from apollo_bench.regular_files import open_regular
+
 
 class ValidationCache:
     """Names, and the digest that each had when it was found valid.
@@ -43,7 +45,7 @@ class ValidationCache:
         there = path.stat()
         digest = f"{sha256} {there.st_size} {there.st_mtime_ns}"
         if not self.contains(str(path.resolve()), digest):
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 if _sha256(file) != sha256:
                     return False
             self.add(str(path.resolve()), digest)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import pickle
 import tarfile
@@ -17,7 +16,9 @@ from torch import Tensor
 
 from apollo_bench.atomic_write import write_atomically
 from apollo_bench.errors import ExperimentError, first_line
+from apollo_bench.regular_files import read_regular
 from apollo_bench.workloads import arrow_tables, output_files
+from apollo_bench.workloads.gzip_files import unpack
 from apollo_bench.workloads.image_classification.image_decoding import decode_equal
 from apollo_bench.workloads.image_classification.image_set import ImageSet, checked_labels
 from apollo_bench.workloads.image_classification.safe_unpickle import unpickle_arrays
@@ -129,7 +130,7 @@ def _from_table(table: Any, where: str) -> _Split:
 def _from_pickles(folder: Path) -> ImageSet:
     def read(name: str) -> bytes:
         try:
-            return (folder / name).read_bytes()
+            return read_regular(folder / name)
         except FileNotFoundError:
             raise ExperimentError(f"{folder / name}: no such file; {_REMEDY}") from None
         except OSError as error:
@@ -143,13 +144,15 @@ def _from_pickles(folder: Path) -> ImageSet:
 def _from_archive(path: Path) -> ImageSet:
     contents: dict[str, bytes] = {}
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
         if content.startswith(_GZIP):
             # reads to the end, where the checksum is
-            content = gzip.decompress(content)
+            content = unpack(io.BytesIO(content)).read()
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
             for member in archive:
                 name = member.name.rpartition("/")[2]
+                if member.size > len(content):  # a sparse file, of zero bytes without end
+                    raise tarfile.TarError(f"{name} has {member.size:,} bytes")
                 file = archive.extractfile(member) if name in TRAIN + TEST else None
                 if file is not None:
                     contents[name] = file.read()

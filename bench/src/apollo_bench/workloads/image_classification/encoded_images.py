@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from apollo_bench.errors import ExperimentError
+from apollo_bench.regular_files import read_regular
 
 
 class EncodedImages(Protocol):
@@ -32,6 +34,7 @@ class EncodedImageSet(NamedTuple):
     test: EncodedImages
     classes: int
     fingerprint: str  # which data a run has seen
+    remarks: Sequence[str] = ()  # on the data, for the user and the report
 
 
 class ImageFiles:
@@ -55,7 +58,7 @@ class ImageFiles:
     def read(self, index: int) -> bytes:
         """The whole file."""
         try:
-            return self._path(index).read_bytes()
+            return read_regular(self._path(index))
         except OSError as error:
             raise ExperimentError(
                 f"{self.where(index)}: cannot be read ({error.strerror})"

@@ -5,7 +5,6 @@ The format of MNIST and its kin: big-endian header, then unsigned bytes; gzip ar
 
 from __future__ import annotations
 
-import gzip
 import zlib
 from pathlib import Path
 
@@ -13,6 +12,8 @@ import torch
 from torch import Tensor
 
 from apollo_bench.errors import ExperimentError
+from apollo_bench.regular_files import open_regular
+from apollo_bench.workloads.gzip_files import unpack
 
 _UNSIGNED_BYTE = 0x08
 
@@ -32,7 +33,8 @@ def read_idx(path: Path, dimensions: int, remedy: str) -> Tensor:
         ExperimentError: the file is missing, truncated, corrupt or of another format.
     """
     try:
-        content = gzip.decompress(path.read_bytes())
+        with open_regular(path) as file:
+            content = unpack(file).read()
     except FileNotFoundError:
         raise ExperimentError(f"{path}: no such file; {remedy}") from None
     except (OSError, EOFError, zlib.error) as error:

@@ -11,6 +11,28 @@ from torch import Tensor
 
 from apollo_bench.errors import ExperimentError, first_line
 
+MAX_PIXELS = 89_478_485  # Pillow's own limit: it warns of larger images, and refuses the double
+
+
+def unusable(image: Image.Image) -> str | None:
+    """Return why the pixels of an opened image cannot be used; None if they can."""
+    if image.width * image.height > MAX_PIXELS:
+        return _too_large(f"{image.width * image.height:,}")
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+        return "its pixels have 32 bits and no known range; convert it to 8 bits"
+    return None
+
+
+def opening_error(error: Exception) -> str:
+    """Return what the error says that Pillow raises when it opens a file."""
+    if isinstance(error, Image.DecompressionBombError):
+        return _too_large(f"over {2 * MAX_PIXELS:,}")
+    return "not an image"
+
+
+def _too_large(pixels: str) -> str:
+    return f"it has {pixels} pixels, allowed are {MAX_PIXELS:,}; scale it down"
+
 
 def decode(content: bytes, where: str) -> Image.Image:
     """Decode a whole image as RGB.
@@ -20,17 +42,29 @@ def decode(content: bytes, where: str) -> Image.Image:
         where: name of the image in errors.
 
     Raises:
-        ExperimentError: the content is no image, truncated or corrupt.
+        ExperimentError: the content is no image, truncated, corrupt or too large.
     """
     if not content:
         raise ExperimentError(f"{where}: empty")
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return image.convert("RGB")
-    except UnidentifiedImageError:
-        raise ExperimentError(f"{where}: not an image") from None
+            if problem := unusable(image):
+                raise ExperimentError(f"{where}: {problem}")
+            return _as_rgb(image)
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise ExperimentError(f"{where}: {opening_error(error)}") from None
+    except ExperimentError:
+        raise
     except Exception as error:  # the decoders raise errors of almost every type
         raise ExperimentError(f"{where}: not a whole image ({first_line(error)})") from None
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode[0] != "I":
+        return image.convert("RGB")
+    # Grey of 16 bits, of which Pillow would make white. The upper byte, as Pillow does for color.
+    grey = (numpy.asarray(image) >> 8).astype(numpy.uint8)
+    return Image.fromarray(grey).convert("RGB")
 
 
 def decode_equal(contents: list[bytes], size: tuple[int, int], where: str) -> Tensor:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,7 @@ class ClassFolder(NamedTuple):
     files: tuple[str, ...]  # sorted
     sizes: tuple[int, ...]  # bytes
     digest: str  # changes when a file does
+    unused: dict[str, int]  # other files of the folder and below it: their number by kind
 
 
 def index_tree(root: Path, splits: tuple[str, ...], cache: Path | None = None) -> list[ClassFolder]:
@@ -135,7 +137,7 @@ def _classes(root: Path, split: str) -> list[str]:
             listed = [(entry.name, entry.is_dir()) for entry in entries]
     except OSError as error:
         raise ExperimentError(f"{folder}: cannot be listed ({error.strerror})") from None
-    names = sorted(name for name, is_folder in listed if is_folder)
+    names = sorted(name for name, is_folder in listed if is_folder and name[0] != ".")
     if not names:
         loose = any(name.lower().endswith(_SUFFIXES) for name, _ in listed)
         what = "images, but no folders of classes" if loose else "no folders of classes"
@@ -146,22 +148,71 @@ def _classes(root: Path, split: str) -> list[str]:
 def _list(root: Path, name: str) -> ClassFolder:
     digest = hashlib.sha256()
     files = []
+    unused: Counter[str] = Counter()
     try:
         with os.scandir(root / name) as entries:
             for entry in entries:
-                if entry.name.lower().endswith(_SUFFIXES):
+                kind = _kind(entry)
+                if kind == "image":
                     status = entry.stat()
                     files.append((entry.name, status.st_size, status.st_mtime_ns))
+                elif kind == "folder":
+                    unused["in folders below"] += _files_below(entry)
+                else:
+                    unused[kind] += 1
     except FileNotFoundError as error:  # a broken link
         raise ExperimentError(f"{error.filename}: no such file") from None
     except OSError as error:
-        raise ExperimentError(f"{root / name}: cannot be listed ({error.strerror})") from None
+        where = error.filename or root / name
+        raise ExperimentError(f"{where}: cannot be read ({error.strerror})") from None
     if not files:
         raise ExperimentError(f"{root / name}: no images ({', '.join(_SUFFIXES)}) in it")
     files.sort()
     digest.update(repr(files).encode(errors="surrogateescape"))
     listed, sizes, _ = zip(*files, strict=True)
-    return ClassFolder(name, listed, sizes, digest.hexdigest())
+    return ClassFolder(name, listed, sizes, digest.hexdigest(), dict(unused))
+
+
+def _files_below(folder: os.DirEntry[str]) -> int:
+    return sum(len(names) for _, _, names in os.walk(folder))
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """Return "image", "folder", "hidden" or the ending of another file.
+
+    What looks like an image and is none, a pipe for example, is found when it is read.
+    """
+    if entry.name[0] == ".":
+        return "hidden"  # what an operating system or an editor leaves
+    if entry.name.lower().endswith(_SUFFIXES) and not entry.is_dir():
+        return "image"
+    return (
+        "folder"
+        if entry.is_dir()
+        else os.path.splitext(entry.name)[1].lower() or "without an ending"
+    )
+
+
+def unused_files(root: Path, splits: tuple[str, ...], folders: Iterable[ClassFolder]) -> list[str]:
+    """Return a remark on the files that are not used; none if all are."""
+    unused: Counter[str] = Counter()
+    for folder in folders:
+        unused.update(folder.unused)
+    for split in splits:
+        with os.scandir(root / split) as entries:
+            for entry in entries:
+                if not entry.is_dir():
+                    unused["beside the folders of classes"] += 1
+                elif entry.name[0] == ".":
+                    unused["in hidden folders"] += _files_below(entry)
+    unused = +unused  # without zeros
+    if not unused:
+        return []
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(unused.items()))
+    return [
+        f"{sum(unused.values()):,} files of {root.name} are not used ({kinds}); used are "
+        f"{', '.join(_SUFFIXES)} in the folders of the classes."
+    ]
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from pathlib import Path
 from PIL import Image
 
 from apollo_bench.errors import first_line
+from apollo_bench.regular_files import read_regular
+from apollo_bench.workloads.image_classification.image_decoding import opening_error, unusable
 
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 _START_OF_SCAN = 0xDA
@@ -22,7 +24,7 @@ _START_OF_SCAN = 0xDA
 def image_file_error(path: Path) -> str | None:
     """Return what is wrong with an image file; None if nothing is found."""
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     return image_error(content)
@@ -34,9 +36,11 @@ def image_error(content: bytes) -> str | None:
         return "empty"
     try:
         with Image.open(io.BytesIO(content)) as image:
-            form = image.format or ""
-    except Exception:  # the decoders raise errors of almost every type
-        return "not an image"
+            form, problem = image.format or "", unusable(image)
+    except Exception as error:  # the decoders raise errors of almost every type
+        return opening_error(error)
+    if problem:
+        return problem
     end = _ENDS.get(form)
     # some cameras write more behind the end
     if end is not None and not content.endswith(end) and end not in content[_scan(content) :]:

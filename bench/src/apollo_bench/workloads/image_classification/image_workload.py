@@ -142,15 +142,18 @@ def make_imagenet(spec: WorkloadSpec, resources: Resources) -> ImageClassificati
     if not isinstance(spec.data, PhotographData):
         raise _wrong_kind(spec, "photographs")
     workers = available_cores() if resources.workers is None else resources.workers
+    images = imagenet.load(resources.folder)
     source = DecodingImageSource(
-        imagenet.load(resources.folder),
+        images,
         imagenet.MEAN,
         imagenet.STD,
         spec.data,
         resources.device,
         workers,
     )
-    return ImageClassification(source, _network(spec), spec.train.batch_size)
+    workload = ImageClassification(source, _network(spec), spec.train.batch_size)
+    workload.remarks += images.remarks
+    return workload
 
 
 def _in_memory(

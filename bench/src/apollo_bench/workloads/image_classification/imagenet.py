@@ -18,6 +18,7 @@ from apollo_bench.workloads.image_classification.image_folder import (
     ClassFolder,
     check_images,
     index_tree,
+    unused_files,
 )
 from apollo_bench.workloads.validation_cache import ValidationCache
 
@@ -26,6 +27,7 @@ HUB = "ILSVRC/imagenet-1k"
 # for ImageNet share, for measuring them would take a pass over the whole set
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+_SPLITS = ("train", "val")
 _REMEDY = "--data needs a folder with train/CLASS/*.JPEG and val/CLASS/*.JPEG"
 
 
@@ -42,10 +44,10 @@ def load(place: Path | None = None, hub: str = HUB, cache: Path | None = None) -
     """
     if place is None:
         return _from_hub(hub, cache)
-    for split in ("train", "val"):
+    for split in _SPLITS:
         if not (place / split).is_dir():
             raise ExperimentError(f"{place / split}: no such folder; {_REMEDY}")
-    folders = index_tree(place, ("train", "val"), cache)
+    folders = index_tree(place, _SPLITS, cache)
     classes: dict[str, dict[str, ClassFolder]] = {"train": {}, "val": {}}
     for folder in folders:
         split, _, name = folder.name.partition("/")
@@ -60,7 +62,8 @@ def load(place: Path | None = None, hub: str = HUB, cache: Path | None = None) -
         digest.update(repr((folder.name, folder.files, folder.sizes)).encode("utf-8", "replace"))
     numbers = {name: number for number, name in enumerate(classes["train"])}
     train, val = (_files(place, classes[split], numbers) for split in ("train", "val"))
-    return EncodedImageSet(train, val, len(numbers), digest.hexdigest())
+    remarks = unused_files(place, _SPLITS, folders)
+    return EncodedImageSet(train, val, len(numbers), digest.hexdigest(), remarks)
 
 
 def _files(root: Path, folders: dict[str, ClassFolder], numbers: dict[str, int]) -> ImageFiles:

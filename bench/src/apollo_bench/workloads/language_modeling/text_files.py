@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from apollo_bench.errors import ExperimentError
+from apollo_bench.regular_files import open_regular
 from apollo_bench.workloads.gzip_files import open_binary
 
 _BLOCK = 1 << 21  # bytes
@@ -25,7 +26,7 @@ def blocks(path: Path) -> Iterator[list[list[bytes]]]:
     """
     line = 1
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             while block := file.read(_BLOCK):
                 block += file.readline()
                 check_encoding(block, path, line)
@@ -65,9 +66,15 @@ def check_encoding(content: bytes, path: Path, line: int) -> None:
         line: number of the first line of the bytes.
 
     Raises:
-        ExperimentError: the bytes are not UTF-8, or contain a zero byte as a broken copy does; the
-            message names the line.
+        ExperimentError: the bytes are not UTF-8, contain a zero byte as a broken copy does, or have
+            lines that end in carriage returns alone; the message names the line.
     """
+    returns = content.count(b"\r") - content.count(b"\r\n")
+    if returns > content.count(b"\n"):
+        raise ExperimentError(
+            f"{path}, line {line}: lines end in carriage returns alone (\\r); convert them to line "
+            "feeds (\\n)"
+        )
     if b"\0" in content:
         line += content.count(b"\n", 0, content.index(b"\0"))
         raise ExperimentError(f"{path}, line {line}: a zero byte, damaged; unpack it again")

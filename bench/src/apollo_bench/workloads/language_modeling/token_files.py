@@ -17,6 +17,7 @@ import numpy
 
 from apollo_bench.atomic_write import replacing, write_atomically
 from apollo_bench.errors import ExperimentError
+from apollo_bench.regular_files import open_regular
 from apollo_bench.workloads.language_modeling.token_corpus import TokenIds
 
 FORMAT = 1
@@ -47,7 +48,7 @@ def describe_source(path: Path) -> SourceFile:
     """Return size and checksum of a file; raise ExperimentError if it cannot be read."""
     digest, size = hashlib.sha256(), 0
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             while piece := file.read(_PIECE):
                 digest.update(piece)
                 size += len(piece)

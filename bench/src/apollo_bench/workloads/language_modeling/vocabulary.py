@@ -9,6 +9,7 @@ from pathlib import Path
 
 from apollo_bench.atomic_write import write_atomically
 from apollo_bench.errors import ExperimentError
+from apollo_bench.regular_files import open_regular
 
 START = "<S>"  # in the standard vocabulary; our streams do not contain it
 END = "</S>"
@@ -105,7 +106,7 @@ def read(path: Path) -> Vocabulary:
     """
     words = []
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             for number, line in enumerate(file, 1):
                 parts = line.split()
                 if len(parts) != 1:

@@ -140,7 +140,7 @@ def find_text(folder: Path, name: str, remedy: str) -> Path:
         ExperimentError: neither exists.
     """
     for path in (folder / name, folder / f"{name}.gz"):
-        if path.is_file():
+        if path.exists():
             return path
     raise ExperimentError(f"{folder / name}: no such file, nor {name}.gz; {remedy}")
 
@@ -158,19 +158,29 @@ def read_lines(path: Path, remedy: str) -> list[str]:
     """Return every line of a UTF-8 file, plain or gzipped, with white space normalized.
 
     Raises:
-        ExperimentError: the file is missing, damaged or not UTF-8; the message names the line.
+        ExperimentError: the file is missing, damaged or not UTF-8; the message names the line. Or
+            its lines end in carriage returns alone.
     """
     lines: list[str] = []
+    returns = 0  # carriage returns that are not before a line feed
     with open_binary(path, remedy) as file:
         try:
             # at line feeds alone: str.splitlines would also cut at marks within sentences
             for number, row in enumerate(file, 1):
+                if b"\0" in row:
+                    raise ExperimentError(f"{path}, line {number}: a zero byte, damaged; {remedy}")
+                returns += row.count(b"\r") - row.endswith(b"\r\n")
                 lines.append(even(row.removeprefix(_MARK if number == 1 else b"").decode()))
         except UnicodeDecodeError as error:
             bad = error.object[error.start]
             raise ExperimentError(
                 f"{path}, line {len(lines) + 1}: not UTF-8, byte 0x{bad:02x}; {remedy}"
             ) from None
+    if returns > len(lines):
+        raise ExperimentError(
+            f"{path}: its lines end in carriage returns alone (\\r), {returns:,} of them; convert "
+            "them to line feeds (\\n)"
+        )
     return lines
 
 
