@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from random import Random
 
@@ -23,11 +26,14 @@ from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.seeds import derived_seed
 from apollo_bench.training.loop import train
 from apollo_bench.workloads import tasks
-from apollo_bench.workloads.image_classification import imagenet
+from apollo_bench.workloads.image_classification import image_loader, imagenet
 from apollo_bench.workloads.image_classification.cropping import center_crop, random_resized_crop
-from apollo_bench.workloads.image_classification.encoded_images import EncodedImages
+from apollo_bench.workloads.image_classification.encoded_images import EncodedImages, ImageFiles
 from apollo_bench.workloads.image_classification.image_decoding import decode
-from apollo_bench.workloads.image_classification.image_loader import DecodingImageSource
+from apollo_bench.workloads.image_classification.image_loader import (
+    DecodingImageSource,
+    fits_shared_memory,
+)
 from apollo_bench.workloads.image_classification.image_settings import (
     PhotographData,
     ResNetModel,
@@ -290,6 +296,49 @@ def test_damage_that_only_decoding_shows_is_named(tree: Path, workers: int) -> N
     path.unlink()
     with pytest.raises(ExperimentError, match=rf"{path.name}: cannot be read \(No such file"):
         list(task.batches(1, 0, 0))
+
+
+def test_a_small_shared_memory_is_not_filled(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batches then come through a pipe, and are the same."""
+    task = task_of(tree, workers=2)
+    wanted = list(task.batches(1, 0, 0))
+    assert fits_shared_memory(1, 2)
+    free = os.statvfs("/dev/shm")
+    small = os.statvfs_result((*free[:4], 5 * 4 * 3 * 24**2 * 4 // free.f_frsize - 1, *free[5:]))
+    monkeypatch.setattr(os, "statvfs", lambda path: small)
+    assert not fits_shared_memory(4 * 3 * 24**2, 2)
+
+    def fail(*arguments: object) -> None:
+        raise AssertionError("a tensor would be shared")
+
+    for kind in (torch.Tensor, torch.storage.UntypedStorage):  # in the workers, which are forks
+        monkeypatch.setitem(ForkingPickler._extra_reducers, kind, fail)
+    found = list(task.batches(1, 0, 0))
+    for one, other in zip(found, wanted, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+def test_a_worker_that_hangs_or_dies_is_told(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(self: object, index: int) -> bytes:
+        time.sleep(1)  # it is waited for as long, and then killed
+        return b""
+
+    def die(self: object, index: int) -> bytes:
+        os.kill(os.getpid(), signal.SIGBUS)
+        return b""
+
+    task = task_of(tree, workers=1)
+    for read, message in (
+        (hang, "timed out after 0.1 seconds"),
+        (die, "(exited unexpectedly|killed by signal: Bus err)"),
+    ):
+        monkeypatch.setattr(ImageFiles, "read", read)
+        monkeypatch.setattr(image_loader, "_TIMEOUT", 0.1 if read is hang else 60)
+        with pytest.raises(
+            ExperimentError, match=rf"do not answer \(DataLoader.*{message}"
+        ) as caught:
+            list(task.batches(1, 0, 0))
+        assert "\n" not in str(caught.value)
 
 
 def spec_of(batch_size: int = 4) -> RunSpec:

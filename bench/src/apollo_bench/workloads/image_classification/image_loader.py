@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Iterable, Iterator
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from apollo_bench.errors import ExperimentError
+from apollo_bench.errors import ExperimentError, first_line
 from apollo_bench.seeds import derived_seed
 from apollo_bench.workloads.image_classification.cropping import center_crop, random_resized_crop
 from apollo_bench.workloads.image_classification.encoded_images import (
@@ -27,6 +30,13 @@ from apollo_bench.workloads.image_classification.image_source import (
 )
 
 _EVALUATION_PIXELS = 1 << 23  # per batch: 167 images of 224 x 224
+_PREFETCH = 2  # batches per worker; DataLoader's default
+_TIMEOUT = 600.0  # seconds for a batch
+_SHARED_MEMORY = "/dev/shm"
+_SHARE = 0.25  # of the free shared memory that a run may take; others may run beside it
+
+# pixels, labels and an error message
+_DecodedBatch = tuple[Tensor | NDArray[numpy.uint8], Tensor | NDArray[numpy.int64], str]
 
 
 class DecodingImageSource:
@@ -92,21 +102,62 @@ class DecodingImageSource:
         return self._decoded(self._evaluated, requests)
 
     def _decoded(self, images: EncodedImages, requests: Iterator[_Request]) -> Iterator[ImageBatch]:
+        first = next(requests, None)
+        if first is None:
+            return
+        size = len(first.images) * 3 * self._data.size**2
         loader = DataLoader(
-            _Decoder(images, self._data),
+            _Decoder(images, self._data, fits_shared_memory(size, self._workers)),
             batch_size=None,
-            sampler=requests,
+            sampler=itertools.chain([first], requests),
             num_workers=self._workers,
+            collate_fn=_unchanged,
             pin_memory=self._device.type == "cuda",
+            timeout=_TIMEOUT if self._workers else 0,
             # a generator of its own: the default one would draw from torch's global generator
             generator=Generator(),
         )
-        for pixels, labels, error in loader:
+        for pixels, labels, error in _with_readable_errors(loader):
             if error:
                 raise ExperimentError(error)
-            batch = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+            batch = torch.as_tensor(pixels).to(self._device, non_blocking=True).permute(0, 3, 1, 2)
             normalised = (batch.float().div(255) - self._mean) / self._std
-            yield normalised, labels.to(self._device, non_blocking=True)
+            yield normalised, torch.as_tensor(labels).to(self._device, non_blocking=True)
+
+
+def fits_shared_memory(size: int, workers: int) -> bool:
+    """Return whether batches of a size in bytes can pass through shared memory.
+
+    A container has 64 MB of it by default. Where it is full, a worker waits for ever or is killed.
+    """
+    try:
+        free = os.statvfs(_SHARED_MEMORY)
+    except OSError:
+        return True  # not Linux
+    in_flight = workers * _PREFETCH + 1
+    return size * in_flight <= _SHARE * free.f_bavail * free.f_frsize
+
+
+def _unchanged(batch: Any) -> Any:
+    """Return a batch as it is; DataLoader would make tensors of arrays."""
+    return batch
+
+
+def _with_readable_errors(loader: Iterable[_DecodedBatch]) -> Iterator[_DecodedBatch]:
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader" not in str(error):
+                raise
+            raise ExperimentError(
+                f"the processes that decode images do not answer ({first_line(error)}); check "
+                "memory, shared memory (/dev/shm) and the disk"
+            ) from None
+        yield batch
 
 
 class _Request(NamedTuple):
@@ -116,11 +167,13 @@ class _Request(NamedTuple):
     seed: tuple[int, ...] | None  # of the crops; None: their centres
 
 
-class _Decoder(Dataset[tuple[Tensor, Tensor, str]]):
-    def __init__(self, images: EncodedImages, data: PhotographData) -> None:
-        self._images, self._data = images, data
+class _Decoder(Dataset[_DecodedBatch]):
+    """Decodes requests; as tensors they pass through shared memory, as arrays through a pipe."""
 
-    def __getitem__(self, request: _Request) -> tuple[Tensor, Tensor, str]:
+    def __init__(self, images: EncodedImages, data: PhotographData, as_tensors: bool) -> None:
+        self._images, self._data, self._as_tensors = images, data, as_tensors
+
+    def __getitem__(self, request: _Request) -> _DecodedBatch:
         """Return pixels, shape (n, size, size, 3), labels, and an error message or ""."""
         data = self._data
         pixels = numpy.zeros((len(request.images), data.size, data.size, 3), dtype=numpy.uint8)
@@ -137,4 +190,7 @@ class _Decoder(Dataset[tuple[Tensor, Tensor, str]]):
         except ExperimentError as raised:
             # an exception of a worker would have its whole traceback as message
             error = str(raised)
-        return torch.from_numpy(pixels), self._images.labels[request.images], error
+        labels = self._images.labels[request.images]
+        if self._as_tensors:
+            return torch.from_numpy(pixels), labels, error
+        return pixels, labels.numpy(), error
