@@ -382,6 +382,17 @@ def test_beside_the_papers_numbers(tmp_path: Path) -> None:
     assert "Ours differ" not in " ".join(narrative.notes(collect([tmp_path / "wmt"])[0]))
 
 
+@pytest.mark.parametrize("published", [False, True])
+def test_other_data_beside_the_papers_numbers(tmp_path: Path, published: bool) -> None:
+    """Settings as in the paper do not make other pictures the paper's."""
+    spec = recipe.load("cifar10").run("sgd", 1, "cosine")
+    RunDirectory(tmp_path / "run").prepare(spec, "0123456789abcdef", None, [], published=published)
+    text = " ".join(narrative.notes(collect([tmp_path])[0]))
+    assert "The paper's numbers are for ResNet-110" in text
+    told = "Our data (fingerprint 0123456789ab) are not known to be the paper's."
+    assert (told in text) == (not published)
+
+
 def test_sweeps(recipe_file: Path, tmp_path: Path) -> None:
     recipe_file.write_text(
         f"{TINY}\n[sweeps.lr-robustness]\nvalues = [0.2, 1.0]\n"

@@ -165,7 +165,9 @@ def test_files_that_are_not_used_are_counted(tree: Path) -> None:
     )
 
 
-def test_the_user_is_told_of_them_before_training(tree: Path, tmp_path: Path) -> None:
+def test_the_user_is_told_of_them_before_training(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tree / "train" / WNIDS[0] / "1.bmp").write_bytes(b"an image too")
     sizes = ["data.size=8", "data.test_resize=8", "train.batch_size=4"]
     spec = recipe.load("imagenet", sizes).run("sgd", 1)
@@ -174,7 +176,13 @@ def test_the_user_is_told_of_them_before_training(tree: Path, tmp_path: Path) ->
     said: list[str] = []
     [run] = run_experiment._prepare(request, Execution(), said.append)
     assert [text[:47] for text in said] == ["1 files of imagenet are not used (1 .bmp); used"]
-    assert run.directory.read()["data"]["remarks"] == said
+    data = run.directory.read()["data"]
+    assert data["remarks"] == said
+    assert data["published"] is False  # beside the paper's numbers a report says so
+    monkeypatch.setattr(imagenet, "_PUBLISHED", (3, 12, 6))
+    request = request._replace(out=tmp_path / "published")
+    [run] = run_experiment._prepare(request, Execution(), said.append)
+    assert run.directory.read()["data"]["published"] is True
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -79,6 +80,7 @@ def train_runs(request: Request, warn: Callable[[str], None]) -> list[RunState]:
         ExperimentError: an option, a run or its data cannot be used.
         Interrupted: on SIGINT or SIGTERM, after every run has written a checkpoint.
     """
+    _check_out(request.out)
     machines = request.machines
     under_torchrun = process_group.launched_by_torchrun()
     jobs, execution = _plan(machines, under_torchrun)
@@ -98,6 +100,15 @@ def train_runs(request: Request, warn: Callable[[str], None]) -> list[RunState]:
         else:
             ray_cluster.run_all(runs, machines.jobs, shown)
     return [run for run in runs if run.status == "failed"]
+
+
+def _check_out(out: Path) -> None:
+    try:
+        os.path.realpath(out).encode()
+    except UnicodeEncodeError:
+        raise ExperimentError(
+            f"--out is {str(out)!r}, which is not UTF-8, as TensorBoard needs; choose another"
+        ) from None
 
 
 def _plan(machines: Machines, under_torchrun: bool) -> tuple[int, Execution]:
@@ -184,6 +195,7 @@ def _prepare_run(
         workload.remarks,
         keep_threads=request.machines.threads is None,
         diagnose_every=request.diagnose_every,
+        published=workload.published or request.data is None,
     )
     return RunState(
         directory,

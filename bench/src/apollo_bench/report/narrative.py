@@ -244,11 +244,15 @@ def _on_paper(summary: Summary, spec: RunSpec) -> str:
         f"{len(theirs.seeds)} runs."
     )
     differing = _differing(summary, spec, theirs)
-    if not differing:
-        return text
-    *most, last = differing
-    parts = f"{', '.join(most)} and {last}" if most else last
-    return f"{text} Ours differ in {parts}: they are not comparable."
+    if differing:
+        *most, last = differing
+        parts = f"{', '.join(most)} and {last}" if most else last
+        text += f" Ours differ in {parts}: they are not comparable."
+    data = [run.manifest["data"] for run in summary.runs]
+    unknown = dict.fromkeys(one["fingerprint"][:12] for one in data if not one.get("published"))
+    if unknown:
+        text += f" Our data (fingerprint {', '.join(unknown)}) are not known to be the paper's."
+    return text
 
 
 def _differing(summary: Summary, spec: RunSpec, theirs: Recipe) -> list[str]:

@@ -77,6 +77,7 @@ class RunDirectory:
         remarks: Sequence[str] = (),
         keep_threads: bool = True,
         diagnose_every: int | None = None,
+        published: bool = False,
     ) -> None:
         """Create the run, or check that the existing run is the same.
 
@@ -90,6 +91,7 @@ class RunDirectory:
             keep_threads: whether an existing run keeps its number of threads, which the order of
                 additions depends on; otherwise ``execution`` gives it.
             diagnose_every: steps between measurements of the curvature from now on; None: none.
+            published: whether the data are known to be those that the paper used.
 
         Raises:
             ExperimentError: as in ``check``.
@@ -106,6 +108,7 @@ class RunDirectory:
                 "fingerprint": fingerprint,
                 "folder": _absolute(data),
                 "remarks": list(remarks),
+                "published": published,
             },
             "versions": {
                 "apollo_qn": getattr(apollo_qn, "__version__", "unknown"),

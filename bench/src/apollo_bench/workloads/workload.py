@@ -94,6 +94,7 @@ class Workload(Protocol):
     unit: str  # of throughput: "images", "words"
     units_per_step: float  # over all processes
     fingerprint: str  # of the data
+    published: bool  # whether the data are known to be those that the paper used
     remarks: list[str]  # notes on data and metric, for the report
     steps_per_epoch: int
 

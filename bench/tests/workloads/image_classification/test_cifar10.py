@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import pickle
@@ -157,6 +158,18 @@ def test_fingerprint_is_of_pixels_and_labels(tmp_path: Path) -> None:
     labels[0] = (labels[0] + 1) % 10
     (folder / "data_batch_1").write_bytes(python2_pickle(data, labels))
     assert cifar10.load(folder).fingerprint != before
+
+
+def test_the_published_files_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_pickles(tmp_path / "set")
+    assert not cifar10.load(folder).published
+    digests = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    monkeypatch.setattr(cifar10, "_MD5", digests)
+    assert cifar10.load(folder).published
+    assert cifar10.load(write_archive(tmp_path / cifar10.ARCHIVE)).published
+    data, labels = rows(3, 1)
+    (folder / "data_batch_1").write_bytes(python2_pickle(data, labels))
+    assert not cifar10.load(folder).published
 
 
 def test_pickles_of_python_3(tmp_path: Path) -> None:

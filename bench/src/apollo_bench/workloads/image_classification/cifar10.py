@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
 import tarfile
@@ -32,6 +33,14 @@ ARCHIVE = "cifar-10-python.tar.gz"
 FOLDER = "cifar-10-batches-py"
 TRAIN = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5")
 TEST = ("test_batch",)
+_MD5 = {  # of the published batches
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+}
 _SIDE = 32  # pixels
 _GZIP = b"\x1f\x8b"
 _REMEDY = (
@@ -171,11 +180,18 @@ def _from_archive(path: Path) -> ImageSet:
 
 def _from_batches(read: Callable[[str], bytes], place: Path) -> ImageSet:
     both = []
+    published = True
     for names in (TRAIN, TEST):
-        parts = [_batch(read(name), str(place / name)) for name in names]
+        contents = {name: read(name) for name in names}
+        parts = [_batch(content, str(place / name)) for name, content in contents.items()]
         images, labels = zip(*parts, strict=True)
         both.append((torch.cat(images), torch.cat(labels)))
-    return _image_set(*both)
+        published &= all(_md5(content) == _MD5[name] for name, content in contents.items())
+    return _image_set(*both)._replace(published=published)
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def _batch(content: bytes, where: str) -> _Split:

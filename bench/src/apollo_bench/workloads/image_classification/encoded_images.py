@@ -35,6 +35,7 @@ class EncodedImageSet(NamedTuple):
     classes: int
     fingerprint: str  # which data a run has seen
     remarks: Sequence[str] = ()  # on the data, for the user and the report
+    published: bool = False  # whether these are known to be the published images
 
 
 class ImageFiles:

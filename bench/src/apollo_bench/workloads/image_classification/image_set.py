@@ -20,6 +20,7 @@ class ImageSet(NamedTuple):
     test_images: Tensor  # shape=(test, channels, height, width), dtype=uint8
     test_labels: Tensor  # shape=(test,), dtype=int64
     fingerprint: str  # of the files or of the pixels; identifies the data of a run
+    published: bool = False  # whether the files are known to be the published ones
 
     @classmethod
     def of_pixels(

@@ -57,6 +57,7 @@ class ImageClassification:
             )
         self.fingerprint = source.fingerprint
         self.remarks: list[str] = []
+        self.published = False
         self.batch_size = batch_size
         self.units_per_step = float(batch_size)
         self.steps_per_epoch = source.train_size // batch_size
@@ -153,6 +154,7 @@ def make_imagenet(spec: WorkloadSpec, resources: Resources) -> ImageClassificati
     )
     workload = ImageClassification(source, _network(spec), spec.train.batch_size)
     workload.remarks += images.remarks
+    workload.published = images.published
     return workload
 
 
@@ -160,7 +162,9 @@ def _in_memory(
     images: ImageSet, classes: int, spec: WorkloadSpec, data: SmallImageData, resources: Resources
 ) -> ImageClassification:
     source = InMemoryImageSource(images, classes, data, resources.device)
-    return ImageClassification(source, _network(spec), spec.train.batch_size)
+    workload = ImageClassification(source, _network(spec), spec.train.batch_size)
+    workload.published = images.published
+    return workload
 
 
 def _small_images(spec: WorkloadSpec) -> SmallImageData:

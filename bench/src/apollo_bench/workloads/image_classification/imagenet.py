@@ -27,6 +27,7 @@ HUB = "ILSVRC/imagenet-1k"
 # for ImageNet share, for measuring them would take a pass over the whole set
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+_PUBLISHED = (1000, 1_281_167, 50_000)  # classes, training and validation images of ILSVRC 2012
 _SPLITS = ("train", "val")
 _REMEDY = "--data needs a folder with train/CLASS/*.JPEG and val/CLASS/*.JPEG"
 
@@ -63,7 +64,8 @@ def load(place: Path | None = None, hub: str = HUB, cache: Path | None = None) -
     numbers = {name: number for number, name in enumerate(classes["train"])}
     train, val = (_files(place, classes[split], numbers) for split in ("train", "val"))
     remarks = unused_files(place, _SPLITS, folders)
-    return EncodedImageSet(train, val, len(numbers), digest.hexdigest(), remarks)
+    published = (len(numbers), len(train.labels), len(val.labels)) == _PUBLISHED
+    return EncodedImageSet(train, val, len(numbers), digest.hexdigest(), remarks, published)
 
 
 def _files(root: Path, folders: dict[str, ClassFolder], numbers: dict[str, int]) -> ImageFiles:

@@ -44,6 +44,7 @@ class LanguageModeling:
     curve, final = VALIDATION, TEST
     has_final_test = True
     unit = "words"
+    published = False
 
     def __init__(
         self,

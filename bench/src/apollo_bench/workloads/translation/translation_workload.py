@@ -58,6 +58,7 @@ class Translation:
     curve, final = VALIDATION, TEST
     has_final_test = True
     unit = "subwords"
+    published = False
 
     def __init__(
         self,
