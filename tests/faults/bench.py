@@ -12,6 +12,7 @@ TRANSLATION = f"{TESTS}/workloads/translation"
 LOOP = (f"{TESTS}/training/test_loop.py",)
 DAMAGED = (f"{TESTS}/runs/test_damaged_runs.py",)
 UNUSABLE = (f"{TESTS}/workloads/test_unusable_files.py",)
+ENTRY = (f"{TESTS}/cli/test_entry.py",)
 REPORT = (f"{TESTS}/report",)
 
 FAULTS = [
@@ -184,6 +185,63 @@ FAULTS = [
         "if returns > len(lines):",
         "if False:",
         UNUSABLE,
+    ),
+    Fault(
+        "a small shared memory is filled",
+        BENCH,
+        "return size * in_flight <= _SHARE * free.f_bavail * free.f_frsize",
+        "return True",
+        (f"{IMAGES}/test_imagenet.py",),
+    ),
+    Fault(
+        "a worker that hangs is waited for without end",
+        BENCH,
+        "timeout=_TIMEOUT if self._workers else 0",
+        "timeout=0",
+        (f"{IMAGES}/test_imagenet.py",),
+    ),
+    # the command line
+    Fault(
+        "Ctrl-C is an exception",
+        BENCH,
+        "    signal.signal(signal.SIGINT, _stop)\n",
+        "",
+        ENTRY,
+    ),
+    Fault(
+        "what ASCII lacks ends the command",
+        BENCH,
+        '            stream.reconfigure(errors="apollo-bench")\n',
+        "            pass\n",
+        ENTRY,
+    ),
+    Fault(
+        "a worker whose command was killed is not waited for",
+        BENCH,
+        "return host == socket.gethostname() and",
+        "return True or",
+        ENTRY,
+    ),
+    Fault(
+        "the worker of another command is waited for",
+        BENCH,
+        "if stop() or _holder_continues(file) or",
+        "if stop() or",
+        ENTRY,
+    ),
+    Fault(
+        "a report on a misspelt folder makes it",
+        BENCH,
+        "        require_runs(runs)  #",
+        "        #",
+        ENTRY,
+    ),
+    Fault(
+        "other data beside the paper's numbers are not told",
+        BENCH,
+        'if not one.get("published")',
+        "if False",
+        (f"{TESTS}/report/test_report.py",),
     ),
     # schedules and recipes
     Fault(

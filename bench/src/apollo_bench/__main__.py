@@ -1,5 +1,5 @@
 """Run the command line as ``python -m apollo_bench``, for torchrun."""
 
-from apollo_bench.cli import app
+from apollo_bench.entry import main
 
-app(prog_name="apollo-bench")
+main()

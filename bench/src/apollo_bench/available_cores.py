@@ -1,8 +1,10 @@
-"""The number of CPU cores that this process may use."""
+"""The number of CPU cores that this process may use, and the limit of a user's choice."""
 
 from __future__ import annotations
 
 import os
+
+MAX_PROCESSES = 512  # and threads; with more a machine or torch fails without a message
 
 
 def available_cores() -> int:

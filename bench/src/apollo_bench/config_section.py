@@ -12,6 +12,8 @@ from pydantic import (
     model_validator,
 )
 
+from apollo_bench.seeds import MAX_SEED
+
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -19,6 +21,9 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
 PositiveInt = Annotated[int, Field(ge=1)]

@@ -1,8 +1,10 @@
-"""Derive the seed of every part of a run from the run's seed."""
+"""Seeds of runs, and the seed of every part of a run that is derived from them."""
 
 from __future__ import annotations
 
 import hashlib
+
+MAX_SEED = 2**63 - 1  # what torch's generators take
 
 
 def derived_seed(*parts: int) -> int:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from apollo_bench.available_cores import MAX_PROCESSES
 from apollo_bench.cli import selection
+from apollo_bench.seeds import MAX_SEED
 
 if TYPE_CHECKING:
     from apollo_bench.config.recipe import RunSpec
@@ -25,7 +27,10 @@ RunFolders = Annotated[
 Quick = Annotated[
     bool, typer.Option("--quick", help="Apply the recipe's table [quick]: about a minute.")
 ]
-Seeds = Annotated[int | None, typer.Option(min=1, help="Number of seeds.")]
+Seeds = Annotated[int | None, typer.Option(min=1, max=1000, help="Number of seeds.")]
+Seed = Annotated[
+    int | None, typer.Option(min=0, max=MAX_SEED, help="[default: the recipe's first]")
+]
 OptimizerNames = Annotated[
     str | None, typer.Option("--optimizers", help="Optimizers of the recipe: a,b,c or all.")
 ]
@@ -40,10 +45,16 @@ DataFolder = Annotated[
     Path | None, typer.Option("--data", help="Folder of local data, used instead of the default.")
 ]
 Jobs = Annotated[
-    int | None, typer.Option(min=1, help="Runs at the same time.  [default: as many as fit]")
+    int | None,
+    typer.Option(
+        min=1, max=MAX_PROCESSES, help="Runs at the same time.  [default: as many as fit]"
+    ),
 ]
 AcceleratorName = Annotated[str, typer.Option("--accelerator", help="cpu or gpu.")]
-Devices = Annotated[int, typer.Option(min=1, help="Processes that share the batches of each run.")]
+Devices = Annotated[
+    int,
+    typer.Option(min=1, max=MAX_PROCESSES, help="Processes that share the batches of each run."),
+]
 StrategyName = Annotated[
     str,
     typer.Option("--strategy", help="For several processes: ddp, or fsdp2 (transformers only)."),
@@ -61,7 +72,11 @@ Tuned = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, help="CPU threads per process.  [default: an equal part of the cores]"),
+    typer.Option(
+        min=1,
+        max=MAX_PROCESSES,
+        help="CPU threads per process.  [default: an equal part of the cores]",
+    ),
 ]
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from apollo_bench.available_cores import MAX_PROCESSES
 from apollo_bench.cli import runtime
 from apollo_bench.errors import ExperimentError
 
@@ -22,7 +23,8 @@ def prepare(
         Path | None, typer.Option(help="1b_word_vocab.txt.  [default: made from the text]")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes.  [default: one per core]")
+        int | None,
+        typer.Option(min=1, max=MAX_PROCESSES, help="Processes.  [default: one per core]"),
     ] = None,
     subwords: Annotated[
         int | None,

@@ -25,6 +25,9 @@ def report(
 ) -> None:
     """Write tables, curves and one HTML page from finished or running runs."""
     with runtime.one_line_errors():
+        from apollo_bench.runs.loading import require_runs
+
+        require_runs(runs)  # before the caches of the report make a folder of a misspelt name
         folder = out or runs[0]
         runtime.keep_caches_in(folder)
         runtime.write_report(runs, folder, target)

@@ -101,4 +101,4 @@ def write_report(runs: list[Path], out: Path, target: float | None = None) -> No
 def keep_caches_in(folder: Path) -> None:
     """Make matplotlib and torch write their caches into the output folder, not elsewhere."""
     for variable, name in (("MPLCONFIGDIR", "matplotlib"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
-        os.environ.setdefault(variable, str((folder / "cache" / name).resolve()))
+        os.environ.setdefault(variable, os.path.realpath(folder / "cache" / name))

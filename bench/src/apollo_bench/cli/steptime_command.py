@@ -9,8 +9,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from apollo_bench.available_cores import MAX_PROCESSES
 from apollo_bench.cli import runtime
 from apollo_bench.interrupts import Interrupted
+from apollo_bench.seeds import MAX_SEED
 
 
 def steptime(
@@ -24,9 +26,13 @@ def steptime(
     seconds: Annotated[
         float, typer.Option(min=0, help="Time limit per set; no more rounds start after it.")
     ] = 45.0,
-    threads: Annotated[int | None, typer.Option(min=1, help="[default: torch's]")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MAX_PROCESSES, help="[default: torch's]")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float64.")] = "float32",
-    seed: Annotated[int, typer.Option(help="Seed of parameters and gradients.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Seed of parameters and gradients.")
+    ] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 and so on.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/steptime"),
 ) -> None:

@@ -15,7 +15,7 @@ _DIAGNOSE_EVERY = 25  # steps
 def train(
     task: options.TaskName,
     optimizer: Annotated[str, typer.Option(help="An optimizer of the recipe.")],
-    seed: Annotated[int | None, typer.Option(help="[default: the recipe's first]")] = None,
+    seed: options.Seed = None,
     schedule: Annotated[
         str | None, typer.Option(help="[default: the first that `compare` trains]")
     ] = None,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import torch
+from pydantic import Field
 
-from apollo_bench.available_cores import available_cores
+from apollo_bench.available_cores import MAX_PROCESSES, available_cores
 from apollo_bench.config.recipe import RunSpec
 from apollo_bench.config_section import ConfigSection, PositiveInt
 from apollo_bench.errors import ExperimentError
@@ -28,7 +29,7 @@ class Execution(ConfigSection):
     accelerator: Accelerator = "cpu"
     devices: PositiveInt = 1  # processes per machine, one per GPU
     nodes: PositiveInt = 1
-    threads: PositiveInt = 1  # per process
+    threads: Annotated[int, Field(ge=1, le=MAX_PROCESSES)] = 1  # per process
     strategy: Strategy = "ddp"  # for several processes; fsdp2 shards transformers
 
     @property

@@ -29,7 +29,7 @@ from apollo_bench.config.schema import (
     SweepSettings,
     TrainSettings,
 )
-from apollo_bench.config_section import ConfigSection
+from apollo_bench.config_section import ConfigSection, Seed
 from apollo_bench.errors import ExperimentError
 from apollo_bench.regular_files import read_regular
 from apollo_bench.workloads.workload_settings import DEFAULT_DATA, Data, Model
@@ -58,7 +58,7 @@ class RunSpec(ConfigSection):
     schedule: str  # name of the schedule in the recipe
     name: str  # name of the optimizer in the recipe
     optimizer: OptimizerSettings
-    seed: int
+    seed: Seed
     sweep: SweepPoint | None = None  # None: the recipe as it stands
     # of a trial: the ranges that its settings were sampled from, as in SearchSettings
     ranges: dict[str, list[float]] | None = None
@@ -84,7 +84,7 @@ class Recipe(ConfigSection):
     renamed_keys: ClassVar[dict[str, str]] = {"tuning": "search"}
 
     task: str
-    seeds: Annotated[list[int], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
     model: Model
     data: Data = DEFAULT_DATA
     train: TrainSettings

@@ -15,6 +15,7 @@ from apollo_bench.config_section import (
     Interval,
     Positive,
     PositiveInt,
+    Seed,
 )
 
 
@@ -167,7 +168,7 @@ class SearchSettings(ConfigSection):
     trials: PositiveInt  # per optimizer
     # by optimizer and setting: smallest and largest value; sampled log-uniformly
     ranges: Annotated[dict[str, dict[str, Interval]], Field(min_length=1)]
-    seed: int = 101  # first seed of the trials; not a seed of a comparison
+    seed: Seed = 101  # first seed of the trials; not a seed of a comparison
     schedules: list[str] | None = None  # None: all
 
 

@@ -27,7 +27,6 @@ ENGINES = ("ray",)
 _RETRIES = 10  # of a run whose machine or Ray worker died; its own errors are final
 _CONNECT = 10.0  # seconds
 _CANCEL_EVERY = 5.0  # seconds
-_RELEASE = 120.0  # seconds until a lost task must have released its lock
 
 
 def run_all(runs: list[RunState], jobs: int | None, display: Display) -> None:
@@ -87,9 +86,7 @@ def _submit(ray: Any, directory: RunDirectory) -> Any:
 
 def train_as_ray_task(path: str) -> int:
     """Train a prepared run in processes of its own, and return their exit status."""
-    directory = RunDirectory(Path(path))
-    _wait_for_lock(directory)
-    process = run_scheduler.start_worker(directory)
+    process = run_scheduler.start_worker(RunDirectory(Path(path)))
     try:
         while process.poll() is None:
             time.sleep(run_scheduler.POLL_SECONDS)  # Popen.wait() cannot be interrupted
@@ -100,18 +97,6 @@ def train_as_ray_task(path: str) -> int:
             process.wait(run_scheduler.GRACE_SECONDS)
         process.kill()
         raise
-
-
-def _wait_for_lock(directory: RunDirectory) -> None:
-    """Wait until the processes of a lost task have ended; they notice it after their step."""
-    deadline = time.monotonic() + _RELEASE
-    while time.monotonic() < deadline:
-        try:
-            worker.lock_run(directory).close()
-        except ExperimentError:
-            time.sleep(0.2)
-        else:
-            return
 
 
 def _join(ray: Any) -> None:

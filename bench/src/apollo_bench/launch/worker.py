@@ -9,7 +9,9 @@ import argparse
 import fcntl
 import os
 import signal
+import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -30,6 +32,7 @@ from apollo_bench.workloads import tasks
 EXIT_STOPPED = 75  # exit status: not finished; the run continues from its checkpoint
 EXIT_USER_ERROR = 2  # exit status: an error that the user can correct
 PARENT_PID = "APOLLO_QN_PARENT"  # a worker ends with this process; torchrun may stand between them
+_RELEASE = 120.0  # seconds until a worker whose parent was killed must have ended
 ERROR_PREFIX = "apollo-bench: "  # of the line that tells such an error
 
 
@@ -41,8 +44,8 @@ def main() -> int:
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: asked.append(number))
-    parent = int(os.environ.get(PARENT_PID, os.getppid()))
     directory = RunDirectory(arguments.run)
+    parent = _parent()
     try:
         outcome = train_prepared_run(directory, lambda: bool(asked) or not _is_alive(parent))
         destroy_process_group()
@@ -68,7 +71,7 @@ def train_prepared_run(directory: RunDirectory, stop: Callable[[], bool]) -> Out
         ExperimentError: the run or its data cannot be used, or another process is lost.
     """
     lock = process_group.run_on_all(
-        lambda: lock_run(directory) if process_group.is_main_process() else None
+        lambda: lock_run(directory, stop) if process_group.is_main_process() else None
     )
     with lock or nullcontext():
         # Only one process reads: on a shared file system the others may see a file later.
@@ -93,6 +96,11 @@ def _read_manifest(directory: RunDirectory) -> tuple[RunSpec, Execution, Path | 
     return directory.spec(), directory.execution(), data, directory.diagnose_every()
 
 
+def _parent() -> int:
+    """Return the process that this worker ends with."""
+    return int(os.environ.get(PARENT_PID, os.getppid()))
+
+
 def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
@@ -103,21 +111,45 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def lock_run(directory: RunDirectory) -> TextIO:
+def lock_run(directory: RunDirectory, stop: Callable[[], bool] = lambda: False) -> TextIO:
     """Lock the run until the returned file is closed.
 
-    The lock is one of lockf: processes that decode images do not inherit it.
+    A worker whose parent was killed ends after its step: it is waited for. The lock is one of
+    lockf: processes that decode images do not inherit it.
+
+    Args:
+        directory: directory of the run.
+        stop: called while another process is waited for; True ends it.
 
     Raises:
-        ExperimentError: another process holds the lock.
+        ExperimentError: another process holds the lock, and its parent is alive or it does not end.
     """
-    file = directory.lock.open("w")
+    file = directory.lock.open("a+")
+    deadline = time.monotonic() + _RELEASE
+    while not _has_locked(file):
+        if stop() or _holder_continues(file) or time.monotonic() > deadline:
+            file.close()
+            raise ExperimentError(f"{directory.path}: another process is training this run")
+        time.sleep(0.1)
+    file.truncate(0)
+    file.write(f"{socket.gethostname()} {_parent()}\n")
+    file.flush()
+    return file
+
+
+def _has_locked(file: TextIO) -> bool:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise ExperimentError(f"{directory.path}: another process is training this run") from None
-    return file
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def _holder_continues(file: TextIO) -> bool:
+    """Return whether the parent of the process that holds the lock is known to be alive."""
+    file.seek(0)
+    host, _, parent = file.read().strip().partition(" ")
+    return host == socket.gethostname() and parent.isdecimal() and _is_alive(int(parent))
 
 
 if __name__ == "__main__":

@@ -46,8 +46,8 @@ def write(
     pictures = [figures.draw(summary) for summary in summaries]
     files = {
         "results.csv": tables.as_csv(summaries).encode(),
-        "results.md": _markdown(summaries, left_out).encode(),
-        "report.html": _page(summaries, pictures, left_out).encode(),
+        "results.md": _markdown(summaries, left_out).encode("utf-8", "replace"),
+        "report.html": _page(summaries, pictures, left_out).encode("utf-8", "replace"),
     }
     for summary, drawn in zip(summaries, pictures, strict=True):
         for picture in drawn:

@@ -94,15 +94,12 @@ def load_runs(paths: list[Path], skip: Callable[[str], None] | None = None) -> l
         ExperimentError: there is no run, none can be read, a run is damaged without ``skip``, or
             runs are incompatible.
     """
+    require_runs(paths)
     found: dict[Path, Run] = {}
     damaged: list[str] = []
     for path in paths:
-        if not path.is_dir():
-            raise ExperimentError(f"{path}: no such folder")
         archived = [partial(_unpacked, run) for run in archive.read(path)]
         there = [partial(_read, one) for one in compatibility.find_run_directories(path)]
-        if not archived and not there:
-            raise ExperimentError(f"{path}: no runs in it; `apollo-bench compare` makes some")
         for load in (*archived, *there):
             try:
                 run = load()
@@ -119,6 +116,15 @@ def load_runs(paths: list[Path], skip: Callable[[str], None] | None = None) -> l
         for run in found.values()
     )
     return list(found.values())
+
+
+def require_runs(paths: list[Path]) -> None:
+    """Raise ExperimentError if a folder is missing or holds no runs."""
+    for path in paths:
+        if not path.is_dir():
+            raise ExperimentError(f"{path}: no such folder")
+        if not archive.read(path) and not compatibility.find_run_directories(path):
+            raise ExperimentError(f"{path}: no runs in it; `apollo-bench compare` makes some")
 
 
 def _unpacked(run: archive.Archived) -> Run:

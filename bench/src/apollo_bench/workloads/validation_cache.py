@@ -17,15 +17,17 @@ class ValidationCache:
 
     Args:
         name: name of the file that holds the cache.
-        cache: folder of the file; None: below the user's cache.
+        cache: folder of the file; None: below the user's cache. A user without a home has none.
     """
 
     def __init__(self, name: str, cache: Path | None = None) -> None:
-        self._path = (_default_cache() if cache is None else cache) / name
+        folder = _default_cache() if cache is None else cache
+        self._path = None if folder is None else folder / name
         self._saved: dict[str, str] = {}
         # missing or damaged: everything is checked again
         with suppress(OSError, ValueError, TypeError):
-            self._saved = dict(json.loads(self._path.read_text()))
+            if self._path is not None:
+                self._saved = dict(json.loads(self._path.read_text()))
         self._good = dict(self._saved)
 
     def contains(self, name: str, digest: str) -> bool:
@@ -53,7 +55,7 @@ class ValidationCache:
 
     def save(self) -> None:
         """Write new entries; if that is impossible, the next run checks again."""
-        if self._good == self._saved:
+        if self._path is None or self._good == self._saved:
             return
         temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
         with suppress(OSError):
@@ -69,6 +71,9 @@ def _sha256(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def _default_cache() -> Path:
-    """Return the folder of the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "apollo-bench"
+def _default_cache() -> Path | None:
+    """Return the folder of the user's cache; None: the user has no home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "apollo-bench"
+    except RuntimeError:
+        return None
