@@ -10,7 +10,7 @@ GPU_PYTHON ?= $(BIN)/python
 DATA ?= data
 RUNS ?= runs/results
 
-.PHONY: compare quick test test-all lint build kernel bench gpu-check results results-tables results-check docs clean
+.PHONY: compare quick test test-all test-matrix lint build kernel bench gpu-check results results-tables results-check docs clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.ready: requirements/dev.txt pyproject.toml setup.py bench/pyproject.toml
@@ -41,6 +41,9 @@ test-all: lint results-check  ## the same with the slow tests, coverage, and pro
 	$(PYTEST) --cov --cov-report=term-missing:skip-covered --durations=10 $(ARGS)
 	$(BIN)/python scripts/check_wheel.py --pure
 	$(BIN)/python -m tests.faults
+
+test-matrix: $(VENV)/.ready  ## the optimizer's fast tests with the oldest, newest and other promised torch and Python
+	OMP_NUM_THREADS=1 $(BIN)/nox --no-error-on-missing-interpreters $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
@@ -73,4 +76,4 @@ docs: $(VENV)/.ready  ## the documentation as a site; open site/index.html
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf build dist site src/*.egg-info bench/build bench/src/*.egg-info src/apollo_qn/backends/cpu/*.so build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf build dist site src/*.egg-info bench/build bench/src/*.egg-info src/apollo_qn/backends/cpu/*.so build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .nox

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import sys
 import sysconfig
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -67,6 +68,17 @@ def torch_folder() -> Path:
     raise NoKernelError("no installed torch was found")
 
 
+def tell(message: str) -> None:
+    """Print a message where the user sees it.
+
+    pip hides the output of a build that succeeds, so the message also goes to the terminal.
+    """
+    print(message, file=sys.stderr, flush=True)
+    if not sys.stderr.isatty():
+        with suppress(OSError), open("/dev/tty", "w", encoding="utf-8") as terminal:
+            terminal.write(message)
+
+
 class BuildKernel(build_ext):
     """Build the kernel where that is possible, and say why where it is not."""
 
@@ -78,11 +90,7 @@ class BuildKernel(build_ext):
         try:
             self._build(ext, torch_folder())
         except (NoKernelError, BaseError, CCompilerError) as error:
-            print(
-                MISSING.format(reason=error),
-                file=sys.stderr,
-                flush=True,
-            )
+            tell(MISSING.format(reason=error))
             self._library().unlink(missing_ok=True)  # of an older build
             self.distribution.ext_modules.remove(ext)
             self.extensions = [other for other in self.extensions if other is not ext]

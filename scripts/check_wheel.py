@@ -1,11 +1,14 @@
 """Build both distributions, install their wheels in a fresh environment and train there.
 
-Once as it is and, with ``--pure``, once more as on a machine without a compiler.
+Once as it is and, with ``--pure``, once more as on a machine without a compiler, where pip must
+tell the user.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -17,11 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 LARGEST = 1_500_000  # bytes of the optimizer's wheel: no data, no evaluation
 TRIAL = """
 import sys
+from importlib.metadata import version
 import torch
 from apollo_qn import Apollo
 from apollo_qn.backends import cpu
 import apollo_qn
 assert "site-packages" in apollo_qn.__file__, apollo_qn.__file__
+assert version("apollo-qn") == apollo_qn.__version__
 assert (cpu.why_not() is None) is (sys.argv[1] == "compiled"), cpu.why_not()
 p = torch.nn.Parameter(torch.ones(3))
 optimizer = Apollo([p], lr=0.1, warmup_steps=0)
@@ -41,9 +46,33 @@ def main() -> None:
             try_out(folder / "compiled", "compiled", {})
         if "--pure" not in sys.argv[1:]:
             return
-        said = try_out(folder / "pure", "pure", {"CXX": str(shutil.which("false"))})
+        no_compiler = {"CXX": str(shutil.which("false"))}
+        said = try_out(folder / "pure", "pure", no_compiler)
         if said.count("UserWarning: Apollo") != 1:
             sys.exit(f"without a compiler the wheel must say so once, it says: {said!r}")
+        told = on_a_terminal(
+            *(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps"),
+            *("--wheel-dir", str(folder / "told"), str(ROOT)),
+            environment=no_compiler,
+        )
+        if "WITHOUT its CPU kernel" not in told or "--no-cache-dir" not in told:
+            sys.exit(f"without a compiler pip must tell how to get the kernel, it says: {told!r}")
+
+
+def on_a_terminal(*command: str, environment: dict[str, str]) -> str:
+    """Run a command in a session with a terminal of its own; return what the terminal shows."""
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execve(command[0], command, {**os.environ, **environment})
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux raises one at the end
+        while more := os.read(terminal, 4096):
+            shown += more
+    _, status = os.waitpid(process, 0)
+    text = shown.decode(errors="replace")
+    if status:
+        sys.exit(f"{' '.join(command)}\n{text}")
+    return text
 
 
 def try_out(folder: Path, kind: str, environment: dict[str, str]) -> str:
@@ -67,6 +96,7 @@ def try_out(folder: Path, kind: str, environment: dict[str, str]) -> str:
     command = site / "bin" / "apollo-bench"
     if not command.exists():
         sys.exit(f"{bench.name} installs no command apollo-bench")
+    run(str(python), str(command), "--version", cwd=folder)
     run(str(python), str(command), "tasks", cwd=folder)
     run(
         *(str(python), "-m", "apollo_bench", "train", "fashion-mnist", "--optimizer", "apollo"),

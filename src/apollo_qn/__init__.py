@@ -7,4 +7,4 @@ from apollo_qn.gradient_release import GradientRelease
 from apollo_qn.optimizer import Apollo, ApolloW
 
 __all__ = ["Apollo", "ApolloW", "GradientRelease", "apollo"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"  # pyproject.toml reads it

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import typer.main
 from typer.core import TyperGroup
 from typer.testing import CliRunner
 
+import apollo_bench
+import apollo_qn
 from apollo_bench.cli import app
 
 GROUP = typer.main.get_command(app)
@@ -33,3 +36,16 @@ def test_tables_of_the_recipe_and_defaults_are_shown() -> None:
     shown = CliRunner().invoke(app, ["compare", "--help"], terminal_width=80).output
     assert "table [quick]" in shown
     assert "[default: runs/compare]" in shown
+
+
+def test_version_names_what_a_report_of_a_bug_needs() -> None:
+    shown = CliRunner().invoke(app, ["--version"])
+    assert shown.exit_code == 0
+    assert shown.output.startswith(f"apollo-bench {apollo_bench.__version__} (")
+    assert f"apollo-qn {apollo_qn.__version__}, torch {torch.__version__}" in shown.output
+
+
+def test_without_a_command_the_help_is_shown() -> None:
+    shown = CliRunner().invoke(app, [])
+    assert "Train with Apollo and other optimizers, and report." in shown.output
+    assert "--version" in shown.output

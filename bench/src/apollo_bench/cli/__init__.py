@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import platform
+from typing import Annotated
+
+import torch
 import typer
 
+import apollo_qn
+from apollo_bench import __version__
 from apollo_bench.cli.archive_command import archive
 from apollo_bench.cli.compare_command import compare
 from apollo_bench.cli.prepare_command import prepare
@@ -23,3 +29,24 @@ app = typer.Typer(
 for _command in (compare, sweep, train, report, archive, prepare, steptime):
     app.command()(_command)
 app.command("tasks")(list_tasks)
+
+
+def _print_versions(wanted: bool) -> None:
+    if wanted:
+        typer.echo(
+            f"apollo-bench {__version__} (apollo-qn {apollo_qn.__version__}, "
+            f"torch {torch.__version__}, Python {platform.python_version()})"
+        )
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_versions, is_eager=True, help="Print versions and exit."
+        ),
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
