@@ -18,6 +18,11 @@ ROOT = Path(__file__).parents[2]
 FOLDER = Path(str(find_spec("apollo_qn").origin)).parent / "backends/cpu"  # type: ignore[union-attr]
 LIBRARY = FOLDER / "_kernel.so"
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+CROSS_COMPILER = shutil.which("aarch64-linux-gnu-g++")
+EMULATOR = shutil.which("qemu-aarch64")
+# what driver.cpp prints on every processor; on x86-64 it is written with
+# `g++ -std=c++17 -O1 -ffp-contract=off -Isrc/apollo_qn/backends/cpu tests/cpp/driver.cpp`
+HASHES = (ROOT / "tests/cpp/driver.txt").read_text(encoding="utf-8")
 pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="the kernel is not built")
 
 f32, f64, bf16 = torch.float32, torch.float64, torch.bfloat16
@@ -248,6 +253,21 @@ def test_sanitizers(sanitizer: str, tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == HASHES
     if sanitizer.startswith("address"):  # it would have seen an error
         done = subprocess.run([str(program), "beyond"], capture_output=True, text=True, check=False)
         assert "heap-buffer-overflow" in done.stderr, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CROSS_COMPILER is None, reason="no compiler for arm64 here")
+@pytest.mark.skipif(EMULATOR is None, reason="no emulator of arm64 here (qemu-user)")
+def test_arm64_gives_the_same_bits(tmp_path: Path) -> None:
+    """Denormal numbers included; the flags are those of setup.py."""
+    program = tmp_path / "driver"
+    command = [str(CROSS_COMPILER), "-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno"]
+    command += ["-fno-trapping-math", "-Wall", "-Wextra", "-Werror", "-static"]
+    command += [f"-I{ROOT / 'src/apollo_qn/backends/cpu'}", str(ROOT / "tests/cpp/driver.cpp")]
+    subprocess.run([*command, "-o", str(program), "-lpthread"], check=True)
+    done = subprocess.run([str(EMULATOR), str(program)], capture_output=True, text=True, check=True)
+    assert done.stdout == HASHES

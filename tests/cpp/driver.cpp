@@ -1,5 +1,6 @@
-// Runs the CPU kernel without torch, for sanitizers: every kind and mode, on sizes around the limits of
-// blocks and chunks, with one thread and with three, whose results must be the same.
+// Runs the CPU kernel without torch, for sanitizers and for other processors: every kind and mode, on
+// sizes around the limits of blocks and chunks, with one thread and with three, whose results must be the
+// same. Some numbers are denormal. Prints a hash of each mode's results, to compare processors.
 //
 // With the argument "beyond" the kernel is given one element too many, which AddressSanitizer must
 // report.
@@ -28,14 +29,17 @@ struct Threads {
     }
 };
 
-// Numbers of one tensor, in a block of the heap that ends with them.
+// Numbers of one tensor, in a block of the heap that ends with them. One of `tiny` numbers is near the
+// smallest normal number of its type, above or below it; none with 0.
 struct Column {
     std::vector<char> bytes;
 
-    Column(size_t n, size_t item, uint32_t seed) : bytes(n * item)
+    Column(size_t n, size_t item, uint32_t seed, uint32_t tiny) : bytes(n * item)
     {
         for (size_t i = 0; i < n; i++) {
-            const double x = ((double)mix(seed + (uint32_t)i) / 0x80000000u - 1) * 0.1;
+            const uint32_t random = mix(seed + (uint32_t)i);
+            double x = ((double)random / 0x80000000u - 1) * 0.1;
+            if (tiny && mix(random) % tiny == 0) x *= item == 8 ? 0x1p-1018 : 0x1p-122;
             if (item == 8) memcpy(&bytes[i * 8], &x, 8);
             else if (item == 4) store(*(float *)&bytes[i * 4], (float)x);
             else store(*(bf16 *)&bytes[i * 2], (float)x);
@@ -48,20 +52,21 @@ struct Set {
     std::vector<double> thresholds;
     std::vector<Item> items;
 
-    Set(const std::vector<size_t> &sizes, const Scalars &scalars, bool kahan)
+    Set(const std::vector<size_t> &sizes, const Scalars &scalars, bool kahan, uint32_t tiny)
     {
         columns.reserve(5 * KINDS * sizes.size());
         thresholds.assign(KINDS * sizes.size(), 0);
         for (size_t kind = 0; kind < KINDS; kind++) {
             for (const size_t n : sizes) {
                 const Size size = SIZES.of[kind];
-                const auto column = [&](size_t item) {
-                    return columns.emplace_back(n, item, (uint32_t)columns.size() << 20).bytes.data();
+                const auto column = [&](size_t item, uint32_t some) {
+                    const uint32_t seed = (uint32_t)columns.size() << 20;
+                    return columns.emplace_back(n, item, seed, some).bytes.data();
                 };
                 Item t{};
-                t.p = column(size.p), t.g = column(size.g);
-                t.m = column(size.state), t.B = column(size.state);
-                t.compensation = kahan && size.p == 2 ? column(2) : nullptr;
+                t.p = column(size.p, 0), t.g = column(size.g, tiny);
+                t.m = column(size.state, tiny), t.B = column(size.state, 0);
+                t.compensation = kahan && size.p == 2 ? column(2, 0) : nullptr;
                 t.threshold = &thresholds[items.size()];
                 t.n = n, t.kind = (int)kind, t.rng_key = mix((uint32_t)items.size());
                 t.scalars = &scalars;
@@ -76,6 +81,18 @@ struct Set {
             if (columns[i].bytes != other.columns[i].bytes) return false;
         return memcmp(thresholds.data(), other.thresholds.data(), thresholds.size() * 8) == 0;
     }
+
+    uint64_t hash() const // FNV-1a
+    {
+        uint64_t now = 0xcbf29ce484222325u;
+        const auto take = [&now](const void *data, size_t bytes) {
+            for (size_t i = 0; i < bytes; i++)
+                now = (now ^ ((const unsigned char *)data)[i]) * 0x100000001b3u;
+        };
+        for (const Column &column : columns) take(column.bytes.data(), column.bytes.size());
+        take(thresholds.data(), thresholds.size() * 8);
+        return now;
+    }
 };
 
 } // namespace
@@ -86,16 +103,18 @@ int main(int count, char **arguments)
                                        BLOCK + 1, CHUNK + 1, SMALL,     SMALL + 1, 2 * SMALL + 1};
     Scalars s{0.1, 0.01, 0, 0.5, 0, 1, 0, 0.01, 1e-4, 1, 0, 0, 0, 0, 0, 5};
     if (count > 1 && std::string(arguments[1]) == "beyond") {
-        Set set({BLOCK}, s, false);
+        Set set({BLOCK}, s, false, 0);
         set.items[0].n++;
         Schedule(set.items, functions()).step(Threads{1}, 1);
         return 0;
     }
+    const uint32_t tiny[] = {0, 1, 4}; // one of so many numbers is near the smallest normal one
     for (int mode = 0; mode < 16; mode++) {
         const bool kahan = mode & 8;
+        const uint32_t some = tiny[mode % 3];
         s.decay = mode & 1, s.l2 = s.decay * 0.01;
         s.belief = mode >> 1 & 1, s.stochastic = mode >> 2 & 1;
-        Set one(sizes, s, kahan), three(sizes, s, kahan), given(sizes, s, kahan);
+        Set one(sizes, s, kahan, some), three(sizes, s, kahan, some), given(sizes, s, kahan, some);
         std::vector<ShardSums> sums(given.items.size()), again(given.items.size());
         Schedule(given.items, functions()).measure(Threads{3}, 3, sums.data());
         Schedule(one.items, functions()).measure(Threads{1}, 1, again.data());
@@ -106,6 +125,7 @@ int main(int count, char **arguments)
         Schedule(given.items, functions()).step(Threads{3}, 3);
         if (!(one == three)) return 2;
         if (!(one == given)) return 3;
+        printf("mode %d: %016llx\n", mode, (unsigned long long)one.hash());
     }
     puts("the same with one thread and with three");
     return 0;

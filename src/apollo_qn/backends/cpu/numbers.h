@@ -38,29 +38,43 @@ template <class To, class From> INLINE To bits_of(From x)
     return y;
 }
 
+// The thread's register that says how denormal numbers are treated, and the bits that flush them to 0.
+#if defined(__x86_64__)
+constexpr unsigned FLUSH = 0x8040; // FTZ and DAZ
+INLINE unsigned control() { return _mm_getcsr(); }
+INLINE void set_control(unsigned bits) { _mm_setcsr(bits); }
+#elif defined(__aarch64__)
+constexpr uint64_t FLUSH = 1u << 24; // FZ
+INLINE uint64_t control()
+{
+    uint64_t bits;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(bits));
+    return bits;
+}
+// "memory" keeps the loads before and after the change, and so the arithmetic on what they load.
+INLINE void set_control(uint64_t bits) { __asm__ volatile("msr fpcr, %0" : : "r"(bits) : "memory"); }
+#else // denormal numbers are computed with
+constexpr unsigned FLUSH = 0;
+INLINE unsigned control() { return 0; }
+INLINE void set_control(unsigned) {}
+#endif
+
 // Treats denormal numbers as 0, because operations on them take a hundred times longer. They occur where
 // gradients are 0 and m decays.
 INLINE void flush_denormals(bool on)
 {
-#if defined(__x86_64__)
-    constexpr unsigned bits = 0x8040;
-    const unsigned now = _mm_getcsr();
-    _mm_setcsr(on ? now | bits : now & ~bits);
-#else
-    (void)on;
-#endif
+    const auto now = control();
+    set_control(on ? now | FLUSH : now & ~FLUSH);
 }
 
 // Flushes denormal numbers in the thread of the object, until its destruction.
 class Flushing {
-#if defined(__x86_64__)
   public:
-    Flushing() : before_(_mm_getcsr()) { flush_denormals(true); }
-    ~Flushing() { _mm_setcsr(before_); }
+    Flushing() : before_(control()) { set_control(before_ | FLUSH); }
+    ~Flushing() { set_control(before_); }
 
   private:
-    unsigned before_;
-#endif
+    decltype(control()) before_;
 };
 
 INLINE double larger(double x, double y) { return x > y ? x : y; }
