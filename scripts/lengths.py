@@ -17,7 +17,8 @@ from pathlib import Path
 from scipy import stats
 
 from apollo_bench.config import recipe
-from apollo_bench.config.recipe import Recipe, RunSpec, scale_lr
+from apollo_bench.config.equal_strength import scale_lr
+from apollo_bench.config.recipe import Recipe, RunSpec
 from apollo_bench.runs import loading
 from apollo_bench.runs.archive import RUNS
 from apollo_bench.search.best_trials import best_trial, mean_score

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, ClassVar
 
 from pydantic import (
@@ -62,3 +63,41 @@ class ConfigSection(BaseModel):
         if not isinstance(table, dict):
             return table
         return {cls.renamed_keys.get(key, key): value for key, value in table.items()}
+
+
+class EqualStrength(ConfigSection):
+    """Weight decay coupled to another optimizer's by eq. (14).
+
+    In a recipe: ``weight_decay = { equal_strength_to = "apollo" }``. ``coupled_decay`` resolves it.
+    """
+
+    equal_strength_to: str
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
+
+
+def check_name(name: str, what: str) -> None:
+    """Check a name that becomes part of paths and of texts.
+
+    Args:
+        name: the name.
+        what: for example ``"optimizers"``; the error begins with it.
+
+    Raises:
+        ValueError: the name has other characters than letters, digits and ``-_.+``, begins with
+            another than a letter or digit, or has more than 64.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"{what}: the name {name!r} is not allowed; use letters, digits and -_.+, a letter or "
+            "digit first, 64 at most"
+        )
+
+
+def _is_name(name: str) -> str:
+    check_name(name, "name")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_is_name)]

@@ -203,7 +203,7 @@ def test_time_left() -> None:
     ("arguments", "expected"),
     [
         (["compare", "mnist"], "no task 'mnist'; there are cifar10, fashion-mnist"),
-        (["compare", "--optimizers", "adagrad"], "no optimizer 'adagrad'"),
+        (["compare", "--optimizers", "adagard"], "no optimizer 'adagard'"),
         (["compare", "--optimizers", ","], "--optimizers names none"),
         (["compare", "--schedules", "linear"], "no schedule 'linear'"),
         (["compare", "--set", "train.batch_size"], "--set is 'train.batch_size', allowed is key="),

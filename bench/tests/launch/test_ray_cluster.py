@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,13 +23,16 @@ COMPARE = [sys.executable, "-m", "apollo_bench", "compare"]
 MORE = ["--optimizers", "sgd,apollo", "--seeds", "1", "--threads", "1"]
 
 
-def start(recipe_file: Path, out: Path, *options: str, address: str = "") -> subprocess.Popen[str]:
+def start(
+    recipe_file: Path, out: Path, *options: str, address: str = "", folder: Path | None = None
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*COMPARE, str(recipe_file), *MORE, *options, "--out", str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        cwd=folder,
         env={**os.environ, "RAY_ADDRESS": address, "RAY_USAGE_STATS_ENABLED": "0"},
     )
 
@@ -75,6 +79,22 @@ def test_a_killed_worker_changes_nothing(recipe_file: Path, tmp_path: Path) -> N
     assert local.wait(timeout=PATIENCE) == 0
     for one, other in zip(runs(tmp_path / "ray"), runs(tmp_path / "local"), strict=True):
         assert_identical(result(one), result(other))
+
+
+def test_an_optimizer_of_the_user_is_found_by_the_tasks(recipe_file: Path, tmp_path: Path) -> None:
+    work, name = tmp_path / "work", "own_optimizers"
+    work.mkdir()
+    shutil.copy(Path(__file__).parents[1] / "optimizers" / f"{name}.py", work)
+    own = ["--optimizers", f"{name}:ScheduleFree"]
+    process = start(recipe_file, tmp_path / "ray", *own, "--cluster", "ray", folder=work)
+    out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, err
+    assert "ScheduleFree" in out
+    local = start(recipe_file, tmp_path / "local", *own, folder=work)
+    assert local.wait(timeout=PATIENCE) == 0
+    label = "fashion-mnist-ScheduleFree-cosine-seed3"
+    folders = [tmp_path / where / "runs" / label for where in ("ray", "local")]
+    assert_identical(*(result(RunDirectory(folder)) for folder in folders))
 
 
 def test_interrupted_it_leaves_checkpoints_and_no_process(

@@ -24,7 +24,15 @@ def compare(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Output folder.  [default: runs/compare]")
+        Path | None,
+        typer.Option(help="Output folder.  [default: runs/compare, or runs/against-TASK]"),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a finished comparison or archive of TASK: only --optimizers are "
+            "trained, with its settings, seeds and data; the report shows all."
+        ),
     ] = None,
 ) -> None:
     """Train a task with several optimizers, schedules and seeds, and write a report.
@@ -38,9 +46,19 @@ def compare(
                 f"--data is {str(training.data)!r}; it needs a TASK: "
                 "apollo-bench compare TASK --data DIR"
             )
-        specs = []
+        if task is None and against is not None:
+            raise ExperimentError(
+                f"--against is {str(against)!r}; it needs a TASK: "
+                "apollo-bench compare TASK --optimizers NAME --against FOLDER"
+            )
+        specs, baseline = [], None
         for name in _EMBEDDED if task is None else (task,):
-            chosen = training.select(name)
+            chosen = training.select(name, against=against)
             specs += chosen.recipe.runs(chosen.optimizers, training.seeds, chosen.schedules)
+            baseline = chosen.baseline
         folder = out or Path("runs") / ("compare-quick" if training.quick else "compare")
-        runtime.train_and_report(training.request(specs, folder))
+        if baseline is not None:
+            baseline.check(specs)
+            folder = out or Path("runs") / f"against-{specs[0].task}"
+        request = training.request(specs, folder, baseline)
+        runtime.train_and_report(request, [] if against is None else [against])

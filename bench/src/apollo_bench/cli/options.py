@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from apollo_bench.config.recipe import RunSpec
     from apollo_bench.config.schema import Analysis
     from apollo_bench.launch.run_experiment import Request
+    from apollo_bench.runs.baseline import Baseline
 
 TaskName = Annotated[str, typer.Argument(help="A task (see `tasks`), or a recipe's .toml file.")]
 RunFolders = Annotated[
@@ -32,7 +33,12 @@ Seed = Annotated[
     int | None, typer.Option(min=0, max=MAX_SEED, help="[default: the recipe's first]")
 ]
 OptimizerNames = Annotated[
-    str | None, typer.Option("--optimizers", help="Optimizers of the recipe: a,b,c or all.")
+    str | None,
+    typer.Option(
+        "--optimizers",
+        help="Optimizers: names of the recipe or all, classes (my_module:MyOptimizer), short names "
+        "of torch.optim (adagrad); a,b,c.",
+    ),
 ]
 ScheduleNames = Annotated[
     str | None, typer.Option("--schedules", help="Schedules of the recipe: a,b or all.")
@@ -42,7 +48,8 @@ Settings = Annotated[
     typer.Option("--set", help="Override a value: train.batch_size=64, optimizer.lr=0.25, ..."),
 ]
 DataFolder = Annotated[
-    Path | None, typer.Option("--data", help="Folder of local data, used instead of the default.")
+    Path | None,
+    typer.Option("--data", help="Folder or file of local data, used instead of the default."),
 ]
 Jobs = Annotated[
     int | None,
@@ -98,25 +105,40 @@ class TrainingOptions:
     threads: Threads = None
     cluster: ClusterName = None
 
-    def select(self, task: str, analysis: Analysis | None = None) -> selection.Selection:
+    def select(
+        self, task: str, analysis: Analysis | None = None, against: Path | None = None
+    ) -> selection.Selection:
         """Load the recipe of a task and apply the options.
 
         Raises:
             ExperimentError: an option has a wrong value, or the search cannot be used.
         """
         return selection.select(
-            task, self.settings, self.optimizers, self.schedules, self.quick, analysis, self.tuned
+            task,
+            self.settings,
+            self.optimizers,
+            self.schedules,
+            self.quick,
+            analysis,
+            self.tuned,
+            against,
+            self.data,
         )
 
-    def request(self, specs: list[RunSpec], out: Path) -> Request:
-        """Return the request to train these runs into a folder."""
+    def request(self, specs: list[RunSpec], out: Path, baseline: Baseline | None = None) -> Request:
+        """Return the request to train these runs into a folder, perhaps to compare with others."""
         from apollo_bench.launch.run_experiment import Machines, Request
 
         machines = Machines(
             self.accelerator, self.devices, self.jobs, self.threads, self.strategy, self.cluster
         )
-        check_data = selection.data_check(self.tuned)
-        return Request(specs, out, self.data, machines, check_data=check_data)
+        checks = [selection.data_check(self.tuned)] if self.tuned else []
+        if baseline is not None:
+            checks.append(baseline.check_data)
+        compared = baseline.identities() if baseline else []
+        return Request(
+            specs, out, self.data, machines, data_checks=tuple(checks), compared_with=compared
+        )
 
 
 def with_training_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,8 +73,12 @@ def train_and_print_failures(request: Request) -> bool:
     return bool(failed)
 
 
-def train_and_report(request: Request) -> None:
+def train_and_report(request: Request, more: Sequence[Path] = ()) -> None:
     """Train runs and write the report on all runs of their folder.
+
+    Args:
+        request: the runs.
+        more: folders whose runs of the same task the report shows too.
 
     Raises:
         ExperimentError: an option, a run or its data cannot be used.
@@ -82,17 +86,20 @@ def train_and_report(request: Request) -> None:
     """
     failed = train_and_print_failures(request._replace(one_report=True))
     if process_group.is_main_process():
-        write_report([request.out], request.out)
+        only = request.specs[0].task if more else None
+        write_report([request.out, *more], request.out, only=only)
     if failed:
         raise typer.Exit(1)
 
 
-def write_report(runs: list[Path], out: Path, target: float | None = None) -> None:
-    """Write the report on runs, and print its tables."""
+def write_report(
+    runs: list[Path], out: Path, target: float | None = None, only: str | None = None
+) -> None:
+    """Write the report on runs, perhaps only on those of a task, and print its tables."""
     from apollo_bench.report import page
 
     summaries = page.write(
-        runs, out, target, lambda text: typer.echo(f"apollo-bench: {text}", err=True)
+        runs, out, target, lambda text: typer.echo(f"apollo-bench: {text}", err=True), only
     )
     page.show(summaries, Console())
     typer.echo(f"Report: {out / 'report.html'}")

@@ -8,13 +8,20 @@ from typing import Annotated
 import typer
 
 from apollo_bench.cli import options, runtime, selection
+from apollo_bench.errors import ExperimentError
 
 _DIAGNOSE_EVERY = 25  # steps
 
 
 def train(
     task: options.TaskName,
-    optimizer: Annotated[str, typer.Option(help="An optimizer of the recipe.")],
+    optimizer: Annotated[
+        str,
+        typer.Option(
+            help="An optimizer of the recipe, a class (my_module:MyOptimizer) or a short name of "
+            "one of torch.optim (adagrad)."
+        ),
+    ],
     seed: options.Seed = None,
     schedule: Annotated[
         str | None, typer.Option(help="[default: the first that `compare` trains]")
@@ -47,9 +54,11 @@ def train(
     with runtime.one_line_errors():
         from apollo_bench.launch.run_experiment import Machines, Request, run_folder
 
-        chosen = selection.select(task, settings, optimizer, schedule)
+        chosen = selection.select(task, settings, optimizer, schedule, data=data)
         seed = chosen.recipe.seeds[0] if seed is None else seed
-        spec = chosen.recipe.run(optimizer, seed, schedule or chosen.schedules[0])
+        if chosen.optimizers is None or len(chosen.optimizers) != 1:
+            raise ExperimentError(f"--optimizer is {optimizer!r}, one name or class is right")
+        spec = chosen.recipe.run(chosen.optimizers[0], seed, schedule or chosen.schedules[0])
         every = diagnose_every or (_DIAGNOSE_EVERY if diagnostics else None)
         machines = Machines(accelerator, devices, 1, threads, strategy)
         failed = runtime.train_and_print_failures(

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
+from apollo_bench.config.optimizer_settings import allowed_methods
 from apollo_bench.config_section import ConfigSection
 
 
@@ -37,7 +38,10 @@ def describe(error: ValidationError, schema: type[ConfigSection]) -> str:
             message = "missing"
         elif item["type"] == "union_tag_invalid":
             shown.append(item["ctx"]["discriminator"].strip("'()"))
-            message = f"is {item['ctx']['tag']!r}, allowed are {item['ctx']['expected_tags']}"
+            allowed = item["ctx"]["expected_tags"]
+            if shown[-1] == "method":  # its tags are classes
+                allowed = allowed_methods()
+            message = f"is {item['ctx']['tag']!r}, allowed are {allowed}"
         elif item["type"] == "union_tag_not_found":
             shown.append(item["ctx"]["discriminator"].strip("'()"))
             message = "missing"

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 
 from apollo_bench.available_cores import MAX_PROCESSES, available_cores
+from apollo_bench.config.optimizer_settings import MuonSettings
 from apollo_bench.config.recipe import RunSpec
 from apollo_bench.config_section import ConfigSection, PositiveInt
 from apollo_bench.errors import ExperimentError
@@ -39,12 +40,12 @@ class Execution(ConfigSection):
 
     def check(self, spec: RunSpec) -> None:
         """Raise ExperimentError if this run cannot be executed so."""
-        if spec.optimizer.method == "muon" and not hasattr(torch.optim, "Muon"):
+        if isinstance(spec.optimizer, MuonSettings) and not hasattr(torch.optim, "Muon"):
             raise ExperimentError(
                 f"the optimizer {spec.name!r} (muon) needs torch 2.9 or newer, this is "
                 f"{torch.__version__}; leave it out with --optimizers"
             )
-        if self.strategy == "fsdp2" and spec.optimizer.method == "muon":
+        if self.strategy == "fsdp2" and isinstance(spec.optimizer, MuonSettings):
             raise ExperimentError(
                 f"--strategy is 'fsdp2', the optimizer {spec.name!r} (muon) needs unsharded "
                 "matrices; use --strategy ddp"

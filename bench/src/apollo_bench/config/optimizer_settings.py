@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import (
-    Field,
+from pydantic import Discriminator, Field, Tag
+
+from apollo_bench.config.custom_optimizer import CustomSettings, short_names
+from apollo_bench.config_section import (
+    ConfigSection,
+    EqualStrength,
+    Fraction,
+    NonNegative,
+    Positive,
 )
-
-from apollo_bench.config_section import ConfigSection, Fraction, NonNegative, Positive
-
-
-class EqualStrength(ConfigSection):
-    """Weight decay coupled to another optimizer's by eq. (14).
-
-    In a recipe: ``weight_decay = { equal_strength_to = "apollo" }``. ``recipe.coupled_decay``
-    resolves it.
-    """
-
-    equal_strength_to: str
 
 
 class SGDSettings(ConfigSection):
@@ -97,13 +92,49 @@ class AveragedSettings(ConfigSection):
     warmup_init_lr: NonNegative | None = None
 
 
+_OWN: tuple[type[ConfigSection], ...] = (
+    *(SGDSettings, AdamSettings, RAdamSettings, NAdamSettings, MuonSettings),
+    *(ApolloSettings, AveragedSettings),
+)
+_BY_METHOD = {
+    method: settings
+    for settings in _OWN
+    for method in get_args(settings.model_fields["method"].annotation)
+}
+METHODS = tuple(_BY_METHOD)  # those with settings of their own
+
+
+def method(table: Any) -> Any:
+    """Return the tag of the settings class for the table of an optimizer.
+
+    Messages of pydantic name the discriminator by this function: it is called as the key.
+    """
+    if not isinstance(table, dict):
+        return type(table).__name__
+    if "class" in table:
+        return CustomSettings.__name__
+    own = table.get("method")
+    if not isinstance(own, str):
+        return None if own is None else str(own)
+    if own in METHODS:
+        return _BY_METHOD[own].__name__
+    return CustomSettings.__name__ if own in short_names() else own
+
+
+def allowed_methods() -> str:
+    """Return the names that ``method`` may have, as text."""
+    names = dict.fromkeys([*METHODS, *sorted(short_names())])
+    return f"{', '.join(map(repr, names))}; or class = 'module:Class' in its place"
+
+
 OptimizerSettings = Annotated[
-    SGDSettings
-    | AdamSettings
-    | RAdamSettings
-    | NAdamSettings
-    | MuonSettings
-    | ApolloSettings
-    | AveragedSettings,
-    Field(discriminator="method"),
+    Annotated[SGDSettings, Tag("SGDSettings")]
+    | Annotated[AdamSettings, Tag("AdamSettings")]
+    | Annotated[RAdamSettings, Tag("RAdamSettings")]
+    | Annotated[NAdamSettings, Tag("NAdamSettings")]
+    | Annotated[MuonSettings, Tag("MuonSettings")]
+    | Annotated[ApolloSettings, Tag("ApolloSettings")]
+    | Annotated[AveragedSettings, Tag("AveragedSettings")]
+    | Annotated[CustomSettings, Tag("CustomSettings")],
+    Discriminator(method),
 ]

@@ -35,7 +35,8 @@ def override(
     Args:
         table: table of the recipe; it is not changed.
         settings: for example ``train.batch_size=64``. Values are TOML; strings need no quotes.
-            ``optimizer.`` and ``schedule.`` stand for all selected optimizers and schedules.
+            ``optimizer.`` and ``schedule.`` stand for all selected optimizers and schedules. A
+            name with a dot is quoted: ``optimizers."a.b".lr=0.1``.
         optimizers: selected optimizers; None: all.
         schedules: selected schedules; None: all.
         renamed_keys: former name of a table: its present name.
@@ -48,7 +49,7 @@ def override(
     chosen = {"optimizer": optimizers, "schedule": schedules}
     for setting in settings:
         key, equals, text = (part.strip() for part in setting.partition("="))
-        first, *rest = key.split(".")
+        first, *rest = _parts(key)
         first = renamed_keys.get(first, first)
         if not equals or not text or not all((first, *rest)):
             raise ExperimentError(
@@ -63,6 +64,21 @@ def override(
         else:
             _put(changed, [first, *rest], value, setting)
     return changed
+
+
+def _parts(key: str) -> list[str]:
+    """Return the names in a key, which may be quoted as in TOML."""
+    if '"' not in key and "'" not in key:
+        return key.split(".")
+    try:
+        table: Any = tomllib.loads(f"{key} = 0")
+    except tomllib.TOMLDecodeError:
+        return [""]
+    parts = []
+    while isinstance(table, dict):
+        ((name, table),) = table.items()
+        parts.append(name)
+    return parts
 
 
 def _value(text: str) -> Any:

@@ -7,18 +7,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, ValidationError, model_validator
 
 from apollo_bench.config.config_errors import describe
-from apollo_bench.config.optimizer_settings import EqualStrength, OptimizerSettings
+from apollo_bench.config.custom_optimizer import CustomSettings, complete
+from apollo_bench.config.equal_strength import coupled_decay, scale_lr
+from apollo_bench.config.optimizer_settings import OptimizerSettings
 from apollo_bench.config.overrides import override
 from apollo_bench.config.schema import (
     Analysis,
     CompareSettings,
+    LRShape,
     PaperResult,
     QuickSettings,
     RunTrainSettings,
@@ -29,10 +32,11 @@ from apollo_bench.config.schema import (
     SweepSettings,
     TrainSettings,
 )
-from apollo_bench.config_section import ConfigSection, Seed
+from apollo_bench.config_section import ConfigSection, EqualStrength, Name, Seed, check_name
 from apollo_bench.errors import ExperimentError
 from apollo_bench.regular_files import read_regular
-from apollo_bench.workloads.workload_settings import DEFAULT_DATA, Data, Model
+from apollo_bench.workloads.custom_model import CustomModel, complete_model
+from apollo_bench.workloads.workload_settings import DEFAULT_DATA, OWN_KINDS, Data, Model
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -51,12 +55,12 @@ class RunSpec(ConfigSection):
         ('wordnet-apollo-cosine-seed1', 100.0, 32)
     """
 
-    task: str
+    task: Name
     model: Model
     data: Data
     train: RunTrainSettings
-    schedule: str  # name of the schedule in the recipe
-    name: str  # name of the optimizer in the recipe
+    schedule: Name  # name of the schedule in the recipe
+    name: Name  # name of the optimizer in the recipe
     optimizer: OptimizerSettings
     seed: Seed
     sweep: SweepPoint | None = None  # None: the recipe as it stands
@@ -74,6 +78,22 @@ class RunSpec(ConfigSection):
         point = "" if self.sweep is None else f"-{self.sweep}"
         return f"{self.task}-{self.name}-{self.schedule}{point}-seed{self.seed}"
 
+    def own(self) -> RunSpec:
+        """Return the recipe without the schedules of other optimizers."""
+        shapes = self.train.schedule.overrides
+        return self._with_overrides({k: shape for k, shape in shapes.items() if k == self.name})
+
+    def shared(self) -> dict[str, Any]:
+        """Return what runs of different optimizers and seeds have in common in a comparison."""
+        kept = {"task", "model", "data", "train"}
+        return self._with_overrides({}).model_dump(include=kept)
+
+    def _with_overrides(self, overrides: dict[str, LRShape]) -> RunSpec:
+        schedule = self.train.schedule.model_copy(update={"overrides": overrides})
+        return self.model_copy(
+            update={"train": self.train.model_copy(update={"schedule": schedule})}
+        )
+
 
 class Recipe(ConfigSection):
     """An experiment: a task, and the optimizers, schedules and seeds to train it with.
@@ -83,7 +103,7 @@ class Recipe(ConfigSection):
 
     renamed_keys: ClassVar[dict[str, str]] = {"tuning": "search"}
 
-    task: str
+    task: Name
     seeds: Annotated[list[Seed], Field(min_length=1)]
     model: Model
     data: Data = DEFAULT_DATA
@@ -96,6 +116,17 @@ class Recipe(ConfigSection):
     search: SearchSettings | None = None
     # the paper's results on this task, by schedule and optimizer
     paper: dict[str, dict[str, PaperResult]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _names_are_safe(self) -> Recipe:
+        for what, names in (("optimizers", self.optimizers), ("schedules", self.schedules)):
+            seen: dict[str, str] = {}
+            for name in names:
+                check_name(name, what)
+                other = seen.setdefault(name.lower(), name)
+                if other != name:  # one folder, where a file system ignores case
+                    raise ValueError(f"{what}: {other!r} and {name!r} differ in case only")
+        return self
 
     @model_validator(mode="after")
     def _decay_can_be_coupled(self) -> Recipe:
@@ -120,8 +151,7 @@ class Recipe(ConfigSection):
 
     @model_validator(mode="after")
     def _names_are_there(self) -> Recipe:
-        if self.task not in recipe_names():
-            raise ValueError(f"task is {self.task!r}, allowed are {', '.join(recipe_names())}")
+        self._check_task()
         choices: dict[str, CompareSettings | SweepSettings] = {"compare": self.compare}
         choices |= {f"sweeps.{kind}": plan for kind, plan in self.sweeps.items()}
         if self.search is not None:
@@ -138,6 +168,21 @@ class Recipe(ConfigSection):
             _check_names(f"paper.{name}", list(published), self.optimizers)
         return self
 
+    def _check_task(self) -> None:
+        ours = recipe_names()
+        if self.data.own_task:
+            if self.task in ours and self.task != self.data.kind:
+                raise ValueError(
+                    f"task is {self.task!r}: data.kind {self.data.kind!r} are data of yours, they "
+                    "need a name of their own"
+                )
+        elif self.task not in ours or self.task in OWN_KINDS:
+            names = ", ".join(name for name in ours if name not in OWN_KINDS)
+            raise ValueError(
+                f"task is {self.task!r}, allowed are {names}; or any name if data.kind is one of "
+                f"{', '.join(OWN_KINDS)}"
+            )
+
     def run(self, name: str, seed: int, schedule: str | None = None) -> RunSpec:
         """Resolve the run of one optimizer, seed and schedule.
 
@@ -151,7 +196,8 @@ class Recipe(ConfigSection):
             schedule: name of the schedule; None: the recipe's first.
 
         Raises:
-            ExperimentError: the recipe has no such optimizer or schedule.
+            ExperimentError: the recipe has no such optimizer or schedule, or a class or factory of
+                the user cannot be imported or does not take its settings.
         """
         schedule = next(iter(self.schedules)) if schedule is None else schedule
         for what, asked, there in (
@@ -159,20 +205,34 @@ class Recipe(ConfigSection):
             ("schedule", schedule, self.schedules),
         ):
             if asked not in there:
+                more = "; or name a class, as my_module:MyOptimizer" if what == "optimizer" else ""
                 raise ExperimentError(
-                    f"no {what} {asked!r} in this recipe; there are {', '.join(there)}"
+                    f"no {what} {asked!r} in this recipe; there are {', '.join(there)}{more}"
                 )
-        decay = coupled_decay(name, self.optimizers)
+        settings = self.settings(name)
+        decay = coupled_decay(name, {**self.optimizers, name: settings})
+        model = self.model
+        if isinstance(model, CustomModel):
+            model = complete_model(model, self.data.model_arguments)
         return RunSpec(
             task=self.task,
-            model=self.model,
+            model=model,
             data=self.data,
             train=RunTrainSettings(**self.train.model_dump(), schedule=self.schedules[schedule]),
             schedule=schedule,
             name=name,
-            optimizer=self.optimizers[name].model_copy(update={"weight_decay": decay}),
+            optimizer=settings.model_copy(update={"weight_decay": decay}),
             seed=seed,
         )
+
+    def settings(self, name: str) -> OptimizerSettings:
+        """Return the settings of an optimizer; those of a class with the defaults of its signature.
+
+        Raises:
+            ExperimentError: the class cannot be imported or does not take the settings.
+        """
+        own = self.optimizers[name]
+        return complete(own, f"optimizers.{name}") if isinstance(own, CustomSettings) else own
 
     def runs(
         self,
@@ -300,65 +360,10 @@ def _check_names(key: str, names: list[str] | None, there: Iterable[str]) -> Non
         raise ValueError(f"{key} is {names!r}, allowed are some of {', '.join(there)}")
 
 
-def scale_lr(settings: Any, factor: float) -> Any:
-    """Return settings at ``factor`` times the learning rate, with equally strong decay, eq. (14).
-
-    Apollo's warmup_init_lr is multiplied too.
-
-    Example:
-        >>> scale_lr(load("wordnet").optimizers["apollo"], 2.0).lr
-        200.0
-
-    Args:
-        settings: settings of an optimizer, whose decay is a number.
-        factor: positive.
-    """
-    update = {"lr": settings.lr * factor, "weight_decay": settings.weight_decay / factor}
-    if getattr(settings, "warmup_init_lr", None) is not None:
-        update["warmup_init_lr"] = settings.warmup_init_lr * factor
-    return settings.model_copy(update=update)
-
-
-def coupled_decay(name: str, optimizers: dict[str, Any]) -> float:
-    """Return the weight decay gamma of an optimizer as a number, by eq. (14) if it is coupled.
-
-    Decay of equal strength shrinks the weights equally per step: gamma * eta is the same. So gamma
-    = gamma_reference * eta_reference / eta. Optimizers that state a number keep it: the paper gives
-    SGD and Apollo the same gamma.
-
-    Example:
-        >>> optimizers = load("fashion-mnist").optimizers
-        >>> round(coupled_decay("radam-adj", optimizers), 6)  # 5e-4 of Apollo, times 5.0 / 0.2
-        0.0125
-
-    Args:
-        name: name of an optimizer of the recipe.
-        optimizers: settings of all optimizers, by name.
-
-    Raises:
-        ValueError: the reference is missing, or is itself coupled.
-    """
-    own = optimizers[name]
-    if not isinstance(own.weight_decay, EqualStrength):
-        return float(own.weight_decay)
-    reference = optimizers.get(own.weight_decay.equal_strength_to)
-    if reference is None or isinstance(reference.weight_decay, EqualStrength):
-        numbers = [
-            other
-            for other, settings in optimizers.items()
-            if not isinstance(settings.weight_decay, EqualStrength)
-        ]
-        raise ValueError(
-            f"optimizers.{name}.weight_decay.equal_strength_to is "
-            f"{own.weight_decay.equal_strength_to!r}, allowed are the optimizers that state a "
-            f"number: {', '.join(numbers) or 'none here'}"
-        )
-    return float(reference.weight_decay * reference.lr / own.lr)
-
-
 def recipe_names() -> list[str]:
-    """Return the names of the recipes in the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+    """Return the names of the recipes in the package, those for data of the user last."""
+    names = (path.stem for path in RECIPES.glob("*.toml"))
+    return sorted(names, key=lambda name: (name in OWN_KINDS, name))
 
 
 def load(
@@ -367,6 +372,7 @@ def load(
     optimizers: list[str] | None = None,
     schedules: list[str] | None = None,
     quick: bool = False,
+    tables: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """Read a recipe by name, or from a path that ends in ``.toml``.
 
@@ -383,6 +389,7 @@ def load(
         optimizers: optimizers that ``optimizer.`` in the settings stands for; None: all.
         schedules: schedules that ``schedule.`` stands for; None: all.
         quick: whether to apply the table [quick].
+        tables: tables that replace those of the recipe; optimizers are added to its own.
 
     Raises:
         ExperimentError: no such recipe, or a key or value that the schema does not allow; the
@@ -403,11 +410,12 @@ def load(
     recipe = _validated(table, str(path))
     if quick:
         recipe = recipe.with_quick_settings()
-    if settings:
-        changed = override(
-            recipe.model_dump(), settings, optimizers, schedules, Recipe.renamed_keys
-        )
-        recipe = _validated(changed, f"{path} with --set {' --set '.join(settings)}")
+    if settings or tables:
+        changed = {**recipe.model_dump(), **(tables or {})}
+        changed["optimizers"] = {**recipe.model_dump()["optimizers"], **changed["optimizers"]}
+        changed = override(changed, settings, optimizers, schedules, Recipe.renamed_keys)
+        said = "".join(f" with --set {setting}" for setting in settings)
+        recipe = _validated(changed, f"{path}{said}")
     return recipe
 
 

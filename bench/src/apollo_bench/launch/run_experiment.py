@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from rich.console import Console
 from apollo_bench.config.execution import Execution, plan_execution
 from apollo_bench.config.recipe import RunSpec
 from apollo_bench.errors import ExperimentError
-from apollo_bench.launch import ray_cluster, run_scheduler, torchrun
+from apollo_bench.launch import custom_runs, ray_cluster, run_scheduler, torchrun
 from apollo_bench.launch.progress import display
 from apollo_bench.launch.run_scheduler import RunState
 from apollo_bench.runs import compatibility, curvature_log
@@ -44,8 +44,9 @@ class Request(NamedTuple):
     machines: Machines
     one_report: bool = False  # whether all runs below ``out`` must fit into one report
     diagnose_every: int | None = None  # steps
-    # raises ExperimentError for fingerprints of data, by task, that the settings are not tuned on
-    check_data: Callable[[dict[str, str]], None] | None = None
+    # raise ExperimentError for fingerprints of data, by task, that others were trained on
+    data_checks: tuple[Callable[[dict[str, str]], None], ...] = ()
+    compared_with: Sequence[compatibility.RunIdentity] = ()  # finished runs of the same report
 
 
 def run_folder(out: Path, spec: RunSpec) -> Path:
@@ -157,22 +158,32 @@ def _prepare(request: Request, execution: Execution, warn: Callable[[str], None]
         for made in workloads.values():
             for remark in made.remarks:
                 warn(remark)
-    if request.check_data is not None:
-        request.check_data({name: made.fingerprint for name, made in workloads.items()})
+    for check_data in request.data_checks:
+        check_data({name: made.fingerprint for name, made in workloads.items()})
+    remarks = custom_runs.check(specs, workloads, execution)
     new = {}
     for spec in specs:
         directory = RunDirectory(run_folder(request.out, spec))
-        fingerprint = workloads[spec.task].fingerprint
-        directory.check(spec, fingerprint, execution)
-        new[directory.path.resolve()] = compatibility.RunIdentity(directory.path, spec, fingerprint)
+        fingerprint, code = workloads[spec.task].fingerprint, custom_runs.code_of(spec)
+        directory.check(spec, fingerprint, execution, code)
+        new[directory.path.resolve()] = compatibility.RunIdentity(
+            directory.path, spec, fingerprint, compatibility.code_versions(code)
+        )
     if request.one_report:
         there = []
         for directory in compatibility.find_run_directories(request.out):
             if directory.path.resolve() not in new:
                 with suppress(ExperimentError):  # damaged: the report leaves it out, and says so
                     there.append(compatibility.identity_of(directory))
-        compatibility.check([*there, *new.values()])
-    runs = [_prepare_run(request, execution, spec, workloads[spec.task]) for spec in specs]
+        compatibility.check([*request.compared_with, *there, *new.values()])
+    for text in dict.fromkeys(text for texts in remarks.values() for text in texts):
+        warn(text)
+    runs = [
+        _prepare_run(
+            request, execution, spec, workloads[spec.task], remarks.get((spec.task, spec.name), [])
+        )
+        for spec in specs
+    ]
     for run in runs:
         if run.directory.result.exists() and run.directory.usable_verdict() is None:
             warn(
@@ -183,7 +194,11 @@ def _prepare(request: Request, execution: Execution, warn: Callable[[str], None]
 
 
 def _prepare_run(
-    request: Request, execution: Execution, spec: RunSpec, workload: Workload
+    request: Request,
+    execution: Execution,
+    spec: RunSpec,
+    workload: Workload,
+    remarks: list[str],
 ) -> RunState:
     directory = RunDirectory(run_folder(request.out, spec))
     directory.prepare(
@@ -192,10 +207,11 @@ def _prepare_run(
         request.data,
         sys.argv,
         execution,
-        workload.remarks,
+        [*workload.remarks, *remarks],
         keep_threads=request.machines.threads is None,
         diagnose_every=request.diagnose_every,
         published=workload.published or request.data is None,
+        code=custom_runs.code_of(spec),
     )
     return RunState(
         directory,

@@ -20,10 +20,11 @@ from typing import TextIO
 
 import torch
 
+from apollo_bench import user_code
 from apollo_bench.config.execution import Execution
 from apollo_bench.config.recipe import RunSpec
 from apollo_bench.errors import ExperimentError
-from apollo_bench.runs.run_directory import RunDirectory
+from apollo_bench.runs.run_directory import Record, RunDirectory
 from apollo_bench.training import process_group
 from apollo_bench.training.fabric_setup import destroy_process_group, launch_fabric
 from apollo_bench.training.loop import Outcome, train
@@ -79,7 +80,8 @@ def train_prepared_run(directory: RunDirectory, stop: Callable[[], bool]) -> Out
         found = process_group.run_on_all(lambda: _read_manifest(directory) if reads else None)
         found = process_group.broadcast_from_main(found)
         assert found is not None
-        spec, execution, data, diagnose_every = found
+        spec, execution, data, diagnose_every, code = found
+        process_group.run_on_all(lambda: user_code.require_sources(code))
         # The order of additions depends on it: a resumed run keeps its number of threads.
         torch.set_num_threads(execution.threads)
         with process_group.translate_lost_connection():
@@ -90,10 +92,13 @@ def train_prepared_run(directory: RunDirectory, stop: Callable[[], bool]) -> Out
             return train(directory, spec, task, stop, fabric, diagnose_every)
 
 
-def _read_manifest(directory: RunDirectory) -> tuple[RunSpec, Execution, Path | None, int | None]:
-    folder = directory.read()["data"]["folder"]
-    data = None if folder is None else Path(folder)
-    return directory.spec(), directory.execution(), data, directory.diagnose_every()
+def _read_manifest(
+    directory: RunDirectory,
+) -> tuple[RunSpec, Execution, Path | None, int | None, list[Record]]:
+    manifest = directory.read()
+    folder = manifest["data"]["folder"]
+    data, code = None if folder is None else Path(folder), manifest.get("code", [])
+    return directory.spec(), directory.execution(), data, directory.diagnose_every(), code
 
 
 def _parent() -> int:

@@ -23,6 +23,7 @@ STYLES = {
     "radam-adj": Style("RAdam-adj", "#E69F00", "P"),
     "apollo": Style("Apollo", "#D55E00", "o"),
     # not in the paper
+    "nesterov": Style("SGD, Nesterov", "#88CCEE", "+"),
     "adamw": Style("AdamW", "#117733", "<"),
     "nadamw": Style("NAdamW", "#332288", "X"),
     "muon": Style("Muon", "#000000", "x"),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from apollo_bench.config.custom_optimizer import CustomSettings
 from apollo_bench.config.optimizer_settings import (
     AdamSettings,
     ApolloSettings,
@@ -19,6 +20,7 @@ from apollo_bench.config.optimizer_settings import (
 )
 from apollo_bench.config.schema import LRShape, Schedule
 from apollo_bench.optimizers.averaged_apollo import AveragedApollo
+from apollo_bench.optimizers.custom import build_custom
 from apollo_bench.optimizers.muon import MuonAndAdamW
 from apollo_qn import Apollo
 from apollo_qn.schedules import inverse_square_root
@@ -39,8 +41,12 @@ def build_optimizer(settings: OptimizerSettings, network: nn.Module) -> torch.op
 
     Raises:
         TypeError: the weight decay is a reference; resolve the run first.
+        ExperimentError: the class of the optimizer cannot be imported, or does not take its
+            settings.
     """
     decay, parameters = settings.weight_decay, network.parameters()
+    if isinstance(settings, CustomSettings):
+        return build_custom(settings, parameters)
     if not isinstance(decay, float):
         raise TypeError(f"weight decay is not resolved: {decay!r}")
     if isinstance(settings, SGDSettings):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from apollo_bench.config.custom_optimizer import CustomSettings
 from apollo_bench.config.recipe import Recipe, RunSpec
 from apollo_bench.report.run_table import sampled_settings
 from apollo_bench.report.summary import Row, ScheduleSection, Summary, best_of
@@ -59,6 +60,24 @@ def _by_label(summary: Summary) -> dict[str, list[Row]]:
 
 
 def _compared(section: ScheduleSection, summary: Summary) -> str:
+    return _on_apollo(section, summary) + _on_own(section)
+
+
+def _on_own(section: ScheduleSection) -> str:
+    """Return the places of the user's own optimizers."""
+    text = ""
+    for row in section.rows:
+        own = row.runs[0].spec.optimizer
+        ours = not isinstance(own, CustomSettings) or own.class_path.startswith("torch.")
+        if ours or row.score is None or row is section.best:
+            continue
+        better = sum(section.is_ahead(other, row) for other in section.rows)
+        scored = sum(other.score is not None for other in section.rows)
+        text += f" {row.label} is number {better + 1} of {scored}, {row.score.text(2)}."
+    return text
+
+
+def _on_apollo(section: ScheduleSection, summary: Summary) -> str:
     best, rival, ours = section.best, section.best_other, section.apollo_row
     if best is None or best.score is None:
         return "no run has finished."
@@ -157,7 +176,7 @@ def notes(summary: Summary) -> list[str]:
         )
     if summary.paper is not None:
         found.append(_on_paper(summary, spec))
-    places = list(dict.fromkeys(_place(run) for run in summary.runs))
+    places = list(dict.fromkeys(place_of(run) for run in summary.runs))
     versions = summary.runs[0].manifest["versions"]
     found.append(
         f"Measured on {'; '.join(places)}; torch {versions['torch']}, "
@@ -190,7 +209,7 @@ def _listed(numbers: set[int]) -> str:
     return ", ".join(str(number) for number in sorted(numbers))
 
 
-def _place(run: Run) -> str:
+def place_of(run: Run) -> str:
     """Return where and how a run was trained, as far as its times depend on it."""
     machine, execution = run.manifest["machine"], run.execution
     parts = [machine["cpu"], f"{machine['cores']} cores"]

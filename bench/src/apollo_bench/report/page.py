@@ -10,9 +10,11 @@ import jinja2
 from rich.console import Console
 
 from apollo_bench.atomic_write import write_atomically
+from apollo_bench.config.custom_optimizer import CustomSettings
 from apollo_bench.optimizers.plot_style import style_of
-from apollo_bench.report import figures, narrative, tables
+from apollo_bench.report import figures, narrative, overview, tables
 from apollo_bench.report.figure_axes import FigureFile
+from apollo_bench.report.overview import Overview
 from apollo_bench.report.summary import Row, Summary, collect
 
 
@@ -21,6 +23,7 @@ def write(
     out: Path,
     target: float | None = None,
     warn: Callable[[str], None] = lambda _: None,
+    only: str | None = None,
 ) -> list[Summary]:
     """Write report.html, results.md, results.csv and the figures (PNG, SVG) into a folder.
 
@@ -34,25 +37,31 @@ def write(
         out: folder, created if it is missing; a report that is there is replaced.
         target: as in ``collect``.
         warn: called with a line for each run that is damaged. The report says it too.
+        only: as in ``collect``.
 
     Raises:
         ExperimentError: as in ``collect``.
     """
     left_out: list[str] = []
-    summaries = collect(paths, target, left_out.append)
+    summaries = collect(paths, target, left_out.append, only)
     for reason in left_out:
         warn(f"{reason}; this run is left out of the report")
     several = len(summaries) > 1
     pictures = [figures.draw(summary) for summary in summaries]
+    first, profiles = overview.overview(summaries), overview.draw(summaries)
     files = {
         "results.csv": tables.as_csv(summaries).encode(),
-        "results.md": _markdown(summaries, left_out).encode("utf-8", "replace"),
-        "report.html": _page(summaries, pictures, left_out).encode("utf-8", "replace"),
+        "results.md": _markdown(summaries, first, left_out).encode("utf-8", "replace"),
+        "report.html": _page(summaries, pictures, first, profiles, left_out).encode(
+            "utf-8", "replace"
+        ),
     }
     for summary, drawn in zip(summaries, pictures, strict=True):
         for picture in drawn:
             name = f"{summary.task}_{picture.name}" if several else picture.name
             files[f"{name}.png"], files[f"{name}.svg"] = picture.png, picture.svg
+    for picture in profiles:
+        files[f"{picture.name}.png"], files[f"{picture.name}.svg"] = picture.png, picture.svg
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_atomically(out / name, content)
@@ -68,10 +77,14 @@ def show(summaries: list[Summary], console: Console) -> None:
             if sum(column.on_console for column in table.columns) > 1:
                 console.print(tables.for_console(table))
         console.print(narrative.headline(summary), highlight=False, markup=False)
+    if (first := overview.overview(summaries)) is not None:
+        console.print(tables.for_console(first.table))
 
 
-def _markdown(summaries: list[Summary], left_out: list[str]) -> str:
+def _markdown(summaries: list[Summary], first: Overview | None, left_out: list[str]) -> str:
     parts = [f"Left out, because it is damaged: {reason}\n" for reason in left_out]
+    if first is not None:
+        parts += [tables.as_markdown(first.table), *first.notes, ""]
     for summary in summaries:
         if len(summaries) > 1:
             parts.append(f"## {summary.task}\n")
@@ -80,7 +93,13 @@ def _markdown(summaries: list[Summary], left_out: list[str]) -> str:
     return "\n".join(parts)
 
 
-def _page(summaries: list[Summary], pictures: list[list[FigureFile]], left_out: list[str]) -> str:
+def _page(
+    summaries: list[Summary],
+    pictures: list[list[FigureFile]],
+    first: Overview | None,
+    profiles: list[FigureFile],
+    left_out: list[str],
+) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -104,6 +123,8 @@ def _page(summaries: list[Summary], pictures: list[list[FigureFile]], left_out: 
             }
             for summary, drawn in zip(summaries, pictures, strict=True)
         ],
+        overview=first,
+        profiles=profiles,
         left_out=left_out,
     )
 
@@ -114,7 +135,8 @@ def _label(row: Row) -> str:
 
 
 def _settings(row: Row) -> str:
-    settings = row.runs[0].spec.optimizer.model_dump(exclude={"method"})
+    own = row.runs[0].spec.optimizer
+    settings = own.model_dump(exclude={"method"}, exclude_none=isinstance(own, CustomSettings))
     return ", ".join(
         f"{key} = {value:.6g}" if isinstance(value, float) else f"{key} = {value}"
         for key, value in settings.items()

@@ -15,13 +15,15 @@ from typing import NamedTuple
 import pandas
 
 from apollo_bench.config import recipe
+from apollo_bench.config.optimizer_settings import ApolloSettings, AveragedSettings
 from apollo_bench.config.schema import Analysis, PaperResult, SweepPoint
 from apollo_bench.optimizers.plot_style import sort_key, style_of
 from apollo_bench.report.run_table import run_table
 from apollo_bench.report.statistics import Difference, SampleStats, difference, sample_stats
 from apollo_bench.runs import loading
 from apollo_bench.runs.loading import Run
-from apollo_bench.workloads.tasks import TASKS
+from apollo_bench.workloads.custom_model import CustomModel
+from apollo_bench.workloads.tasks import TASKS, entry_of
 from apollo_bench.workloads.workload import Metric
 
 APOLLO = "apollo"
@@ -142,7 +144,7 @@ class Row:
     @property
     def is_apollo(self) -> bool:
         """Whether the optimizer is a variant of Apollo."""
-        return self.runs[0].spec.optimizer.method.startswith("apollo")
+        return isinstance(self.runs[0].spec.optimizer, ApolloSettings | AveragedSettings)
 
 
 def best_of(rows: list[Row]) -> Row | None:
@@ -222,6 +224,12 @@ class ScheduleSection:
             {seed: float(when.updates) for seed, when in one.items()},
         )
 
+    def is_ahead(self, one: Row, other: Row) -> bool:
+        """Return whether the mean of one row is better than that of another."""
+        if one.score is None or other.score is None:
+            return False
+        return self.metric.better(one.score.mean, other.score.mean)
+
     def _between(self, one: Row | None, other: Row | None) -> Difference | None:
         if one is None or other is None or one is other:
             return None
@@ -271,7 +279,9 @@ class Summary:
 
     @functools.cached_property
     def paper(self) -> recipe.Recipe | None:
-        """The recipe of this task, if the paper has results for it."""
+        """The recipe of this task, if the paper has results for it and its model is ours."""
+        if isinstance(self.runs[0].spec.model, CustomModel):
+            return None
         if self.sweep is not None or self.task not in recipe.recipe_names():
             return None
         found = recipe.load(self.task)
@@ -286,6 +296,7 @@ def collect(
     paths: list[Path],
     target: float | None = None,
     skip: Callable[[str], None] | None = None,
+    only: str | None = None,
 ) -> list[Summary]:
     """Load runs and summarize them, task by task.
 
@@ -298,20 +309,22 @@ def collect(
         paths: as in ``load_runs``.
         target: value of the curve that times are measured to; None: chosen for each schedule.
         skip: as in ``load_runs``.
+        only: the task whose runs are summarized; None: all tasks.
 
     Raises:
         ExperimentError: there is no run, a run is damaged, or the runs of a task are incompatible.
     """
     by_task: dict[str, list[Run]] = {}
     for run in loading.load_runs(paths, skip):
-        by_task.setdefault(run.spec.task, []).append(run)
-    known = list(TASKS)
+        if only in (None, run.spec.task):
+            by_task.setdefault(run.spec.task, []).append(run)
+    known = [*TASKS, *sorted(by_task.keys() - TASKS.keys())]
     return [_summarise(by_task[task], target) for task in sorted(by_task, key=known.index)]
 
 
 def _summarise(runs: list[Run], target: float | None) -> Summary:
     task = runs[0].spec.task
-    curve, final = TASKS[task].curve, TASKS[task].final
+    curve, final = entry_of(runs[0].spec).curve, entry_of(runs[0].spec).final
     if runs[0].spec.is_trial:
         final = curve
     if runs[0].spec.data.held_out:

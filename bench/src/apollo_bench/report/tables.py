@@ -69,6 +69,11 @@ def _heading(summary: Summary, section: ScheduleSection) -> str:
     return f"Schedule {section.schedule}, {section.length}" if several else ""
 
 
+def _decay(row: Row) -> str:
+    decay = row.runs[0].spec.optimizer.weight_decay
+    return NOTHING if decay is None else f"{decay:g}"
+
+
 def _spread(value: SampleStats | None, digits: int) -> str:
     return NOTHING if value is None else value.text(digits)
 
@@ -122,7 +127,7 @@ def _comparison(summary: Summary, section: ScheduleSection) -> Table:
     columns: list[tuple[Column, Callable[[Row], str]]] = [
         (Column("optimizer"), lambda row: row.label),
         (Column("learning rate", False), lambda row: f"{row.runs[0].spec.optimizer.lr:g}"),
-        (Column("weight decay", False), lambda row: f"{row.runs[0].spec.optimizer.weight_decay:g}"),
+        (Column("weight decay", False), _decay),
         (Column(summary.metric.title), lambda row: _spread(row.score, 2)),
         (Column("Apollo's lead [95 % interval]", False), lead),
         (Column("p", False), p),

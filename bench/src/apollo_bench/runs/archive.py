@@ -172,6 +172,7 @@ def _anonymous(manifest: Record) -> Record:
     return {
         **manifest,
         "data": {**manifest["data"], "folder": None},
+        "code": [{**source, "folder": None} for source in manifest.get("code", [])],
         "command": ["apollo-bench", *command[1:]],
     }
 

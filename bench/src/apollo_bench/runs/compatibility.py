@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from apollo_bench.config.recipe import RunSpec
 from apollo_bench.errors import ExperimentError
-from apollo_bench.runs.run_directory import RunDirectory
+from apollo_bench.runs.run_directory import Record, RunDirectory
 
 PATTERNS = ("run.json", "*/run.json", "runs/*/run.json", "*/runs/*/run.json")
 
@@ -19,6 +19,7 @@ class RunIdentity(NamedTuple):
     path: Path
     spec: RunSpec
     fingerprint: str  # of the data
+    code: tuple[str, ...] = ()  # versions of the user's own code
 
 
 def find_run_directories(folder: Path) -> list[RunDirectory]:
@@ -29,8 +30,14 @@ def find_run_directories(folder: Path) -> list[RunDirectory]:
 
 def identity_of(directory: RunDirectory) -> RunIdentity:
     """Return the identity of an existing run; raise ExperimentError if it is damaged."""
-    fingerprint = directory.read()["data"]["fingerprint"]
-    return RunIdentity(directory.path, directory.spec(), fingerprint)
+    manifest = directory.read()
+    fingerprint, code = manifest["data"]["fingerprint"], code_versions(manifest.get("code", []))
+    return RunIdentity(directory.path, directory.spec(), fingerprint, code)
+
+
+def code_versions(code: Iterable[Record]) -> tuple[str, ...]:
+    """Return the versions of the user's own code that a manifest names."""
+    return tuple(f"{source['path']} {source['version']}" for source in code)
 
 
 def check(runs: Iterable[RunIdentity]) -> None:
@@ -44,9 +51,14 @@ def check(runs: Iterable[RunIdentity]) -> None:
             ("model", (), spec.model),
             ("data", (), (spec.data, run.fingerprint)),
             ("analysis", (), kind),
-            ("train", (spec.schedule,), spec.train),
+            ("train", (spec.schedule,), spec.shared()["train"]),
             ("seed", (spec.name, spec.schedule, spec.sweep, spec.seed), run.path.resolve()),
-            ("optimizer settings", (spec.name, spec.schedule, spec.sweep), spec.optimizer),
+            (
+                "optimizer settings",
+                (spec.name, spec.schedule, spec.sweep),
+                (spec.optimizer, spec.train.schedule.overrides.get(spec.name)),
+            ),
+            ("the user's code", (spec.name, spec.schedule), run.code),
         ):
             other, known = same.setdefault((spec.task, what, scope), (run, value))
             if known == value:

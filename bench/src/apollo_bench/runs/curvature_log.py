@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from torch import nn
 
+from apollo_bench.config.custom_optimizer import CustomSettings
 from apollo_bench.config.optimizer_settings import ApolloSettings
 from apollo_bench.config.recipe import RunSpec
 from apollo_bench.errors import ExperimentError
@@ -34,9 +35,11 @@ class Curvature(NamedTuple):
 def require_apollo(spec: RunSpec) -> None:
     """Raise ExperimentError if the run's optimizer has no curvature to measure."""
     if not isinstance(spec.optimizer, ApolloSettings):
+        own = spec.optimizer
+        kind = own.class_path if isinstance(own, CustomSettings) else own.method
         raise ExperimentError(
-            f"--diagnostics measures Apollo's curvature, the optimizer {spec.name!r} "
-            f"({spec.optimizer.method}) has none; leave it out"
+            f"--diagnostics measures Apollo's curvature, the optimizer {spec.name!r} ({kind}) has "
+            "none; leave it out"
         )
 
 

@@ -112,7 +112,12 @@ def load_runs(paths: list[Path], skip: Callable[[str], None] | None = None) -> l
             raise ExperimentError(reason)
         skip(reason)
     compatibility.check(
-        compatibility.RunIdentity(run.path, run.spec, run.manifest["data"]["fingerprint"])
+        compatibility.RunIdentity(
+            run.path,
+            run.spec,
+            run.manifest["data"]["fingerprint"],
+            compatibility.code_versions(run.manifest.get("code", [])),
+        )
         for run in found.values()
     )
     return list(found.values())

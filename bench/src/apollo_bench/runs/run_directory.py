@@ -78,6 +78,7 @@ class RunDirectory:
         keep_threads: bool = True,
         diagnose_every: int | None = None,
         published: bool = False,
+        code: Sequence[Record] = (),
     ) -> None:
         """Create the run, or check that the existing run is the same.
 
@@ -92,13 +93,14 @@ class RunDirectory:
                 additions depends on; otherwise ``execution`` gives it.
             diagnose_every: steps between measurements of the curvature from now on; None: none.
             published: whether the data are known to be those that the paper used.
+            code: the user's own code, as in ``user_code.describe_source``.
 
         Raises:
             ExperimentError: as in ``check``.
         """
-        if self.check(spec, fingerprint, execution):
+        if self.check(spec, fingerprint, execution, code):
             if self.usable_verdict() is None:
-                self._move(data, execution, keep_threads, diagnose_every)
+                self._move(data, execution, keep_threads, diagnose_every, code)
             return
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         manifest = {
@@ -119,17 +121,20 @@ class RunDirectory:
             "machine": describe_machine(execution),
             "execution": execution.model_dump(),
             "diagnose_every": diagnose_every,
+            "code": list(code),
             "command": command,
         }
         self._write(manifest)
 
-    def check(self, spec: RunSpec, fingerprint: str, execution: Execution) -> bool:
+    def check(
+        self, spec: RunSpec, fingerprint: str, execution: Execution, code: Sequence[Record] = ()
+    ) -> bool:
         """Return whether this run exists; write nothing.
 
         Raises:
-            ExperimentError: the directory holds a run with another recipe or other data, or an
-                unfinished run of another number of processes, each of which has its own part of the
-                checkpoint.
+            ExperimentError: the directory holds a run with another recipe, other data or other code
+                of the user's, or an unfinished run of another number of processes, each of which
+                has its own part of the checkpoint.
         """
         if not self.manifest.exists():
             return False
@@ -140,9 +145,12 @@ class RunDirectory:
                 f"{self.path}: holds a run of the task {task!r}; choose another --out"
             )
         # validated as a recipe, so that a setting that is younger than the run has its default
-        differing = _differences(self.spec().model_dump(), spec.model_dump())
+        differing = differences(self.spec().own().model_dump(), spec.own().model_dump())
         if there["data"]["fingerprint"] != fingerprint:
             differing.append("the data")
+        for one, other in zip(there.get("code", []), code, strict=False):
+            if one["version"] != other["version"] and one["path"] == other["path"]:
+                differing.append(f"the code of {one['path']}")
         if differing:
             raise ExperimentError(
                 f"{self.path}: holds a run with other settings ({', '.join(differing)}); "
@@ -164,8 +172,9 @@ class RunDirectory:
         execution: Execution,
         keep_threads: bool,
         diagnose_every: int | None,
+        code: Sequence[Record],
     ) -> None:
-        """Let an unfinished run continue with data in another place, or on other devices."""
+        """Let an unfinished run continue with files in another place, or on other devices."""
         manifest = self.read()
         if keep_threads:
             execution = execution.model_copy(update={"threads": self.execution().threads})
@@ -175,6 +184,7 @@ class RunDirectory:
             "execution": execution.model_dump(),
             "machine": describe_machine(execution),
             "diagnose_every": diagnose_every,
+            "code": list(code),
         }
         if now != manifest:
             self._write(now)
@@ -381,12 +391,13 @@ def describe_machine(execution: Execution | None = None) -> Record:
     return found
 
 
-def _differences(left: Record, right: Record, prefix: str = "") -> list[str]:
+def differences(left: Record, right: Record, prefix: str = "") -> list[str]:
+    """Return the settings that differ, with the values that are there and those asked for."""
     found = []
     for key in sorted(left.keys() | right.keys()):
         one, other = left.get(key), right.get(key)
         if isinstance(one, dict) and isinstance(other, dict):
-            found += _differences(one, other, f"{prefix}{key}.")
+            found += differences(one, other, f"{prefix}{key}.")
         elif one != other:
             found.append(f"{prefix}{key}: {one!r} there, {other!r} asked for")
     return found

@@ -7,11 +7,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from apollo_bench.config.optimizer_settings import EqualStrength
-from apollo_bench.config.recipe import Recipe, RunSpec, coupled_decay
+from apollo_bench.config.equal_strength import coupled_decay
+from apollo_bench.config.recipe import Recipe, RunSpec
+from apollo_bench.config_section import EqualStrength
 from apollo_bench.errors import ExperimentError
 from apollo_bench.runs import loading
-from apollo_bench.workloads.tasks import TASKS
+from apollo_bench.workloads.tasks import entry_of
 
 
 def apply_best_settings(
@@ -60,9 +61,10 @@ def apply_best_settings(
             f"{folder}: no search of {recipe.task} with the schedule {wanted[0]}"
             + (f", only of {there}" if there else "")
         )
-    for run in runs:
-        _check_same(recipe, run.spec, folder)
     names = list(dict.fromkeys([*names, *_references(recipe, names)]))
+    for run in runs:
+        if run.spec.name in names:  # the search may have had more optimizers than this recipe
+            _check_same(recipe, run.spec, folder)
     chosen = {
         name: best_trial([run for run in runs if run.spec.name == name], f"{folder}: {name}")
         for name in names
@@ -126,7 +128,7 @@ def best_trial(runs: list[loading.Run], origin: str) -> Any:
         raise ExperimentError(f"{origin} was not tuned")
     if any(run.verdict == "unfinished" for run in runs):
         raise ExperimentError(f"{origin} is not finished; the same command goes on with it")
-    curve = TASKS[runs[0].spec.task].curve
+    curve = entry_of(runs[0].spec).curve
     scores = {number: mean_score(runs_of_trial) for number, runs_of_trial in by_trial.items()}
     known = {number: score for number, score in scores.items() if score is not None}
     if not known:
@@ -142,7 +144,7 @@ def _number(run: loading.Run) -> float:
 
 def mean_score(runs: list[loading.Run]) -> float | None:
     """Return the mean score of a trial over its seeds, on held-out data; None if a run diverged."""
-    values = [run.final(TASKS[run.spec.task].curve.name) for run in runs]
+    values = [run.final(entry_of(run.spec).curve.name) for run in runs]
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if len(known) == len(values) else None
 
@@ -179,6 +181,7 @@ def _with_settings(recipe: Recipe, chosen: dict[str, Any]) -> Recipe:
         if not isinstance(own, EqualStrength):
             continue
         coupled = {**optimizers, name: settings.model_copy(update={"weight_decay": own})}
-        if math.isclose(coupled_decay(name, coupled), settings.weight_decay):
+        decay = coupled_decay(name, coupled)
+        if decay is not None and math.isclose(decay, settings.weight_decay):
             optimizers[name] = coupled[name]
     return recipe.model_copy(update={"optimizers": optimizers})

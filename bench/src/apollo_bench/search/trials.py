@@ -9,7 +9,9 @@ from pydantic import ValidationError
 from scipy.stats import qmc
 
 from apollo_bench.config.config_errors import describe
-from apollo_bench.config.recipe import Recipe, RunSpec, scale_lr
+from apollo_bench.config.custom_optimizer import CustomSettings
+from apollo_bench.config.equal_strength import scale_lr
+from apollo_bench.config.recipe import Recipe, RunSpec
 from apollo_bench.config.schema import SearchSettings, SweepPoint
 from apollo_bench.errors import ExperimentError
 
@@ -70,10 +72,17 @@ def make_trials(
 
 
 def _sample_settings(recipe: Recipe, plan: SearchSettings, name: str) -> list[dict[str, Any]]:
-    ranges, own = plan.ranges[name], recipe.optimizers[name]
-    for key in ranges:
-        there = {k for k, value in own.model_dump().items() if isinstance(value, int | float)}
+    ranges, own = plan.ranges[name], recipe.settings(name)
+    there = {
+        key
+        for key, value in own.model_dump().items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    if not isinstance(own, CustomSettings):
         there |= {"weight_decay", "warmup_init_lr"} & type(own).model_fields.keys()
+    elif own.weight_decay is not None:  # also a coupled one
+        there.add("weight_decay")
+    for key in ranges:
         if key not in there:
             raise ExperimentError(
                 f"search.ranges.{name}.{key}: not a number of this optimizer; there are "
@@ -88,7 +97,9 @@ def _sample_settings(recipe: Recipe, plan: SearchSettings, name: str) -> list[di
             value = math.exp(math.log(low) + share * math.log(high / low))
             if high >= 2 * low:  # three digits suffice
                 value = float(f"{value:.3g}")
-            values[key] = round(value) if isinstance(getattr(own, key), int) else value
+            # the default of a class may be 0 where it takes any number
+            whole = key in type(own).model_fields or (low == round(low) and high == round(high))
+            values[key] = round(value) if isinstance(getattr(own, key), int) and whole else value
         found.append(values)
     return found
 

@@ -153,7 +153,7 @@ class _TrainingRun(TrainingState):
             with nullcontext() if last else self.fabric.no_backward_sync(self.model):
                 before = hidden_state[i] if hidden_state else ()
                 loss, after = self.workload.loss(self.model, chunk, batch, before)
-                self.fabric.backward(loss)
+                self.fabric.backward(loss, create_graph=self.needs_graph)
             left.append(after)
             value = loss.detach().double()
             self.period_loss += value
@@ -240,6 +240,7 @@ class _TrainingRun(TrainingState):
         )
         self.keep_best()
         self.keep_for_average()
+        self.set_optimizer_mode(training=True)
         self.period_loss.zero_()
         self.optimizer_timer.times.clear()
         self.step_timer.times.clear()
@@ -262,6 +263,7 @@ class _TrainingRun(TrainingState):
             for buffer in self.network.buffers():
                 buffer.copy_(self.fabric.broadcast(buffer))
         self.model.eval()
+        self.set_optimizer_mode(training=False)
         with torch.no_grad(), self.fabric.autocast():
             tally = self.workload.tally(self._unsharded_network(), rank, world, final)
         if world > 1:

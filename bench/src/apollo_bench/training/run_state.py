@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from apollo_bench.config.custom_optimizer import CustomSettings
 from apollo_bench.config.recipe import RunSpec
 from apollo_bench.errors import ExperimentError, first_line
+from apollo_bench.optimizers.custom import parameter_shapes, set_mode, try_steps
 from apollo_bench.optimizers.registry import build_optimizer, lr_factor
 from apollo_bench.runs import curvature_log
 from apollo_bench.runs.run_directory import Record, RunDirectory
@@ -70,6 +72,12 @@ class TrainingState:
         self.model = fabric.setup_module(network)
         # after setup_module, which replaces the parameters when it shards them
         optimizer = build_optimizer(spec.optimizer, self.network)
+        self._raw_optimizer, self._optimizer_trains = optimizer, False
+        self.needs_graph = False  # of the backward pass, for second derivatives
+        if isinstance(spec.optimizer, CustomSettings):
+            shapes, key = parameter_shapes(self.network), f"optimizers.{spec.name}"
+            abilities = try_steps(spec.optimizer, shapes, key, fabric.device)
+            self.needs_graph = abilities.needs_graph
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lr_factor(spec.train.schedule, spec.name, self.steps)
         )
@@ -93,6 +101,7 @@ class TrainingState:
         self.curvature: curvature_log.CurvatureLog | None = None  # with diagnose_every
 
     def __enter__(self: S) -> S:
+        self.set_optimizer_mode(training=True)  # as when the checkpoint was written
         records = self._restore()
         if self.fabric.is_global_zero:
             self.metrics = MetricsLog(self.directory.metrics, records)
@@ -112,6 +121,12 @@ class TrainingState:
             self.metrics.close()
         if self.events is not None:
             self.events.close()
+
+    def set_optimizer_mode(self, training: bool) -> None:
+        """Call ``train()`` or ``eval()`` of a schedule-free optimizer; both change weights."""
+        if training != self._optimizer_trains:
+            set_mode(self._raw_optimizer, training)
+            self._optimizer_trains = training
 
     def seconds(self) -> float:
         """Return the training time so far, over all processes that trained the run in turn.
@@ -161,6 +176,7 @@ class TrainingState:
         mean = process_group.run_on_all(lambda: self._mean_weights() if main else None)
         mean = process_group.broadcast_from_main(mean)
         assert mean is not None
+        self.set_optimizer_mode(training=False)
         load_model_state(self.network, mean)
         if self.fabric.is_global_zero:
             checkpoint_files.write_checkpoint(self.directory.averaged, {"model": mean})

@@ -22,6 +22,9 @@ class DataSettings(ConfigSection):
     examples to hold out.
     """
 
+    model_arguments: ClassVar[tuple[str, ...]] = ()  # those that a custom model gets from the data
+    own_task: ClassVar[bool] = False  # whether it is data of the user, which name the task
+
     kind: str  # a literal, by which a recipe chooses the class
     train_examples: PositiveInt | None = None  # size of the subset, from the start; None: all
 

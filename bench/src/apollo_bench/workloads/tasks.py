@@ -86,7 +86,41 @@ TASKS = {
         "4.5 million + 3000 + 3003 pairs of English and German sentences",
         "Hugging Face hub (wmt/wmt14), or --data with {train,newstest2013,newstest2014}.{en,de}",
     ),
+    # data of the user, by their kind; the task has a name of its own
+    "image-folder": TaskEntry(
+        image_workload.make_image_folder,
+        image_workload.ACCURACY,
+        image_workload.ACCURACY,
+        "your images, one folder per class",
+        "--data with CLASS/*, or with train/CLASS/* and test/CLASS/*",
+    ),
+    "text-file": TaskEntry(
+        language_workload.make_text_file,
+        language_workload.VALIDATION,
+        language_workload.TEST,
+        "your text",
+        "--data with a text file, or a folder of train.txt, valid.txt and test.txt",
+    ),
+    "aligned-text": TaskEntry(
+        translation_workload.make_aligned_text,
+        translation_workload.VALIDATION,
+        translation_workload.TEST,
+        "your sentences and their translations, of any two languages",
+        "--data with NAME.fr and NAME.it, say, and --set data.languages=fr,it",
+    ),
 }
+
+
+def entry_of(spec: WorkloadSpec) -> TaskEntry:
+    """Return the entry of a run's task, or of the kind of the user's data.
+
+    Raises:
+        ExperimentError: unknown task.
+    """
+    name = spec.data.kind if spec.data.own_task else spec.task
+    if name not in TASKS:
+        raise ExperimentError(f"task is {spec.task!r}, allowed are {', '.join(TASKS)}")
+    return TASKS[name]
 
 
 def make(
@@ -112,6 +146,4 @@ def make(
     Raises:
         ExperimentError: unknown task, or bad data.
     """
-    if spec.task not in TASKS:
-        raise ExperimentError(f"task is {spec.task!r}, allowed are {', '.join(TASKS)}")
-    return TASKS[spec.task].make(spec, Resources(folder, torch.device(device), workers))
+    return entry_of(spec).make(spec, Resources(folder, torch.device(device), workers))

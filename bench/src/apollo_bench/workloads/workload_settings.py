@@ -9,20 +9,28 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag
 
+from apollo_bench.workloads.custom_model import CustomModel
 from apollo_bench.workloads.image_classification.image_settings import (
+    ImageFolderData,
     PhotographData,
     ResNetModel,
     ResNeXtModel,
     SmallImageData,
 )
-from apollo_bench.workloads.language_modeling.language_settings import LSTMModel, TextData
+from apollo_bench.workloads.language_modeling.language_settings import (
+    LSTMModel,
+    TextData,
+    TextFileData,
+)
 from apollo_bench.workloads.translation.translation_settings import (
+    AlignedTextData,
     SentencePairData,
     TransformerModel,
 )
 
 Model = Annotated[
-    ResNetModel | ResNeXtModel | LSTMModel | TransformerModel, Field(discriminator="family")
+    ResNetModel | ResNeXtModel | LSTMModel | TransformerModel | CustomModel,
+    Field(discriminator="family"),
 ]
 
 
@@ -40,8 +48,13 @@ Data = Annotated[
     Annotated[SmallImageData, Tag("small-images")]
     | Annotated[PhotographData, Tag("photographs")]
     | Annotated[TextData, Tag("text")]
-    | Annotated[SentencePairData, Tag("sentence-pairs")],
+    | Annotated[SentencePairData, Tag("sentence-pairs")]
+    | Annotated[ImageFolderData, Tag("image-folder")]
+    | Annotated[TextFileData, Tag("text-file")]
+    | Annotated[AlignedTextData, Tag("aligned-text")],
     Discriminator(kind),
 ]
 
+# kinds of the user's data; each has a recipe of its name
+OWN_KINDS = ("image-folder", "text-file", "aligned-text")
 DEFAULT_DATA = SmallImageData()

@@ -42,6 +42,8 @@ class ResNeXtModel(ModelSettings):
 class ImageData(DataSettings):
     """The part of the training images that is used."""
 
+    model_arguments: ClassVar[tuple[str, ...]] = ("in_channels", "classes")
+
     # training examples, from the end, that are held out and evaluated on instead of the test set
     validation: Annotated[int, Field(ge=0)] = 0
 
@@ -70,3 +72,16 @@ class PhotographData(ImageData):
         if self.test_resize < self.size:
             raise ValueError(f"test_resize is {self.test_resize}, allowed is size or more")
         return self
+
+
+class ImageFolderData(PhotographData):
+    """Images of the user, in one folder per class; cropped as photographs."""
+
+    own_task: ClassVar[bool] = True
+
+    kind: Literal["image-folder"]  # type: ignore[assignment]
+    size: PositiveInt = 64
+    min_area: Annotated[float, Field(gt=0, le=1)] = 0.25
+    test_resize: PositiveInt = 72
+    # of the images of each class, where the folder has no test split; drawn once
+    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2

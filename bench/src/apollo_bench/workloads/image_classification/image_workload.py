@@ -11,13 +11,20 @@ from torch.nn import functional
 from apollo_bench.available_cores import available_cores
 from apollo_bench.errors import ExperimentError
 from apollo_bench.seeds import derived_seed
-from apollo_bench.workloads.image_classification import cifar10, fashion_mnist, imagenet, networks
+from apollo_bench.workloads.custom_model import CustomModel
+from apollo_bench.workloads.image_classification import (
+    cifar10,
+    fashion_mnist,
+    imagenet,
+    networks,
+    own_images,
+)
+from apollo_bench.workloads.image_classification.encoded_images import EncodedImageSet
 from apollo_bench.workloads.image_classification.image_loader import DecodingImageSource
 from apollo_bench.workloads.image_classification.image_set import ImageSet
 from apollo_bench.workloads.image_classification.image_settings import (
+    ImageFolderData,
     PhotographData,
-    ResNetModel,
-    ResNeXtModel,
     SmallImageData,
 )
 from apollo_bench.workloads.image_classification.image_source import (
@@ -47,9 +54,7 @@ class ImageClassification:
     has_final_test = False
     unit = "images"
 
-    def __init__(
-        self, source: ImageSource, model: ResNetModel | ResNeXtModel, batch_size: int
-    ) -> None:
+    def __init__(self, source: ImageSource, model: networks.ImageModel, batch_size: int) -> None:
         if source.train_size < batch_size:
             raise ExperimentError(
                 f"{source.train_size} training images are left, fewer than one batch of "
@@ -70,7 +75,7 @@ class ImageClassification:
         Channels-last memory is a quarter faster on a CPU.
         """
         network = networks.build_network(self._model, self._source.channels, self._source.classes)
-        if _is_narrow(network):
+        if isinstance(self._model, CustomModel) or _is_narrow(network):
             network.register_forward_pre_hook(_contiguous)
             return network
         return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
@@ -142,15 +147,23 @@ def make_imagenet(spec: WorkloadSpec, resources: Resources) -> ImageClassificati
     """Make ImageNet from a folder tree or the hub; raise ExperimentError for bad files."""
     if not isinstance(spec.data, PhotographData):
         raise _wrong_kind(spec, "photographs")
+    return _decoded(imagenet.load(resources.folder), spec, spec.data, resources)
+
+
+def make_image_folder(spec: WorkloadSpec, resources: Resources) -> ImageClassification:
+    """Make the workload of the user's images; raise ExperimentError for bad files."""
+    if not isinstance(spec.data, ImageFolderData):
+        raise _wrong_kind(spec, "image-folder")
+    images = own_images.load(resources.folder, spec.data.test_share)
+    return _decoded(images, spec, spec.data, resources)
+
+
+def _decoded(
+    images: EncodedImageSet, spec: WorkloadSpec, data: PhotographData, resources: Resources
+) -> ImageClassification:
     workers = available_cores() if resources.workers is None else resources.workers
-    images = imagenet.load(resources.folder)
     source = DecodingImageSource(
-        images,
-        imagenet.MEAN,
-        imagenet.STD,
-        spec.data,
-        resources.device,
-        workers,
+        images, imagenet.MEAN, imagenet.STD, data, resources.device, workers
     )
     workload = ImageClassification(source, _network(spec), spec.train.batch_size)
     workload.remarks += images.remarks
@@ -173,11 +186,11 @@ def _small_images(spec: WorkloadSpec) -> SmallImageData:
     return spec.data
 
 
-def _network(spec: WorkloadSpec) -> ResNetModel | ResNeXtModel:
-    if not isinstance(spec.model, ResNetModel | ResNeXtModel):
+def _network(spec: WorkloadSpec) -> networks.ImageModel:
+    if not isinstance(spec.model, networks.ImageModel):
         raise ExperimentError(
-            f"model.family is {spec.model.family!r}, the task {spec.task} needs 'resnet' or "
-            "'resnext'"
+            f"model.family is {spec.model.family!r}, the task {spec.task} needs 'resnet', "
+            "'resnext' or 'custom'"
         )
     return spec.model
 

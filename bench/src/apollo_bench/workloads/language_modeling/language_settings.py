@@ -44,6 +44,20 @@ class TextData(DataSettings):
     """One stream of words, cut into parallel streams."""
 
     renamed_keys: ClassVar[dict[str, str]] = {"steps": "bptt_steps"}
+    model_arguments: ClassVar[tuple[str, ...]] = ("vocabulary",)
 
     kind: Literal["text"]
     bptt_steps: PositiveInt = 20  # steps of truncated back-propagation through time
+
+
+class TextFileData(TextData):
+    """A text of the user: one file, or one per split."""
+
+    own_task: ClassVar[bool] = True
+
+    kind: Literal["text-file"]  # type: ignore[assignment]
+    unit: Literal["word", "character"] = "word"
+    min_count: PositiveInt = 2  # occurrences in the training text that a word needs to be known
+    vocabulary: Annotated[int, Field(ge=3)] | None = None  # largest number of words; None: any
+    # of the text, from its end, for each of the validation and the test text, where it is one file
+    test_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.1

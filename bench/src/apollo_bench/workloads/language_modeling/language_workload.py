@@ -10,9 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from apollo_bench.errors import ExperimentError
-from apollo_bench.workloads.language_modeling import bptt_batches, one_billion_word, wordnet
+from apollo_bench.workloads.custom_model import CustomModel, make_model
+from apollo_bench.workloads.language_modeling import (
+    bptt_batches,
+    one_billion_word,
+    own_text,
+    wordnet,
+)
 from apollo_bench.workloads.language_modeling.bptt_batches import IGNORED, BPTTBatches
-from apollo_bench.workloads.language_modeling.language_settings import LSTMModel, TextData
+from apollo_bench.workloads.language_modeling.custom_language_model import CustomLanguageModel
+from apollo_bench.workloads.language_modeling.language_settings import (
+    LSTMModel,
+    TextData,
+    TextFileData,
+)
 from apollo_bench.workloads.language_modeling.lstm import LanguageModel
 from apollo_bench.workloads.language_modeling.token_corpus import Corpus, TokenStream
 from apollo_bench.workloads.workload import Batch, HiddenState, Metric, Resources, WorkloadSpec
@@ -49,13 +60,13 @@ class LanguageModeling:
     def __init__(
         self,
         corpus: Corpus,
-        model: LSTMModel,
+        model: LSTMModel | CustomModel,
         data: TextData,
         batch_size: int,
         device: torch.device,
     ) -> None:
         words = len(corpus.vocabulary)
-        if model.cutoffs and model.cutoffs[-1] >= words:
+        if isinstance(model, LSTMModel) and model.cutoffs and model.cutoffs[-1] >= words:
             raise ExperimentError(
                 f"model.cutoffs is {model.cutoffs}, allowed are numbers below the vocabulary's "
                 f"size, {words}"
@@ -67,17 +78,22 @@ class LanguageModeling:
         self.steps_per_epoch = self._sequences.batches
         self.fingerprint = corpus.fingerprint
         empty = f"; {corpus.empty_lines:,} empty lines passed over" if corpus.empty_lines else ""
+        if isinstance(data, TextFileData):
+            self.unit = f"{data.unit}s"
         self.remarks = [
-            f"A vocabulary of {words:,} words; perplexity is that of every word and every "
-            f"sentence's end, {len(corpus.test):,} in the test text{empty}."
+            f"A vocabulary of {words:,} {self.unit}; perplexity is that of every "
+            f"{self.unit.removesuffix('s')} and every sentence's end, {len(corpus.test):,} in the "
+            f"test text{empty}."
         ]
         self.units_per_step = float(batch_size * data.bptt_steps)
         self._corpus, self._model, self._data, self._device = corpus, model, data, device
 
     def model(self) -> nn.Module:
         """Return a new network, initialized as in the authors' release."""
-        settings = self._model.model_dump(exclude={"family"})
-        return LanguageModel(len(self._corpus.vocabulary), **settings)
+        words = len(self._corpus.vocabulary)
+        if isinstance(self._model, CustomModel):
+            return CustomLanguageModel(make_model(self._model, vocabulary=words), words)
+        return LanguageModel(words, **self._model.model_dump(exclude={"family"}))
 
     def batches(
         self, seed: int, epoch: int, start: int, rank: int = 0, world: int = 1
@@ -98,15 +114,20 @@ class LanguageModeling:
     ) -> tuple[Tensor, HiddenState]:
         """Return the mean negative log likelihood, and the state, shape (rows, layers, hidden)."""
         tokens, targets = part
-        if hidden_state:
-            hidden, cell = (x.transpose(0, 1).contiguous() for x in hidden_state)
-        else:
-            hidden, cell = self._begin(len(tokens))
-        losses, after = model(tokens, targets, (hidden, cell))
         share = len(tokens) / len(batch[0])
+        if isinstance(self._model, CustomModel):
+            losses, after = model(tokens, targets, hidden_state)
+            return losses.mean() * share, after
+        if hidden_state:
+            state = tuple(x.transpose(0, 1).contiguous() for x in hidden_state)
+        else:
+            state = self._begin(len(tokens))
+        losses, after = model(tokens, targets, state)
         return losses.mean() * share, tuple(x.transpose(0, 1) for x in after)
 
-    def _begin(self, rows: int) -> tuple[Tensor, Tensor]:
+    def _begin(self, rows: int) -> tuple[Tensor, ...]:
+        if isinstance(self._model, CustomModel):
+            return ()
         shape = (self._model.layers, rows, self._model.hidden)
         return torch.zeros(shape, device=self._device), torch.zeros(shape, device=self._device)
 
@@ -146,6 +167,14 @@ def make_wordnet(spec: WorkloadSpec, resources: Resources) -> LanguageModeling:
     return _make_workload(spec, resources, wordnet.load)
 
 
+def make_text_file(spec: WorkloadSpec, resources: Resources) -> LanguageModeling:
+    """Make the workload of the user's text; raise ExperimentError for bad files."""
+    data = spec.data
+    if not isinstance(data, TextFileData):
+        raise ExperimentError(f"data.kind is {data.kind!r}, the task {spec.task} needs 'text-file'")
+    return _make_workload(spec, resources, lambda path: own_text.load(path, data))
+
+
 def make_one_billion_word(spec: WorkloadSpec, resources: Resources) -> LanguageModeling:
     """Make the prepared benchmark; raise ExperimentError if it is missing or damaged."""
     if resources.folder is None:
@@ -160,10 +189,11 @@ def make_one_billion_word(spec: WorkloadSpec, resources: Resources) -> LanguageM
 def _make_workload(
     spec: WorkloadSpec, resources: Resources, load: Callable[[Path | None], Corpus]
 ) -> LanguageModeling:
-    if not isinstance(spec.data, TextData) or not isinstance(spec.model, LSTMModel):
+    models = LSTMModel | CustomModel
+    if not isinstance(spec.data, TextData) or not isinstance(spec.model, models):
         raise ExperimentError(
             f"data.kind is {spec.data.kind!r} and model.family {spec.model.family!r}, the task "
-            f"{spec.task} needs 'text' and 'lstm'"
+            f"{spec.task} needs 'text' and 'lstm' or 'custom'"
         )
     corpus = load(resources.folder)
     return LanguageModeling(corpus, spec.model, spec.data, spec.train.batch_size, resources.device)

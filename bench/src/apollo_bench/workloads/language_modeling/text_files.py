@@ -12,6 +12,7 @@ from apollo_bench.errors import ExperimentError
 from apollo_bench.regular_files import open_regular
 from apollo_bench.workloads.gzip_files import open_binary
 
+_MARK = b"\xef\xbb\xbf"  # the byte order mark that some editors put before UTF-8
 _BLOCK = 1 << 21  # bytes
 
 
@@ -48,13 +49,22 @@ def gzipped_lines(path: Path, remedy: str) -> list[list[str]]:
     Raises:
         ExperimentError: the file cannot be read, is damaged or truncated, or is not UTF-8.
     """
-    with open_binary(path, remedy, plain=False) as file:
-        content = file.read()
+    return [line.split() for line in read_text(path, remedy, plain=False)]
+
+
+def read_text(path: Path, remedy: str, plain: bool = True) -> list[str]:
+    """Return the lines of a gzipped text, or if ``plain`` also of an uncompressed one.
+
+    Raises:
+        ExperimentError: as of ``gzipped_lines``.
+    """
+    with open_binary(path, remedy, plain=plain) as file:
+        content = file.read().removeprefix(_MARK)
     check_encoding(content, path, 1)
     lines = content.split(b"\n")
     if not lines[-1]:
         lines.pop()
-    return [line.decode().split() for line in lines]
+    return [line.decode() for line in lines]
 
 
 def check_encoding(content: bytes, path: Path, line: int) -> None:

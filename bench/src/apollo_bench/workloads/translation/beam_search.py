@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import math
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from apollo_bench.workloads.translation.transformer import Transformer
+
+class BeamModel(Protocol):
+    """What a translator needs for beam search, besides the methods of ``nn.Module``."""
+
+    padding: int
+    max_length: int
+    training: bool
+
+    def eval(self) -> Any:
+        """Switch to evaluation."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Switch to training, or to evaluation."""
+
+    def start(self, source: Tensor) -> Any:
+        """Encode sources, and return the cache that ``step`` continues."""
+
+    def step(self, words: Tensor, cache: Any) -> Tensor:
+        """Return the logits of the next word of every beam."""
 
 
 @torch.no_grad()
 def beam_search(
-    model: Transformer,
+    model: BeamModel,
     source: Tensor,
     *,
     begin: int,
@@ -70,7 +89,7 @@ class _BeamSearch:
 
     def __init__(
         self,
-        model: Transformer,
+        model: BeamModel,
         source: Tensor,
         limits: list[int],
         begin: int,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+import re
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from apollo_bench.config_section import Fraction, NonNegative, PositiveInt
 from apollo_bench.workloads.base_settings import DataSettings, ModelSettings
+
+_LANGUAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_@-]{0,31}")
 
 
 class TransformerModel(ModelSettings):
@@ -42,6 +45,7 @@ class SentencePairData(DataSettings):
     """Pairs of sentences as subwords, in batches by number of tokens."""
 
     renamed_keys: ClassVar[dict[str, str]] = {"beams": "beam_size"}
+    model_arguments: ClassVar[tuple[str, ...]] = ("vocabulary", "padding")
 
     kind: Literal["sentence-pairs"]
     subwords: Annotated[int, Field(ge=300)]  # size of the joint vocabulary
@@ -51,3 +55,41 @@ class SentencePairData(DataSettings):
     # A translation of n subwords has at most factor * n + constant subwords.
     length_factor: NonNegative = 1.0  # Vaswani et al. (2017), section 6.1
     length_constant: PositiveInt = 50
+
+
+def _split_languages(value: Any) -> Any:
+    """Return "fr,it" of the command line as a list."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _are_languages(value: list[str]) -> list[str]:
+    if value[0] == value[1] or not all(_LANGUAGE.fullmatch(code) for code in value):
+        raise ValueError(
+            f"languages are {value!r}, allowed are two codes, the endings of the files' names, as "
+            "fr,it"
+        )
+    return value
+
+
+class AlignedTextData(SentencePairData):
+    """Two text files of the user; line n of one translates line n of the other."""
+
+    own_task: ClassVar[bool] = True
+
+    kind: Literal["aligned-text"]  # type: ignore[assignment]
+    languages: (
+        Annotated[
+            list[str],
+            Field(min_length=2, max_length=2),
+            BeforeValidator(_split_languages),
+            AfterValidator(_are_languages),
+        ]
+        | None
+    ) = None  # source and target
+    subwords: Annotated[int, Field(ge=300)] = 2000
+    # of the pairs, from the end, for each of validation and test, where there is one pair of files
+    test_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    # of sacrebleu; "zh" and "ja-mecab" know where words end, "char" counts characters
+    bleu_tokenizer: Literal["13a", "intl", "char", "zh", "ja-mecab", "ko-mecab", "flores200"] = (
+        "13a"
+    )

@@ -15,8 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from apollo_bench.errors import ExperimentError
-from apollo_bench.workloads.translation import encoded_corpus, multi30k, phrases, wmt14
+from apollo_bench.workloads.custom_model import CustomModel, make_model
+from apollo_bench.workloads.translation import (
+    encoded_corpus,
+    multi30k,
+    own_pairs,
+    phrases,
+    wmt14,
+)
 from apollo_bench.workloads.translation.beam_search import beam_search
+from apollo_bench.workloads.translation.custom_translator import CustomTranslator
 from apollo_bench.workloads.translation.encoded_corpus import EncodedCorpus
 from apollo_bench.workloads.translation.encoded_pairs import EncodedPairs
 from apollo_bench.workloads.translation.parallel_text import ParallelCorpus
@@ -24,6 +32,7 @@ from apollo_bench.workloads.translation.subwords import BEGIN, END, PADDING
 from apollo_bench.workloads.translation.token_batches import TokenBatches, group, padded
 from apollo_bench.workloads.translation.transformer import Transformer
 from apollo_bench.workloads.translation.translation_settings import (
+    AlignedTextData,
     SentencePairData,
     TransformerModel,
 )
@@ -31,11 +40,16 @@ from apollo_bench.workloads.workload import Batch, HiddenState, Metric, Resource
 
 VALIDATION = Metric("valid_perplexity", "validation perplexity", "", higher_is_better=False)
 TEST = Metric("test_bleu", "test BLEU", "", higher_is_better=True)
-# signature of sacrebleu, to reproduce the number
 _SMOOTHING = "exp"
-SIGNATURE = f"nrefs:1|case:mixed|eff:no|tok:13a|smooth:{_SMOOTHING}|version:{sacrebleu.__version__}"
 _ORDERS = 4  # of n-grams
+_MAX_LENGTH = 1024  # subwords per sentence of a model without an argument of this name
 _EVALUATION_TOKENS = 4096  # per batch
+
+
+def signature(tokenizer: str) -> str:
+    """Return the signature of sacrebleu, to reproduce the number."""
+    version = sacrebleu.__version__
+    return f"nrefs:1|case:mixed|eff:no|tok:{tokenizer}|smooth:{_SMOOTHING}|version:{version}"
 
 
 class Translation:
@@ -63,24 +77,26 @@ class Translation:
     def __init__(
         self,
         corpus: EncodedCorpus,
-        model: TransformerModel,
+        model: TransformerModel | CustomModel,
         data: SentencePairData,
         tokens: int,
         device: torch.device,
     ) -> None:
         self._subwords, self._references = corpus.subwords, corpus.references
+        self._tokenizer = data.bleu_tokenizer if isinstance(data, AlignedTextData) else "13a"
         train = corpus.train
         if data.train_examples is not None:
             train = train.chosen(numpy.arange(min(data.train_examples, train.size)))
-        self._train, too_long = train.fitting(min(model.max_length, tokens))
+        self._max_length = longest = _max_length(model)
+        self._train, too_long = train.fitting(min(longest, tokens))
         if not self._train.size:
             raise ExperimentError(
-                f"every training pair has more than {min(model.max_length, tokens)} subwords; "
+                f"every training pair has more than {min(longest, tokens)} subwords; "
                 "check train.batch_size and model.max_length"
             )
         self._valid, self._test = corpus.valid, corpus.test
-        self._valid.check_fitting(model.max_length, "the validation sentences")
-        self._test.check_fitting(model.max_length, "the test sentences")
+        self._valid.check_fitting(longest, "the validation sentences")
+        self._test.check_fitting(longest, "the test sentences")
         self._model, self._data, self._tokens, self._device = model, data, tokens, device
         self._shared: dict[int, TokenBatches] = {}  # by the number of processes
         self.steps_per_epoch = len(self._batches(1))
@@ -91,8 +107,8 @@ class Translation:
         self.remarks = [
             f"Of the training text {corpus.counts}; trained on {self._train.size:,}{beyond}; "
             f"{corpus.subwords.size:,} subwords.",
-            f"BLEU of sacrebleu, {SIGNATURE}; {data.beam_size} beams, length penalty "
-            f"{data.length_penalty:g}.",
+            f"BLEU of sacrebleu, {signature(self._tokenizer)}; {data.beam_size} beams, length "
+            f"penalty {data.length_penalty:g}.",
         ]
 
     def _batches(self, world: int) -> TokenBatches:
@@ -102,8 +118,11 @@ class Translation:
 
     def model(self) -> nn.Module:
         """Return a new network, initialized as in fairseq."""
-        settings = self._model.model_dump(exclude={"family"})
-        return Transformer(self._subwords.size, padding=PADDING, **settings)
+        size = self._subwords.size
+        if isinstance(self._model, CustomModel):
+            network = make_model(self._model, vocabulary=size, padding=PADDING)
+            return CustomTranslator(network, size, PADDING, self._max_length)
+        return Transformer(size, padding=PADDING, **self._model.model_dump(exclude={"family"}))
 
     def batches(
         self, seed: int, epoch: int, start: int, rank: int = 0, world: int = 1
@@ -162,13 +181,13 @@ class Translation:
             references += [self._references[row] for row in rows]
         if not found:
             return torch.zeros(2 * _ORDERS + 2, dtype=torch.float64)
-        score = sacrebleu.corpus_bleu(found, [references])
+        score = sacrebleu.corpus_bleu(found, [references], tokenize=self._tokenizer)
         numbers = [*score.counts, *score.totals, score.sys_len, score.ref_len]
         return torch.tensor(numbers, dtype=torch.float64)
 
     def _translate(self, model: nn.Module, source: Tensor) -> list[str]:
         data = self._data
-        assert isinstance(model, Transformer)
+        assert isinstance(model, Transformer | CustomTranslator)
         found = beam_search(
             model,
             source,
@@ -186,7 +205,7 @@ class Translation:
         """Batches of a process's part of the pairs."""
         own_pairs = numpy.arange(rank, pairs.size, world)
         source, target = (1 + side.lengths[own_pairs] for side in pairs)
-        tokens = max(_EVALUATION_TOKENS, self._model.max_length)
+        tokens = max(_EVALUATION_TOKENS, self._max_length)
         return (own_pairs[rows] for rows in group(source, target, tokens))
 
     def metrics(self, tally: Tensor, final: bool = False) -> dict[str, float]:
@@ -221,16 +240,48 @@ def make_wmt14(spec: WorkloadSpec, resources: Resources) -> Translation:
     return _make_workload(spec, resources, wmt14.load)
 
 
+def make_aligned_text(spec: WorkloadSpec, resources: Resources) -> Translation:
+    """Make the workload of the user's sentences; raise ExperimentError for bad files."""
+    data = spec.data
+    if not isinstance(data, AlignedTextData):
+        raise ExperimentError(
+            f"data.kind is {data.kind!r}, the task {spec.task} needs 'aligned-text'"
+        )
+    if data.languages is None:
+        raise ExperimentError(
+            "data.languages is missing: source and target, the endings of the files' names, as in "
+            "--set data.languages=fr,it"
+        )
+    languages = (data.languages[0], data.languages[1])
+    return _make_workload(
+        spec,
+        resources,
+        lambda folder: own_pairs.load(folder, languages, data.test_share),
+        clean=False,
+    )
+
+
+def _max_length(model: TransformerModel | CustomModel) -> int:
+    """Return the largest number of subwords per sentence."""
+    if isinstance(model, TransformerModel):
+        return model.max_length
+    longest = model.arguments.get("max_length", _MAX_LENGTH)
+    if not isinstance(longest, int) or longest < 2:
+        raise ExperimentError(f"model.max_length is {longest!r}, allowed are 2 and more")
+    return longest
+
+
 def _make_workload(
     spec: WorkloadSpec,
     resources: Resources,
     load: Callable[[Path | None], ParallelCorpus],
     clean: bool = True,
 ) -> Translation:
-    if not isinstance(spec.data, SentencePairData) or not isinstance(spec.model, TransformerModel):
+    models = TransformerModel | CustomModel
+    if not isinstance(spec.data, SentencePairData) or not isinstance(spec.model, models):
         raise ExperimentError(
             f"data.kind is {spec.data.kind!r} and model.family {spec.model.family!r}, the task "
-            f"{spec.task} needs 'sentence-pairs' and 'transformer'"
+            f"{spec.task} needs 'sentence-pairs' and 'transformer' or 'custom'"
         )
     folder, size = resources.folder, spec.data.subwords
     if folder is not None and encoded_corpus.is_prepared(folder):

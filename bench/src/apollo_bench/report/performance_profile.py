@@ -1,0 +1,123 @@
+"""Performance profiles over several tasks, as AlgoPerf scores training algorithms.
+
+On each task an optimizer's ratio is its updates (or seconds) to the task's target, relative to the
+best optimizer. The profile is the share of tasks with a ratio up to tau, as a function of tau. The
+score is its mean for tau from 1 to MAX_RATIO: 1 for the best on every task (Dahl et al., 2023,
+"Benchmarking neural network training algorithms", section 4.5).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from typing import Literal
+
+from apollo_bench.optimizers.plot_style import sort_key, style_of
+from apollo_bench.report.summary import Row, ScheduleSection, Summary
+
+MAX_RATIO = 4.0  # as in AlgoPerf
+Unit = Literal["updates", "seconds"]
+# with its own decay on one task, with decay of equal strength on another
+_STAND_INS = {"adam": "adam-adj", "radam": "radam-adj"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One optimizer in the profiles."""
+
+    name: str
+    ratios: dict[Unit, list[float]]  # task by task; inf where it does not reach the target
+
+    @property
+    def label(self) -> str:
+        """Name of the optimizer, as tables show it."""
+        return style_of(self.name).label
+
+    def score(self, unit: Unit) -> float:
+        """Return the mean of the profile, from 0 to 1."""
+        shares = [max(0.0, MAX_RATIO - ratio) / (MAX_RATIO - 1) for ratio in self.ratios[unit]]
+        return statistics.fmean(shares)
+
+    def share_within(self, unit: Unit, ratio: float) -> float:
+        """Return the profile: the share of tasks with a ratio up to this one."""
+        return statistics.fmean(own <= ratio for own in self.ratios[unit])
+
+
+@dataclass(frozen=True)
+class Profiles:
+    """The optimizers that were trained on every task, and those that were not."""
+
+    sections: list[tuple[Summary, ScheduleSection]]  # the tasks, with each of their schedules
+    entries: list[Entry]
+    left_out: list[str]  # labels of optimizers without finished runs on every task
+
+    def title(self, place: int) -> str:
+        """Return the name of a task, with its schedule if the task has several."""
+        summary, section = self.sections[place]
+        several = len(summary.sections) > 1
+        return f"{summary.task}, {section.schedule}" if several else summary.task
+
+
+def profiles(summaries: list[Summary]) -> Profiles | None:
+    """Return the profiles of the comparisons; None for less than two, or without targets."""
+    sections = [
+        (summary, section)
+        for summary in summaries
+        if summary.sweep is None
+        for section in summary.sections
+        if section.target is not None
+    ]
+    if len({summary.task for summary, _ in sections}) < 2:
+        return None
+    names = {row.name for _, section in sections for row in section.rows}
+    names -= {other for name, other in _STAND_INS.items() if name in names}
+    times: dict[str, list[tuple[float, float]]] = {}
+    left_out = []
+    for name in sorted(names, key=sort_key):
+        found = [_time(section, name) for _, section in sections]
+        known = [time for time in found if time is not None]
+        if len(known) == len(found):
+            times[name] = known
+        else:
+            left_out.append(style_of(name).label)
+    entries = [
+        Entry(
+            name,
+            {
+                "updates": [_ratio(times, name, place, 0) for place in range(len(sections))],
+                "seconds": [_ratio(times, name, place, 1) for place in range(len(sections))],
+            },
+        )
+        for name in times
+    ]
+    return Profiles(sections, entries, left_out) if len(entries) > 1 else None
+
+
+def row_of(section: ScheduleSection, name: str) -> Row | None:
+    """Return the row of an optimizer, or of the one that stands in for it; None: there is none."""
+    rows = {row.name: row for row in section.rows}
+    return rows.get(name) or rows.get(_STAND_INS.get(name, ""))
+
+
+def _time(section: ScheduleSection, name: str) -> tuple[float, float] | None:
+    """Return the median updates and seconds to the target; None if a run has not ended.
+
+    A run that does not reach the target takes forever.
+    """
+    row = row_of(section, name)
+    if row is None or section.target is None:
+        return None
+    reached = row.time_to_target(section.target).values()
+    if len(reached) < len(row.runs):
+        return None
+    updates = [one.updates if one.reached else math.inf for one in reached]
+    seconds = [one.seconds if one.reached else math.inf for one in reached]
+    # of an even number the larger: infinity has no mean
+    return statistics.median_high(updates), statistics.median_high(seconds)
+
+
+def _ratio(times: dict[str, list[tuple[float, float]]], name: str, place: int, unit: int) -> float:
+    best = min(found[place][unit] for found in times.values())
+    own = times[name][place][unit]
+    return own / best if math.isfinite(own) else math.inf

@@ -1,0 +1,153 @@
+"""Import the user's own classes and functions by name: ``my_module:MyOptimizer``."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import re
+import sys
+import sysconfig
+import traceback
+import types
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from apollo_bench.errors import ExperimentError, first_line
+
+_OBJECT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
+_MAX_NAMED = 8  # names of a module that an error lists
+
+
+def is_object_path(path: str) -> str:
+    """Return the path of an object; raise ValueError if it is none."""
+    if not _OBJECT_PATH.fullmatch(path):
+        raise ValueError(f"{path!r} is not module:name, as my_module:MyOptimizer")
+    return path
+
+
+def import_object(path: str, key: str) -> Any:
+    """Import a class or function; the current directory is importable, as with ``python -m``.
+
+    Args:
+        path: for example ``"my_module:MyOptimizer"``.
+        key: key of the recipe, for example ``"optimizers.mine.class"``; errors begin with it.
+
+    Raises:
+        ExperimentError: there is no such module or object, or importing the module fails.
+    """
+    module_name, _, name = path.partition(":")
+    if "" not in sys.path:
+        _add_to_path(os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise _import_failed(path, key, module_name, error) from None
+        package = module_name.partition(".")[0]
+        raise ExperimentError(
+            f"{key} is {path!r}: no module {error.name} in {os.getcwd()} or installed; run the "
+            f"command in the folder of {package}.py, or install the package"
+        ) from None
+    except (Exception, SystemExit) as error:
+        raise _import_failed(path, key, module_name, error) from None
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ExperimentError(
+                f"{key} is {path!r}: {module_name} has no {name}; {_content(found)}"
+            )
+        found = getattr(found, part)
+    return found
+
+
+def _add_to_path(folder: str) -> None:
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+
+
+def _import_failed(path: str, key: str, module_name: str, error: BaseException) -> ExperimentError:
+    what = f"{type(error).__name__}: {first_line(error)}{origin_of(error)}"
+    return ExperimentError(f"{key} is {path!r}: importing {module_name} raised {what}")
+
+
+def origin_of(error: BaseException) -> str:
+    """Return the last line of the user's code that an error passed, in brackets; "" if unknown."""
+    where = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = Path(frame.f_code.co_filename)
+        own = file.is_absolute() and not _is_installed(file)
+        if own and Path(__file__).parent not in file.parents:
+            where = f" ({file}, line {line})"
+    return where
+
+
+def _content(found: Any) -> str:
+    """Return what a module or class offers, as text."""
+    own = getattr(found, "__name__", None)
+    names = [
+        name
+        for name, value in vars(found).items()
+        if callable(value) and not name.startswith("_") and getattr(value, "__module__", "") == own
+    ] or [name for name, value in vars(found).items() if isinstance(value, type)]
+    if not names:
+        return "it defines no class or function"
+    more = ", ..." if len(names) > _MAX_NAMED else ""
+    return f"it has {', '.join(names[:_MAX_NAMED])}{more}"
+
+
+def describe_source(path: str) -> dict[str, str | None]:
+    """Return which code an imported object is of, for ``run.json``.
+
+    Args:
+        path: path of an object that has been imported.
+
+    Returns:
+        ``path``; ``folder``, which must be importable on every machine of the run; and ``version``:
+        that of an installed package, or the SHA-256 of the user's own module.
+    """
+    module_name = path.partition(":")[0]
+    module = sys.modules[module_name]
+    file = getattr(module, "__file__", None)
+    if file is None or _is_installed(Path(file)):
+        return {"path": path, "folder": None, "version": _installed_version(module)}
+    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    depth = module_name.count(".") + (Path(file).name == "__init__.py")
+    folder = Path(file).resolve().parents[depth]
+    return {"path": path, "folder": str(folder), "version": f"sha256:{digest}"}
+
+
+def require_sources(sources: Iterable[dict[str, Any]]) -> None:
+    """Import the objects of ``describe_source`` in another process, perhaps on another machine.
+
+    Raises:
+        ExperimentError: one cannot be imported, or is of other code than when the run was prepared.
+    """
+    for source in sources:
+        if source["folder"] is not None:
+            _add_to_path(source["folder"])
+        import_object(source["path"], "code")
+        now = describe_source(source["path"])
+        if source["version"] != now["version"] and now["folder"] is not None:
+            raise ExperimentError(
+                f"{source['path']}: its file has changed since the run was prepared; start the "
+                "command again, with another --out if the run has begun"
+            )
+
+
+def _is_installed(file: Path) -> bool:
+    paths = sysconfig.get_paths()
+    folders = {Path(paths[key]).resolve() for key in ("purelib", "platlib", "stdlib")}
+    folders |= {Path(entry).resolve() for entry in sys.path if entry.endswith("site-packages")}
+    return any(folder in file.resolve().parents for folder in folders)
+
+
+def _installed_version(module: types.ModuleType) -> str:
+    package = module.__name__.partition(".")[0]
+    for distribution in metadata.packages_distributions().get(package, [package]):
+        try:
+            return f"{distribution} {metadata.version(distribution)}"
+        except metadata.PackageNotFoundError:
+            continue
+    return package

@@ -1,0 +1,136 @@
+"""Faults of what a user brings: optimizers, models and data."""
+
+from __future__ import annotations
+
+from tests.faults import Fault
+
+BENCH = "bench/src/apollo_bench"
+CUSTOM = ("bench/tests/optimizers/test_custom.py",)
+BASELINE = ("bench/tests/runs/test_baseline.py",)
+OWN_PARTS = ("bench/tests/workloads/test_own_parts.py",)
+OVERVIEW = ("bench/tests/report/test_overview.py",)
+
+FAULTS = [
+    Fault(
+        "unknown arguments of a class are passed over",
+        BENCH,
+        "        for name in given.keys() - named.keys():\n",
+        "        for name in ():\n",
+        CUSTOM,
+    ),
+    Fault(
+        "a list stays a list where the class has a tuple",
+        BENCH,
+        "        name: tuple(value)\n",
+        "        name: value\n",
+        CUSTOM,
+    ),
+    Fault(
+        "an evaluation has the weights of training",
+        BENCH,
+        "        self.model.eval()\n        self.set_optimizer_mode(training=False)\n",
+        "        self.model.eval()\n",
+        CUSTOM,
+    ),
+    Fault(
+        "a resumed run is not in training mode",
+        BENCH,
+        "        self.set_optimizer_mode(training=True)  # as when the checkpoint was written\n",
+        "",
+        CUSTOM,
+    ),
+    Fault(
+        "second derivatives have no graph",
+        BENCH,
+        "create_graph=self.needs_graph",
+        "create_graph=False",
+        CUSTOM,
+    ),
+    Fault(
+        "other code goes on with a run",
+        BENCH,
+        'if one["version"] != other["version"] and one["path"] == other["path"]:',
+        "if False:",
+        CUSTOM,
+    ),
+    Fault(
+        "a trial step draws the run's random numbers",
+        BENCH,
+        "    with torch.random.fork_rng(devices=gpus):\n",
+        "    if True:\n",
+        CUSTOM,
+    ),
+    Fault(
+        "a name may be a path",
+        BENCH,
+        'r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}"',
+        'r"[A-Za-z0-9./][A-Za-z0-9._+/-]{0,63}"',
+        CUSTOM,
+    ),
+    # comparisons with finished runs
+    Fault(
+        "other settings are compared with a baseline",
+        BENCH,
+        "            found = differences(shared[spec.schedule], spec.shared())\n",
+        "            found: list[str] = []\n",
+        BASELINE,
+    ),
+    Fault(
+        "other data are compared with a baseline",
+        BENCH,
+        "            if wanted not in (None, own):\n",
+        "            if False:\n",
+        BASELINE,
+    ),
+    # models and data
+    Fault(
+        "every class gives its first images to the test",
+        BENCH,
+        "        order = torch.randperm(count, generator=generator).tolist()\n",
+        "        order = list(range(count)) if label else []\n",
+        OWN_PARTS,
+    ),
+    Fault(
+        "the test text is the validation text",
+        BENCH,
+        "        pieces = (line[: cuts[0]], line[cuts[0] : cuts[1]], line[cuts[1] :])\n",
+        "        pieces = (line[: cuts[0]], line[cuts[1] :], line[cuts[0] : cuts[1]])\n",
+        OWN_PARTS,
+    ),
+    Fault(
+        "held-out pairs are trained on",
+        BENCH,
+        "    edges = (0, kept.size - 2 * held_out, kept.size - held_out, kept.size)\n",
+        "    edges = (0, kept.size, kept.size, kept.size)\n",
+        OWN_PARTS,
+    ),
+    Fault(
+        "the state of a model of the user is lost",
+        BENCH,
+        "            return losses.mean() * share, after\n",
+        "            return losses.mean() * share, ()\n",
+        OWN_PARTS,
+    ),
+    Fault(
+        "own data stand beside the paper's numbers",
+        BENCH,
+        "            if self.task in ours and self.task != self.data.kind:\n",
+        "            if False:\n",
+        OWN_PARTS,
+    ),
+    # the score over tasks
+    Fault(
+        "a run that does not reach the target counts with its length",
+        BENCH,
+        "    updates = [one.updates if one.reached else math.inf for one in reached]\n",
+        "    updates = [float(one.updates) for one in reached]\n",
+        OVERVIEW,
+    ),
+    Fault(
+        "ratios are to the slowest",
+        BENCH,
+        "    best = min(found[place][unit] for found in times.values())\n",
+        "    best = max(found[place][unit] for found in times.values())\n",
+        OVERVIEW,
+    ),
+]
