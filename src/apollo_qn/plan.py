@@ -233,7 +233,8 @@ def _real(batch: Batch) -> Batch:
 
 def _batches(lists: TensorLists, h: Hyperparameters) -> list[Batch]:
     """Split a group into tensors with equal counters that are all shards or all full tensors."""
-    on_host = not h.capturable and not torch.compiler.is_compiling()
+    # in this order: while Dynamo of torch 2.15 traces, it cannot negate capturable
+    on_host = not (torch.compiler.is_compiling() or h.capturable)
     shard = [row >= 0 for row in lists.rows] or [False]
     steps = [x.item() for x in lists.state_steps] if on_host else [0.0]
     rates = [0.0]

@@ -445,6 +445,7 @@ from pathlib import Path
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from apollo_qn.backends.triton import kernel
 
@@ -460,14 +461,15 @@ def made(target, P, G, M, S, belief, aligned):
     signature = {n: pointers.get(n, "constexpr" if n in constants else "i32") for n in order}
     divisible = {(order.index(name),): [["tt.divisibility", 16]] for name in pointers}
     source = ASTSource(kernel.step, signature, constexprs=constants, attrs=divisible)
-    return triton.compile(source, target=target, options={"num_warps": kernel.WARPS}).asm
+    options = {"num_warps": kernel.WARPS, "enable_fp_fusion": True}  # as schedule.py
+    return triton.compile(source, target=target, options=options).asm
 
 for types, belief in (((f32,) * 4, False), ((bf16, bf16, bf16, f32), True)):
     ptx = made(GPUTarget("cuda", 90, 32), *types, belief, True)["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
         path.write_text(ptx)
-        ptxas = triton.knobs.nvidia.ptxas.path
+        ptxas = (get_ptxas(90) if get_ptxas.__code__.co_argcount else get_ptxas()).path
         command = [ptxas, "-v", "--gpu-name=sm_90a", path, "-o", Path(folder, "kernel.cubin")]
         told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     assert "0 bytes spill" in told or "spill" not in told, told

@@ -214,6 +214,7 @@ class Tables:
                         *(*one.constants, belief, one.kahan, one.draws),
                         *(one.aligned, kernel.BLOCK, kernel.RUNS),
                         num_warps=kernel.WARPS,
+                        enable_fp_fusion=True,  # the default until Triton 3.9
                     )
 
     def _record_stream(self, uploaded: Tensor) -> None:
