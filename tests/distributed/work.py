@@ -26,8 +26,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from apollo_bench.training.sync_batch_norm import convert_sync_batch_norm
-from apollo_bench.workloads.image_classification.resnet import ResNet
 from apollo_qn import Apollo, GradientRelease, diagnostics
 from tests import tolerances
 from tests.helpers import gradient, normal
@@ -530,6 +528,8 @@ def wrapped() -> None:
 
 def batch_norm() -> None:
     """Over all processes it is that of the whole batch: values, gradients, running statistics."""
+    from apollo_bench.training.sync_batch_norm import convert_sync_batch_norm
+
     size = 8 // dist.get_world_size()
     whole_batch = normal((8, 3, 5, 4), "x").requires_grad_()
     mine = slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
@@ -557,6 +557,9 @@ def batch_norm() -> None:
 def residual_network() -> None:
     """DDP with it trains a network with batch normalisation as one process does."""
     from torch.nn.parallel import DistributedDataParallel
+
+    from apollo_bench.training.sync_batch_norm import convert_sync_batch_norm
+    from apollo_bench.workloads.image_classification.resnet import ResNet
 
     torch.manual_seed(1)
     alone = ResNet(blocks=1, width=2, in_channels=1, classes=10).double()
