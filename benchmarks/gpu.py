@@ -1,26 +1,27 @@
-"""All that is to be known of the Triton kernel on a GPU, in one call of less than nine minutes.
+"""Test and time the Triton kernel on a GPU, in one call of less than nine minutes.
 
     python benchmarks/gpu.py --out FOLDER [--device cuda] [--only PART ...]
 
-Needs torch with Triton, numpy, and for the tests pytest, pytest-timeout and hypothesis; nothing is
-installed, nothing but FOLDER is written. Parts, each a process of its own with a time of its own;
-what a part has found lies in FOLDER as soon as it is known, and where one fails the others go on:
+It needs torch with Triton and numpy, and for the tests pytest, pytest-timeout and hypothesis. It
+installs nothing and writes to FOLDER only. Each part is a process with its own time limit. A part
+writes its results to FOLDER as soon as it has them; if one part fails, the others still run:
 
     about        versions and device
     tests        tests/test_cuda.py, then tests/backends/test_backends.py with the fused back end
-    bench:SET    step times of the contenders, medians of rounds in turn
-    sweep:SET    the same of Apollo alone, with other tunables, beside fused AdamW
+    bench:SET    median step times of the optimizers, which alternate
+    sweep:SET    the same of Apollo with other tunables, beside fused AdamW
     compiled:SET AdamW compiled, last because compiling takes long
 
-At the end the bars, passed or missed, and a table (FOLDER/summary.txt).
+FOLDER/summary.txt then has all tables, and which of the criteria are met.
 
---device cpu --quick is a look at the script itself, on tiny sets.
+--device cpu --quick tries the script itself on tiny sets.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import operator
 import os
 import signal
 import statistics
@@ -29,6 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +42,18 @@ SETS = ["resnet-110", "resnext-50", "transformer-base", "decoder-1.3b"]
 SWEPT = ["resnet-110", "transformer-base", "decoder-1.3b"]
 QUICK = ["many-tensors/1000"]
 PEER, RULE, MINE, COMPILED = "AdamW fused", "Apollo rule", "Apollo fused", "AdamW compiled"
-CONTENDERS = [PEER, "AdamW foreach", RULE, "Apollo foreach", MINE, "ApolloW fused"]
-CONTENDERS += ["Apollo fused belief"]
+OPTIMIZERS = [PEER, "AdamW foreach", RULE, "Apollo foreach", MINE, "ApolloW fused"]
+OPTIMIZERS += ["Apollo fused belief"]
 
-# Against fused AdamW, on an H200.
-RATIOS = {"resnet-110": 1.0, "transformer-base": 1.15, "decoder-1.3b": 1.45}
-SHARE_OF_A_COPY = 0.85  # at 10 words, of the largest set
-TIMES_THE_RULE = 10.0  # its speed
+# Largest step time relative to fused AdamW, on an H200.
+MAX_RATIOS = {"resnet-110": 1.0, "transformer-base": 1.15, "decoder-1.3b": 1.45}
+MIN_BANDWIDTH = 0.85  # of a copy's, of the largest set with 10 values moved per parameter
+MIN_SPEEDUP = 10.0  # over the Python loop of the rule
 
 
 @dataclass(frozen=True)
 class Tunables:
-    """Of ``triton_launch`` and ``triton_kernel``."""
+    """Constants of ``schedule`` and ``kernel`` that the speed depends on."""
 
     run: int
     window: float  # 1e9: one window
@@ -59,16 +61,19 @@ class Tunables:
     warps: int
 
 
-def tunables(as_is: Tunables) -> list[Tunables]:
-    """One changed at a time, the shipped ones first and again last: they tell the noise."""
-    found = [as_is]
+def tunables(shipped: Tunables) -> list[Tunables]:
+    """Return the tunables to try: one changed at a time.
+
+    The shipped ones come first and last; their difference shows the noise.
+    """
+    found = [shipped]
     for run in (2048, 8192, 16384):
-        found.append(Tunables(run, as_is.window, as_is.block, as_is.warps))
+        found.append(Tunables(run, shipped.window, shipped.block, shipped.warps))
     for window in (0.3, 0.6, 0.9, 1e9):
-        found.append(Tunables(as_is.run, window, as_is.block, as_is.warps))
+        found.append(Tunables(shipped.run, window, shipped.block, shipped.warps))
     for block, warps in ((1024, 4), (2048, 8), (2048, 4)):
-        found.append(Tunables(as_is.run, as_is.window, block, warps))
-    return [*dict.fromkeys(found), as_is]
+        found.append(Tunables(shipped.run, shipped.window, block, warps))
+    return [*dict.fromkeys(found), shipped]
 
 
 def write(path: Path, record: Any) -> None:
@@ -77,7 +82,7 @@ def write(path: Path, record: Any) -> None:
     partial.replace(path)
 
 
-# The parts, each in its own process.
+# The parts; each runs in its own process.
 
 
 def about(device: str, _quick: bool, out: Path) -> None:
@@ -98,8 +103,8 @@ def about(device: str, _quick: bool, out: Path) -> None:
             "apollo_qn": apollo_qn.__version__,
             "python": platform.python_version(),
             "platform": platform.platform(),
-            "no CPU kernel, because": cpu.why_not(),
-            "no Triton kernel, because": triton.why_not(),
+            "CPU kernel unavailable because": cpu.why_not(),
+            "Triton kernel unavailable because": triton.why_not(),
         },
     )
 
@@ -131,9 +136,9 @@ def bench(device: str, name: str, out: Path, optimizers: list[str], seconds: flo
                 "milliseconds": taken.milliseconds,
                 "quartiles": taken.quartiles,
                 "ratio": taken.ratio,
-                "share of a copy, 7 words": result.bandwidth(taken) / copy,
-                "share of a copy, 10 words": result.bandwidth(taken, twice=True) / copy,
-                "times the rule's speed": result.faster_than_rule(taken),
+                "share of a copy, 7 values": result.bandwidth(taken) / copy,
+                "share of a copy, 10 values": result.bandwidth(taken, twice=True) / copy,
+                "speedup over the rule": result.faster_than_rule(taken),
                 "growth in a step": taken.peak_bytes,
                 "rounds": len(taken.times),
             }
@@ -148,8 +153,8 @@ def sweep(device: str, name: str, out: Path) -> None:
 
     from apollo_bench.steptime import parameter_sets, timing
     from apollo_qn import Apollo
-    from apollo_qn.backends.triton import kernel as triton_kernel
-    from apollo_qn.backends.triton import schedule as triton_launch
+    from apollo_qn.backends.triton import kernel as kernel
+    from apollo_qn.backends.triton import schedule as launch
 
     where = timing.timer_for(device)
     (chosen,) = parameter_sets.choose_sets([name], where.device.type)
@@ -164,7 +169,7 @@ def sweep(device: str, name: str, out: Path) -> None:
     peer = torch.optim.AdamW(params, lr=0.0, fused=True)
 
     def median(step: Callable[[], object], rounds: int = 25) -> tuple[float, float]:
-        """Of the step, and of its ratio to the peer's of the same round."""
+        """Return the median time of a step, and of its ratio to the peer's in the same round."""
         for _ in range(3):
             step()
             peer.step()
@@ -174,32 +179,30 @@ def sweep(device: str, name: str, out: Path) -> None:
             ratios.append(times[-1] / where.milliseconds(peer.step))
         return statistics.median(times), statistics.median(ratios)
 
-    as_is = Tunables(
-        triton_launch.RUN, triton_launch.WINDOW, triton_kernel.BLOCK, triton_kernel.WARPS
-    )
+    shipped = Tunables(launch.RUN, launch.WINDOW, kernel.BLOCK, kernel.WARPS)
     rows: list[dict[str, Any]] = []
-    for chosen_ones in tunables(as_is):
-        triton_launch.RUN, triton_launch.WINDOW = chosen_ones.run, chosen_ones.window
-        triton_kernel.BLOCK, triton_kernel.WARPS = chosen_ones.block, chosen_ones.warps
+    for tried in tunables(shipped):
+        launch.RUN, launch.WINDOW = tried.run, tried.window
+        kernel.BLOCK, kernel.WARPS = tried.block, tried.warps
         try:
-            # a new one plans its launches anew
+            # a new optimizer plans its launches again
             optimizer = Apollo(params, lr=1e-6, fused=True)
             milliseconds, ratio = median(optimizer.step)
             found: dict[str, Any] = {"milliseconds": milliseconds, "ratio": ratio}
             del optimizer
         except Exception as error:
             found = {"unavailable": f"{type(error).__name__}: {error}"}
-        rows.append({**asdict(chosen_ones), **found})
+        rows.append({**asdict(tried), **found})
         write(out / f"sweep-{name}.json", {"name": name, "rows": rows})
         where.give_back()
 
 
-# The conductor, which never touches the device.
+# The main process, which never uses the device.
 
 
 @dataclass
 class Part:
-    """Its process may take ``seconds``, if that much is left."""
+    """A part of the script; its process may take ``seconds``, or what is left of the total."""
 
     name: str
     seconds: float
@@ -207,11 +210,11 @@ class Part:
 
 
 def parts(device: str, quick: bool, out: Path) -> Iterator[Part]:
-    again = [sys.executable, __file__, "--device", device, "--out", str(out)]
-    again += ["--quick"] if quick else []
+    this_script = [sys.executable, __file__, "--device", device, "--out", str(out)]
+    this_script += ["--quick"] if quick else []
 
     def part(name: str, seconds: float) -> Part:
-        return Part(name, seconds, [*again, "--part", name])
+        return Part(name, seconds, [*this_script, "--part", name])
 
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-rf"]
     yield part("about", 40)
@@ -232,8 +235,8 @@ def parts(device: str, quick: bool, out: Path) -> Iterator[Part]:
         yield part(f"compiled:{name}", 60)
 
 
-def conduct(part: Part, seconds: float, device: str, out: Path) -> dict[str, Any]:
-    """Run it, end it when its time is over, and say how it went."""
+def run_part(part: Part, seconds: float, device: str, out: Path) -> dict[str, Any]:
+    """Run a part, end it when its time is over, and return the outcome."""
     log = out / f"{part.name.replace(':', '-').replace('/', '-').replace(' ', '-')}.log"
     environment = {
         **os.environ,
@@ -250,7 +253,7 @@ def conduct(part: Part, seconds: float, device: str, out: Path) -> dict[str, Any
             env=environment,
             stdout=file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # compilers that it starts end with it
+            start_new_session=True,  # it ends together with the compilers that it starts
         )
         try:
             code: int | None = process.wait(seconds)
@@ -263,9 +266,9 @@ def conduct(part: Part, seconds: float, device: str, out: Path) -> dict[str, Any
     last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return {
         "part": part.name,
-        "exit": code,
+        "exit_status": code,
         "seconds": round(time.monotonic() - start, 1),
-        "said": "out of time" if code is None else last[-1] if last else "",
+        "message": "out of time" if code is None else last[-1] if last else "",
     }
 
 
@@ -273,13 +276,13 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def bars(out: Path, done: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """What was asked, what was found, and whether that is enough."""
+def criteria(out: Path, done: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """Return each criterion, the value that was measured, and "pass" or "MISSED"."""
     found = []
     for outcome in done:
         if outcome["part"].startswith("tests"):
-            passed = "pass" if outcome["exit"] == 0 else "MISSED"
-            found.append((outcome["part"], str(outcome["said"]), passed))
+            passed = "pass" if outcome["exit_status"] == 0 else "MISSED"
+            found.append((outcome["part"], str(outcome["message"]), passed))
 
     def check(what: str, value: float | None, holds: Callable[[float], bool]) -> None:
         if value is None:
@@ -289,27 +292,30 @@ def bars(out: Path, done: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
 
     for name in SETS:
         rows = read(out / f"bench-{name}.json").get("rows", [])
-        mine = next((row for row in rows if row["name"] == MINE), {})
-        if name in RATIOS:
-            most = RATIOS[name]
-            what = f"{name}: step <= {most} x {PEER}"
-            check(what, mine.get("ratio"), lambda x, most=most: x <= most)
-        faster = mine.get("times the rule's speed")
-        what = f"{name}: >= {TIMES_THE_RULE:g} x the rule's speed"
-        check(what, faster, lambda x: x >= TIMES_THE_RULE)
+        mine: dict[str, Any] = next((row for row in rows if row["name"] == MINE), {})
+        if name in MAX_RATIOS:
+            largest = MAX_RATIOS[name]
+            what = f"{name}: step <= {largest} x {PEER}"
+            check(what, mine.get("ratio"), partial(operator.ge, largest))
+        faster = mine.get("speedup over the rule")
+        what = f"{name}: >= {MIN_SPEEDUP:g} x the speed of the rule"
+        check(what, faster, lambda x: x >= MIN_SPEEDUP)
         if name == SETS[-1]:
-            share = share_of_ten_words(out, name)
-            what = f"{name}: >= {SHARE_OF_A_COPY:.0%} of a copy's bandwidth at 10 words"
-            check(what, share, lambda x: x >= SHARE_OF_A_COPY)
+            share = bandwidth_at_ten_values(out, name)
+            what = f"{name}: >= {MIN_BANDWIDTH:.0%} of a copy's bandwidth at 10 values"
+            check(what, share, lambda x: x >= MIN_BANDWIDTH)
     for name in SETS:
         rows = read(out / f"compiled-{name}.json").get("rows", [])
-        row = next((row for row in rows if row["name"] == COMPILED), {})
+        row: dict[str, Any] = next((row for row in rows if row["name"] == COMPILED), {})
         check(f"{name}: {COMPILED} measured", row.get("ratio"), lambda _: True)
     return found
 
 
-def share_of_ten_words(out: Path, name: str) -> float | None:
-    """Of a copy's bandwidth, where all is one window: so that 10 words are moved, not fewer."""
+def bandwidth_at_ten_values(out: Path, name: str) -> float | None:
+    """Return the bandwidth relative to a copy's; None if it was not measured.
+
+    With one window for everything, 10 values per parameter are moved and not fewer.
+    """
     record, rows = (
         read(out / f"bench-{name}.json"),
         read(out / f"sweep-{name}.json").get("rows", []),
@@ -317,28 +323,28 @@ def share_of_ten_words(out: Path, name: str) -> float | None:
     one = [row for row in rows if row["window"] > 100 and "milliseconds" in row]
     if not record or not one:
         return None
-    seconds = min(row["milliseconds"] for row in one) / 1e3
+    seconds = float(min(row["milliseconds"] for row in one)) / 1e3
     moved: float = 10 * record["element_bytes"] * record["parameters"]
-    return moved / seconds / (1e9 * record["copy, GB/s"])
+    return moved / seconds / (1e9 * float(record["copy, GB/s"]))
 
 
 def summary(out: Path, quick: bool, done: list[dict[str, Any]]) -> str:
     device = read(out / "about.json").get("device") or {}
     lines = [str(device.get("title", "the CPU")), ""]
     for outcome in done:
-        lines.append(f"{outcome['part']:26}{outcome['seconds']:7.1f} s  {outcome['said']}"[:120])
+        lines.append(f"{outcome['part']:26}{outcome['seconds']:7.1f} s  {outcome['message']}"[:120])
     for path in sorted([*out.glob("bench-*.json"), *out.glob("compiled-*.json")]):
         record = read(path)
         lines += ["", f"{record['title']}; a copy moves {record['copy, GB/s']:.0f} GB/s"]
-        lines += [f"  {'':22}{'ms':>9}{'ratio':>8}{'7 words':>9}{'10 words':>10}{'/ rule':>8}"]
+        lines += [f"  {'':22}{'ms':>9}{'ratio':>8}{'7 values':>9}{'10 values':>10}{'/ rule':>8}"]
         for row in record["rows"]:
             if row["unavailable"] is not None or "ratio" not in row:
                 lines.append(f"  {row['name']:22} {row['unavailable']}")
                 continue
-            faster = row["times the rule's speed"]
+            faster = row["speedup over the rule"]
             lines.append(
                 f"  {row['name']:22}{row['milliseconds']:9.3f}{row['ratio']:8.2f}"
-                f"{row['share of a copy, 7 words']:9.0%}{row['share of a copy, 10 words']:10.0%}"
+                f"{row['share of a copy, 7 values']:9.0%}{row['share of a copy, 10 values']:10.0%}"
                 f"{'' if faster is None else f'{faster:.1f}':>8}"
             )
     for path in sorted(out.glob("sweep-*.json")):
@@ -351,17 +357,21 @@ def summary(out: Path, quick: bool, done: list[dict[str, Any]]) -> str:
             else:
                 lines.append(f"  {settings}  {row['unavailable']}"[:120])
     if not quick:
-        lines += ["", "The bars"]
-        lines += [f"  {verdict:8}{what}: {value}"[:120] for what, value, verdict in bars(out, done)]
+        lines += ["", "The criteria"]
+        lines += [
+            f"  {verdict:8}{what}: {value}"[:120] for what, value, verdict in criteria(out, done)
+        ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for what is found")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1 or, with --quick, cpu")
-    parser.add_argument("--quick", action="store_true", help="tiny sets, no sweep, no bars")
-    parser.add_argument("--only", nargs="+", default=[""], help="parts by the start of their name")
+    parser.add_argument("--quick", action="store_true", help="tiny sets, no sweep, no criteria")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="parts, by the beginning of their names"
+    )
     parser.add_argument("--part", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device, quick, out = arguments.device, arguments.quick, arguments.out.resolve()
@@ -370,14 +380,14 @@ def main() -> int:
         if kind == "about":
             about(device, quick, out)
         elif kind == "bench":
-            bench(device, name, out, CONTENDERS, 1.0 if quick else 15.0)
+            bench(device, name, out, OPTIMIZERS, 1.0 if quick else 15.0)
         elif kind == "compiled":
             bench(device, name, out, [PEER, COMPILED], 5.0)
         else:
             sweep(device, name, out)
         return 0
     if not quick and not device.startswith("cuda"):
-        parser.error(f"--device {device} needs --quick: the whole of it is for a GPU")
+        parser.error(f"--device {device} needs --quick; without it a GPU is needed")
     out.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     done: list[dict[str, Any]] = []
@@ -386,17 +396,19 @@ def main() -> int:
             continue
         left = TOTAL - (time.monotonic() - start)
         if left < 5:
-            done.append({"part": part.name, "exit": None, "seconds": 0.0, "said": "no time left"})
+            done.append(
+                {"part": part.name, "exit_status": None, "seconds": 0.0, "message": "no time left"}
+            )
         else:
-            done.append(conduct(part, min(part.seconds, left), device, out))
+            done.append(run_part(part, min(part.seconds, left), device, out))
         write(out / "parts.json", done)
-        # whoever stops it finds what there is
+        # complete up to this part, also if the script is stopped
         (out / "summary.txt").write_text(summary(out, quick, done))
-        print(f"{part.name}: {done[-1]['said']}", file=sys.stderr, flush=True)
-        if part.name == "about" and done[-1]["exit"] != 0:
+        print(f"{part.name}: {done[-1]['message']}", file=sys.stderr, flush=True)
+        if part.name == "about" and done[-1]["exit_status"] != 0:
             break  # there is no such device
     print((out / "summary.txt").read_text())
-    return int(not done or any(outcome["exit"] != 0 for outcome in done))
+    return int(not done or any(outcome["exit_status"] != 0 for outcome in done))
 
 
 if __name__ == "__main__":

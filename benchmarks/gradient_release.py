@@ -3,16 +3,18 @@
     python benchmarks/gradient_release.py [--layers 16] [--width 512] [--rounds 3] [--threads N]
         [--json FILE]
 
-A Transformer of some 50 million parameters on random words. Every measurement is a process of its
-own, the contenders in turn, in an order that rotates: it makes the model, takes some steps, and
-reads its largest resident memory from VmHWM of /proc/self/status (Linux). What the process held
-before the first step (torch, the model) is given beside it. Time is the median of the steps but the
-first two, forward and backward pass and step together; the processor's time stands beside it, since
-that of the clock says little on a machine that others use.
+The model is a Transformer of about 50 million parameters, on random tokens. Every measurement is a
+process of its own; the optimizers alternate in an order that rotates. The process makes the model,
+takes some steps and reads its peak resident memory, VmHWM of /proc/self/status (Linux). The table
+also has its resident memory before the first step (torch and the model).
 
-How much of what was freed glibc's allocator keeps varies. So each is measured
-twice: as it is, and with MALLOC_MMAP_THRESHOLD_=65536, with which every tensor above 64 KiB goes
-back to the system when it is freed; then the peak is that of the tensors that are alive.
+The time of a step is that of forward pass, backward pass and optimizer step: the median of all
+steps except the first two. The CPU time stands beside it, because other work on the machine
+disturbs wall time.
+
+It varies how much freed memory glibc's allocator keeps. So each optimizer is measured with the
+default allocator and with MALLOC_MMAP_THRESHOLD_=65536. With the latter every tensor above 64 KiB
+is returned to the system when it is freed, and the peak is that of the live tensors.
 """
 
 from __future__ import annotations
@@ -36,10 +38,10 @@ from torch.nn import functional
 import apollo_qn
 from apollo_qn import Apollo, GradientRelease
 
-WORDS = 4000
-ALLOCATORS = {"as it is": {}, "giving back": {"MALLOC_MMAP_THRESHOLD_": "65536"}}
+VOCABULARY = 4000
+ALLOCATORS = {"default": {}, "64 KiB threshold": {"MALLOC_MMAP_THRESHOLD_": "65536"}}
 Params = Any
-CONTENDERS: dict[str, tuple[Callable[[Params], torch.optim.Optimizer], bool]] = {
+OPTIMIZERS: dict[str, tuple[Callable[[Params], torch.optim.Optimizer], bool]] = {
     "Apollo": (lambda p: Apollo(p), False),
     "Apollo, released": (lambda p: Apollo(p), True),
     "AdamW fused": (lambda p: torch.optim.AdamW(p, fused=True), False),
@@ -49,16 +51,16 @@ CONTENDERS: dict[str, tuple[Callable[[Params], torch.optim.Optimizer], bool]] = 
 class Model(nn.Module):
     def __init__(self, layers: int, width: int) -> None:
         super().__init__()
-        self.words = nn.Embedding(WORDS, width)
+        self.embedding = nn.Embedding(VOCABULARY, width)
         layer = nn.TransformerEncoderLayer(width, 8, 4 * width, dropout=0.0, batch_first=True)
         self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
 
-    def forward(self, words: torch.Tensor) -> torch.Tensor:
-        return functional.linear(self.layers(self.words(words)), self.words.weight)
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return functional.linear(self.layers(self.embedding(tokens)), self.embedding.weight)
 
 
 def resident(field: str) -> float:
-    """MiB of this process: VmRSS now, VmHWM at most so far."""
+    """Return a field of this process's status in MiB: VmRSS (now) or VmHWM (peak)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == field:
@@ -66,33 +68,34 @@ def resident(field: str) -> float:
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def work(name: str, layers: int, width: int, steps: int) -> dict[str, Any]:
+def measure(name: str, layers: int, width: int, steps: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model = Model(layers, width)
-    make, release = CONTENDERS[name]
+    make, release = OPTIMIZERS[name]
     optimizer = make(model.parameters())
     if release:
         assert isinstance(optimizer, Apollo)
         GradientRelease(optimizer)
-    words = torch.randint(WORDS, (2, 32))
+    tokens = torch.randint(VOCABULARY, (2, 32))
     before = resident("VmRSS")
-    times, busy = [], []
+    times, cpu_times = [], []
     for _ in range(steps):
-        start, start_busy = time.perf_counter(), time.process_time()
-        functional.cross_entropy(model(words).flatten(0, 1), words.flatten()).backward()
+        start, cpu_start = time.perf_counter(), time.process_time()
+        loss = functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
         times.append(1e3 * (time.perf_counter() - start))
-        busy.append(1e3 * (time.process_time() - start_busy))
+        cpu_times.append(1e3 * (time.process_time() - cpu_start))
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "tensors": len(list(model.parameters())),
         "before_MiB": before,
         "peak_MiB": resident("VmHWM"),
         "step_ms": statistics.median(times[2:]),
-        "processor_ms": statistics.median(busy[2:]),
+        "cpu_ms": statistics.median(cpu_times[2:]),
         "all_steps_ms": times,
-        "all_processor_ms": busy,
+        "all_cpu_ms": cpu_times,
     }
 
 
@@ -103,16 +106,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="write every measurement to this file")
+    parser.add_argument("--json", type=Path, help="file for every measurement")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     size = (arguments.layers, arguments.width, arguments.steps)
     if arguments.work:
-        print(json.dumps(work(arguments.work, *size)))
+        print(json.dumps(measure(arguments.work, *size)))
         return
 
-    names = list(CONTENDERS)
+    names = list(OPTIMIZERS)
     found: dict[str, dict[str, list[dict[str, Any]]]] = {
         allocator: {name: [] for name in names} for allocator in ALLOCATORS
     }
@@ -130,29 +133,29 @@ def main() -> None:
                 ).stdout
                 found[allocator][name].append(json.loads(printed))
 
-    about = found["as it is"]["Apollo"][0]
-    whole = about["parameters"] * 4 / 2**20
+    about = found["default"]["Apollo"][0]
+    size_mib = about["parameters"] * 4 / 2**20
     print(
-        f"{about['parameters']:,} parameters in {about['tensors']} tensors; the gradients, as the "
-        f"parameters, are {whole:.0f} MiB"
+        f"{about['parameters']:,} parameters in {about['tensors']} tensors; parameters and "
+        f"gradients have {size_mib:.0f} MiB each"
     )
-    for allocator, of_names in found.items():
+    for allocator, by_name in found.items():
 
-        def median(name: str, what: str, of_names: dict[str, Any] = of_names) -> float:
-            return statistics.median(one[what] for one in of_names[name])
+        def median(name: str, field: str, by_name: dict[str, Any] = by_name) -> float:
+            return float(statistics.median(one[field] for one in by_name[name]))
 
         print(
             f"{'allocator ' + allocator:30}{'before, MiB':>13}{'peak, MiB':>11}{'- Apollo':>10}"
-            f"{'step, ms':>10}{'/ Apollo':>10}{'processor, ms':>15}{'/ Apollo':>10}"
+            f"{'step, ms':>10}{'/ Apollo':>10}{'CPU, ms':>15}{'/ Apollo':>10}"
         )
         for name in names:
             peak, taken = median(name, "peak_MiB"), median(name, "step_ms")
-            busy = median(name, "processor_ms")
+            cpu = median(name, "cpu_ms")
             print(
                 f"{name:30}{median(name, 'before_MiB'):13.0f}{peak:11.0f}"
                 f"{peak - median('Apollo', 'peak_MiB'):10.0f}{taken:10.0f}"
                 f"{taken / median('Apollo', 'step_ms'):10.2f}"
-                f"{busy:15.0f}{busy / median('Apollo', 'processor_ms'):10.2f}"
+                f"{cpu:15.0f}{cpu / median('Apollo', 'cpu_ms'):10.2f}"
             )
     if arguments.json:
         content = {
@@ -169,7 +172,7 @@ def main() -> None:
                 "capability": torch.backends.cpu.get_cpu_capability(),
             },
             "seed": 0,
-            "gradients_MiB": whole,
+            "gradients_MiB": size_mib,
             "results": found,
         }
         partial = arguments.json.with_suffix(".partial")

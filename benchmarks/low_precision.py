@@ -1,16 +1,17 @@
-"""What training in 16 bits costs in loss, and what it saves in memory.
+"""Loss and memory of training in 16 bits, against float32.
 
     python benchmarks/low_precision.py [--updates 300] [--hidden 64] [--batch 16] [--seeds 3]
         [--rates 100 5] [--json FILE]
 
-The embedded language task (WordNet's definitions, recipe wordnet with a smaller network), with
-weights, gradients and activations in float32 or all in bfloat16, without master weights; the
-softmax computes in float32 from bfloat16 weights, as losses do. Apollo's rate is the recipe's, and
-one so small that most updates are less than a bfloat16 number's last place, as they are late in a
-long training. For each mode, rate and seed: the mean training loss of the last eighth of the steps
-and the validation loss, in nats a word, and what they are more than those of float32 with the same
-seed. Then the bytes a parameter of parameter, gradient and state, counted from the tensors that
-there are after a step, beside torch.optim.AdamW.
+The task is the embedded language task, WordNet's definitions, with a smaller network than its
+recipe's. Weights, gradients and activations are all in float32, or all in bfloat16 without master
+weights. The softmax computes in float32 from bfloat16 weights, as losses do.
+
+There are two learning rates: the recipe's, and one so small that most updates are below the last
+place of a bfloat16 number, as they are late in a long training. The tables show, in nats per word,
+the mean training loss of the last eighth of the steps, the validation loss, and the difference from
+float32 with the same seed. A last table shows the bytes per parameter of parameter, gradient and
+state after a step, beside torch.optim.AdamW.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ from apollo_bench.workloads import tasks
 from apollo_qn import Apollo
 
 F32, BF16 = torch.float32, torch.bfloat16
-# name: type of the model, Apollo's settings; the first is what the others are compared with
+# name: dtype of the model, settings of Apollo; the others are compared with the first
 MODES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "float32": (F32, {}),
     "float32, bfloat16 state": (F32, {"state_dtype": BF16}),
@@ -51,7 +53,7 @@ for _rounding in ("nearest", "stochastic", "kahan"):
     )
 
 
-class _Widened(nn.Module):
+class _Float32Compute(nn.Module):
     """A module that computes in float32 from weights of fewer bits."""
 
     def __init__(self, inner: nn.Module) -> None:
@@ -64,19 +66,19 @@ class _Widened(nn.Module):
 
 
 class _Bfloat16(nn.Module):
-    """The language model with everything but the softmax's arithmetic in bfloat16."""
+    """The language model in bfloat16, except for the arithmetic of the softmax."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network.to(BF16)
-        self.network.softmax = _Widened(self.network.softmax)
+        self.network.softmax = _Float32Compute(self.network.softmax)
 
     def forward(self, tokens: Tensor, targets: Tensor, state: tuple[Tensor, Tensor]) -> Any:
         return self.network(tokens, targets, tuple(x.to(BF16) for x in state))
 
 
 def train(spec: RunSpec, dtype: torch.dtype, settings: dict[str, Any]) -> dict[str, float]:
-    """Train once; the losses at the end, and the seconds that it took."""
+    """Train once, and return the losses at the end and the time in seconds."""
     task = tasks.make(spec)
     torch.manual_seed(spec.seed)
     model = task.model()
@@ -95,7 +97,7 @@ def train(spec: RunSpec, dtype: torch.dtype, settings: dict[str, Any]) -> dict[s
     for batch in _batches(task, spec.seed, steps):
         loss, hidden_state = task.loss(model, batch, batch, hidden_state)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), spec.train.clip_norm or math.inf)
         optimizer.step()
         schedule.step()
@@ -111,18 +113,26 @@ def train(spec: RunSpec, dtype: torch.dtype, settings: dict[str, Any]) -> dict[s
 
 
 def _batches(task: Any, seed: int, steps: int) -> Iterator[Any]:
-    """As the engine, without its checkpoints; one epoch must be enough."""
+    """Yield the batches of the first epoch, as the training loop does; exit if it is too short."""
     if steps > task.steps_per_epoch:
-        sys.exit(f"--updates must be at most an epoch's {task.steps_per_epoch}, got {steps}")
+        sys.exit(
+            f"--updates is {steps}, allowed are at most the {task.steps_per_epoch} of an epoch"
+        )
     for _, batch in zip(range(steps), task.batches(seed, 0, 0), strict=False):
         yield batch
 
 
-Losses = dict[str, list[dict[str, float]]]  # of every mode, for each seed
+Losses = dict[str, list[dict[str, float]]]  # by mode; one entry per seed
 
 
 def losses(changed: list[str], rates: list[float], seeds: list[int]) -> dict[float, Losses]:
-    """Of every rate, mode and seed; ``changed`` are settings of the recipe."""
+    """Train with every rate, mode and seed, and return the losses by rate.
+
+    Args:
+        changed: changed settings of the recipe, as ``--set`` takes them.
+        rates: learning rates.
+        seeds: seeds of the runs.
+    """
     found: dict[float, Losses] = {rate: {name: [] for name in MODES} for rate in rates}
     for seed in seeds:
         for rate in rates:
@@ -138,18 +148,18 @@ def _bytes(tensors: list[Tensor | None]) -> int:
 
 
 def memory() -> dict[str, dict[str, float]]:
-    """Bytes a parameter after a step, by what they are for."""
+    """Return the bytes per parameter after a step, by purpose, for each optimizer and mode."""
     n = 1 << 20
 
     def count(
         dtype: torch.dtype,
         make: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
-        master: bool,
+        master_weights: bool,
     ) -> dict[str, float]:
         weight = nn.Parameter(torch.ones(n, dtype=dtype))
         weight.grad = torch.ones_like(weight)
         stepped = weight
-        if master:
+        if master_weights:
             stepped = nn.Parameter(weight.detach().float())
             stepped.grad = weight.grad.float()
         optimizer = make([stepped])
@@ -158,7 +168,7 @@ def memory() -> dict[str, dict[str, float]]:
         parts = {
             "parameter": _bytes([weight]),
             "gradient": _bytes([weight.grad]),
-            "master weights": _bytes([stepped] if master else []),
+            "master weights": _bytes([stepped] if master_weights else []),
             "state": _bytes([*state]),
         }
         sizes = {name: round(size / n, 3) for name, size in parts.items()}
@@ -170,28 +180,28 @@ def memory() -> dict[str, dict[str, float]]:
         "AdamW, bfloat16": count(BF16, torch.optim.AdamW, False),
     }
     for name, (dtype, settings) in MODES.items():
-        result[f"Apollo, {name}"] = count(
-            dtype, lambda params, settings=settings: Apollo(params, **settings), False
-        )
+        result[f"Apollo, {name}"] = count(dtype, partial(Apollo, **settings), False)
     return result
 
 
 def show(found: dict[float, Losses], sizes: dict[str, dict[str, float]]) -> None:
-    """The tables, in Markdown."""
-    for rate, of_modes in found.items():
-        first = next(iter(of_modes.values()))
+    """Print the tables as Markdown."""
+    for rate, by_mode in found.items():
+        first = next(iter(by_mode.values()))
         print(f"| lr {rate:g} | training loss | / float32 | validation loss | / float32 |")
         print("|---|---|---|---|---|")
-        for name, runs in of_modes.items():
+        for name, runs in by_mode.items():
             cells = [name]
-            for which in ("train", "valid"):
-                more = [100 * (a[which] / b[which] - 1) for a, b in zip(runs, first, strict=True)]
-                cells.append(f"{statistics.fmean(run[which] for run in runs):.4f}")
-                spread = f"{min(more):+.2f} to {max(more):+.2f}"
-                cells.append(f"{statistics.fmean(more):+.2f} % ({spread})")
+            for split in ("train", "valid"):
+                changes = [
+                    100 * (a[split] / b[split] - 1) for a, b in zip(runs, first, strict=True)
+                ]
+                cells.append(f"{statistics.fmean(run[split] for run in runs):.4f}")
+                spread = f"{min(changes):+.2f} to {max(changes):+.2f}"
+                cells.append(f"{statistics.fmean(changes):+.2f} % ({spread})")
             print(f"| {' | '.join(cells)} |")
         print()
-    print("| bytes a parameter | parameter | gradient | master weights | state | all |")
+    print("| bytes per parameter | parameter | gradient | master weights | state | all |")
     print("|---|---|---|---|---|---|")
     for name, parts in sizes.items():
         print(f"| {name} | {' | '.join(f'{size:.3g}' for size in parts.values())} |")
@@ -204,7 +214,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[100.0, 5.0])
     parser.add_argument("--batch", type=int, default=16, help="sentences; the recipe has 32")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write every number to this file")
+    parser.add_argument("--json", type=Path, help="file for every number")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     seeds = list(range(1, arguments.seeds + 1))
@@ -227,7 +237,7 @@ def main() -> None:
             f"{torch.backends.cpu.get_cpu_capability()}",
             "seeds": seeds,
             "recipe": ["wordnet", *changed],
-            "unit": "nats a word; bytes a parameter",
+            "unit": "nats per word; bytes per parameter",
         }
         partial = arguments.json.with_suffix(".partial")
         text = json.dumps({**about, "losses": found, "bytes": sizes}, indent=1)

@@ -3,8 +3,8 @@
     python benchmarks/noisy_quadratic.py [--out benchmarks/results]
 
 The loss is x'Hx / 2 with 200 curvatures from 0.01 to 1, and the gradient has unit noise. The script
-takes about a minute on one core. docs/stability.md explains the tables. Near the limit of
-stability a training is chaotic: with other rounding, other seeds diverge.
+takes about a minute on one core. docs/stability.md explains the tables. Training is chaotic near
+the limit of stability: with other rounding, other seeds diverge.
 """
 
 from __future__ import annotations
@@ -21,27 +21,29 @@ Array = NDArray[numpy.float64]
 BETA, SIGMA, EPS = 0.9, 1.0, 1e-4
 CURVATURES = numpy.linspace(0.01, 1.0, 200)
 STEPS, WARMUP = 3000, 100
-DIVERGED = 1e12  # loss; the largest that stays is below 1e4
+DIVERGED = 1e12  # loss; the largest loss of a stable training is below 1e4
 RATES = (1.0, 5.0, 10.0, 15.0, 18.0, 20.0, 25.0, 30.0, 37.0, 39.0)
 SEEDS = range(10)
-LAST = 60  # steps at the end, in which D is looked at
+LAST = 60  # last steps, in which D is examined
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One training: the loss after each step, and D and B of each step."""
+    """The loss after each step of a training run, and D and B of each step."""
 
     loss: Array  # shape=(steps,)
     scale: Array  # D, shape=(steps, elements)
     diagonal: Array  # B, shape=(steps, elements)
-    inward: NDArray[numpy.bool_]  # the step leads towards the minimum, shape=(steps, elements)
+    inward: NDArray[
+        numpy.bool_
+    ]  # whether the step goes towards the minimum, shape=(steps, elements)
 
     @property
     def diverged(self) -> bool:
         return bool(self.loss[-1] > DIVERGED)
 
     @property
-    def settled(self) -> float:
+    def final_loss(self) -> float:
         """Mean loss of the last 500 steps."""
         return float(self.loss[-500:].mean())
 
@@ -62,7 +64,7 @@ def train(
         seed: seed of the gradient noise.
         method: "apollo", or "sgd", which is Apollo with B = 0.
         steps: number of updates.
-        average: share of each update of B that is left out; 0 is Apollo.
+        average: weight of the old B in a moving average; 0 is Apollo.
         noise: standard deviation of the gradient noise.
         curvatures: h of each element.
     """
@@ -91,9 +93,10 @@ def train(
 
 
 def growth(rate: float, curvatures: Array, scales: Array) -> Array:
-    """Return the growth per step of each element's error without noise: below 0, it shrinks.
+    """Return the logarithmic growth per step of each element's error, without noise.
 
-    The error and its momentum are multiplied by one 2 x 2 matrix per step, which D makes.
+    Each step multiplies the error and its momentum by a 2 x 2 matrix that depends on D. A negative
+    value means that the error shrinks.
 
     Args:
         rate: learning rate.
@@ -116,13 +119,16 @@ def growth(rate: float, curvatures: Array, scales: Array) -> Array:
 
 
 def resonance(k: float) -> float | None:
-    """Return the least relative swing of D at twice the oscillation's frequency that makes it grow.
+    """Return the smallest swing of D that makes an oscillation grow.
+
+    D swings at twice the frequency of the oscillation, where the resonance is.
 
     Args:
-        k: rate * (1 - beta) * curvature / D, of the mean D; the oscillation is stable below 3.8.
+        k: rate * (1 - beta) * curvature / mean D; with constant D the oscillation is stable below
+            3.8.
 
     Returns:
-        The swing as a share of D, in steps of 0.01; None: none up to 0.99 does.
+        The swing relative to the mean D, in steps of 0.01; None: no swing up to 0.99 suffices.
     """
     frequency = float(numpy.arccos((1 + BETA - k) / (2 * BETA**0.5)))
     phases = numpy.linspace(0.0, 2 * numpy.pi, 24, endpoint=False)
@@ -146,12 +152,14 @@ def rates_table() -> list[str]:
         sgd = [train(rate, seed, "sgd") for seed in SEEDS]
         apollo = [train(rate, seed) for seed in SEEDS]
         averaged = [train(rate, seed, average=0.9) for seed in SEEDS]
-        fine = [path for path in apollo if not path.diverged]
-        last = [path.diagonal[-500:] for path in fine]
-        share = f"{100 * numpy.mean([(abs(b) > SIGMA).mean() for b in last]):.1f}" if fine else "-"
-        mean = f"{numpy.mean([b.mean() for b in last]):.2f}" if fine else "-"
+        stable = [path for path in apollo if not path.diverged]
+        last = [path.diagonal[-500:] for path in stable]
+        share = (
+            f"{100 * numpy.mean([(abs(b) > SIGMA).mean() for b in last]):.1f}" if stable else "-"
+        )
+        mean = f"{numpy.mean([b.mean() for b in last]):.2f}" if stable else "-"
         lines.append(
-            f"| {rate:g} | {loss(sgd)} | {loss(apollo)} | {len(apollo) - len(fine)} of "
+            f"| {rate:g} | {loss(sgd)} | {loss(apollo)} | {len(apollo) - len(stable)} of "
             f"{len(apollo)} | {share} | {mean} | {rate * (1 - BETA) * CURVATURES.mean():.2f} | "
             f"{loss(averaged)} |"
         )
@@ -159,16 +167,16 @@ def rates_table() -> list[str]:
 
 
 def loss(paths: list[Trajectory]) -> str:
-    """Return the mean settled loss of the trainings that did not diverge."""
-    fine = [path.settled for path in paths if not path.diverged]
-    return f"{numpy.mean(fine):.1f}" if fine else "diverged"
+    """Return the mean final loss of the runs that did not diverge."""
+    stable = [path.final_loss for path in paths if not path.diverged]
+    return f"{numpy.mean(stable):.1f}" if stable else "diverged"
 
 
 def timing_table(rate: float = 25.0) -> list[str]:
-    """Return what D is like in the last steps of trainings that diverge.
+    """Return the table of D in the last steps of diverging runs.
 
-    The element is the one that grows fastest. Its growth is that under its own D, under the same
-    values of D in another order, and the largest under one of them held.
+    It follows the element that grows fastest. Three growths are compared: with the element's own D,
+    with the same values of D in random order, and the largest with one of them held constant.
     """
     lines = [
         "| seed | diverged after | the element's h | its D, step inwards | its D, step outwards "
@@ -195,7 +203,7 @@ def timing_table(rate: float = 25.0) -> list[str]:
 
 
 def elements_table() -> list[str]:
-    """Return how many of the trainings of a tensor with few elements diverge, at each rate."""
+    """Return the table of diverged runs by the number of elements and the learning rate."""
     rates = (1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 30.0)
     lines = [
         f"| elements | {' | '.join(f'lr {rate:g}' for rate in rates)} |",
@@ -212,7 +220,7 @@ def elements_table() -> list[str]:
 
 
 def resonance_table() -> list[str]:
-    """Return the table of the swing of D that suffices."""
+    """Return the table of the smallest swing of D that makes an oscillation grow."""
     lines = ["| lr (1 - beta) h / D | swing of D that suffices (%) |", "|---|---|"]
     for k in (0.1, 0.5, 1.0, 1.5, 1.9, 2.5, 3.0, 3.7):
         least = resonance(k)

@@ -1,11 +1,11 @@
-"""Memory and time of preparing a corpus as large as wanted in the form of One Billion Words.
+"""Memory and time of preparing a corpus of any size in the format of One Billion Words.
 
     python benchmarks/prepare_words.py [--millions 5] [--workers 2] [--json FILE]
 
-Words of the standard number, 793,471, drawn by Zipf's law, 3 in 1000 of them unknown; shards as
-large as the benchmark's where there are enough tokens. The preparation runs in processes of its
-own. Their memory is taken from Linux every 50 ms: resident, and proportional, which counts a page
-that several share once in all.
+The corpus has a vocabulary of the standard size, 793,471 words, drawn by Zipf's law; 3 words in
+1000 are unknown. With enough tokens its shards are as large as the benchmark's. The preparation
+runs in processes of its own. Their memory is read from Linux every 50 ms: the resident set size,
+and the proportional set size, which divides a shared page between its processes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import numpy
 from apollo_bench.runs.run_directory import describe_machine
 from apollo_bench.workloads.language_modeling.one_billion_word import HELD_OUT, TRAIN
 
-WORDS = 793_471  # of the standard vocabulary
-WHOLE = 0.8e9  # tokens of the benchmark
+VOCABULARY = 793_471  # words
+BENCHMARK = 0.8e9  # tokens of the benchmark
 SHARD = 8_000_000  # tokens of one of its shards
 HELD_OUT_SHARD = 160_000
 SENTENCE = 25  # words
@@ -38,25 +38,25 @@ from pathlib import Path
 from apollo_bench.workloads.language_modeling.one_billion_word import prepare
 
 if __name__ == "__main__":
-    raw, out, words = map(Path, sys.argv[1:4])
-    prepare(raw, out, words if words.name else None, int(sys.argv[4]), lambda *news: None)
+    raw, out, vocabulary = map(Path, sys.argv[1:4])
+    prepare(raw, out, vocabulary if vocabulary.name else None, int(sys.argv[4]), lambda *_: None)
 """
 
 
 def generate(folder: Path, tokens: int) -> int:
-    """Write shards and vocabulary; gives the number of tokens, ends of sentences among them."""
+    """Write shards and vocabulary, and return the number of tokens, ends of sentences included."""
     generator = numpy.random.default_rng(0)
     letters = numpy.array(list("etaoinshrdlcumwfgypbvkjxqz"))
-    lengths = generator.integers(3, 13, WORDS)
+    lengths = generator.integers(3, 13, VOCABULARY)
     words = [
         f"{''.join(letters[generator.integers(0, 26, length)])}{number}"
         for number, length in enumerate(lengths)
     ]
     words[:3] = ["</S>", "<S>", "<UNK>"]
     (folder / "words.txt").write_text("".join(f"{word}\n" for word in words))
-    words += [f"unknown{number}" for number in range(WORDS)]
-    chances = 1 / numpy.arange(1, WORDS - 2)
-    sums = (chances / chances.sum()).cumsum()
+    words += [f"unknown{number}" for number in range(VOCABULARY)]
+    probabilities = 1 / numpy.arange(1, VOCABULARY - 2)
+    sums = (probabilities / probabilities.sum()).cumsum()
     shards = max(2, round(tokens / SHARD))
     (folder / TRAIN).mkdir()
     (folder / HELD_OUT).mkdir()
@@ -74,15 +74,15 @@ def generate(folder: Path, tokens: int) -> int:
             while sentences > 0:
                 count = min(sentences, 10_000)
                 drawn = 3 + sums.searchsorted(generator.random((count, SENTENCE)))
-                drawn[generator.random(drawn.shape) < 0.003] += WORDS - 3
+                drawn[generator.random(drawn.shape) < 0.003] += VOCABULARY - 3
                 file.writelines(f"{' '.join(words[word] for word in row)}\n" for row in drawn)
                 sentences -= count
                 total += count * (SENTENCE + 1)
     return total
 
 
-class Memory:
-    """The most memory that a process and all that it starts have had at one time."""
+class PeakMemory:
+    """Peak memory of a process and all its descendants together; a context manager."""
 
     def __init__(self, process: int) -> None:
         self.resident = self.proportional = self.processes = 0
@@ -90,7 +90,7 @@ class Memory:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch)
 
-    def __enter__(self) -> Memory:
+    def __enter__(self) -> PeakMemory:
         self._thread.start()
         return self
 
@@ -100,13 +100,13 @@ class Memory:
 
     def _watch(self) -> None:
         while not self._ended.wait(0.05):
-            family = [self._process]
-            for process in family:
-                family += children(process)
-            used = [sizes(process) for process in family]
+            processes = [self._process]
+            for process in processes:
+                processes += children(process)
+            used = [sizes(process) for process in processes]
             self.resident = max(self.resident, sum(one for one, _ in used))
             self.proportional = max(self.proportional, sum(one for _, one in used))
-            self.processes = max(self.processes, len(family))
+            self.processes = max(self.processes, len(processes))
 
 
 def children(process: int) -> list[int]:
@@ -121,7 +121,7 @@ def children(process: int) -> list[int]:
 
 
 def sizes(process: int) -> tuple[int, int]:
-    """Resident and proportional bytes."""
+    """Return the resident and the proportional set size of a process in bytes."""
     found = {"Rss": 0, "Pss": 0}
     try:
         for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
@@ -139,7 +139,7 @@ def measure(folder: Path, vocabulary: str, workers: int, tokens: int) -> dict[st
     with tempfile.TemporaryDirectory(dir=folder) as out:
         command = [sys.executable, str(script), str(folder), out, vocabulary, str(workers)]
         start = time.perf_counter()
-        with subprocess.Popen(command) as child, Memory(child.pid) as memory:
+        with subprocess.Popen(command) as child, PeakMemory(child.pid) as memory:
             if child.wait():
                 raise SystemExit(child.returncode)
             seconds = time.perf_counter() - start
@@ -154,7 +154,7 @@ def measure(folder: Path, vocabulary: str, workers: int, tokens: int) -> dict[st
         "peak_resident_mb": round(memory.resident / 1e6, 1),
         "seconds": round(seconds, 2),
         "tokens_per_second": round(tokens / seconds),
-        "minutes_for_the_benchmark": round(WHOLE / tokens * seconds / 60, 1),
+        "minutes_for_the_benchmark": round(BENCHMARK / tokens * seconds / 60, 1),
     }
 
 
@@ -162,8 +162,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--millions", type=float, default=5, help="tokens to generate")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--folder", type=Path, help="for the corpus; default: a temporary one")
-    parser.add_argument("--json", type=Path, help="write the result there too")
+    parser.add_argument(
+        "--folder", type=Path, help="folder for the corpus; default: a temporary one"
+    )
+    parser.add_argument("--json", type=Path, help="file for the result")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)

@@ -1,13 +1,15 @@
-"""What a step costs on sharded parameters, and what it sends: Apollo beside AdamW, as under FSDP2.
+"""Time and communication of a step on sharded parameters, as under FSDP2: Apollo and AdamW.
 
     python benchmarks/sharded_step.py [--ranks 1 2 4] [--widths 64 256 512] [--json FILE]
 
-The parameters of 12 Transformer layers, each a DTensor sharded over all ranks along its first
-dimension as ``fully_shard`` does it, with random gradients. Every rank is a process of one thread;
-they meet by gloo on loopback. In each round every contender takes one step, in an order that
-rotates, between two barriers; a round's time is that of the slowest rank. Bytes are those of the
-buffer of each all-reduce, and what the loopback device has carried for all ranks together during a
-step (both directions of every message, with TCP's headers), less what the barriers alone carry.
+The parameters are those of 12 Transformer layers. Each is a DTensor that is sharded over all ranks
+along its first dimension, as by ``fully_shard``, with random gradients. Every rank is a process of
+one thread; the ranks communicate by gloo on the loopback device. In each round every optimizer
+takes one step between two barriers, in an order that rotates. A round's time is that of the slowest
+rank.
+
+Two counts of bytes are given: the buffers of one rank's all-reduces, and the traffic of the
+loopback device for all ranks, in both directions with TCP's headers, without that of the barriers.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
+import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -36,7 +38,7 @@ from apollo_qn import Apollo
 
 LAYERS = 12
 PEER = "AdamW fused"
-CONTENDERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     PEER: lambda p: torch.optim.AdamW(p, fused=True),
     "AdamW foreach": lambda p: torch.optim.AdamW(p, foreach=True),
     "Apollo": Apollo,
@@ -45,14 +47,14 @@ CONTENDERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
 
 
 def shapes(width: int) -> list[tuple[int, ...]]:
-    """Attention, feed-forward and norms of each layer, weights and biases."""
+    """Return the shapes of attention, feed-forward and norms in all layers, biases included."""
     layer = [(3 * width, width), (3 * width,), (width, width), (width,)]
     layer += [(4 * width, width), (4 * width,), (width, 4 * width), (width,)] + [(width,)] * 4
     return layer * LAYERS
 
 
-def on_loopback() -> int:
-    """Bytes that it has received so far."""
+def loopback_bytes() -> int:
+    """Return the number of bytes that the loopback device has received so far."""
     for line in Path("/proc/net/dev").read_text().splitlines():
         name, _, numbers = line.partition(":")
         if name.strip() == "lo":
@@ -60,8 +62,8 @@ def on_loopback() -> int:
     return 0
 
 
-class Counted:
-    """Bytes in the buffers of this rank's all-reduces."""
+class CountingAllReduce:
+    """``dist.all_reduce`` that counts its calls and the bytes of their buffers."""
 
     def __init__(self) -> None:
         self.calls, self.bytes = 0, 0
@@ -73,7 +75,9 @@ class Counted:
         return self.original(tensor, *args, **kwargs)
 
 
-def work(rank: int, world: int, store: str, widths: list[int], repeats: int, out: str) -> None:
+def measure_on_rank(
+    rank: int, world: int, store: str, widths: list[int], repeats: int, out: str
+) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
@@ -81,7 +85,7 @@ def work(rank: int, world: int, store: str, widths: list[int], repeats: int, out
     results = []
     for width in widths:
         params: dict[str, list[nn.Parameter]] = {}
-        for name in CONTENDERS:
+        for name in OPTIMIZERS:
             generator = torch.Generator().manual_seed(0)
             params[name] = []
             for shape in shapes(width):
@@ -89,27 +93,27 @@ def work(rank: int, world: int, store: str, widths: list[int], repeats: int, out
                 p = nn.Parameter(distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None))
                 p.grad = distribute_tensor(x / 8, mesh, [Shard(0)], src_data_rank=None)
                 params[name].append(p)
-        optimizers = {name: make(params[name]) for name, make in CONTENDERS.items()}
-        times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-        counted = {name: Counted() for name in CONTENDERS}
-        carried: dict[str, list[int]] = {name: [] for name in (*CONTENDERS, "nothing")}
-        names = list(carried)
+        optimizers = {name: make(params[name]) for name, make in OPTIMIZERS.items()}
+        times: dict[str, list[float]] = {name: [] for name in OPTIMIZERS}
+        counters = {name: CountingAllReduce() for name in OPTIMIZERS}
+        traffic: dict[str, list[int]] = {name: [] for name in (*OPTIMIZERS, "barriers")}
+        names = list(traffic)
         for round_ in range(repeats + 3):
             first = round_ % len(names)
             for name in names[first:] + names[:first]:
                 dist.barrier()
-                before, start = on_loopback(), time.perf_counter()
-                if name in CONTENDERS:
-                    dist.all_reduce = counted[name]
+                before, start = loopback_bytes(), time.perf_counter()
+                if name in OPTIMIZERS:
+                    dist.all_reduce = counters[name]
                     optimizers[name].step()
-                    dist.all_reduce = counted[name].original
+                    dist.all_reduce = counters[name].original
                 taken = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
                 dist.barrier()
-                sent = on_loopback() - before
+                received = loopback_bytes() - before
                 dist.all_reduce(taken, op=dist.ReduceOp.MAX)
                 if round_ >= 3:
-                    carried[name].append(sent)
-                    if name in CONTENDERS:
+                    traffic[name].append(received)
+                    if name in OPTIMIZERS:
                         times[name].append(1e3 * float(taken))
         steps = repeats + 3
         results.append(
@@ -119,11 +123,13 @@ def work(rank: int, world: int, store: str, widths: list[int], repeats: int, out
                 "parameters": sum(p.numel() for p in params[PEER]),
                 "tensors": len(params[PEER]),
                 "step_ms": times,
-                "all_reduces_a_step": {n: c.calls / steps for n, c in counted.items()},
-                "buffer_bytes": {n: c.bytes / steps for n, c in counted.items()},
-                "carried_bytes": {
-                    n: max(0, statistics.median(carried[n]) - statistics.median(carried["nothing"]))
-                    for n in CONTENDERS
+                "all_reduces_per_step": {n: c.calls / steps for n, c in counters.items()},
+                "buffer_bytes": {n: c.bytes / steps for n, c in counters.items()},
+                "loopback_bytes": {
+                    n: max(
+                        0, statistics.median(traffic[n]) - statistics.median(traffic["barriers"])
+                    )
+                    for n in OPTIMIZERS
                 },
             }
         )
@@ -133,10 +139,10 @@ def work(rank: int, world: int, store: str, widths: list[int], repeats: int, out
     dist.destroy_process_group()
 
 
-def table(results: list[dict[str, Any]]) -> None:
+def print_table(results: list[dict[str, Any]]) -> None:
     print(
         f"{'ranks':>5} {'parameters':>12} {'tensors':>8}  {'':14}{'step, ms':>9}{'/ ' + PEER:>15}"
-        f"{'all-reduces':>13}{'buffer, B':>11}{'carried, B':>12}"
+        f"{'all-reduces':>13}{'buffer, B':>11}{'loopback, B':>12}"
     )
     for row in results:
         peer = row["step_ms"][PEER]
@@ -145,8 +151,8 @@ def table(results: list[dict[str, Any]]) -> None:
             print(
                 f"{row['ranks']:5} {row['parameters']:12,} {row['tensors']:8}  {name:14}"
                 f"{statistics.median(taken):9.2f}{ratio:15.2f}"
-                f"{row['all_reduces_a_step'][name]:13.0f}{row['buffer_bytes'][name]:11,.0f}"
-                f"{row['carried_bytes'][name]:12,.0f}"
+                f"{row['all_reduces_per_step'][name]:13.0f}{row['buffer_bytes'][name]:11,.0f}"
+                f"{row['loopback_bytes'][name]:12,.0f}"
             )
 
 
@@ -155,16 +161,16 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 256, 512])
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--json", type=Path, help="write every measured time to this file")
+    parser.add_argument("--json", type=Path, help="file for every measured time")
     arguments = parser.parse_args()
     results = []
     for world in arguments.ranks:
         with tempfile.TemporaryDirectory() as folder:
             out = str(Path(folder) / "out.json")
-            given = (world, f"{folder}/store", arguments.widths, arguments.repeats, out)
-            torch.multiprocessing.spawn(work, given, world)
+            values = (world, f"{folder}/store", arguments.widths, arguments.repeats, out)
+            mp.spawn(measure_on_rank, values, world)  # type: ignore[attr-defined, no-untyped-call]
             results += json.loads(Path(out).read_text())
-    table(results)
+    print_table(results)
     if arguments.json:
         content = {
             "command": " ".join(["python", *sys.argv]),

@@ -1,11 +1,11 @@
-"""Step time of Apollo against torch.optim.AdamW on the same tensors, where overhead counts.
+"""Step time of Apollo and torch.optim.AdamW on the same tensors, where overhead dominates.
 
-The sets are many small tensors, many groups, and gradients or memory that change at each step. Both
-optimizers take their steps in turn, in one process; the table has medians and their ratio.
+The sets have many small tensors, many groups, or gradients or memory that change at each step. The
+optimizers step alternately in one process. The table has the median times and their ratio.
 
     python benchmarks/step_overhead.py --threads 2
 
-Run it with nothing else on the machine: on a busy one the ratio says little.
+Run it on an idle machine; other work distorts the ratio.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ Shapes = list[tuple[int, ...]]
 Change = Callable[[list[torch.nn.Parameter], list[torch.Tensor], int], None]
 
 
-def nothing(params: list[torch.nn.Parameter], grads: list[torch.Tensor], step: int) -> None:
+def unchanged(params: list[torch.nn.Parameter], grads: list[torch.Tensor], step: int) -> None:
     pass
 
 
-def another_gradient_is_none(
+def move_missing_gradient(
     params: list[torch.nn.Parameter], grads: list[torch.Tensor], step: int
 ) -> None:
     for p, g in zip(params, grads, strict=True):
@@ -39,29 +39,29 @@ def another_gradient_is_none(
     params[step % len(params)].grad = None
 
 
-def all_memory_is_new(
-    params: list[torch.nn.Parameter], grads: list[torch.Tensor], step: int
-) -> None:
+def replace_memory(params: list[torch.nn.Parameter], grads: list[torch.Tensor], step: int) -> None:
     for p in params:
         p.data = p.data.clone()
 
 
-FUSED, FOREACH = ({"fused": True}, {}), ({"foreach": True}, {"foreach": True})
+FUSED: Any = ({"fused": True}, {})
+FOREACH: Any = ({"foreach": True}, {"foreach": True})
 SETS: dict[str, tuple[str, int, bool, Change, Any]] = {
-    # name: shapes, steps, a group per tensor, what changes, options of AdamW and of Apollo
-    "ResNet-110, 335 tensors": ("resnet-110", 300, False, nothing, FUSED),
-    "10,000 tensors of 64": ("64 x 10000", 40, False, nothing, FUSED),
-    "300 groups of one tensor of 64": ("64 x 300", 150, True, nothing, FUSED),
-    "300 groups, both foreach": ("64 x 300", 100, True, nothing, FOREACH),
-    "300 tensors of 256, another gradient None": (
+    # name: shapes, steps, whether each tensor has a group, change before a step, options of AdamW
+    # and of Apollo
+    "ResNet-110, 335 tensors": ("resnet-110", 300, False, unchanged, FUSED),
+    "10,000 tensors of 64": ("64 x 10000", 40, False, unchanged, FUSED),
+    "300 groups of one tensor of 64": ("64 x 300", 150, True, unchanged, FUSED),
+    "300 groups, both foreach": ("64 x 300", 100, True, unchanged, FOREACH),
+    "300 tensors of 256, a changing gradient None": (
         "256 x 300",
         300,
         False,
-        another_gradient_is_none,
+        move_missing_gradient,
         FUSED,
     ),
-    "300 tensors of 256, all p.data new": ("256 x 300", 300, False, all_memory_is_new, FUSED),
-    "64 M elements in one tensor": ("64000000 x 1", 12, False, nothing, FUSED),
+    "300 tensors of 256, p.data replaced": ("256 x 300", 300, False, replace_memory, FUSED),
+    "64 M elements in one tensor": ("64000000 x 1", 12, False, unchanged, FUSED),
 }
 
 
@@ -73,8 +73,8 @@ def shapes_of(text: str) -> Shapes:
 
 
 def measure(text: str, steps: int, grouped: bool, change: Change, options: Any) -> list[float]:
-    """Return the median seconds of a step of AdamW and of Apollo."""
-    made = []
+    """Return the median time of a step of AdamW and of Apollo, in seconds."""
+    optimizers: list[Any] = []
     for kind, settings in zip((torch.optim.AdamW, apollo_qn.Apollo), options, strict=True):
         torch.manual_seed(0)
         params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes_of(text)]
@@ -82,20 +82,20 @@ def measure(text: str, steps: int, grouped: bool, change: Change, options: Any) 
         for p, g in zip(params, grads, strict=True):
             p.grad = g
         groups: Any = [{"params": [p]} for p in params] if grouped else params
-        made.append((kind(groups, lr=0.1, **settings), params, grads, []))
+        optimizers.append((kind(groups, lr=0.1, **settings), params, grads, []))
     for step in range(steps):
-        for optimizer, params, grads, seconds in made:
+        for optimizer, params, grads, seconds in optimizers:
             change(params, grads, step)
             start = time.perf_counter()
             optimizer.step()
             seconds.append(time.perf_counter() - start)
-    return [statistics.median(seconds[steps // 10 :]) for *_, seconds in made]
+    return [statistics.median(seconds[steps // 10 :]) for *_, seconds in optimizers]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, help="a JSON file for the numbers")
+    parser.add_argument("--out", type=Path, help="JSON file for the numbers")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"torch {torch.__version__}, {arguments.threads} threads\n")

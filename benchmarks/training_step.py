@@ -1,11 +1,11 @@
-"""What an optimizer's step costs a training step, and whether it slows what surrounds it.
+"""Share of the optimizer's step in a training step, and its effect on the passes around it.
 
     python benchmarks/training_step.py [--batch 32] [--repeats 20] [--json FILE]
 
-ResNet-110 on random images of CIFAR-10's size. Each round does one forward and backward pass for
-every contender, in an order that rotates, and then its step; "none" takes no step. The first column
-says whether the passes themselves take longer beside an optimizer, whose threads might compete with
-torch's own; the second what the step takes.
+The model is ResNet-110, on random images of CIFAR-10's size. Each round does a forward pass, a
+backward pass and a step with every optimizer, in an order that rotates; "none" takes no step. The
+first columns show whether the passes take longer beside an optimizer, whose threads might compete
+with torch's. The last columns show the time of the step.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from apollo_bench.workloads.image_classification.resnet import resnet
 from apollo_qn import Apollo
 
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
-CONTENDERS: dict[str, Make | None] = {
+OPTIMIZERS: dict[str, Make | None] = {
     "none": None,
     "AdamW fused": lambda p: torch.optim.AdamW(p, fused=True),
     "Apollo fused": lambda p: Apollo(p, fused=True),
@@ -36,30 +36,30 @@ CONTENDERS: dict[str, Make | None] = {
 
 
 def measure(batch: int, repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Milliseconds of the passes and of the step, by contender."""
+    """Return the times of the passes and of the steps in milliseconds, by optimizer."""
     torch.manual_seed(0)
     x, y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
     models, optimizers = {}, {}
-    for name, make in CONTENDERS.items():
+    for name, make in OPTIMIZERS.items():
         models[name] = resnet(110)
         optimizers[name] = make(list(models[name].parameters())) if make else None
-    times: dict[str, dict[str, list[float]]] = {n: {"passes": [], "step": []} for n in CONTENDERS}
-    names = list(CONTENDERS)
-    warm_up = 2
-    for round_ in range(repeats + warm_up):
+    times: dict[str, dict[str, list[float]]] = {n: {"passes": [], "step": []} for n in OPTIMIZERS}
+    names = list(OPTIMIZERS)
+    warmup = 2
+    for round_ in range(repeats + warmup):
         first = round_ % len(names)
         for name in names[first:] + names[:first]:
             start = time.perf_counter()
             models[name].zero_grad()
-            functional.cross_entropy(models[name](x), y).backward()
+            functional.cross_entropy(models[name](x), y).backward()  # type: ignore[no-untyped-call]
             middle = time.perf_counter()
             optimizer = optimizers[name]
             if optimizer is not None:
                 optimizer.step()
-            if round_ >= warm_up:
+            if round_ >= warmup:
                 times[name]["passes"].append(1e3 * (middle - start))
                 times[name]["step"].append(1e3 * (time.perf_counter() - middle))
-        print(f"\r{round_ + 1}/{repeats + warm_up}", end="", file=sys.stderr)
+        print(f"\r{round_ + 1}/{repeats + warmup}", end="", file=sys.stderr)
     print("\r        \r", end="", file=sys.stderr)
     return times
 
@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--json", type=Path, help="write every measured time to this file")
+    parser.add_argument("--json", type=Path, help="file for every measured time")
     arguments = parser.parse_args()
     times = measure(arguments.batch, arguments.repeats)
     alone = times["none"]["passes"]

@@ -39,7 +39,7 @@ def test_a_small_form_on_the_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     outcomes = json.loads((tmp_path / "parts.json").read_text())
     assert [one["part"] for one in outcomes] == ["about", "tests:quick", "bench:many-tensors/1000"]
-    assert "passed" in outcomes[1]["said"]
+    assert "passed" in outcomes[1]["message"]
     record = json.loads((tmp_path / "bench-many-tensors-1000.json").read_text())
     rows = {row["name"]: row for row in record["rows"]}
     assert rows["AdamW fused"]["ratio"] == 1.0
@@ -51,33 +51,33 @@ def test_a_small_form_on_the_cpu(tmp_path: Path) -> None:
 def test_without_a_gpu_one_part_says_so(script: Any, tmp_path: Path) -> None:
     part = script.Part("about", 60.0, [sys.executable, str(SCRIPT), "--part", "about"])
     part.command += ["--device", "cuda:99", "--out", str(tmp_path)]
-    outcome = script.conduct(part, 60.0, "cpu", tmp_path)
-    assert outcome["exit"] == 1
-    assert "sees" in outcome["said"]
+    outcome = script.run_part(part, 60.0, "cpu", tmp_path)
+    assert outcome["exit_status"] == 1
+    assert "sees" in outcome["message"]
 
 
 def test_a_part_that_takes_too_long_is_ended(script: Any, tmp_path: Path) -> None:
     part = script.Part("slow", 1.0, [sys.executable, "-c", "import time; time.sleep(60)"])
-    outcome = script.conduct(part, 0.3, "cpu", tmp_path)
-    assert (outcome["exit"], outcome["said"]) == (None, "out of time")
+    outcome = script.run_part(part, 0.3, "cpu", tmp_path)
+    assert (outcome["exit_status"], outcome["message"]) == (None, "out of time")
     assert outcome["seconds"] < 30
 
 
 def test_verdicts(script: Any, tmp_path: Path) -> None:
-    row = {"name": script.MINE, "ratio": 1.2, "times the rule's speed": 12.0}
+    row = {"name": script.MINE, "ratio": 1.2, "speedup over the rule": 12.0}
     about = {"element_bytes": 4, "parameters": 1_300_000_000, "copy, GB/s": 4000.0}
     window = {"window": 1e9, "milliseconds": 14.5}  # 52 GB in 14.5 ms: 3,586 GB/s
     for name in ("transformer-base", "decoder-1.3b"):
         (tmp_path / f"bench-{name}.json").write_text(json.dumps({"rows": [row], **about}))
-        few = {"window": 0.6, "milliseconds": 9.0}  # fewer words: not what is asked
+        few = {"window": 0.6, "milliseconds": 9.0}  # fewer values: not the criterion
         (tmp_path / f"sweep-{name}.json").write_text(json.dumps({"rows": [few, window]}))
-    done = [{"part": "tests:cuda", "exit": 1, "said": "1 failed"}]
-    found = {what: verdict for what, _, verdict in script.bars(tmp_path, done)}
+    done = [{"part": "tests:cuda", "exit_status": 1, "message": "1 failed"}]
+    found = {what: verdict for what, _, verdict in script.criteria(tmp_path, done)}
     assert found["tests:cuda"] == "MISSED"
     assert found["transformer-base: step <= 1.15 x AdamW fused"] == "MISSED"
     assert found["decoder-1.3b: step <= 1.45 x AdamW fused"] == "pass"
-    assert found["decoder-1.3b: >= 10 x the rule's speed"] == "pass"
-    assert found["decoder-1.3b: >= 85% of a copy's bandwidth at 10 words"] == "pass"
+    assert found["decoder-1.3b: >= 10 x the speed of the rule"] == "pass"
+    assert found["decoder-1.3b: >= 85% of a copy's bandwidth at 10 values"] == "pass"
     assert found["decoder-1.3b: AdamW compiled measured"] == "MISSED"
     assert found["resnet-110: step <= 1.0 x AdamW fused"] == "MISSED"  # not measured
 

@@ -1,9 +1,9 @@
-"""What the engine adds to a bare training loop on the same model and data.
+"""Overhead of apollo-bench's training loop over a minimal loop on the same model and data.
 
-    python benchmarks/engine_overhead.py [--recipe fashion-mnist] [--epochs 2] [--repeats 5]
+    python benchmarks/training_loop_overhead.py [--recipe fashion-mnist] [--epochs 2] [--repeats 5]
 
-Both train the recipe's Apollo run from the same weights and evaluate after each epoch; the engine
-also logs, writes checkpoints and can be resumed. They take turns; the table gives medians.
+Both train the recipe's Apollo run from the same weights and evaluate after each epoch. The training
+loop also logs, writes checkpoints and can be resumed. The two alternate; the table has medians.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from apollo_bench.workloads import tasks
 from apollo_bench.workloads.workload import Workload
 
 
-def bare(spec: RunSpec, task: Workload) -> None:
-    """The shortest loop that trains and evaluates the same."""
+def train_minimal(spec: RunSpec, task: Workload) -> None:
+    """Train and evaluate with the shortest loop that gives the same weights."""
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(spec.seed)
     model = task.model()
-    optimizer = build_optimizer(spec.optimizer, model.parameters())
+    optimizer = build_optimizer(spec.optimizer, model)
     steps = spec.train.schedule.steps(task.steps_per_epoch)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lr_factor(spec.train.schedule, spec.name, steps)
@@ -42,7 +42,7 @@ def bare(spec: RunSpec, task: Workload) -> None:
         for batch in task.batches(spec.seed, epoch, 0):
             loss, _ = task.loss(model, batch, batch, ())
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
         model.eval()
@@ -61,27 +61,29 @@ def main() -> None:
     schedule = spec.train.schedule.model_copy(update={"epochs": arguments.epochs})
     spec = spec.model_copy(update={"train": spec.train.model_copy(update={"schedule": schedule})})
     task = tasks.make(spec)
-    times: dict[str, list[float]] = {"bare": [], "engine": []}
+    times: dict[str, list[float]] = {"minimal": [], "training loop": []}
     for repeat in range(arguments.repeats + 1):
         with tempfile.TemporaryDirectory() as folder:
             directory = RunDirectory(Path(folder) / "run")
             directory.prepare(spec, task.fingerprint, None, sys.argv)
             for name in sorted(times, reverse=bool(repeat % 2)):
                 start = time.perf_counter()
-                if name == "bare":
-                    bare(spec, task)
+                if name == "minimal":
+                    train_minimal(spec, task)
                 else:
                     train(directory, spec, task)
-                if repeat:  # the first warms up
+                if repeat:  # the first is a warmup
                     times[name].append(time.perf_counter() - start)
             shutil.rmtree(directory.path)
         print(f"\r{repeat}/{arguments.repeats}", end="", file=sys.stderr)
     print("\r        \r", end="", file=sys.stderr)
     steps = arguments.epochs * task.steps_per_epoch
+    print("milliseconds per step, evaluations included")
     for name, taken in times.items():
-        print(f"{name:8} {1e3 * statistics.median(taken) / steps:8.3f} ms a step, all included")
-    ratios = [a / b for a, b in zip(times["engine"], times["bare"], strict=True)]
-    print(f"engine / bare: {statistics.median(ratios):.3f} ({min(ratios):.3f} - {max(ratios):.3f})")
+        print(f"{name:14} {1e3 * statistics.median(taken) / steps:8.3f}")
+    ratios = [a / b for a, b in zip(times["training loop"], times["minimal"], strict=True)]
+    low, high = min(ratios), max(ratios)
+    print(f"training loop / minimal: {statistics.median(ratios):.3f} ({low:.3f} - {high:.3f})")
 
 
 if __name__ == "__main__":
