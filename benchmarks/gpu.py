@@ -194,7 +194,7 @@ def sweep(device: str, name: str, out: Path) -> None:
             found = {"unavailable": f"{type(error).__name__}: {error}"}
         rows.append({**asdict(tried), **found})
         write(out / f"sweep-{name}.json", {"name": name, "rows": rows})
-        where.give_back()
+        where.release_memory()
 
 
 # The main process, which never uses the device.

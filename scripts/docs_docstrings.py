@@ -1,6 +1,6 @@
-"""An extension of griffe: what docstrings say in reStructuredText, in Markdown.
+"""An extension of griffe: turns the reStructuredText of docstrings into Markdown.
 
-These are references (``:class:`apollo_qn.Apollo```), code after ``::`` and ``.. code-block::``.
+This concerns references (``:class:`apollo_qn.Apollo```), code after ``::`` and ``.. code-block::``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from griffe import Class, Extension, Module, NameResolutionError, Object
 _ROLE = re.compile(r":(?:class|func|meth|mod):`([\w.]+)`")
 # at the beginning of a description Markdown would take it for a quotation
 _AT_LEAST = re.compile(r"(?<=: )>=")
-# what griffe takes for code with its results has the plural
+# griffe reads a section of this name as code with its results if it is plural
 _EXAMPLE = re.compile(r"^(\s*)Example:$", re.MULTILINE)
 _INDENTED = r"\n\n((?:(?P=margin)    .*(?:\n|$)|[ ]*\n)+)"
 _CODE_BLOCK = re.compile(
@@ -26,7 +26,7 @@ class Markdown(Extension):
     """Rewrites all docstrings of a package."""
 
     def on_package(self, *, pkg: Module, **_: Any) -> None:
-        """When everything has been read, so that names can be found."""
+        """Rewrite the docstrings once all modules are read, so that names can be found."""
         _rewrite(pkg)
 
 
@@ -48,7 +48,7 @@ def _code_block(found: re.Match[str]) -> str:
 
 def _literal(found: re.Match[str]) -> str:
     before = found["before"]
-    # a "::" after a sentence, or alone, leaves nothing behind
+    # a "::" after a full stop, or alone on its line, leaves no colon
     colon = "" if not before or before.endswith(".") else ":"
     lead = f"{found['margin']}{before}{colon}\n\n" if before else ""
     return lead + _fence(found["margin"], "python", found[3])
@@ -63,7 +63,7 @@ def _fence(margin: str, language: str, code: str) -> str:
 
 
 def _reference(obj: Object, name: str) -> str:
-    """A link where the reference has the name; else the name alone."""
+    """Return a link if the reference knows the name, else the name."""
     shown = name.rpartition(".")[2]
     return f'<autoref identifier="{_path(obj, name)}" optional><code>{shown}</code></autoref>'
 

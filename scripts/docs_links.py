@@ -1,4 +1,4 @@
-"""A hook of MkDocs: links to files of the repository, which the site lacks, become names."""
+"""A hook of MkDocs: turns links to files outside docs/, which the site lacks, into file names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LINK = re.compile(r"\[(?P<text>[^\]]+)\]\((?P<target>(?:\.\./)+[^)#\s]+)\)")
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: object) -> str:
-    """Replace those links of a page; a file that is not there is an error."""
+    """Replace the links of a page to files outside docs/; a missing file is an error."""
     docs = Path(config.docs_dir).resolve()
 
     def named(found: re.Match[str]) -> str:

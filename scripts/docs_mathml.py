@@ -1,4 +1,4 @@
-"""A hook of MkDocs: formulas become MathML when the site is built, so that no script draws them."""
+"""A hook of MkDocs: turns formulas into MathML when the site is built; pages need no script."""
 
 from __future__ import annotations
 

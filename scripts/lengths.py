@@ -1,9 +1,9 @@
-"""The comparison of lengths: which pieces there are, and the settings that a search chose.
+"""The comparison of training lengths: its pieces, and the settings that the searches chose.
 
 ``python scripts/lengths.py status`` lists the pieces that are measured and those that are missing.
 ``python scripts/lengths.py chosen TASK LENGTH`` prints the options that give ``compare`` the best
-settings of the search: of the two warmups of each optimizer the better one, and its rate.
-``chosen TASK LENGTH apollo`` does so for one optimizer, as options of ``train``.
+settings of the search: the better one of each optimizer's two warmups, and its learning rate.
+``chosen TASK LENGTH apollo`` prints the options of ``train`` for one optimizer.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from apollo_bench.workloads.tasks import TASKS as FAMILIES
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 TASKS = ("multi30k", "cifar10", "wordnet")
 LENGTHS = {"16th": "1/16", "quarter": "1/4", "whole": "1"}
-SEARCHED = {"16th": "16th", "quarter": "quarter", "whole": "quarter"}  # at which length
+SEARCHED = {"16th": "16th", "quarter": "quarter", "whole": "quarter"}  # length of the search
 OTHER_WARMUP = "-long-warmup"  # ends the name of the second form of an optimizer
-HELD_OUT = 5000  # images, of the search on cifar10
+HELD_OUT = 5000  # images, for the search on cifar10
 LABELS = {
     "sgd": "SGD, momentum 0.9",
     "adamw": "AdamW",
@@ -59,7 +59,7 @@ def measured(results: Path = RESULTS) -> list[str]:
 
 
 def chosen(task: str, length: str, results: Path = RESULTS) -> Recipe:
-    """Return the recipe of a length with the settings of the best trials, and those forms alone.
+    """Return the recipe of a length with the best warmup and rate of each optimizer, no others.
 
     Args:
         task: one of TASKS.
@@ -77,12 +77,12 @@ def chosen(task: str, length: str, results: Path = RESULTS) -> Recipe:
     for name in plan.optimizers:
         trials = [run for run in runs if run.spec.name == name]
         if trials and all(run.verdict == "diverged" for run in trials):
-            continue  # the other warmup is left
+            continue  # the other warmup remains
         settings = best_trial(trials, f"{folder}: {name}")
         scores = [mean_score([run]) for run in trials if run.spec.optimizer == settings]
         [score] = [sign * score for score in scores if score is not None]
         method = name.removesuffix(OTHER_WARMUP)
-        if method not in best or score > best[method][0]:  # of equals the short warmup
+        if method not in best or score > best[method][0]:  # at a tie the short warmup
             best[method] = (score, name, settings.lr)
     optimizers = {
         name: scale_lr(
@@ -114,7 +114,7 @@ def planned(name: str, results: Path = RESULTS) -> list[RunSpec]:
     """Return the runs that an archive must hold.
 
     Args:
-        name: of the archive, as ``pieces`` returns it.
+        name: name of the archive, as ``pieces`` returns it.
         results: folder of recipes and archives.
 
     Raises:

@@ -3,8 +3,8 @@
     apt-get install dataset-fashion-mnist
     python scripts/make_fashion_mnist.py
 
-Of the official train and test split the first images of every class, in their own order: the same
-bytes on every machine. Needs numpy.
+The subset has the first images of every class of the official training and test split, in their
+order. The output has the same bytes on every machine. The script needs numpy.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "bench/src/apollo_bench/workloads/image_classification/embedded/fashion_mnist"
 SOURCE = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = 10
-# 8000 + 2000 images come to about 4.4 MB, below the 5 MB that the repository allows itself
+# 8000 + 2000 images take about 4.4 MB; at most 5 MB are allowed
 PER_CLASS = {"train": 800, "t10k": 200}
 LICENCE = """\
 The MIT License (MIT)

@@ -1,10 +1,10 @@
-"""Make the embedded phrases: English dates, numbers, amounts and times with their German.
+"""Make the embedded phrases: English dates, numbers, amounts and times with their translations.
 
     pip install babel==2.18.0 num2words==0.5.14
     python scripts/make_phrases.py
 
-Both sides say one value by the rules of Unicode's CLDR (babel) and of num2words, so every English
-phrase has one right translation. The same bytes on every machine.
+Both sides express one value by the rules of Unicode's CLDR (babel) and of num2words, so that every
+English phrase has one correct translation. The output has the same bytes on every machine.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Pair = tuple[str, str]
 Draw = Callable[[Random], object]
 
 CURRENCIES = ("EUR", "USD", "GBP", "CHF", "SEK", "PLN", "CZK", "CAD")
-# num2words's own names; of the others it has them in one language only
+# the currencies that num2words names in both languages
 SPELLED_CURRENCIES = {
     "EUR": (("euro", "euros", "cent", "cents"), ("Euro", "Euro", "Cent", "Cent")),
     "USD": (("dollar", "dollars", "cent", "cents"), ("Dollar", "Dollar", "Cent", "Cent")),
@@ -64,7 +64,7 @@ MEASURES = (
 SPANS = {"year": 365 * 86400, "month": 30 * 86400, "week": 7 * 86400, "day": 86400, "hour": 3600}
 
 
-# values: each belongs to one split, in whatever form it is said
+# values: each belongs to one split, in every form that expresses it
 
 
 def day(random: Random) -> datetime.date:
@@ -97,8 +97,8 @@ def cents(random: Random) -> Decimal:
     return Decimal(100 + random.randrange(10 ** (3 + random.randrange(5)))).scaleb(-2)
 
 
-def both(say: Callable[[str], str]) -> Pair:
-    return say(EN), say(DE)
+def both(express: Callable[[str], str]) -> Pair:
+    return express(EN), express(DE)
 
 
 # dates
@@ -148,7 +148,7 @@ def precise_clock(random: Random, value: datetime.time) -> Pair:
 
 
 def spoken_clock(random: Random, value: datetime.time) -> Pair:
-    """Ten to four is zehn vor vier, half past three is halb vier."""
+    """Return a time in words: "ten to four" is "zehn vor vier"."""
     hour, minute = value.hour, value.minute
     past = minute <= 30
     minutes = minute if past else 60 - minute
@@ -262,7 +262,7 @@ def spelled_amount(random: Random, value: Decimal) -> Pair:
     return said[0], said[1]
 
 
-# phrases: a value and the forms in which it is said
+# phrases: a value and the forms that express it
 
 DATES = (
     *(date_in("long", "long"), date_in("full", "full"), date_in("medium", "medium")),
@@ -279,7 +279,7 @@ KINDS = (
     *((rank, (ordinal,)), (count, (span,))),
 )
 
-# sentences: two values, each in the form that its place asks for
+# sentences: two values, each in the form of its placeholder
 LONG = date_in("long", "long")
 WEEKDAY = date_in("EEEE, MMMM d, y", "EEEE, 'dem' d. MMMM y")
 SENTENCES = (
@@ -327,15 +327,15 @@ SENTENCES = (
 
 
 def split_of(value: object) -> str:
-    """The one split to which a value belongs: one in twenty is for each of the small ones."""
-    # 3 and 3.0 and -3 share their digits, so they share their split
+    """Return the split that a value belongs to: 5 % are for validation and 5 % for test."""
+    # 3, 3.0 and -3 have the same digits, so they belong to the same split
     text = str(abs(value).normalize()) if isinstance(value, Decimal) else str(value)
     place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 20
     return {0: "valid", 1: "test"}.get(place, "train")
 
 
 def phrases(split: str) -> Iterator[Pair]:
-    """Without end, drawn with the split's own seed."""
+    """Yield phrases without end, drawn with the seed of the split."""
     random = Random(split)
 
     def drawn(draw: Draw) -> object:
@@ -355,15 +355,16 @@ def phrases(split: str) -> Iterator[Pair]:
                 english.format(*(one for one, _ in said)),
                 german.format(*(other for _, other in said)),
             )
-        # the CLDR's narrow and unbreakable blanks become plain ones
+        # plain spaces in place of the narrow and unbreakable ones of the CLDR
         yield tuple(" ".join(text.split()) for text in pair)
 
 
 def make(sizes: dict[str, int]) -> dict[str, list[Pair]]:
-    """Pairs of each split; no English or German phrase is in two of them, none twice in one."""
+    """Return the pairs of each split; every English and every German phrase occurs in one only."""
     taken: dict[str, str] = {}
     splits: dict[str, list[Pair]] = {}
-    # the small splits first: they keep what two values might share, as a time without its half day
+    # The small splits come first and keep phrases that two values share, such as a date without
+    # its year.
     for split in sorted(sizes, key=lambda name: (sizes[name], name)):
         pairs: dict[str, str] = {}
         source = phrases(split)

@@ -3,12 +3,13 @@
     apt-get install wordnet-base
     python scripts/make_wordnet.py
 
-The definitions and examples of WordNet 3.0, lower-cased and tokenised, each sentence once, shuffled
-and split: the same bytes on every machine. Needs nothing but Python.
+The text is that of the definitions and examples of WordNet 3.0, in lower case and tokenized. Each
+sentence occurs once; they are shuffled and split. The output has the same bytes on every machine.
+The script needs only Python.
 
     python scripts/make_wordnet.py --whole --target FOLDER
 
-writes every sentence, not only what the repository has room for.
+writes every sentence, also those that the repository has no room for.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ TARGET = ROOT / "bench/src/apollo_bench/workloads/language_modeling/embedded/wor
 SOURCE = Path("/usr/share/wordnet")
 PARTS = ("noun", "verb", "adj", "adv")
 SEED = "apollo-qn wordnet"
-LENGTHS = range(3, 81)  # tokens; shorter ones are no sentences, longer ones lists
+LENGTHS = range(3, 81)  # tokens; shorter texts are fragments, longer ones are lists
 EVALUATED = {"valid": 4_000, "test": 4_000}  # sentences
-EMBEDDED = 86_000  # training sentences: with all else 1.91 MB, below the 2 MB allowed
+EMBEDDED = 86_000  # training sentences; the folder then has 1.91 MB, at most 2 MB are allowed
 README = """\
 # Definitions and examples of WordNet
 
@@ -43,7 +44,7 @@ writes the same bytes each time. SHA256SUMS is checked whenever the text is read
 
 
 def licence(source: Path) -> str:
-    """The numbered lines that every database file begins with."""
+    """Return the licence: the numbered lines at the beginning of every database file."""
     lines = []
     for line in (source / "data.noun").read_text("ascii").splitlines():
         if not line.startswith("  "):
@@ -63,9 +64,9 @@ def glosses(source: Path) -> list[str]:
 
 
 def sentences(gloss: str) -> list[str]:
-    """Definitions, divided by semicolons outside of brackets, and examples, in quotation marks."""
+    """Return the definitions (separated by semicolons) and examples (quoted) of a gloss."""
     found = re.findall(r'"([^"]*)"', gloss)
-    # who is quoted, set after the quotation, goes with it
+    # the source of a quotation, which follows it, is removed too
     definition = re.sub(r'"[^"]*("|$)(\s*-+\s*[^;"]*)?', ";", gloss)
     depth, part = 0, ""
     for character in definition + ";":
@@ -83,7 +84,7 @@ def tokens(sentence: str) -> list[str]:
 
 
 def order(sentence: str) -> bytes:
-    """Sorting by it shuffles; unlike a generator's numbers it is the same in every Python."""
+    """Return a key whose order is a shuffle, the same in every version of Python."""
     return hashlib.sha256(f"{SEED}\n{sentence}".encode()).digest()
 
 

@@ -1,8 +1,8 @@
-"""The tables of results/ and of the pages that show them, from the metrics that are committed.
+"""Make the tables of results/ and of the pages that show them from the committed metrics.
 
-``python scripts/results.py`` writes them; with ``--check`` it says which of them are not what the
-metrics give, and whether the protocol was kept: the trials of the recipe and no others, the
-settings of the best, all seeds for all, the same data.
+``python scripts/results.py`` writes the tables. With ``--check`` it names every table that differs
+from what the metrics give, and every deviation from the protocol: trials that the recipe does not
+ask for, settings that are not those of the best trial, missing seeds, other data.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ RESULTS = ROOT / "results"
 FIGURES = ROOT / "docs" / "figures"
 PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")
 TASKS = ("cifar10", "wordnet", "multi30k")
-PLANS = {  # the recipes of a task, and what was made of each
+PLANS = {  # the recipes of a task, and the archives of each
     "recipe": ("tuning", "comparison"),
     "forms": ("forms-tuning", "forms-comparison"),
     "warmup": ("warmup-tuning", "warmup-comparison"),
 }
-SWEEP_SEEDS = 3  # of those of figures 2 and 4
+SWEEP_SEEDS = 3  # of the sweeps of figures 2 and 4
 SINGLE = ("lr-robustness", "weight-decay", "curvature")
 ANALYSES = (*PLANS["recipe"], *SINGLE, *PLANS["forms"], *PLANS["warmup"])
 KEPT = ("results.md", "results.csv")
-SHOWN = {  # which picture of an analysis the pages show
+SHOWN = {  # the figure of an analysis that the pages show
     "tuning": "tuning",
-    "comparison": None,  # the task's curve
+    "comparison": None,  # the curve of the task's metric
     "forms-tuning": "tuning",
     "forms-comparison": None,
     "warmup-tuning": "tuning",
@@ -58,7 +58,7 @@ SHOWN = {  # which picture of an analysis the pages show
     "weight-decay": "weight_decay",
     "curvature": "curvature",
 }
-LEFT_OUT = (
+OMITTED_COLUMNS = (  # by the beginning of their titles
     "weight decay",
     "lead over",
     "fewer updates",
@@ -66,7 +66,7 @@ LEFT_OUT = (
     "share of",
     "training",
 )
-PAPER = {  # the paper's experiment of the same kind, and its schedule
+PAPER = {  # the most similar experiment of the paper: recipe, schedule, title
     "cifar10": ("cifar10", "cosine", "CIFAR-10, ResNet-110, 200 epochs: accuracy (%)"),
     "wordnet": ("one-billion-word", "milestone", "One Billion Words, 20 epochs: perplexity"),
     "multi30k": ("wmt14-en-de", "paper", "WMT14, 500,000 updates: BLEU"),
@@ -76,7 +76,7 @@ OURS = {
     "wordnet": "WordNet, 400 updates: perplexity",
     "multi30k": "Multi30k, 600 updates: BLEU",
 }
-ROWS = {  # by the names that the recipes give the same optimizer
+ROWS = {  # the names that the recipes give an optimizer
     "SGD, momentum 0.9": ("sgd",),
     "AdamW": ("adam-adj", "adamw"),
     "RAdam": ("radam-adj", "radam"),
@@ -91,14 +91,14 @@ _BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> int:
-    """Write, or check."""
+    """Write the tables, or check them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     errors = [error for name in archives() for error in remake(name, check)]
     for task in TASKS:
         errors += [error for plan in PLANS for error in protocol(task, plan)]
-    errors += of_lengths()
+    errors += check_lengths()
     if all((RESULTS / task / "comparison" / RUNS).exists() for task in TASKS):
         errors += [error for path in PAGES for error in blocks(path, check)]
     for error in errors:
@@ -111,19 +111,19 @@ def main() -> int:
 
 
 def archives() -> list[str]:
-    """Their names, as cifar10/tuning."""
+    """Return the names of the archives, for example cifar10/tuning."""
     names = [f"{task}/{analysis}" for task in TASKS for analysis in ANALYSES]
     return [name for name in names if (RESULTS / name / RUNS).exists()] + lengths.measured(RESULTS)
 
 
-def of_lengths() -> Iterator[str]:
-    """Yield what is wrong with the comparison of lengths; pieces that are missing are allowed."""
+def check_lengths() -> Iterator[str]:
+    """Yield the errors in the comparison of lengths; missing pieces are no error."""
     data: dict[str, set[str]] = {}
     for name in lengths.measured(RESULTS):
         summary = summary_of(name)
         task = name.split("/")[0]
         try:
-            yield from unlike(name, summary, lengths.planned(name, RESULTS))
+            yield from differences(name, summary, lengths.planned(name, RESULTS))
         except ExperimentError as error:
             yield f"{name}: {error}"
         final = FAMILIES[task].final.name
@@ -135,18 +135,18 @@ def of_lengths() -> Iterator[str]:
         )
     for task, found in data.items():
         if len(found) > 1:
-            yield f"{task}: the lengths are not all of the same data"
+            yield f"{task}: the lengths were not all trained on the same data"
 
 
 @functools.cache
 def summary_of(name: str) -> Summary:
-    """Of an archive."""
+    """Return the summary of an archive."""
     [found] = collect([RESULTS / name])
     return found
 
 
 def remake(name: str, check: bool) -> Iterator[str]:
-    """The report of an archive; yields what is not as it is committed."""
+    """Write the report of an archive, or yield how it differs from the committed one."""
     with tempfile.TemporaryDirectory() as made:
         [summary] = page.write([RESULTS / name], Path(made))
         for file in KEPT:
@@ -156,7 +156,7 @@ def remake(name: str, check: bool) -> Iterator[str]:
         kind = analysis.rpartition("-")[2] if analysis.startswith("length-") else analysis
         source = SHOWN[kind] or summary.curve.label.replace(" ", "_")
         target = FIGURES / f"results_{task}_{analysis}.png"
-        # another matplotlib draws other bytes: what is compared is what was drawn
+        # The bytes of a figure depend on the version of matplotlib, so its data are compared.
         drawn = RESULTS / name / "figure.sha256"
         digest = hashlib.sha256((Path(made) / "results.csv").read_bytes())
         for table in (EVALUATIONS, CURVATURE):
@@ -171,7 +171,7 @@ def remake(name: str, check: bool) -> Iterator[str]:
 
 
 def put(path: Path, content: str, check: bool) -> Iterator[str]:
-    """Write a file; or yield how it differs."""
+    """Write a file, or yield how it differs."""
     if not check:
         path.write_text(content, encoding="utf-8")
         return
@@ -183,7 +183,7 @@ def put(path: Path, content: str, check: bool) -> Iterator[str]:
 
 
 def protocol(task: str, plan: str) -> Iterator[str]:
-    """Yield the deviations from the protocol: other runs than it asks for, or other data."""
+    """Yield the deviations from the protocol: missing or additional runs, or other data."""
     names = [f"{task}/{analysis}" for analysis in PLANS[plan]]
     there = [(RESULTS / name / RUNS).exists() for name in names]
     if not all(there):
@@ -196,12 +196,12 @@ def protocol(task: str, plan: str) -> Iterator[str]:
     size = searched.runs[0].spec.data.held_out
     held_out = known.model_copy(update={"data": known.data.holding_out(size)})
     optimizers = list(known.optimizers)
-    yield from unlike(search, searched, trials.make_trials(held_out, optimizers))
+    yield from differences(search, searched, trials.make_trials(held_out, optimizers))
     final = FAMILIES[task].final.name
     if final != FAMILIES[task].curve.name and any(final in run.result for run in searched.runs):
         yield f"{search}: has seen the test data"
     made = best_trials.apply_best_settings(known, RESULTS / search, optimizers)
-    yield from unlike(compared, summary_of(compared), made.runs(optimizers))
+    yield from differences(compared, summary_of(compared), made.runs(optimizers))
     analyses = [*names]
     if plan == "recipe":
         asked = {f"{task}/{kind}": made.sweep(kind, seeds=SWEEP_SEEDS) for kind in made.sweeps}
@@ -209,24 +209,27 @@ def protocol(task: str, plan: str) -> Iterator[str]:
         for name, runs in asked.items():
             if (RESULTS / name / RUNS).exists():
                 analyses.append(name)
-                yield from unlike(name, summary_of(name), runs)
+                yield from differences(name, summary_of(name), runs)
             else:
                 yield f"results: {name} is missing"
     steps = [run.result["steps"] for run in summary_of(compared).runs]
     every = known.train.evaluate_every
     if every and any(0.75 * count % every for count in steps):
-        yield f"{compared}: there is no evaluation after 75 % of a run, but every {every} updates"
+        yield f"{compared}: no evaluation after 75 % of a run, only every {every} updates"
     data = {
         run.manifest["data"]["fingerprint"] for name in analyses for run in summary_of(name).runs
     }
     if len(data) > 1:
-        yield f"{', '.join(analyses)}: not all of the same data"
+        yield f"{', '.join(analyses)}: not all trained on the same data"
     if len(made.seeds) < 5 or known.search is None or known.search.seed in made.seeds:
-        yield f"{compared}: five seeds are needed that no trial had"
+        yield f"{compared}: needs five seeds that no trial had"
 
 
-def unlike(name: str, summary: Summary, wanted: list[recipe.RunSpec]) -> Iterator[str]:
-    """What of an archive is not what should have been run; how often is evaluated is free."""
+def differences(name: str, summary: Summary, wanted: list[recipe.RunSpec]) -> Iterator[str]:
+    """Yield the runs of an archive that are missing, additional or have other settings.
+
+    The interval of evaluations may differ.
+    """
 
     def bare(spec: recipe.RunSpec) -> dict[str, Any]:
         return spec.model_copy(
@@ -245,16 +248,16 @@ def unlike(name: str, summary: Summary, wanted: list[recipe.RunSpec]) -> Iterato
 
 
 def blocks(path: Path, check: bool) -> Iterator[str]:
-    """The parts of a page that are tables of ours."""
+    """Write the marked blocks of a page, or yield how they differ."""
     text = path.read_text(encoding="utf-8")
     if not _BLOCK.search(text):
-        yield f"{path.relative_to(ROOT)}: shows no results"
+        yield f"{path.relative_to(ROOT)}: has no block of results"
     made = _BLOCK.sub(lambda found: f"{found[1]}\n{block(found[2])}\n{found[3]}", text)
     yield from put(path, made, check)
 
 
 def block(name: str) -> str:
-    """What stands between the marks."""
+    """Return the text of a marked block."""
     if name == "overview":
         return overview()
     if name == "paper":
@@ -276,16 +279,18 @@ def block(name: str) -> str:
 
 
 def narrow(table: tables.Table) -> tables.Table:
-    """Without what the full table in results/ is for."""
+    """Return a table without the columns that only the full table in results/ has."""
     kept = [
-        place for place, column in enumerate(table.columns) if not column.title.startswith(LEFT_OUT)
+        place
+        for place, column in enumerate(table.columns)
+        if not column.title.startswith(OMITTED_COLUMNS)
     ]
     columns = [table.columns[place] for place in kept]
     return tables.Table("", columns, [[row[place] for place in kept] for row in table.rows])
 
 
 def overview() -> str:
-    """One row an optimizer, one column a task."""
+    """Return a table with one row per optimizer and one column per task."""
     found = {task: summary_of(f"{task}/comparison") for task in TASKS}
     lines = [f"| | {' | '.join(OURS[task] for task in TASKS)} |", "|---|---|---|---|"]
     for label, names in ROWS.items():
@@ -295,7 +300,7 @@ def overview() -> str:
 
 
 def score(section: ScheduleSection, names: tuple[str, ...]) -> str:
-    """Mean and deviation, bold where it is the best."""
+    """Return mean and standard deviation; the best is bold."""
     for row in section.rows:
         if row.name in names:
             if row.score is None:
@@ -303,14 +308,14 @@ def score(section: ScheduleSection, names: tuple[str, ...]) -> str:
             text = row.score.text(2)
             text += f" ({row.diverged} of {len(row.runs)} diverged)" if row.diverged else ""
             return f"**{text}**" if row is section.best else text
-    # with hardly any decay, or none, the two are one
+    # with hardly any weight decay, ApolloW and Apollo are the same
     if names[0].startswith("apollow"):
         return f"as {names[0].replace('apollow', 'Apollo').replace('-', ', ')}"
     return tables.NOTHING
 
 
 def beside_the_paper() -> str:
-    """Ours and the paper's, task by task."""
+    """Return a table of our results and the paper's, task by task."""
     titles = [title for task in TASKS for title in (OURS[task], f"the paper: {PAPER[task][2]}")]
     lines = [f"| | {' | '.join(titles)} |", "|---|" + "---|" * len(titles)]
     sections = {task: summary_of(f"{task}/comparison").sections[0] for task in TASKS}
@@ -323,7 +328,10 @@ def beside_the_paper() -> str:
 
 
 def curvature() -> str:
-    """How much of Apollo is SGD: one row a task, at three times of the run of the first seed."""
+    """Return the table of the share of elements below sigma, where Apollo steps as SGD does.
+
+    It has one row per task, with the share at three times of the first seed's run.
+    """
     times = {"after the warmup": 0.1, "half-way": 0.5, "at the end": 1.0}
     titles = [f"elements below sigma {time} (%)" for time in times]
     lines = [f"| | {' | '.join(titles)} | RMS of B at the end | B < 0 at the end (%) |"]
@@ -345,7 +353,7 @@ def curvature() -> str:
 
 
 def published(task: str, names: tuple[str, ...]) -> str:
-    """The paper's number."""
+    """Return the paper's result."""
     theirs, schedule, _ = PAPER[task]
     numbers = recipe.load(theirs).paper[schedule]
     for name in (*names, "adam" if "adamw" in names else ""):

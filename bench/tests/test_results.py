@@ -164,7 +164,7 @@ def saw_the_test_data(content: dict[str, Any]) -> None:
     [
         ("comparison", better, "results.md is not what the metrics give"),
         ("comparison", other_rate, "has other settings than the protocol's"),
-        ("comparison", other_data, "not all of the same data"),
+        ("comparison", other_data, "not all trained on the same data"),
         ("comparison", one_less, " is missing"),
         ("tuning", one_more, "is none of the protocol's"),
         ("tuning", saw_the_test_data, "has seen the test data"),

@@ -106,8 +106,8 @@ def test_gradient_and_state_that_no_cache_holds_are_read_twice() -> None:
     assert result.bandwidth(timings, twice=True) == 10 * 1000 * 4 / 1e-3
 
 
-def taken(name: str, times: list[float], peer: list[float], words: int = 7) -> Timings:
-    return Timings(name, "apollo", words, times, peer)
+def taken(name: str, times: list[float], peer: list[float], values_moved: int = 7) -> Timings:
+    return Timings(name, "apollo", values_moved, times, peer)
 
 
 def test_a_timer_counts_milliseconds() -> None:
@@ -178,20 +178,20 @@ def test_lots_that_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     every = candidates.choose_candidates(None)
     for gigabytes in (6, 8, 12, 1000):
         monkeypatch.setattr(timing.CPU_TIMER, "available", lambda n=gigabytes: n * 10**9)
-        same, lots = measurement.fitting(chosen, every, torch.float32)
+        same, groups = measurement.fit_into_memory(chosen, every, torch.float32)
         assert same == chosen
-        assert all(PEER in [c.name for c in lot] for lot in lots)
-        assert {c.name for lot in lots for c in lot} == {c.name for c in every}
-        largest = max(map(len, lots))
+        assert all(PEER in [c.name for c in lot] for lot in groups)
+        assert {c.name for lot in groups for c in lot} == {c.name for c in every}
+        largest = max(map(len, groups))
         assert largest == len(every) or largest * 64e6 * 12 < gigabytes * 1e9
     monkeypatch.setattr(timing.CPU_TIMER, "available", lambda: 10**9)
-    smaller, lots = measurement.fitting(chosen, every, torch.float32)
+    smaller, groups = measurement.fit_into_memory(chosen, every, torch.float32)
     assert smaller.name == "one-tensor/4"
     assert smaller.title == "One tensor of 64 M, 1/4 of the elements"
     monkeypatch.setattr(timing.CPU_TIMER, "available", lambda: 10**6)
     (whole,) = parameter_sets.choose_sets(["resnet-110"])
     with pytest.raises(ExperimentError, match="ResNet-110: two optimizers need"):
-        measurement.fitting(whole, every, torch.float32)
+        measurement.fit_into_memory(whole, every, torch.float32)
 
 
 def command(*options: str) -> list[str]:

@@ -20,29 +20,33 @@ Make: TypeAlias = Callable[[list[nn.Parameter]], Optimizer]
 PEER = "AdamW fused"
 RULE = "Apollo rule"
 COMPILED = "AdamW compiled"
-_MOST_COMPILED = 1000  # tensors; the compiler unrolls the loop over them
+_MAX_COMPILED = 1000  # tensors; the compiler unrolls the loop over them
 
 
 @dataclass(frozen=True)
 class Candidate:
     """An optimizer that can be made for any parameters.
 
-    ``family`` gives its color. ``words`` is the smallest number of values per parameter that a step
-    reads and writes. It follows from the algorithm, not from the implementation.
+    ``family`` gives its color. ``values_moved`` is the smallest number of values per parameter that
+    a step reads and writes. It follows from the algorithm, not from the implementation.
     """
 
     name: str
     family: str
-    words: int
+    values_moved: int
     make: Make
 
 
-def _torch(family: str, cls: Any, words: int, fused: bool, **settings: Any) -> list[Candidate]:
+def _torch(
+    family: str, cls: Any, values_moved: int, fused: bool, **settings: Any
+) -> list[Candidate]:
     back_ends = {"loop": {"foreach": False}, "foreach": {"foreach": True}}
     if fused:
         back_ends["fused"] = {"fused": True}
     return [
-        Candidate(f"{cls.__name__} {name}", family, words, partial(cls, **settings, **back_end))
+        Candidate(
+            f"{cls.__name__} {name}", family, values_moved, partial(cls, **settings, **back_end)
+        )
         for name, back_end in back_ends.items()
     ]
 
@@ -52,7 +56,7 @@ def _apollo(name: str, cls: Any = Apollo, **settings: Any) -> Candidate:
 
 
 def _compiled_adamw(params: list[nn.Parameter]) -> Optimizer:
-    if len(params) > _MOST_COMPILED:
+    if len(params) > _MAX_COMPILED:
         raise RuntimeError(f"{len(params):,} tensors would take long to compile")
     made = torch.optim.AdamW(params, capturable=not params[0].is_cpu)
     made.step = torch.compile(made.step)  # type: ignore[method-assign]

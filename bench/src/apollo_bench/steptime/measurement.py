@@ -22,9 +22,9 @@ from apollo_bench.steptime.timing import CPU_TIMER, CpuTimer
 COPY = "copy"
 WARM_UP = 3  # steps that do not count
 FEWEST = 5  # minimum number of rounds
-_WORDS = 3  # values that every optimizer moves: the gradient, and the parameter twice
+_MIN_VALUES = 3  # values that every optimizer moves: the gradient, and the parameter twice
 _SLOW = 8  # times the reference's step; a slower candidate takes part in FEWEST rounds only
-_SHARE_OF_MEMORY = 0.7  # of the free memory that is used at once
+_SHARE_OF_MEMORY = 0.7  # of the free memory, used at the same time
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Timings:
 
     name: str
     family: str
-    words: int
+    values_moved: int  # per parameter
     times: list[float] = field(default_factory=list)
     peer: list[float] = field(default_factory=list)
     state_bytes: int | None = None
@@ -95,13 +95,13 @@ class SetResult:
         That is gradient and parameter read, the parameter written, and all of the state read and
         written; with ``twice`` gradient and state are read once more.
         """
-        moved = _WORDS * self.parameters * self.element_bytes
+        moved = _MIN_VALUES * self.parameters * self.element_bytes
         if taken.state_bytes is None:
-            moved += (taken.words - _WORDS) * self.parameters * self.element_bytes
+            moved += (taken.values_moved - _MIN_VALUES) * self.parameters * self.element_bytes
         else:
             moved += 2 * taken.state_bytes
         if twice:
-            states = (taken.words - _WORDS) // 2 * self.parameters * self.element_bytes
+            states = (taken.values_moved - _MIN_VALUES) // 2 * self.parameters * self.element_bytes
             moved += self.parameters * self.element_bytes + (taken.state_bytes or states)
         return moved / (taken.milliseconds / 1e3)
 
@@ -122,7 +122,7 @@ class _Entry:
         self, candidate: Candidate, values: list[Tensor], gradients: list[Tensor], where: CpuTimer
     ) -> None:
         self._where = where
-        self.taken = Timings(candidate.name, candidate.family, candidate.words)
+        self.taken = Timings(candidate.name, candidate.family, candidate.values_moved)
         self.optimizer: Optimizer | None = None
         params = [nn.Parameter(value.clone()) for value in values]
         for p, g in zip(params, gradients, strict=True):
@@ -136,12 +136,12 @@ class _Entry:
             self.taken.unavailable = str(error).splitlines()[0]
 
     def step(self) -> float:
-        """Milliseconds of a step."""
+        """Return the time of a step in milliseconds."""
         assert self.optimizer is not None
         return self._where.milliseconds(self.optimizer.step)
 
-    def weigh(self) -> None:
-        """Measure the memory."""
+    def measure_memory(self) -> None:
+        """Measure the size of the state, and the growth of memory in a step."""
         assert self.optimizer is not None
         self.taken.state_bytes = sum(
             x.numel() * x.element_size()
@@ -183,7 +183,7 @@ def measure(
     Raises:
         ExperimentError: not even two candidates fit into memory.
     """
-    chosen, lots = fitting(chosen, candidates, dtype, where)
+    chosen, groups = fit_into_memory(chosen, candidates, dtype, where)
     shapes = chosen.shapes()
     generator = torch.Generator(where.device).manual_seed(seed)
 
@@ -200,10 +200,10 @@ def measure(
     result.reads_twice = bool(where.cache) and largest > where.cache
     source = torch.ones(where.copied // 4, device=where.device)
     target = torch.empty_like(source)
-    for number, lot in enumerate(lots):
-        report_progress(f"{chosen.title}: making", 0, 0)
+    for number, group in enumerate(groups):
+        report_progress(f"{chosen.title}: making the optimizers", 0, 0)
         entries = []
-        for candidate in lot:
+        for candidate in group:
             entries.append(_Entry(candidate, values, gradients, where))
             if stop():
                 result.interrupted = True
@@ -214,19 +214,19 @@ def measure(
             lambda: where.milliseconds(lambda: target.copy_(source)),
             result.copy_times,
             repeats=repeats,
-            budget=budget / len(lots),
+            budget=budget / len(groups),
             report_progress=report_progress,
             stop=stop,
         )
         for entry in entries:
             if done and entry.optimizer is not None:
-                entry.weigh()
+                entry.measure_memory()
             measured = bool(entry.taken.times or entry.taken.unavailable)
-            # the peer is in all lots: its times of the first are its own
+            # the peer is in all groups; its times in the first are reported
             if measured and (number == 0 or entry.taken.name != PEER):
                 result.taken.append(entry.taken)
         del entries, entry
-        where.give_back()
+        where.release_memory()
         if not done:
             result.interrupted = True
             break
@@ -246,7 +246,10 @@ def _rounds(
     report_progress: ProgressCallback,
     stop: Callable[[], bool],
 ) -> bool:
-    """False: it was stopped; the round that was going on is not counted."""
+    """Step the entries for several rounds; return False if ``stop`` ended it.
+
+    A round that is not complete does not count.
+    """
     peer = next(entry for entry in entries if entry.taken.name == PEER)
     start = time.perf_counter()
     for done in range(repeats):
@@ -267,13 +270,15 @@ def _rounds(
     return True
 
 
-def fitting(
+def fit_into_memory(
     chosen: ParameterSet,
     candidates: list[Candidate],
     dtype: torch.dtype,
     where: CpuTimer = CPU_TIMER,
 ) -> tuple[ParameterSet, list[list[Candidate]]]:
-    """The set, or the largest part of it of which two optimizers fit into memory, and lots that do.
+    """Return the largest part of the set that two optimizers fit with, and groups that fit.
+
+    Each group has the reference. With enough memory the part is the whole set.
 
     Raises:
         ExperimentError: not even the smallest part fits.
@@ -283,7 +288,7 @@ def fitting(
         return chosen, [candidates]
     while True:
         parameters = numel(chosen.shapes())
-        # parameter and two states of at least 4 bytes; the values and gradients that all share
+        # each optimizer: parameters and two states of at least 4 bytes; shared: values, gradients
         each = parameters * (dtype.itemsize + 2 * max(4, dtype.itemsize))
         shared = parameters * 2 * max(4, dtype.itemsize) + 2 * where.copied
         fit = int((_SHARE_OF_MEMORY * available - shared) // each)

@@ -1,4 +1,4 @@
-"""The parameter sets that are stepped: shapes of real models, and two extremes."""
+"""The parameter sets of the benchmark: shapes of real models, and two extremes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Shape: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """Sets of one kind, in several scales where ``scaled`` says what the scale divides."""
+    """A model in one size, or in several scales; ``scaled`` names what the scale divides."""
 
     title: str
     shapes: Callable[[int], list[Shape]]
     scaled: str = ""
     default_scale: int = 1
-    largest_scale: int = 4096  # below it every set has an element, every cut-off its words
+    largest_scale: int = 4096  # with it every tensor still has elements
 
 
 @dataclass(frozen=True)
@@ -36,26 +36,26 @@ class ParameterSet:
 
     @property
     def name(self) -> str:
-        """As ``--sets`` takes it."""
+        """Name as ``--sets`` takes it."""
         return f"{self.family}/{self.scale}" if FAMILIES[self.family].scaled else self.family
 
     @property
     def title(self) -> str:
-        """The name for people, with the scale."""
+        """Title with the scale, as tables show it."""
         family = FAMILIES[self.family]
         return family.title if self.scale == 1 else f"{family.title}, {self.remark}"
 
     @property
     def remark(self) -> str:
-        """What the scale has done; empty where it is 1."""
+        """Effect of the scale, for example "1/8 of the vocabulary"; "" for the scale 1."""
         return "" if self.scale == 1 else f"1/{self.scale} of the {FAMILIES[self.family].scaled}"
 
     def shapes(self) -> list[Shape]:
-        """One for each tensor."""
+        """Return the shape of each tensor."""
         return FAMILIES[self.family].shapes(self.scale)
 
     def smaller(self) -> ParameterSet | None:
-        """The set with half of what the scale divides; None: there is none."""
+        """Return the set at half the size; None if there is no smaller one."""
         if not FAMILIES[self.family].scaled:
             return None
         half = ParameterSet(self.family, 2 * self.scale)
@@ -63,7 +63,7 @@ class ParameterSet:
 
 
 def numel(shapes: Iterable[Shape]) -> int:
-    """Elements in all tensors."""
+    """Return the number of elements in all tensors."""
     return sum(map(math.prod, shapes))
 
 
@@ -71,7 +71,7 @@ def choose_sets(names: list[str] | None, device: str = "cpu") -> list[ParameterS
     """Return the named sets; None: the default sets of the type of device.
 
     Args:
-        names: a family each, followed by ``/8`` for an eighth of it if the family has scales.
+        names: families, each followed by ``/8`` for an eighth of it if the family has scales.
         device: type of the device.
 
     Raises:
@@ -89,10 +89,10 @@ def _set(name: str) -> ParameterSet:
         return ParameterSet(family, FAMILIES[family].default_scale)
     if not FAMILIES[family].scaled:
         raise ExperimentError(f"parameter set {name!r}: {family} has one size only")
-    most = FAMILIES[family].largest_scale
-    if not (scale.isdecimal() and 1 <= int(scale) <= most):
+    largest = FAMILIES[family].largest_scale
+    if not (scale.isdecimal() and 1 <= int(scale) <= largest):
         raise ExperimentError(
-            f"parameter set {name!r}: the scale must be a whole number from 1 to {most}, "
+            f"parameter set {name!r}: the scale must be a whole number from 1 to {largest}, "
             f"as in {family}/8"
         )
     return ParameterSet(family, int(scale))
@@ -108,7 +108,7 @@ def _resnet110(scale: int) -> list[Shape]:
 
 
 def _resnext50(scale: int) -> list[Shape]:
-    """ResNeXt-50 32x4d (Xie et al., 2017, table 1)."""
+    """Return the shapes of ResNeXt-50 32x4d (Xie et al., 2017, table 1)."""
 
     def norm(channels: int) -> list[Shape]:
         return [(channels,), (channels,)]
@@ -128,7 +128,7 @@ def _resnext50(scale: int) -> list[Shape]:
 
 
 def _one_billion_word(scale: int) -> list[Shape]:
-    """Embedding, LSTM and adaptive softmax of the paper's language model."""
+    """Return the shapes of the paper's language model: embedding, LSTM, adaptive softmax."""
     vocabulary, cutoffs = 793_471 // scale, [60_000, 100_000, 640_000]
     with torch.device("meta"):
         return [
@@ -143,7 +143,10 @@ def _one_billion_word(scale: int) -> list[Shape]:
 
 
 def _transformer_base(scale: int) -> list[Shape]:
-    """Vaswani et al., 2017, one embedding of 37,000 tokens shared by all; q, k and v apart."""
+    """Return the shapes of Transformer-base (Vaswani et al., 2017).
+
+    One embedding of 37,000 tokens is shared; q, k and v are separate matrices.
+    """
     attention: list[Shape] = [(512, 512), (512,)] * 4
     feed_forward: list[Shape] = [(2048, 512), (2048,), (512, 2048), (512,)]
     encoder = [*attention, *feed_forward, *[(512,)] * 4]
@@ -152,7 +155,10 @@ def _transformer_base(scale: int) -> list[Shape]:
 
 
 def _decoder(scale: int) -> list[Shape]:
-    """As LLaMA (Touvron et al., 2023): SwiGLU, no biases; one embedding, shared by the output."""
+    """Return the shapes of a decoder like LLaMA (Touvron et al., 2023).
+
+    It has SwiGLU and no biases; the output shares the embedding.
+    """
     width, hidden = 2048, 5504
     attention: list[Shape] = [(width, width)] * 4
     layer = [*attention, *[(hidden, width)] * 2, (width, hidden), *[(width,)] * 2]
@@ -162,7 +168,7 @@ def _decoder(scale: int) -> list[Shape]:
 FAMILIES = {
     "resnet-110": ModelFamily("ResNet-110", _resnet110),
     "resnext-50": ModelFamily("ResNeXt-50 32x4d", _resnext50),
-    # whole it takes 2 GB, and 8 GB with AdamW's state: more time and memory than a default run has
+    # at full size it takes 2 GB, and 8 GB with AdamW's state: too much for a default run
     "one-billion-word": ModelFamily("One Billion Words LSTM", _one_billion_word, "vocabulary", 8),
     "transformer-base": ModelFamily("Transformer-base", _transformer_base),
     "decoder-1.3b": ModelFamily(
@@ -175,7 +181,7 @@ FAMILIES = {
         "10,000 tensors of 64", lambda scale: [(64,)] * (10_000 // scale), "tensors"
     ),
 }
-# What is stepped where no set is named.
+# The sets of a run that names none.
 _DEFAULT = {
     "cpu": [name for name in FAMILIES if name != "decoder-1.3b"],
     "cuda": ["resnet-110", "resnext-50", "transformer-base", "decoder-1.3b"],

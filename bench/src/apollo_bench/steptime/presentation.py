@@ -1,4 +1,4 @@
-"""The results as a table on a terminal, as Markdown and as bars."""
+"""Present the results: a table on a terminal, Markdown and bars."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ HEADINGS = (
     "step, ms",
     "quartiles",
     f"/ {PEER}",
-    "times the rule's speed",
-    "of a copy's bandwidth",
-    "state, bytes a parameter",
+    "speedup over the rule",
+    "share of a copy's bandwidth",
+    "state, bytes per parameter",
     "growth in a step, MB",
     "rounds",
 )

@@ -26,7 +26,7 @@ class CpuTimer:
 
     device = torch.device("cpu")
     copied = 64 << 20  # bytes of the tensor whose copying measures the bandwidth
-    cache = 0  # bytes of the last cache; 0: not asked
+    cache = 0  # bytes of the last cache; 0: unknown
 
     def milliseconds(self, work: Step) -> float:
         """Return how long the work takes."""
@@ -54,12 +54,12 @@ class CpuTimer:
         after = _kilobytes("/proc/self/status", "VmHWM")
         return None if before is None or after is None else max(after - before, 0)
 
-    def give_back(self) -> None:
+    def release_memory(self) -> None:
         """Return unused memory to the system."""
         gc.collect()
 
     def about(self) -> dict[str, Any]:
-        """For the record; ``title`` in one line."""
+        """Return a description of the device for the record; ``title`` is one line."""
         return {}
 
 
@@ -80,14 +80,14 @@ class GpuTimer(CpuTimer):
         self.cache = int(getattr(self._properties, "L2_cache_size", 0)) or 40 << 20
 
     @cached_property
-    def _spoiler(self) -> Tensor:
+    def _cache_flush(self) -> Tensor:
         return torch.empty(2 * self.cache // 4, device=self.device)
 
     def milliseconds(self, work: Step) -> float:
         """Return how long the device takes, launches included."""
         event = partial(torch.cuda.Event, enable_timing=True)
         start, end = event(), event()
-        self._spoiler.zero_()
+        self._cache_flush.zero_()
         torch.cuda.synchronize(self.device)
         start.record()
         work()
@@ -111,13 +111,13 @@ class GpuTimer(CpuTimer):
         peak = torch.cuda.memory_stats(self.device)["allocated_bytes.all.peak"]
         return max(int(peak) - before, 0)
 
-    def give_back(self) -> None:
+    def release_memory(self) -> None:
         """Return unused memory to the device."""
         gc.collect()
         torch.cuda.empty_cache()
 
     def about(self) -> dict[str, Any]:
-        """Card, driver and versions; ``title`` in one line."""
+        """Return card, driver and versions; ``title`` is one line."""
         driver = _driver()
         version = torch.version.cuda or torch.version.hip
         found = {
@@ -160,10 +160,10 @@ def timer_for(name: str) -> CpuTimer:
 def _driver() -> str | None:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        said = run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+        stdout = run(command, capture_output=True, text=True, check=True, timeout=20).stdout
     except (OSError, SubprocessError):
         return None
-    return said.split()[0] if said.split() else None
+    return stdout.split()[0] if stdout.split() else None
 
 
 def _triton() -> str | None:
