@@ -13,7 +13,7 @@ import torch
 from hypothesis import settings
 
 from apollo_bench.training.loop import train
-from bench.tests.helpers import prepared, spec_of
+from bench.tests.helpers import prepared, spec_of, stop_after
 
 # The optimizer's tests alone run on a GPU: models, processes and files of these stay on the CPU.
 collect_ignore_glob = [] if os.environ.get("APOLLO_QN_TEST_DEVICE", "cpu") == "cpu" else ["*"]
@@ -111,8 +111,8 @@ def finished_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for seed in (3, 4):
                 spec = spec_of(recipe_file, name, seed)
                 directory, task = prepared(folder / "compared" / "runs" / spec.label, spec)
-                left = iter([False] * (13 if (name, seed) == ("apollo", 4) else 99))
-                train(directory, spec, task, lambda left=left: next(left, True))  # type: ignore[misc]
+                steps = 13 if (name, seed) == ("apollo", 4) else 99
+                train(directory, spec, task, stop_after(steps))
     return folder / "compared"
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +17,17 @@ from apollo_bench.config.execution import Execution
 from apollo_bench.config.recipe import RunSpec
 from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.workloads import tasks
+from apollo_bench.workloads.workload import Workload
 
 # seconds that a real process may take: a bound for hangs, not for busy machines
 PATIENCE = 300
 ALONE = Execution()
+WORKER = [sys.executable, "-m", "apollo_bench.launch.worker"]
 
 
 def prepared(
     path: Path, spec: RunSpec, execution: Execution = ALONE, folder: Path | None = None
-) -> tuple[RunDirectory, tasks.Task]:
+) -> tuple[RunDirectory, Workload]:
     task = tasks.make(spec, folder)
     directory = RunDirectory(path)
     directory.prepare(spec, task.fingerprint, folder, ["test"], execution)
@@ -63,3 +70,22 @@ def assert_identical(one: Any, two: Any) -> None:
 
 def spec_of(recipe_file: Path, name: str, seed: int = 3) -> RunSpec:
     return recipe.load(str(recipe_file)).run(name, seed)
+
+
+def stop_after(steps: int) -> Callable[[], bool]:
+    """Return a ``stop`` of ``train`` that lets so many steps pass and stops at the next."""
+    left = iter([False] * steps)
+    return lambda: next(left, True)
+
+
+def kill_worker_when(directory: RunDirectory, ready: Callable[[], bool]) -> None:
+    """Train a prepared run in a process; kill it once there is a checkpoint and it is ready."""
+    process = subprocess.Popen([*WORKER, str(directory.path)])
+    deadline = time.monotonic() + PATIENCE
+    while not (directory.checkpoint.exists() and ready()):
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert directory.verdict() is None

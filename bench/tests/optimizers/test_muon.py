@@ -17,7 +17,7 @@ from apollo_bench.workloads.image_classification.resnet import resnet
 from apollo_bench.workloads.language_modeling.lstm import LanguageModel
 from apollo_bench.workloads.translation.transformer import Transformer
 from bench.tests.conftest import TINY
-from bench.tests.helpers import assert_identical, prepared, result
+from bench.tests.helpers import assert_identical, prepared, result, stop_after
 
 
 def names(network: nn.Module) -> set[str]:
@@ -133,8 +133,7 @@ def test_a_run_that_is_stopped_is_equal_to_one_that_is_not(method: str, tmp_path
     whole, task = prepared(tmp_path / "whole", spec)
     assert train(whole, spec, task) == "finished"
     pieces, task = prepared(tmp_path / "pieces", spec)
-    left = iter([False] * 5 + [True])
-    assert train(pieces, spec, task, lambda: next(left)) == "stopped"
+    assert train(pieces, spec, task, stop_after(5)) == "stopped"
     assert train(pieces, spec, task) == "finished"
     assert_identical(result(whole), result(pieces))
 

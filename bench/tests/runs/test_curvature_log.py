@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,16 @@ from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.training.loop import train
 from apollo_qn.diagnostics import TensorDiagnostics, overall
 from bench.tests.conftest import TINY
-from bench.tests.helpers import PATIENCE, assert_identical, prepared, result, spec_of
-from bench.tests.training.test_loop import WORKER, shown_by_tensorboard
+from bench.tests.helpers import (
+    WORKER,
+    assert_identical,
+    kill_worker_when,
+    prepared,
+    result,
+    spec_of,
+    stop_after,
+)
+from bench.tests.training.test_loop import shown_by_tensorboard
 from bench.tests.training.test_process_group import run as torchrun
 from bench.tests.workloads.language_modeling.test_language_workload import SETTINGS, texts  # noqa: F401  (a fixture)
 
@@ -72,11 +78,8 @@ def test_a_run_is_the_same_with_it_and_without(recipe_file: Path, tmp_path: Path
     pieces, task = prepared(tmp_path / "pieces", spec)
     outcomes: list[str] = []
     while not outcomes or outcomes[-1] == "stopped":
-        left = iter([False] * 3)
         every = None if len(outcomes) == 2 else 5  # steps 9 to 12 are not measured
-        outcomes.append(
-            train(pieces, spec, task, lambda left=left: next(left, True), diagnose_every=every)  # type: ignore[misc]
-        )
+        outcomes.append(train(pieces, spec, task, stop_after(3), diagnose_every=every))
     assert len(outcomes) == 6
     assert_identical(result(pieces), result(plain))
     assert lines_of(pieces) == {step: lines[step] for step in LINES if step != 10}
@@ -90,8 +93,7 @@ def test_lines_after_the_checkpoint_are_written_again_once(
     directory, task = prepared(tmp_path / "run", spec)
 
     def go_on(steps: int) -> str:
-        left = iter([False] * steps)
-        return train(directory, spec, task, lambda: next(left, True), diagnose_every=1)
+        return train(directory, spec, task, stop_after(steps), diagnose_every=1)
 
     assert go_on(7) == "stopped"
     kept = directory.checkpoint.read_bytes()
@@ -111,15 +113,7 @@ def test_killed_and_resumed(recipe_file: Path, tmp_path: Path) -> None:
     killed, task = prepared(tmp_path / "killed", spec)
     killed.prepare(spec, task.fingerprint, None, ["test"], diagnose_every=1)
     assert killed.diagnose_every() == 1
-    process = subprocess.Popen([*WORKER, str(killed.path)])
-    deadline = time.monotonic() + PATIENCE
-    while not (killed.checkpoint.exists() and len(list(killed.diagnostics_records())) >= 8):
-        assert process.poll() is None, "ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert killed.verdict() is None
+    kill_worker_when(killed, lambda: len(list(killed.diagnostics_records())) >= 8)
     with killed.diagnostics.open("ab") as file:
         file.write(b'{"step": 1, "tensors": [')  # a line that the kill cut short
     subprocess.run([*WORKER, str(killed.path)], check=True)
@@ -186,8 +180,7 @@ def test_the_command_line(recipe_file: Path, tmp_path: Path) -> None:
     assert not out.exists(), "something was written"
 
     directory, task = prepared(directory.path, spec)
-    left = iter([False] * 7)
-    assert train(directory, spec, task, lambda: next(left, True)) == "stopped"
+    assert train(directory, spec, task, stop_after(7)) == "stopped"
     assert directory.diagnose_every() is None
     code, said = invoke(*command[:2], "--diagnostics", *command[2:])
     assert code == 0, said

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,15 @@ from apollo_bench.errors import ExperimentError
 from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.training.loop import train
 from bench.tests.conftest import TINY
-from bench.tests.helpers import PATIENCE, assert_identical, prepared, result, spec_of
-
-WORKER = [sys.executable, "-m", "apollo_bench.launch.worker"]
+from bench.tests.helpers import (
+    WORKER,
+    assert_identical,
+    kill_worker_when,
+    prepared,
+    result,
+    spec_of,
+    stop_after,
+)
 
 
 @pytest.mark.parametrize(
@@ -37,8 +41,7 @@ def test_two_runs_are_equal_and_so_is_one_stopped_many_times(
     outcomes = []
     while not outcomes or outcomes[-1] == "stopped":
         torch.manual_seed(len(outcomes))  # what a new process may have done
-        left = iter([False] * 4)
-        outcomes.append(train(pieces, spec, task, lambda left=left: next(left, True)))  # type: ignore[misc]
+        outcomes.append(train(pieces, spec, task, stop_after(4)))
     assert outcomes == ["stopped"] * 4 + ["finished"]  # 24 steps, five at a time
     assert_identical(result(whole), result(pieces))
     other, task = prepared(tmp_path / "other", spec_of(recipe_file, name, seed=4))
@@ -57,15 +60,7 @@ def test_killed_and_resumed_is_equal_to_never_killed(recipe_file: Path, tmp_path
 
     killed, _ = prepared(tmp_path / "killed", spec)
     for lines in (4, 20):
-        process = subprocess.Popen([*WORKER, str(killed.path)])
-        deadline = time.monotonic() + PATIENCE
-        while not (killed.checkpoint.exists() and len(list(killed.records())) >= lines):
-            assert process.poll() is None, "ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        assert killed.verdict() is None
+        kill_worker_when(killed, lambda lines=lines: len(list(killed.records())) >= lines)  # type: ignore[misc]
         with killed.metrics.open("ab") as file:
             file.write(b'{"kind": "step", "torn')  # a line that the kill cut short
     subprocess.run([*WORKER, str(killed.path)], check=True)
@@ -133,11 +128,9 @@ def test_tensorboard_shows_the_metrics_once(recipe_file: Path, tmp_path: Path) -
     """Also of a run that was killed after it had written more than its checkpoint holds."""
     spec = spec_of(recipe_file, "apollo")
     directory, task = prepared(tmp_path / "run", spec)
-    left = iter([False] * 7)
-    train(directory, spec, task, lambda: next(left, True))
+    train(directory, spec, task, stop_after(7))
     kept = directory.checkpoint.read_bytes()
-    left = iter([False] * 7)
-    train(directory, spec, task, lambda: next(left, True))
+    train(directory, spec, task, stop_after(7))
     directory.checkpoint.write_bytes(kept)
     train(directory, spec, task)
     shown = shown_by_tensorboard(directory)

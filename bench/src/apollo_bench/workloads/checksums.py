@@ -1,4 +1,4 @@
-"""Check embedded files against their checksums."""
+"""Read the files of a data set, and check embedded ones against their checksums."""
 
 from __future__ import annotations
 
@@ -11,28 +11,36 @@ from apollo_bench.errors import ExperimentError
 from apollo_bench.regular_files import read_regular
 
 
+def read_file(path: Path, remedy: str) -> bytes:
+    """Return the content of a file.
+
+    Args:
+        path: a regular file.
+        remedy: what the user should do about a bad file; the message ends with it.
+
+    Raises:
+        ExperimentError: the file cannot be read.
+    """
+    try:
+        return read_regular(path)
+    except FileNotFoundError:
+        raise ExperimentError(f"{path}: no such file; {remedy}") from None
+    except OSError as error:
+        raise ExperimentError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+
+
 def checksums(folder: Path, names: Iterable[str], remedy: str) -> dict[str, str]:
     """Return the SHA-256 of each file.
 
     Args:
         folder: folder of the files.
         names: names of the files.
-        remedy: what the user should do about a bad file; the message ends with it.
+        remedy: as in ``read_file``.
 
     Raises:
         ExperimentError: a file cannot be read.
     """
-    digests = {}
-    for name in names:
-        try:
-            digests[name] = hashlib.sha256(read_regular(folder / name)).hexdigest()
-        except FileNotFoundError:
-            raise ExperimentError(f"{folder / name}: no such file; {remedy}") from None
-        except OSError as error:
-            raise ExperimentError(
-                f"{folder / name}: cannot be read ({error.strerror}); {remedy}"
-            ) from None
-    return digests
+    return {name: hashlib.sha256(read_file(folder / name, remedy)).hexdigest() for name in names}
 
 
 class DataFiles(NamedTuple):

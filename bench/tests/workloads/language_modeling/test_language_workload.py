@@ -25,7 +25,7 @@ from apollo_bench.workloads.translation import encoded_corpus, phrases
 from apollo_bench.workloads.translation.subwords import PADDING
 from apollo_bench.workloads.translation.token_batches import padded
 from apollo_bench.workloads.translation.translation_workload import Translation, signature
-from bench.tests.helpers import PATIENCE, assert_identical, prepared, result
+from bench.tests.helpers import PATIENCE, assert_identical, prepared, result, stop_after
 
 SETTINGS = {
     "wordnet": [
@@ -68,8 +68,7 @@ def test_stopped_many_times_is_equal_to_never(task: str, texts: Path, tmp_path: 
     outcomes = []
     while not outcomes or outcomes[-1] == "stopped":
         torch.manual_seed(len(outcomes))
-        left = iter([False] * 6)
-        outcomes.append(train(pieces, spec, made, lambda left=left: next(left, True)))  # type: ignore[misc]
+        outcomes.append(train(pieces, spec, made, stop_after(6)))
     assert len(outcomes) > 2
     assert_identical(result(whole), result(pieces))
     lines = [line for line in whole.records() if line["kind"] == "evaluation"]

@@ -19,6 +19,7 @@ from apollo_bench.atomic_write import write_atomically
 from apollo_bench.errors import ExperimentError, first_line
 from apollo_bench.regular_files import read_regular
 from apollo_bench.workloads import arrow_tables, output_files
+from apollo_bench.workloads.checksums import read_file
 from apollo_bench.workloads.gzip_files import unpack
 from apollo_bench.workloads.image_classification.image_decoding import decode_equal
 from apollo_bench.workloads.image_classification.image_set import ImageSet, checked_labels
@@ -137,17 +138,7 @@ def _from_table(table: Any, where: str) -> _Split:
 
 
 def _from_pickles(folder: Path) -> ImageSet:
-    def read(name: str) -> bytes:
-        try:
-            return read_regular(folder / name)
-        except FileNotFoundError:
-            raise ExperimentError(f"{folder / name}: no such file; {_REMEDY}") from None
-        except OSError as error:
-            raise ExperimentError(
-                f"{folder / name}: cannot be read ({error.strerror}); {_REMEDY}"
-            ) from None
-
-    return _from_batches(read, folder)
+    return _from_batches(lambda name: read_file(folder / name, _REMEDY), folder)
 
 
 def _from_archive(path: Path) -> ImageSet:

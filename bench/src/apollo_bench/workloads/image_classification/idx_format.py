@@ -5,15 +5,13 @@ The format of MNIST and its kin: big-endian header, then unsigned bytes; gzip ar
 
 from __future__ import annotations
 
-import zlib
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from apollo_bench.errors import ExperimentError
-from apollo_bench.regular_files import open_regular
-from apollo_bench.workloads.gzip_files import unpack
+from apollo_bench.workloads.gzip_files import open_binary
 
 _UNSIGNED_BYTE = 0x08
 
@@ -23,8 +21,8 @@ def read_idx(path: Path, dimensions: int, remedy: str) -> Tensor:
 
     Args:
         path: the file.
-        dimensions: how many the array must have: 3 for images, 1 for labels.
-        remedy: what the user should do about a bad file; ends the error message.
+        dimensions: number of dimensions of the array: 3 for images, 1 for labels.
+        remedy: what the user should do about a bad file; the message ends with it.
 
     Returns:
         A uint8 tensor, shape as the header says: (count, height, width) or (count,).
@@ -32,13 +30,8 @@ def read_idx(path: Path, dimensions: int, remedy: str) -> Tensor:
     Raises:
         ExperimentError: the file is missing, truncated, corrupt or of another format.
     """
-    try:
-        with open_regular(path) as file:
-            content = unpack(file).read()
-    except FileNotFoundError:
-        raise ExperimentError(f"{path}: no such file; {remedy}") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise ExperimentError(f"{path}: not a whole gzip file ({error}); {remedy}") from None
+    with open_binary(path, remedy, plain=False) as file:
+        content = file.read()
     header = 4 + 4 * dimensions
     if len(content) < header or content[:4] != bytes((0, 0, _UNSIGNED_BYTE, dimensions)):
         raise ExperimentError(

@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from apollo_bench.workloads.image_classification.initialization import he_initialization
+from apollo_bench.workloads.image_classification.residual_network import (
+    ResidualNetwork,
+    shortcut,
+    stages_and_strides,
+)
 
 
 class BasicBlock(nn.Module):
@@ -17,12 +21,7 @@ class BasicBlock(nn.Module):
         self.norm1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.norm2 = nn.BatchNorm2d(outputs)
-        # a 1x1 convolution where the shape changes, as in the authors' release
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+        self.shortcut = shortcut(inputs, outputs, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block."""
@@ -31,32 +30,20 @@ class BasicBlock(nn.Module):
         return torch.relu(y + self.shortcut(x))
 
 
-class ResNet(nn.Module):
+class ResNet(ResidualNetwork):
     """ResNet-(6n + 2): three stages of n blocks with width, 2 width and 4 width channels."""
 
-    output = "classifier"  # the layer of the logits
-
     def __init__(self, blocks: int, width: int, in_channels: int, classes: int) -> None:
-        super().__init__()
         layers: list[nn.Module] = [
             nn.Conv2d(in_channels, width, 3, 1, 1, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(),
         ]
         channels = width
-        for stage in range(3):
-            for block in range(blocks):
-                stride = 2 if stage > 0 and block == 0 else 1
-                layers.append(BasicBlock(channels, width << stage, stride))
-                channels = width << stage
-        self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(channels, classes)
-        he_initialization(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images, shape (n, in_channels, height, width), to logits, shape (n, classes)."""
-        logits: Tensor = self.classifier(self.features(x).mean(dim=(2, 3)))
-        return logits
+        for stage, stride in stages_and_strides([blocks] * 3):
+            layers.append(BasicBlock(channels, width << stage, stride))
+            channels = width << stage
+        super().__init__(layers, channels, classes)
 
 
 def resnet(depth: int, width: int = 16, in_channels: int = 3, classes: int = 10) -> ResNet:
@@ -65,8 +52,8 @@ def resnet(depth: int, width: int = 16, in_channels: int = 3, classes: int = 10)
     Args:
         depth: 6n + 2 layers, n >= 1: 8, 14, 20, ..., 110.
         width: channels of the first stage; the paper's is 16.
-        in_channels: of the images.
-        classes: logits.
+        in_channels: channels of the images.
+        classes: number of classes.
 
     Raises:
         ValueError: a depth that is not 6n + 2.

@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from apollo_bench.workloads.image_classification.initialization import he_initialization
+from apollo_bench.workloads.image_classification.residual_network import (
+    ResidualNetwork,
+    shortcut,
+    stages_and_strides,
+)
 
-# bottlenecks in each of the four stages
+# number of bottlenecks in each of the four stages
 STAGES = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 _EXPANSION = 4
 
@@ -19,16 +23,12 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, inner, 1, bias=False)
         self.norm1 = nn.BatchNorm2d(inner)
-        # the stride stands here, not in the first convolution
+        # the stride is here, not in the first convolution
         self.conv2 = nn.Conv2d(inner, inner, 3, stride, 1, groups=groups, bias=False)
         self.norm2 = nn.BatchNorm2d(inner)
         self.conv3 = nn.Conv2d(inner, outputs, 1, bias=False)
         self.norm3 = nn.BatchNorm2d(outputs)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+        self.shortcut = shortcut(inputs, outputs, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block."""
@@ -38,10 +38,8 @@ class Bottleneck(nn.Module):
         return torch.relu(y + self.shortcut(x))
 
 
-class ResNeXt(nn.Module):
+class ResNeXt(ResidualNetwork):
     """A 7x7 stem that quarters the image, four stages of bottlenecks, mean, classifier."""
-
-    output = "classifier"  # the layer of the logits
 
     def __init__(
         self,
@@ -51,7 +49,6 @@ class ResNeXt(nn.Module):
         in_channels: int,
         classes: int,
     ) -> None:
-        super().__init__()
         layers: list[nn.Module] = [
             nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False),
             nn.BatchNorm2d(64),
@@ -59,21 +56,12 @@ class ResNeXt(nn.Module):
             nn.MaxPool2d(3, 2, 1),
         ]
         channels = 64
-        for stage, blocks in enumerate(stages):
+        for stage, stride in stages_and_strides(stages):
             inner = groups * group_width << stage
             outputs = 64 * _EXPANSION << stage
-            for block in range(blocks):
-                stride = 2 if stage > 0 and block == 0 else 1
-                layers.append(Bottleneck(channels, inner, outputs, groups, stride))
-                channels = outputs
-        self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(channels, classes)
-        he_initialization(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images, shape (n, in_channels, height, width), to logits, shape (n, classes)."""
-        logits: Tensor = self.classifier(self.features(x).mean(dim=(2, 3)))
-        return logits
+            layers.append(Bottleneck(channels, inner, outputs, groups, stride))
+            channels = outputs
+        super().__init__(layers, channels, classes)
 
 
 def resnext(
@@ -83,10 +71,10 @@ def resnext(
 
     Args:
         depth: 50 or 101 layers.
-        groups: of the 3x3 convolutions (the cardinality); the paper's is 32.
+        groups: groups of the 3x3 convolutions (the cardinality); the paper's is 32.
         group_width: channels of a group in the first stage; the paper's is 4.
-        in_channels: of the images.
-        classes: logits.
+        in_channels: channels of the images.
+        classes: number of classes.
 
     Raises:
         ValueError: another depth.
