@@ -502,14 +502,14 @@ FAULTS = [
     # modules of their own
     Fault(
         "coupled decay follows the wrong rate",
-        f"{BENCH}/config/recipe.py",
+        f"{BENCH}/config/equal_strength.py",
         "reference.weight_decay * reference.lr / own.lr",
         "reference.weight_decay * own.lr / reference.lr",
         (f"{TESTS}/config",),
     ),
     Fault(
         "a larger rate keeps its decay",
-        f"{BENCH}/config/recipe.py",
+        f"{BENCH}/config/equal_strength.py",
         "settings.weight_decay / factor",
         "settings.weight_decay",
         (f"{TESTS}/config",),

@@ -83,7 +83,7 @@ def _by_rate(summary: Summary) -> Figure:
 
 
 def _first_setting(row: Row) -> float:
-    """Of those that were drawn, the learning rate in highest cases."""
+    """Return the first sampled setting of a trial; in general it is the learning rate."""
     spec = row.runs[0].spec
     return float(getattr(spec.optimizer, next(iter(spec.ranges or {"lr": []}))))
 

@@ -80,9 +80,9 @@ def test_sentences(tmp_path: Path) -> None:
     assert text(corpus, corpus.valid) == "<UNK> the dog <UNK> </S> the <UNK> </S> barks . </S>"
     assert corpus.vocabulary.words == VOCABULARY
     assert corpus.empty_lines == 2
-    assert [done for title, done, _ in said if title == "Tokenising shards"] == [0, 1, 2, 3, 4, 5]
+    assert [done for title, done, _ in said if title == "Tokenizing shards"] == [0, 1, 2, 3, 4, 5]
     assert said[-1][0] == (
-        "Prepared 5 shards: 32 tokens, 8 sentences, 4 unknown words, 2 empty lines passed over"
+        "Prepared 5 shards: 32 tokens, 8 sentences, 4 unknown words, 2 empty lines skipped"
     )
 
 
@@ -221,7 +221,7 @@ def test_vocabulary_without_a_marker(tmp_path: Path, marker: str) -> None:
 
 
 def test_no_workers(tmp_path: Path) -> None:
-    with pytest.raises(ExperimentError, match="0 workers; at least 1 is right"):
+    with pytest.raises(ExperimentError, match="--workers is 0, allowed are 1 and more"):
         prepare(tmp_path, tmp_path, None, 0, lambda *news: None)
 
 

@@ -59,16 +59,16 @@ def test_another_vocabulary(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"format": 1}', '{"format": 1, "sources": 2}'])
 def test_damaged_description(tmp_path: Path, content: str) -> None:
     path = write(tmp_path / "a.tokens")
-    token_files.beside(path).write_text(content)
+    token_files.description_path(path).write_text(content)
     with pytest.raises(ExperimentError, match=r"a.tokens.json: damaged"):
         token_files.read(path)
 
 
 def test_another_format(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tokens")
-    content = json.loads(token_files.beside(path).read_text())
+    content = json.loads(token_files.description_path(path).read_text())
     content["format"] = 2
-    token_files.beside(path).write_text(json.dumps(content))
+    token_files.description_path(path).write_text(json.dumps(content))
     with pytest.raises(ExperimentError, match=r"a.tokens.json: format 2, not 1"):
         token_files.read(path)
 

@@ -61,8 +61,8 @@ def test_words_are_divided_by_plain_spaces_only(tmp_path: Path) -> None:
         (b"the\n<UNK>\n", "words.txt: no </S>, which ends a sentence"),
         (b"", "words.txt: no </S>"),
         (b"</S>\n<UNK>\nthe\na\nthe\n", "words.txt, lines 3 and 5: both 'the'"),
-        (b"</S>\n<UNK>\n\nthe\n", "words.txt, line 3: 0 words; one a line"),
-        (b"</S>\n<UNK>\nthe 12\n", "words.txt, line 3: 2 words; one a line"),
+        (b"</S>\n<UNK>\n\nthe\n", "words.txt, line 3: 0 words, allowed is one per line"),
+        (b"</S>\n<UNK>\nthe 12\n", "words.txt, line 3: 2 words, allowed is one per line"),
         (b"</S>\n<UNK>\nthe\nZ\xfcrich\n", "words.txt, line 4: not UTF-8"),
     ],
 )

@@ -33,7 +33,7 @@ class EncodedImageSet(NamedTuple):
     train: EncodedImages
     test: EncodedImages
     classes: int
-    fingerprint: str  # which data a run has seen
+    fingerprint: str  # of the data
     remarks: Sequence[str] = ()  # on the data, for the user and the report
     published: bool = False  # whether these are known to be the published images
 
@@ -53,11 +53,11 @@ class ImageFiles:
         self._names: NDArray[numpy.bytes_] = numpy.array([os.fsencode(name) for name in names])
 
     def where(self, index: int) -> str:
-        """Its path."""
+        """Return the path of the file."""
         return str(self._path(index))
 
     def read(self, index: int) -> bytes:
-        """The whole file."""
+        """Return the content of the file; raise ExperimentError if it cannot be read."""
         try:
             return read_regular(self._path(index))
         except OSError as error:
@@ -84,11 +84,11 @@ class HubImages:
         self._rows, self._column, self._name = rows, column, name
 
     def where(self, index: int) -> str:
-        """Its row."""
+        """Return the name of the split and the row."""
         return f"{self._name}, row {index}"
 
     def read(self, index: int) -> bytes:
-        """The file that the row holds."""
+        """Return the content of the file in a row; raise ExperimentError if there is none."""
         content = (self._rows[index][self._column] or {}).get("bytes")
         if not isinstance(content, bytes):
             raise ExperimentError(f"{self.where(index)}: holds no image")

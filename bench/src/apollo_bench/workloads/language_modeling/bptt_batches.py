@@ -1,8 +1,8 @@
 """Batches of parallel streams, for truncated back-propagation through time.
 
 The tokens are cut into as many streams of equal length as a batch has rows. Step t of an epoch
-takes the t-th piece of every stream. So row i continues row i of the previous step, and the hidden
-state is carried over.
+takes the t-th piece of every stream. Row i therefore continues row i of the previous step, and so
+does the hidden state.
 
 The paper says that the state is not reset. The code released with it shuffles the shards and the
 sentences within each in every epoch, cuts each shard into its own streams, and resets the state

@@ -77,7 +77,7 @@ class LanguageModeling:
         self._sequences = BPTTBatches(train, batch_size, data.bptt_steps)
         self.steps_per_epoch = self._sequences.batches
         self.fingerprint = corpus.fingerprint
-        empty = f"; {corpus.empty_lines:,} empty lines passed over" if corpus.empty_lines else ""
+        empty = f"; {corpus.empty_lines:,} empty lines skipped" if corpus.empty_lines else ""
         if isinstance(data, TextFileData):
             self.unit = f"{data.unit}s"
         self.remarks = [

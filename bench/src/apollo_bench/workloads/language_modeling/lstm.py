@@ -14,28 +14,28 @@ State = tuple[Tensor, Tensor]
 
 
 class FullSoftmax(nn.Module):
-    """Logits of the whole vocabulary; the negative log likelihood of every target."""
+    """A softmax over the whole vocabulary."""
 
     def __init__(self, width: int, vocabulary: int) -> None:
         super().__init__()
         self.logits = nn.Linear(width, vocabulary)
 
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Features (n, width) and targets (n,) to nats (n,), float32."""
+        """Return the negative log likelihood of targets (n,), in nats, float32; x is (n, width)."""
         return functional.cross_entropy(self.logits(x).float(), targets, reduction="none")
 
 
 class AdaptiveSoftmax(nn.Module):
-    """The softmax of Grave et al. (2017): rare words in clusters of ever narrower features."""
+    """The softmax of Grave et al. (2017): clusters of rarer words have narrower features."""
 
     def __init__(self, width: int, vocabulary: int, cutoffs: list[int], div_value: float) -> None:
         super().__init__()
         self.clusters = nn.AdaptiveLogSoftmaxWithLoss(width, vocabulary, cutoffs, div_value)
 
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Features (n, width) and targets (n,) to nats (n,), float32."""
-        # mixed precision keeps log_softmax in float32 on a GPU, so that torch's module works; on a
-        # CPU it does not, and the module fails for likelihoods of unlike types
+        """Return the negative log likelihood of targets (n,), in nats, float32; x is (n, width)."""
+        # Mixed precision keeps log_softmax in float32 on a GPU only. On a CPU torch's module would
+        # fail for likelihoods of different types.
         device = x.device.type
         mixed = device != "cpu" and torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=mixed):
@@ -83,7 +83,7 @@ class LanguageModel(nn.Module):
             )
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, embedding)
-        # torch warns of dropout between the layers where there is one layer
+        # with one layer torch warns of dropout between layers
         between = dropout if layers > 1 else 0.0
         self.lstm = nn.LSTM(embedding, hidden, layers, dropout=between, batch_first=True)
         self.dropout = nn.Dropout(dropout)
@@ -92,9 +92,9 @@ class LanguageModel(nn.Module):
             self.softmax = AdaptiveSoftmax(hidden, vocabulary, cutoffs, div_value)
         else:
             self.softmax = FullSoftmax(hidden, vocabulary)
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         """Initialize as in the authors' release; the softmax keeps torch's weights."""
         nn.init.kaiming_uniform_(self.embedding.weight)
         for parameter in self.lstm.parameters():

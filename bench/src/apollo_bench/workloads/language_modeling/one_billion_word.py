@@ -1,15 +1,14 @@
 """The One Billion Word benchmark: from its shards of text to token files.
 
-The archive 1-billion-word-language-modeling-benchmark-r13output holds 99 shards of training text
-(news.en-00001-of-00100 to -00099; number 0 is what the other folder holds) and 50 of held-out text.
-As is usual, ``heldout-00000`` is the test set, on which published perplexities are measured; the
-other 49 are the validation set.
+The archive 1-billion-word-language-modeling-benchmark-r13output has 99 shards of training text,
+news.en-00001-of-00100 to -00099, and 50 shards of held-out text, which were cut from shard 0. As
+usual, ``heldout-00000`` is the test set of published perplexities. The other 49 held-out shards are
+the validation set.
 
-Every sentence is followed by </S> and preceded by nothing: the end of one sentence is what the next
-begins after. So each word and each </S> is predicted once and counted once, which is word-level
-perplexity as Chelba et al. and Jozefowicz et al. measure it. The code released with the paper puts
-<S> before each sentence too and counts it, though it is certain after </S>; it also tests on all
-held-out shards.
+Every sentence ends with </S>; nothing marks its beginning. So each word and each </S> is predicted
+once and counted once. This is word-level perplexity as Chelba et al. and Jozefowicz et al. measure
+it. The paper's code also puts <S> before each sentence and counts it, although it is certain after
+</S>. It also tests on all held-out shards.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ ARCHIVE = "1-billion-word-language-modeling-benchmark-r13output"
 TRAIN = "training-monolingual.tokenized.shuffled"
 HELD_OUT = "heldout-monolingual.tokenized.shuffled"
 TEST = 0  # the held-out shard of the test set
-MIN_COUNT = 3  # occurrences of a word of the standard vocabulary, and of one made from the text
+MIN_COUNT = 3  # occurrences of a word in a vocabulary, as in the standard one
 EMPTY, UNKNOWNS, SENTENCES = "empty_lines", "unknown_words", "sentences"
 FORMAT = 1
 _VOCABULARY = "vocabulary.txt"
@@ -82,7 +81,7 @@ def prepare(
             ``out`` cannot be written or is in use.
     """
     if workers < 1:
-        raise ExperimentError(f"{workers} workers; at least 1 is right")
+        raise ExperimentError(f"--workers is {workers}, allowed are 1 and more")
     raw = raw / ARCHIVE if (raw / ARCHIVE).is_dir() else raw
     shards = {
         "train": _shards(raw / TRAIN, "news.en-", 1),
@@ -93,8 +92,8 @@ def prepare(
         for split, paths in shards.items()
         for number, path in paths.items()
     }
-    with _folder(out), _Workers(workers) as pool:
-        described = (token_files.beside(Path(name)).as_posix() for name in jobs)
+    with _locked_folder(out), _Workers(workers) as pool:
+        described = (token_files.description_path(Path(name)).as_posix() for name in jobs)
         output_files.claim(out, [*jobs, *described, _VOCABULARY, _manifest(out).name, _CHECKED])
         _manifest(out).unlink(missing_ok=True)
         counted: list[Path] = []
@@ -109,17 +108,17 @@ def prepare(
         del words  # each worker has its own
         for split in shards:
             (out / split).mkdir(exist_ok=True)
-        made = pool.do(encode, list(jobs.items()), partial(report_progress, "Tokenising shards"))
+        made = pool.do(encode, list(jobs.items()), partial(report_progress, "Tokenizing shards"))
         files = {name: made[name, path] for name, path in jobs.items()}
         manifest = _summary(files, digest)
         write_atomically(_manifest(out), json.dumps(manifest, indent=1).encode() + b"\n")
         _remove(counted)
-        _kept.clear()
+        _id_cache.clear()
     counts = manifest["counts"]
     report_progress(
         f"Prepared {len(jobs)} shards: {manifest['tokens']:,} tokens, "
         f"{counts[SENTENCES]:,} sentences, "
-        f"{counts[UNKNOWNS]:,} unknown words, {counts[EMPTY]:,} empty lines passed over",
+        f"{counts[UNKNOWNS]:,} unknown words, {counts[EMPTY]:,} empty lines skipped",
         len(jobs),
         len(jobs),
     )
@@ -192,7 +191,7 @@ def _summary(files: dict[str, Description], digest: str) -> dict[str, Any]:
 
 
 def _shards(folder: Path, prefix: str, first: int) -> dict[int, Path]:
-    """The shards by number; those before the ``first`` may be missing."""
+    """Return the shards by number; those before ``first`` may be missing."""
     if not folder.is_dir():
         raise ExperimentError(
             f"{folder}: no such folder; the unpacked benchmark has {TRAIN} and {HELD_OUT}"
@@ -225,24 +224,24 @@ def _encode_shard(
     if token_files.is_made_from(target, digest, [source]):
         return token_files.describe(target)
     counts = Counter({SENTENCES: 0, UNKNOWNS: 0, EMPTY: 0})
-    blocks = _encode(path, _numbers(out / _VOCABULARY, digest), end, unknown, counts)
+    blocks = _encode(path, _word_ids(out / _VOCABULARY, digest), end, unknown, counts)
     return token_files.write(target, blocks, digest, [source], counts)
 
 
-_kept: dict[str, dict[bytes, int]] = {}  # the numbers of one vocabulary, by its digest
+_id_cache: dict[str, dict[bytes, int]] = {}  # ids of one vocabulary, by its digest
 
 
-def _numbers(path: Path, digest: str) -> dict[bytes, int]:
-    """The number of each word; read once a process, and without what a Vocabulary has beside."""
-    if digest not in _kept:
+def _word_ids(path: Path, digest: str) -> dict[bytes, int]:
+    """Return the id of each word, read once per process; it takes less memory than Vocabulary."""
+    if digest not in _id_cache:
         with path.open("rb") as file:
             numbers = {line[:-1]: number for number, line in enumerate(file)}
         # markers in the text are not words
         for marker in (START, END):
             numbers.pop(marker.encode(), None)
-        _kept.clear()
-        _kept[digest] = numbers
-    return _kept[digest]
+        _id_cache.clear()
+        _id_cache[digest] = numbers
+    return _id_cache[digest]
 
 
 def _encode(
@@ -302,11 +301,11 @@ def _counts(path: Path) -> Iterator[tuple[bytes, int]]:
 
 
 class _Workers:
-    """Processes that share jobs; ``count`` 1: this one does them all."""
+    """Worker processes; with ``count`` 1 this process does all jobs."""
 
     def __init__(self, count: int) -> None:
-        # copies of a server, which has imported for all what they share; never of this process:
-        # a copy of one whose threads hold locks may hang
+        # Workers are forked from a server that has imported this module. A fork of this process
+        # could hang, because its threads may hold locks.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
         self._pool = None if count == 1 else ProcessPoolExecutor(count, context, _end_with_parent)
@@ -324,7 +323,7 @@ class _Workers:
         jobs: list[_Job],
         report_progress: Callable[[int, int], None],
     ) -> dict[_Job, _Result]:
-        """The result of each job; the first error ends all."""
+        """Return the result of each job; the first error ends all jobs."""
         report_progress(0, len(jobs))
         done: dict[_Job, _Result] = {}
         for job, result in self._results(work, jobs):
@@ -345,14 +344,15 @@ class _Workers:
                 yield waiting[future], future.result()
         except BrokenProcessPool:
             raise ExperimentError(
-                f"a process that prepared a shard was killed, perhaps for want of memory; {_REMEDY}"
+                "a process that prepared a shard was killed, perhaps because memory ran out; "
+                f"{_REMEDY}"
             ) from None
 
 
 def _end_with_parent() -> None:
-    """See to it that no worker outlives a killed parent and writes beside the next one.
+    """End this worker when its parent is killed, so that it never writes beside a new one.
 
-    Interrupted from the keyboard, the parent lets each worker end its shard.
+    On Ctrl-C the parent lets each worker finish its shard.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -366,8 +366,8 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _folder(out: Path) -> Iterator[None]:
-    """The folder for the result, for this process alone."""
+def _locked_folder(out: Path) -> Iterator[None]:
+    """Create the output folder, and lock it for this process."""
     with _written(out):
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / "lock").open("a")  # a file of the user keeps its content

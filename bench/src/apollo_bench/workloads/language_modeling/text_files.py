@@ -1,4 +1,4 @@
-"""Read lines of words by hand, because libraries pass over truncated and wrongly encoded text.
+"""Read lines of words by hand, because libraries accept truncated and wrongly encoded text.
 
 Errors name file and line.
 """
@@ -19,8 +19,8 @@ _BLOCK = 1 << 21  # bytes
 def blocks(path: Path) -> Iterator[list[list[bytes]]]:
     """Yield the words of a file's lines, some thousand lines at a time, checked to be UTF-8.
 
-    Words are separated by white space, and are bytes: half the work of characters. An empty line is
-    an empty list.
+    Words are separated by white space. They are bytes, which takes half the time of str. An empty
+    line is an empty list.
 
     Raises:
         ExperimentError: the file cannot be read, is cut short within a line, or is not UTF-8.
@@ -56,7 +56,7 @@ def read_text(path: Path, remedy: str, plain: bool = True) -> list[str]:
     """Return the lines of a gzipped text, or if ``plain`` also of an uncompressed one.
 
     Raises:
-        ExperimentError: as of ``gzipped_lines``.
+        ExperimentError: as in ``gzipped_lines``.
     """
     with open_binary(path, remedy, plain=plain) as file:
         content = file.read().removeprefix(_MARK)

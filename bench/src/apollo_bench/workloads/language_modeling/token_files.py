@@ -1,8 +1,7 @@
-"""Token files of a format of their own, because ``.npy`` must know its length before it is written.
+"""Token files in our own format, because ``.npy`` needs the length before the data.
 
-They are little-endian int32, each with a JSON file that describes it.
-
-The JSON file is written when the tokens are safe on disk: if it exists, they are complete.
+The tokens are little-endian int32. A JSON file beside them describes them. It is written once the
+tokens are safe on the disk: if it exists, they are complete.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from apollo_bench.workloads.language_modeling.token_corpus import TokenIds
 
 FORMAT = 1
 _TYPE = numpy.dtype("<i4")
-_PIECE = 1 << 20  # bytes
+_BLOCK = 1 << 20  # bytes
 _REMEDY = "prepare the data again"
 
 
@@ -41,7 +40,7 @@ class Description(NamedTuple):
     sha256: str  # of the tokens' bytes
     vocabulary: str  # its digest
     sources: tuple[SourceFile, ...]
-    counts: dict[str, int]  # of whatever was counted on the way
+    counts: dict[str, int]  # counts of the preparation, for example of sentences
 
 
 def describe_source(path: Path) -> SourceFile:
@@ -49,7 +48,7 @@ def describe_source(path: Path) -> SourceFile:
     digest, size = hashlib.sha256(), 0
     try:
         with open_regular(path) as file:
-            while piece := file.read(_PIECE):
+            while piece := file.read(_BLOCK):
                 digest.update(piece)
                 size += len(piece)
     except OSError as error:
@@ -64,21 +63,21 @@ def write(
     sources: Iterable[SourceFile],
     counts: Mapping[str, int],
 ) -> Description:
-    """Write a token file and its description, each whole or not at all.
+    """Write a token file and its description, each atomically.
 
     Args:
-        path: of the tokens; what is there is replaced.
-        blocks: the tokens, each shape (any,); written one after the other as they come.
+        path: file of the tokens; an existing one is replaced.
+        blocks: arrays of tokens, each of shape (any,), written in their order.
         vocabulary: digest of the vocabulary.
-        sources: what the tokens were made from.
-        counts: read when the last block is written.
+        sources: the files that the tokens were made from.
+        counts: counts of the preparation, read after the last block.
 
     Raises:
         ExperimentError: the file cannot be written, or there are no tokens.
     """
     digest, tokens = hashlib.sha256(), 0
     try:
-        beside(path).unlink(missing_ok=True)
+        description_path(path).unlink(missing_ok=True)
         with replacing(path) as file:
             for block in blocks:
                 piece = numpy.ascontiguousarray(block, _TYPE).tobytes()
@@ -92,19 +91,19 @@ def write(
         )
         record = {"format": FORMAT, **description._asdict()}
         record["sources"] = [one._asdict() for one in description.sources]
-        write_atomically(beside(path), json.dumps(record, indent=1).encode() + b"\n")
+        write_atomically(description_path(path), json.dumps(record, indent=1).encode() + b"\n")
     except OSError as error:
         raise ExperimentError(f"{path}: cannot be written ({error.strerror})") from None
     return description
 
 
 def describe(path: Path) -> Description:
-    """What a token file holds, its size checked.
+    """Return the description of a token file, whose size is checked.
 
     Raises:
         ExperimentError: a file is missing, damaged, of another format, or not of its size.
     """
-    place = beside(path)
+    place = description_path(path)
     try:
         content: dict[str, Any] = json.loads(place.read_bytes())
         if (version := content.pop("format")) != FORMAT:
@@ -129,24 +128,24 @@ def describe(path: Path) -> Description:
 
 
 def read(path: Path, vocabulary: str | None = None) -> TokenIds:
-    """The tokens, mapped from the disk, read-only, shape (tokens,), int32.
+    """Return the tokens, memory-mapped and read-only, shape (tokens,), int32.
 
     Args:
-        path: of the tokens.
-        vocabulary: digest of the vocabulary that they must have been made with; None: any.
+        path: file of the tokens.
+        vocabulary: digest of the vocabulary that the tokens must have; None: any.
 
     Raises:
-        ExperimentError: as ``describe``, or the vocabulary is another.
+        ExperimentError: as in ``describe``, or the vocabulary is another one.
     """
     description = describe(path)
     if vocabulary not in (None, description.vocabulary):
         raise ExperimentError(f"{path}: made with another vocabulary; {_REMEDY}")
-    # a plain array over the map: its slices are several times as fast to make
+    # slices of a plain array are several times as fast as those of a memmap
     return numpy.asarray(numpy.memmap(path, _TYPE, "r"))
 
 
 def is_made_from(path: Path, vocabulary: str, sources: Iterable[SourceFile]) -> bool:
-    """Whether a whole, undamaged token file of just these sources and this vocabulary is there."""
+    """Return whether there is an undamaged token file of these sources and this vocabulary."""
     try:
         there = describe(path)
         if (there.vocabulary, there.sources) != (vocabulary, tuple(sources)):
@@ -156,6 +155,6 @@ def is_made_from(path: Path, vocabulary: str, sources: Iterable[SourceFile]) -> 
         return False
 
 
-def beside(path: Path) -> Path:
-    """Where a token file's description lies."""
+def description_path(path: Path) -> Path:
+    """Return the path of a token file's description."""
     return path.with_name(path.name + ".json")

@@ -111,7 +111,7 @@ def read(path: Path) -> Vocabulary:
                 parts = line.split()
                 if len(parts) != 1:
                     raise ExperimentError(
-                        f"{path}, line {number}: {len(parts)} words; one a line is right"
+                        f"{path}, line {number}: {len(parts)} words, allowed is one per line"
                     )
                 words.append(parts[0].decode())
     except UnicodeDecodeError as error:

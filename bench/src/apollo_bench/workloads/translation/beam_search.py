@@ -44,8 +44,8 @@ def beam_search(
 
     A hypothesis has at least one word, and neither padding nor ``begin``. Its score is its log
     probability, divided by its length (end included) to the power ``length_penalty``. A sentence is
-    done when ``beam_size`` hypotheses have ended, which need not be the best of all. The result of
-    a sentence does not depend on the others of its batch.
+    done when ``beam_size`` hypotheses have ended, which need not be the best. The result of a
+    sentence does not depend on the others of its batch.
 
     Args:
         model: in training mode or not; the mode is restored.
@@ -53,9 +53,9 @@ def beam_search(
         begin: id of the word that a target begins with.
         end: id of the word that ends a target.
         beam_size: number of hypotheses that are followed.
-        length_penalty: 0 for the likeliest; larger values prefer longer hypotheses.
-        max_length: (a, b), at most a S + b words for a source of S words; Vaswani et al. (2017),
-            section 6.1, have 1 and 50. Never more than the model's max_length allows.
+        length_penalty: 0 ranks by probability; larger values prefer longer hypotheses.
+        max_length: (a, b): a translation has at most a S + b words for a source of S words, and
+            fits the model. Vaswani et al. (2017), section 6.1, have (1, 50).
 
     Returns:
         The words of each sentence's best hypothesis, without begin and end; empty if the model's
@@ -80,12 +80,12 @@ def beam_search(
         ended = _BeamSearch(model, source, limits, begin, end, beam_size, length_penalty).run()
     finally:
         model.train(training)
-    # the first of equals
+    # max takes the first of equal hypotheses
     return [max(each, key=lambda pair: pair[0], default=(0.0, []))[1] for each in ended]
 
 
 class _BeamSearch:
-    """The live sentences of a batch, each a row, with their beams; n shrinks as they are done."""
+    """The unfinished sentences of a batch and their beams: n rows, fewer as sentences are done."""
 
     def __init__(
         self,
@@ -106,48 +106,52 @@ class _BeamSearch:
         self.never = [word for word in {model.padding, begin} if word != end]
         self.cache = model.start(source)
         n = len(limits)
-        self.limits = limits  # of every row, words without the end
+        self.limits = limits  # of each row: largest number of words, without the end
         self.words = source.new_full((n, beam_size, 1), begin)  # (n, beam_size, 1 + words so far)
-        # (n, beams), log probabilities; at first there is one beam, and the others are dead
+        # (n, beams), log probabilities; at first one beam is alive
         self.scores = torch.full((n, beam_size), -math.inf, device=source.device)
         self.scores[:, 0] = 0.0
-        self.sentences = list(range(n))  # of every row
-        # score and words of the hypotheses of every sentence
+        self.sentences = list(range(n))  # sentence of each row
+        # score and words of the ended hypotheses of each sentence
         self.ended: list[list[tuple[float, list[int]]]] = [[] for _ in limits]
 
     def run(self) -> list[list[tuple[float, list[int]]]]:
-        """Follow the beams until every sentence is done."""
+        """Extend the beams until every sentence is done; return the ended hypotheses."""
         while self.sentences:
             scores, beams, words = self._candidates()
             ends = words == self.end
-            # an end counts only among the first so many
+            # an end counts only among the best ``beam_size`` candidates
             self._finish(scores[:, : self.beam_size], beams, ends[:, : self.beam_size])
-            # each beam has one end, so that at least half of the candidates go on
-            going = ends.int().argsort(dim=1, stable=True)[:, : self.beam_size]
-            self._follow(scores.gather(1, going), beams.gather(1, going), words.gather(1, going))
+            # each beam has one end among the candidates, so that at least half of them continue
+            continuing = ends.int().argsort(dim=1, stable=True)[:, : self.beam_size]
+            self._follow(
+                scores.gather(1, continuing),
+                beams.gather(1, continuing),
+                words.gather(1, continuing),
+            )
             self._drop_done()
         return self.ended
 
     def _candidates(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores, beams and words of the best continuations, best first, (n, 2 beams) each."""
+        """Return scores, beams and words of the best continuations, (n, 2 beams) each."""
         logits = self.model.step(self.words[..., -1], self.cache)
-        chances = logits.float().log_softmax(-1)
-        chances[..., self.never] = -math.inf
+        log_probs = logits.float().log_softmax(-1)
+        log_probs[..., self.never] = -math.inf
         length = self.words.shape[-1] - 1
         if length == 0:
-            chances[..., self.end] = -math.inf
-        vocabulary = chances.shape[-1]
-        others = torch.arange(vocabulary, device=chances.device) != self.end
-        full = torch.tensor([limit <= length for limit in self.limits], device=chances.device)
-        chances.masked_fill_(full[:, None, None] & others, -math.inf)
-        scores = self.scores[..., None] + chances
+            log_probs[..., self.end] = -math.inf
+        vocabulary = log_probs.shape[-1]
+        others = torch.arange(vocabulary, device=log_probs.device) != self.end
+        full = torch.tensor([limit <= length for limit in self.limits], device=log_probs.device)
+        log_probs.masked_fill_(full[:, None, None] & others, -math.inf)
+        scores = self.scores[..., None] + log_probs
         best, index = scores.flatten(1).topk(2 * self.beam_size)
         return best, index // vocabulary, index % vocabulary
 
     def _finish(self, scores: Tensor, beams: Tensor, ends: Tensor) -> None:
-        """Put aside the hypotheses that end; (n, beams) each."""
+        """Store the hypotheses that end; the arguments are (n, beams) each."""
         rows, columns = (ends & scores.isfinite()).nonzero(as_tuple=True)
-        length = self.words.shape[-1]  # with the end in place of the beginning
+        length = self.words.shape[-1]  # counts the end and not the begin
         found = zip(
             rows.tolist(),
             (scores[rows, columns] / length**self.length_penalty).tolist(),
@@ -155,18 +159,19 @@ class _BeamSearch:
             strict=True,
         )
         for row, score, words in found:
-            # it may become more than the beams: of one length, in order, none changes the best
+            # There may be more than beam_size of them. Those of one length come in order, so that
+            # the surplus never changes the best.
             self.ended[self.sentences[row]].append((score, words))
 
     def _follow(self, scores: Tensor, beams: Tensor, words: Tensor) -> None:
-        """Go on with these continuations, (n, beams) each."""
+        """Extend the beams by these continuations, (n, beams) each."""
         self.cache.reorder(beams)
         past = self.words.gather(1, beams[..., None].expand_as(self.words))
         self.words = torch.cat([past, words[..., None]], -1)
         self.scores = scores
 
     def _drop_done(self) -> None:
-        """Forget the rows of sentences that have enough hypotheses or as many words as allowed."""
+        """Remove sentences with ``beam_size`` ended hypotheses or more words than allowed."""
         words = self.words.shape[-1] - 1
         rows = [
             row

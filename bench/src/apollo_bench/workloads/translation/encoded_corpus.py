@@ -61,8 +61,8 @@ def prepare(corpus: EncodedCorpus, out: Path, report_progress: ProgressCallback)
     """Write an encoded corpus into files that are memory-mapped; each is written atomically.
 
     Args:
-        corpus: as of ``encode``.
-        out: made where it is missing.
+        corpus: what ``encode`` returned.
+        out: folder, created if it is missing.
         report_progress: called with what is going on and how much is done.
 
     Raises:
@@ -115,6 +115,10 @@ def is_prepared(folder: Path | None) -> bool:
 def load(folder: Path, size: int) -> EncodedCorpus:
     """Return what ``prepare`` wrote.
 
+    Args:
+        folder: folder of the files.
+        size: number of subwords that the corpus must have.
+
     Raises:
         ExperimentError: a file is damaged, or has another number of subwords than ``size``.
     """
@@ -140,7 +144,7 @@ def load(folder: Path, size: int) -> EncodedCorpus:
     validated = ValidationCache(_CHECKED, folder)
 
     def check(file: str) -> int:
-        """How many numbers or lines it has, if it is the file that was written."""
+        """Return the number of values or lines of a file, once it is validated."""
         try:
             count, sha256 = files[file]
             if not validated.holds(folder / file, sha256):

@@ -20,22 +20,22 @@ from apollo_bench.workloads.translation.subwords import Subwords
 
 TokenArray = NDArray[numpy.int32]
 LengthArray = NDArray[numpy.int64]
-_CHUNK = 20_000  # sentences encoded at once
+_CHUNK = 20_000  # sentences per call of the tokenizer
 
 
 class TokenizedSentences(NamedTuple):
     """Encoded sentences of one language, without begin and end."""
 
-    tokens: TokenArray  # shape=(all tokens,): one sentence after the other
+    tokens: TokenArray  # shape=(tokens,): all sentences, concatenated
     offsets: LengthArray  # shape=(n + 1,): sentence i is tokens[offsets[i]:offsets[i + 1]]
 
     @classmethod
     def joined(cls, parts: Iterable[tuple[TokenArray, LengthArray]]) -> TokenizedSentences:
         """Return the sentences of several parts of tokens, with their lengths."""
         tokens, lengths = [numpy.zeros(0, numpy.int32)], [numpy.zeros(1, numpy.int64)]
-        for some, their in parts:
-            tokens.append(some)
-            lengths.append(their)
+        for part_tokens, part_lengths in parts:
+            tokens.append(part_tokens)
+            lengths.append(part_lengths)
         return cls(numpy.concatenate(tokens), numpy.cumsum(numpy.concatenate(lengths)))
 
     @property
@@ -82,21 +82,24 @@ class EncodedPairs(NamedTuple):
         return (self if kept.all() else self.chosen(numpy.flatnonzero(kept))), counts
 
     def fitting(self, max_length: int) -> tuple[EncodedPairs, int]:
-        """The pairs that the model can take, and how many it cannot; for training.
+        """Return the training pairs that fit the model, and the number of the others.
 
         Args:
-            longest: sequence of the model, with the token for begin or end.
+            max_length: longest sequence of the model, with the token for begin or end.
         """
         fits = self._padded() <= max_length
         skipped = self.size - int(fits.sum())
         return (self.chosen(numpy.flatnonzero(fits)) if skipped else self), skipped
 
     def check_fitting(self, max_length: int, where: str) -> None:
-        """Raise ExperimentError where a pair is longer than the model takes; for tests.
+        """Check that all held-out pairs fit the model.
 
         Args:
-            longest: sequence of the model, with the token for begin or end.
-            where: what the error calls the pairs; it adds the line.
+            max_length: longest sequence of the model, with the token for begin or end.
+            where: name of the pairs in the error, which adds the line.
+
+        Raises:
+            ExperimentError: a pair is too long.
         """
         wanted = self._padded()
         for number in numpy.flatnonzero(wanted > max_length)[:1].tolist():

@@ -14,7 +14,7 @@ from apollo_bench.workloads.translation.parallel_text import (
 )
 
 _SPLITS = ("train", "validation", "test")
-_NESTED = "translation"  # the hub's column of one text a language
+_NESTED = "translation"  # the hub's column of one text per language
 
 
 def load_hub(

@@ -36,10 +36,10 @@ class LengthLimits(NamedTuple):
 
     min_length: int = 1
     max_length: int | None = 250  # None: any
-    ratio: float | None = 1.5  # of the longer to the shorter, at most; None: any
+    ratio: float | None = 1.5  # largest ratio of the longer to the shorter; None: any
 
 
-# as fairseq's prepare-wmt14en2de.sh calls Moses's clean-corpus-n: on subwords, training data only
+# the limits of fairseq's prepare-wmt14en2de.sh: for training data, in subwords
 FAIRSEQ = LengthLimits()
 NOT_EMPTY = LengthLimits(1, None, None)
 
@@ -48,7 +48,7 @@ class FilterCounts(NamedTuple):
     """Counts of the read and the skipped pairs; a skipped pair counts under its first reason."""
 
     read: int
-    empty: int = 0  # shorter than the shortest on either side
+    empty: int = 0  # a side is shorter than min_length
     long: int = 0
     ratio: int = 0
 
@@ -67,11 +67,11 @@ class ParallelCorpus(NamedTuple):
     """A corpus as text, with white space normalized."""
 
     train: TextPairs  # without the pairs that are empty on a side
-    valid: TextPairs  # whole, as the test set
+    valid: TextPairs  # complete, as is the test set
     test: TextPairs
-    source_language: str  # as "en"
+    source_language: str  # for example "en"
     target_language: str
-    fingerprint: str  # of all sentences, whatever files they came from
+    fingerprint: str  # of all sentences; it does not depend on the files
     counts: FilterCounts  # of the training pairs
 
 
@@ -113,11 +113,11 @@ def make_corpus(
 
 
 def read_pairs(source: Path, target: Path, remedy: str) -> TextPairs:
-    """Read two files of one sentence a line, every line, empty ones too.
+    """Read two files of one sentence per line; empty lines are kept.
 
     Args:
-        source, target: UTF-8, plain or gzipped, whatever their names say.
-        remedy: what to do about a bad file; ends the error message.
+        source, target: files in UTF-8, plain or gzipped, whatever their names are.
+        remedy: what the user should do about a bad file; the message ends with it.
 
     Raises:
         ExperimentError: a file is missing, damaged or not UTF-8, or the two differ in lines.
@@ -128,7 +128,7 @@ def read_pairs(source: Path, target: Path, remedy: str) -> TextPairs:
 
 
 def read_named(folder: Path, name: str, languages: tuple[str, str], remedy: str) -> TextPairs:
-    """Read ``name.en`` and ``name.de``, say, plain or gzipped; errors as of ``read_pairs``."""
+    """Read files such as ``name.en`` and ``name.de``, plain or gzipped, as in ``read_pairs``."""
     source, target = (find_text(folder, f"{name}.{language}", remedy) for language in languages)
     return read_pairs(source, target, remedy)
 
@@ -146,7 +146,7 @@ def find_text(folder: Path, name: str, remedy: str) -> Path:
 
 
 def check_aligned(pairs: TextPairs, source: str, target: str, remedy: str) -> None:
-    """Raise ExperimentError where the sides, called ``source`` and ``target``, differ in size."""
+    """Raise ExperimentError if the two sides, named ``source`` and ``target``, differ in size."""
     if len(pairs.source) != len(pairs.target):
         raise ExperimentError(
             f"{source} has {len(pairs.source):,} lines, {target} has {len(pairs.target):,}: "
@@ -165,7 +165,7 @@ def read_lines(path: Path, remedy: str) -> list[str]:
     returns = 0  # carriage returns that are not before a line feed
     with open_binary(path, remedy) as file:
         try:
-            # at line feeds alone: str.splitlines would also cut at marks within sentences
+            # only line feeds end a line: str.splitlines also cuts at characters within sentences
             for number, row in enumerate(file, 1):
                 if b"\0" in row:
                     raise ExperimentError(f"{path}, line {number}: a zero byte, damaged; {remedy}")
@@ -185,7 +185,7 @@ def read_lines(path: Path, remedy: str) -> list[str]:
 
 
 def even(text: str) -> str:
-    """Return the text with single spaces, and none around it."""
+    """Return the text with single spaces, and none at its ends."""
     return " ".join(text.split())
 
 

@@ -16,11 +16,11 @@ from apollo_bench.errors import ExperimentError, first_line
 from apollo_bench.workloads.translation.parallel_text import TextPairs, even
 
 PADDING, BEGIN, END, UNKNOWN = range(4)
-# the brackets stand for no byte: no text or merge of bytes equals a special token
+# no byte is written with these brackets, so that no text equals a special token
 SPECIAL = ("⟨padding⟩", "⟨begin⟩", "⟨end⟩", "⟨unknown⟩")
 _BYTES = 256
 SMALLEST = len(SPECIAL) + _BYTES
-_SEEN_AT_LEAST = 2  # a pair must occur twice to become a subword
+_MIN_FREQUENCY = 2  # occurrences of a pair that becomes a subword
 
 
 def normalize(text: str) -> str:
@@ -31,8 +31,8 @@ def normalize(text: str) -> str:
 class Subwords:
     """A vocabulary of subwords; ``decode(encode(text)) == normalize(text)`` for every text.
 
-    Every byte is in the vocabulary, so that no text contains the unknown token. It exists for
-    models and files that expect one.
+    Every byte is in the vocabulary, so that no text needs the unknown token. It exists because
+    models and files expect one.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -59,7 +59,7 @@ class Subwords:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         trainer = trainers.BpeTrainer(
             vocab_size=size,
-            min_frequency=_SEEN_AT_LEAST,
+            min_frequency=_MIN_FREQUENCY,
             special_tokens=list(SPECIAL),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
@@ -88,35 +88,35 @@ class Subwords:
         return cls(tokenizer)
 
     def save(self, path: Path) -> None:
-        """Write as JSON of the library ``tokenizers``, whole or not at all."""
+        """Write the JSON of the library ``tokenizers``, atomically."""
         write_atomically(path, self._tokenizer.to_str().encode())
 
     @property
     def size(self) -> int:
-        """Of the vocabulary, special tokens counted."""
+        """Size of the vocabulary, special tokens included."""
         size: int = self._tokenizer.get_vocab_size()
         return size
 
     def encode(self, text: str) -> list[int]:
-        """The numbers of a text's subwords, without begin and end."""
+        """Return the ids of a text's subwords, without begin and end."""
         numbers: list[int] = self._tokenizer.encode(normalize(text)).ids
         return numbers
 
     def encode_all(self, texts: Sequence[str]) -> tuple[NDArray[numpy.int32], NDArray[numpy.int64]]:
-        """The numbers of all texts one after the other, and how many each text has."""
+        """Return the ids of all texts in one array, and the number of ids per text."""
         rows = self._tokenizer.encode_batch_fast([normalize(text) for text in texts])
         lengths = numpy.fromiter((len(row) for row in rows), numpy.int64, len(rows))
         numbers = itertools.chain.from_iterable(row.ids for row in rows)
         return numpy.fromiter(numbers, numpy.int32, int(lengths.sum())), lengths
 
     def decode(self, numbers: Iterable[int]) -> str:
-        """The text of subwords, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of ids without special tokens; invalid UTF-8 becomes U+FFFD."""
         text: str = self._tokenizer.decode([n for n in numbers if n >= len(SPECIAL)])
         return text.removeprefix(" ")
 
 
 def _of_model(model: models.BPE) -> Tokenizer:
-    # again around the model: the trainer makes the tokenizer find special tokens in plain text
+    # a new tokenizer, because that of the trainer finds special tokens in plain text
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""Batches of about equally many tokens: pairs of similar length together, with little padding."""
+"""Batches of similar numbers of tokens: pairs of similar length together, with little padding."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ IndexArray = NDArray[numpy.int64]
 
 
 class TokenBatch(NamedTuple):
-    """Sentence pairs side by side, filled up with ``PADDING``; all int64."""
+    """Sentence pairs as rows, padded with ``PADDING``; all int64."""
 
     source: Tensor  # shape=(pairs, longest source + 1): ends with END
     target_in: Tensor  # shape=(pairs, longest target + 1): begins with BEGIN
-    target_out: Tensor  # the same shape: ends with END, what is to be foretold at each place
-    examples: IndexArray  # shape=(pairs,): which pairs of the data these are
+    target_out: Tensor  # shape of target_in: ends with END; the targets of the loss
+    examples: IndexArray  # shape=(pairs,): indices of the pairs in the data
 
 
 class TokenBatches:
-    """Encoded pairs in batches that never change; what changes is their order.
+    """Encoded pairs in fixed batches; only the order of the batches changes by epoch.
 
-    A batch is shared by giving each of ``world`` processes every ``world``-th pair of it. Each
-    gets one at least, because every batch has ``world`` pairs or more: where the next longer pair
-    no longer fits, a batch has ``max_tokens // longest`` pairs or more, and the last one, which
-    may be left with fewer, is evened out with the one before it. What that takes is checked here:
-    ``(2 * world - 1) * longest <= max_tokens``, and ``world`` pairs in all.
+    Each of ``world`` processes takes every ``world``-th pair of a batch, at least one. So every
+    batch needs ``world`` pairs. A batch that is full has at least ``max_tokens // longest`` pairs.
+    The last batch may have fewer and is then balanced with the one before it. Two conditions
+    suffice: ``(2 * world - 1) * longest <= max_tokens``, and at least ``world`` pairs in all.
 
     Args:
-        pairs: those to train on, without any that is too long for the model.
-        max_tokens: in a batch, over all processes, padding counted; for source and target each.
-        world: how many processes share a batch.
+        pairs: training pairs, none of which is too long for the model.
+        max_tokens: largest number of tokens per batch over all processes, padding included, for
+            source and target each.
+        world: number of processes that share a batch.
 
     Raises:
-        ExperimentError: the pairs cannot be shared so.
+        ExperimentError: the conditions are not met.
     """
 
     def __init__(self, pairs: EncodedPairs, max_tokens: int, world: int = 1) -> None:
@@ -63,39 +63,39 @@ class TokenBatches:
         self._groups = group(source, target, max_tokens)
 
     def __len__(self) -> int:
-        """How many batches an epoch has, the same in each."""
+        """Return the number of batches per epoch."""
         return len(self._groups)
 
     def examples(self, number: int) -> IndexArray:
-        """Which pairs are in a batch, shape (pairs,)."""
+        """Return the indices of the pairs in a batch, shape (pairs,)."""
         return self._groups[number]
 
     def tokens(self, number: int) -> int:
-        """How many target tokens of a batch count in the loss, over all processes."""
+        """Return the number of target tokens in the loss of a batch, over all processes."""
         examples = self._groups[number]
         return int(self._pairs.target.lengths[examples].sum()) + len(examples)
 
     def order(self, seed: int, epoch: int) -> list[int]:
-        """The batches of an epoch in turn: each number once."""
+        """Return the order of the batches in an epoch: a permutation of their numbers."""
         generator = Generator().manual_seed(derived_seed(seed, epoch))
         order: list[int] = torch.randperm(len(self), generator=generator).tolist()
         return order
 
     def part(self, number: int, rank: int = 0) -> TokenBatch:
-        """What one process sees of a batch."""
+        """Return the part of a batch for one process."""
         return padded(self._pairs, self._groups[number][rank :: self._world])
 
 
 def group(source: IndexArray, target: IndexArray, max_tokens: int) -> list[IndexArray]:
-    """Divide pairs into batches, a function of these numbers alone.
+    """Divide pairs into batches, which depend only on the arguments.
 
     Args:
-        source, target: lengths of the pairs' sides as they are padded, shape (n,).
-        max_tokens: at least the longest of them.
+        source, target: lengths of the two sides with begin or end, shape (n,).
+        max_tokens: at least the largest length.
 
     Returns:
-        The pairs of each batch, shortest first: each pair once, and of each batch
-        ``pairs * longest <= max_tokens`` on both sides.
+        The indices of each batch's pairs, shortest first. Every pair occurs once, and every batch
+        has ``pairs * longest <= max_tokens`` on both sides.
     """
     longer = numpy.maximum(source, target)
     ranking = numpy.lexsort((numpy.arange(len(source)), source, target, longer))
@@ -113,7 +113,7 @@ def group(source: IndexArray, target: IndexArray, max_tokens: int) -> list[Index
 
 
 def padded(pairs: EncodedPairs, examples: IndexArray) -> TokenBatch:
-    """Some pairs side by side, in the order given."""
+    """Return these pairs as a batch, in the given order."""
     source = _padded(pairs.source, examples, None, END)
     target_in = _padded(pairs.target, examples, BEGIN, None)
     target_out = _padded(pairs.target, examples, None, END)

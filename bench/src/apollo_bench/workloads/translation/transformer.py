@@ -15,17 +15,17 @@ KeyValue = tuple[Tensor, Tensor]
 
 
 def sinusoids(max_length: int, width: int) -> Tensor:
-    """Position encodings (longest, width): the sines of all frequencies, then their cosines."""
+    """Return position encodings, shape (max_length, width): all sines, then all cosines."""
     frequencies = torch.exp(torch.arange(0, width, 2) * (-math.log(10_000) / width))
     angles = torch.arange(max_length)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 class Attention(nn.Module):
-    """Several heads of scaled dot products.
+    """Multi-head attention.
 
-    The three projections are tensors of their own, as in fairseq: Apollo's reductions run over
-    whole tensors, so that one packed matrix would be another optimizer.
+    Query, key and value have separate matrices, as in fairseq. Apollo's reductions run over whole
+    tensors, so that it would train one packed matrix differently.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -36,7 +36,7 @@ class Attention(nn.Module):
         self.value = nn.Linear(width, width)
         self.output = nn.Linear(width, width)
         for projection in (self.query, self.key, self.value):
-            # the bound of one matrix packed of the three
+            # the bound that one packed matrix would have
             nn.init.xavier_uniform_(projection.weight, gain=1 / math.sqrt(2))
         nn.init.xavier_uniform_(self.output.weight)
         for projection in (self.query, self.key, self.value, self.output):
@@ -47,23 +47,23 @@ class Attention(nn.Module):
         return x.view(n, time, self.heads, width // self.heads).transpose(1, 2)
 
     def project(self, x: Tensor) -> KeyValue:
-        """Keys and values of x (n, time, width), each (n, heads, time, width / heads)."""
+        """Return keys and values of x (n, time, width), each (n, heads, time, width / heads)."""
         return self._split(self.key(x)), self._split(self.value(x))
 
     def forward(
         self, x: Tensor, keys_values: KeyValue, mask: Tensor | None = None, causal: bool = False
     ) -> Tensor:
-        """Let every x (n, time, width) look at the keys that the mask allows; like x."""
+        """Attend from x (n, time, width) to the keys that the mask allows; same shape as x."""
         keys, values = keys_values
-        seen = functional.scaled_dot_product_attention(
+        attended = functional.scaled_dot_product_attention(
             self._split(self.query(x)), keys, values, mask, is_causal=causal
         )
-        y: Tensor = self.output(seen.transpose(1, 2).flatten(2))
+        y: Tensor = self.output(attended.transpose(1, 2).flatten(2))
         return y
 
 
 class FeedForward(nn.Module):
-    """Two linear layers around a ReLU, position by position."""
+    """Two linear layers with a ReLU between them, for each position."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class FeedForward(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X (n, time, width) to the same shape."""
+        """Map x (n, time, width) to the same shape."""
         y: Tensor = self.output(torch.relu(self.inner(x)))
         return y
 
@@ -88,7 +88,7 @@ class Residual(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """X and y (n, time, width) to the same shape."""
+        """Map x and y, each (n, time, width), to the same shape."""
         z: Tensor = self.norm(x + self.dropout(y))
         return z
 
@@ -104,7 +104,7 @@ class EncoderLayer(nn.Module):
         self.residual2 = Residual(width, dropout)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """X (n, S, width), mask (n, 1, 1, S) true at words, to (n, S, width)."""
+        """Map x (n, S, width) to the same shape; mask (n, 1, 1, S) is true at words."""
         x = self.residual1(x, self.attention(x, self.attention.project(x), mask))
         x = self.residual2(x, self.feed_forward(x))
         return x
@@ -123,24 +123,24 @@ class DecoderLayer(nn.Module):
         self.residual3 = Residual(width, dropout)
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
-        """X (n, T, width), memory (n, S, width), mask (n, 1, 1, S) to (n, T, width)."""
+        """Map x (n, T, width) to the same shape; memory (n, S, width), mask (n, 1, 1, S)."""
         y = self.attention(x, self.attention.project(x), causal=True)
         return self._rest(self.residual1(x, y), self.across.project(memory), mask)
 
     def step(
         self, x: Tensor, past: KeyValue | None, memory: KeyValue, mask: Tensor
     ) -> tuple[Tensor, KeyValue]:
-        """One more word of every beam.
+        """Decode one more word of every beam.
 
         Args:
             x: (n, beams, width).
-            past: keys and values of the words before, (n * beams, heads, time, width / heads);
-                None at the first.
+            past: keys and values of the previous words, (n * beams, heads, time, width / heads);
+                None for the first word.
             memory: keys and values of the source, (n, heads, S, width / heads).
             mask: (n, 1, 1, S).
 
         Returns:
-            (n, beams, width), and the past with this word.
+            Features, (n, beams, width), and the past with this word.
         """
         word = x.flatten(0, 1).unsqueeze(1)
         keys, values = self.attention.project(word)
@@ -150,7 +150,7 @@ class DecoderLayer(nn.Module):
         return self._rest(self.residual1(x, y), memory, mask), (keys, values)
 
     def _rest(self, x: Tensor, memory: KeyValue, mask: Tensor) -> Tensor:
-        # the beams of a step stand where forward has time: they share the source's keys
+        # step has beams in the place of time, because all beams share the source's keys
         x = self.residual2(x, self.across(x, memory, mask))
         x = self.residual3(x, self.feed_forward(x))
         return x
@@ -166,12 +166,12 @@ class Cache:
     time: int = 0  # words so far
 
     def reorder(self, beams: Tensor) -> None:
-        """Continue from these beams, (n, beams) int64, each a number within its sentence."""
+        """Continue from these beams, (n, beams) int64, numbered within their sentence."""
         first = torch.arange(beams.shape[0], device=beams.device)[:, None] * beams.shape[1]
         self._select_past((first + beams).flatten())
 
     def keep(self, sentences: Tensor, beams: int) -> None:
-        """Continue with these sentences, (fewer,) int64, of so many beams each."""
+        """Continue with these sentences only, shape (kept,) int64, each of ``beams`` beams."""
         self.mask = self.mask[sentences]
         self.memory = [(keys[sentences], values[sentences]) for keys, values in self.memory]
         within = torch.arange(beams, device=sentences.device)
@@ -237,21 +237,21 @@ class Transformer(nn.Module):
         )
 
     def fsdp_units(self) -> list[nn.Module]:
-        """Return the modules that FSDP2 shards as units of their own: the layers."""
+        """Return the modules that FSDP2 shards as separate units: the layers."""
         return [*self.encoder, *self.decoder]
 
     def forward(self, source: Tensor, target_in: Tensor) -> Tensor:
-        """Logits of the word after each of the target's.
+        """Return the logits of the word after each word of the target.
 
         Args:
             source: (n, S), int64.
-            target_in: (n, T), int64, the target from its begin word to its last but one.
+            target_in: (n, T), int64, the target with its begin word and without its end.
 
         Returns:
-            (n, T, vocabulary); what stands at padding means nothing.
+            Logits, (n, T, vocabulary); those at padding have no meaning.
 
         Raises:
-            ValueError: a sentence longer than the model's longest.
+            ValueError: a sentence is longer than ``max_length``.
         """
         memory, mask = self.encode(source), self.mask(source)
         x = self._embed(target_in, "target")
@@ -260,7 +260,7 @@ class Transformer(nn.Module):
         return self._logits(x)
 
     def encode(self, source: Tensor) -> Tensor:
-        """Source (n, S), int64, to its memory (n, S, width); ValueError if it is too long."""
+        """Return the memory (n, S, width) of a source (n, S), int64; ValueError if too long."""
         mask = self.mask(source)
         x = self._embed(source, "source")
         for layer in self.encoder:
@@ -268,7 +268,7 @@ class Transformer(nn.Module):
         return x
 
     def mask(self, source: Tensor) -> Tensor:
-        """Where the source (n, S) has words, (n, 1, 1, S), bool."""
+        """Return the mask of a source (n, S): (n, 1, 1, S), bool, true at words."""
         return (source != self.padding)[:, None, None]
 
     def start(self, source: Tensor) -> Cache:
@@ -278,17 +278,17 @@ class Transformer(nn.Module):
         return Cache(self.mask(source), projected, [None] * len(projected))
 
     def step(self, words: Tensor, cache: Cache) -> Tensor:
-        """Logits of the next word of every beam.
+        """Return the logits of the next word of every beam.
 
         Args:
             words: (n, beams), int64, the last word of every beam.
-            cache: of all words before; takes up this one.
+            cache: cache of all previous words; this word is added.
 
         Returns:
-            (n, beams, vocabulary).
+            Logits, (n, beams, vocabulary).
 
         Raises:
-            ValueError: more words than the model's longest.
+            ValueError: there are more words than ``max_length``.
         """
         x = self._embed(words[..., None], "target", cache.time).squeeze(-2)
         for i, layer in enumerate(self._decoder_layers()):
@@ -300,7 +300,7 @@ class Transformer(nn.Module):
         return cast("Iterable[DecoderLayer]", self.decoder)
 
     def _embed(self, words: Tensor, name: str, first: int = 0) -> Tensor:
-        """Words (..., time) at the positions from the first on, to (..., time, width)."""
+        """Embed words (..., time), whose first position is ``first``, as (..., time, width)."""
         last = first + words.shape[-1]
         if last > self.max_length:
             raise ValueError(f"{name} has {last} words, allowed are {self.max_length} at most")

@@ -22,15 +22,14 @@ HUB = "wmt/wmt14"
 SUBSET = "de-en"
 LANGUAGES = ("en", "de")
 TRAIN, VALID, TEST = "train", "newstest2013", "newstest2014"
-# what the organisers' archives unpack to: europarl-v7.de-en.en and its kin
+# files of the organizers' archives, for example europarl-v7.de-en.en
 _PARTS = ("*.de-en.en", "*.de-en.en.gz")
-# their test set is not plain text but one <seg> a line; of the two directions' files these
-# are the ones of English to German
-_MARKED = ("newstest2014-deen-src.en.sgm", "newstest2014-deen-ref.de.sgm")
+# their test set has one <seg> per line; these are the files of English to German
+_SGML = ("newstest2014-deen-src.en.sgm", "newstest2014-deen-ref.de.sgm")
 _SEGMENT = re.compile(r"<seg\b[^>]*>(.*?)</seg>")
 _REMEDY = (
-    f"--data needs a folder with {TRAIN}.{{en,de}} or the organisers' *.de-en.{{en,de}}, with "
-    f"{VALID}.{{en,de}}, and with {TEST}.{{en,de}} or {' and '.join(_MARKED)}; plain or .gz"
+    f"--data needs a folder with {TRAIN}.{{en,de}} or the organizers' *.de-en.{{en,de}}, with "
+    f"{VALID}.{{en,de}}, and with {TEST}.{{en,de}} or {' and '.join(_SGML)}; plain or .gz"
 )
 
 
@@ -50,18 +49,18 @@ def load(folder: Path | None = None, hub: str = HUB) -> ParallelCorpus:
         return load_hub(hub, LANGUAGES, _REMEDY, SUBSET)
     if not folder.is_dir():
         raise ExperimentError(f"{folder}: no such folder; {_REMEDY}")
-    # the small files first: an error then comes before minutes of reading
+    # small files first, so that their errors come before minutes of reading
     valid, test = _named(folder, VALID), _test(folder)
     return make_corpus(_training(folder), valid, test, LANGUAGES, str(folder))
 
 
 def _named(folder: Path, name: str) -> TextPairs:
-    place = _home(folder, f"{name}.{LANGUAGES[0]}") or folder
+    place = _folder_of(folder, f"{name}.{LANGUAGES[0]}") or folder
     return read_named(place, name, LANGUAGES, _REMEDY)
 
 
 def _training(folder: Path) -> TextPairs:
-    if _home(folder, f"{TRAIN}.{LANGUAGES[0]}"):
+    if _folder_of(folder, f"{TRAIN}.{LANGUAGES[0]}"):
         return _named(folder, TRAIN)
     parts = {
         path.with_name(path.name.removesuffix(".gz")).with_suffix("")
@@ -70,19 +69,19 @@ def _training(folder: Path) -> TextPairs:
     }
     if not parts:
         return _named(folder, TRAIN)  # raises the error that names the missing file
-    whole = TextPairs([], [])
+    pairs = TextPairs([], [])
     for part in sorted(parts):
         read = read_named(part.parent, part.name, LANGUAGES, _REMEDY)
-        whole.source.extend(read.source)
-        whole.target.extend(read.target)
-    return whole
+        pairs.source.extend(read.source)
+        pairs.target.extend(read.target)
+    return pairs
 
 
 def _test(folder: Path) -> TextPairs:
-    place = _home(folder, _MARKED[0])
-    if place is None or _home(folder, f"{TEST}.{LANGUAGES[0]}"):
+    place = _folder_of(folder, _SGML[0])
+    if place is None or _folder_of(folder, f"{TEST}.{LANGUAGES[0]}"):
         return _named(folder, TEST)
-    source, target = (find_text(place, name, _REMEDY) for name in _MARKED)
+    source, target = (find_text(place, name, _REMEDY) for name in _SGML)
     pairs = TextPairs(_segments(source), _segments(target))
     check_aligned(pairs, str(source), str(target), _REMEDY)
     return pairs
@@ -94,8 +93,8 @@ def _segments(path: Path) -> list[str]:
     return [even(text) for line in lines for text in _SEGMENT.findall(line)]
 
 
-def _home(folder: Path, name: str) -> Path | None:
-    """The folder that holds a file, plain or gzipped; the first of several; None: there is none."""
+def _folder_of(folder: Path, name: str) -> Path | None:
+    """Return the first folder that contains a file, plain or gzipped; None if there is none."""
     for place in (folder, *sorted(path for path in folder.rglob("*") if path.is_dir())):
         if (place / name).is_file() or (place / f"{name}.gz").is_file():
             return place
