@@ -48,7 +48,7 @@ def select(
         optimizers: names, separated by commas: those of the recipe, ``"all"`` of them, a class as
             ``my_module:MyOptimizer``, or a short name as ``adagrad``. None: those that the recipe
             selects.
-        schedules: likewise.
+        schedules: names, separated by commas, or ``"all"``; None: those that the recipe selects.
         quick: whether the table [quick] is applied.
         analysis: the analysis of a sweep; None: a comparison or a single run.
         tuned: folder of a finished search, whose best settings are used.

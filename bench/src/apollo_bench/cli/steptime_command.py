@@ -38,7 +38,7 @@ def steptime(
 ) -> None:
     """Measure step time, memory and bandwidth of every back end against PyTorch's optimizers.
 
-    All optimizers step in turn in one process, so that a disturbance affects all of them. An
+    The optimizers step alternately in one process, so that a disturbance affects all of them. An
     optimizer that is much slower than the reference takes part in the first rounds only.
     """
     with runtime.one_line_errors():

@@ -47,11 +47,11 @@ def draw(summaries: list[Summary]) -> list[FigureFile]:
 
 
 def _units(summaries: list[Summary]) -> list[Unit]:
-    """Return what the profiles count; seconds only if all runs of a task were executed alike."""
-    alike = all(
+    """Return the units of the profiles; seconds only if runs of a task were executed equally."""
+    same_execution = all(
         len({narrative.place_of(run) for run in summary.runs}) == 1 for summary in summaries
     )
-    return ["updates", "seconds"] if alike else ["updates"]
+    return ["updates", "seconds"] if same_execution else ["updates"]
 
 
 def _table(summaries: list[Summary], found: Profiles | None, units: list[Unit]) -> Table:

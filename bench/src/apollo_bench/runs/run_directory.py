@@ -275,7 +275,7 @@ class RunDirectory:
         return content.decode()
 
     def diagnostics_records(self) -> Iterator[Record]:
-        """Yield the records of diagnostics.jsonl, likewise."""
+        """Yield the records of diagnostics.jsonl, as ``records`` does."""
         return _records(self.diagnostics, lambda record: isinstance(record, dict))
 
 

@@ -1,4 +1,4 @@
-"""Measure the steps of many optimizers on one parameter set, in turn and in one process."""
+"""Measure the steps of many optimizers on one parameter set, alternately in one process."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def measure(
     stop: Callable[[], bool],
     where: CpuTimer = CPU_TIMER,
 ) -> SetResult:
-    """Step all candidates in turn, round after round, each round starting with another one.
+    """Step all candidates alternately; every round starts with another one.
 
     A candidate that takes more than 8 times as long as the reference takes part in 5 rounds only.
     If not all fit into memory, they are measured in several groups, each with the reference.

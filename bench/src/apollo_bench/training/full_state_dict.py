@@ -33,7 +33,7 @@ def full_model_state(network: nn.Module) -> StateDict:
 
 
 def load_model_state(network: nn.Module, state: StateDict) -> None:
-    """Load full tensors, of which every process has a copy, into a sharded or unsharded network.
+    """Load full tensors, a copy in every process, into a sharded or unsharded network.
 
     Args:
         network: the network, or its shards.

@@ -62,7 +62,7 @@ def decode(content: bytes, where: str) -> Image.Image:
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode[0] != "I":
         return image.convert("RGB")
-    # Grey of 16 bits, of which Pillow would make white. The upper byte, as Pillow does for color.
+    # Pillow would turn grey of 16 bits into white. The upper byte is taken, as for color.
     grey = (numpy.asarray(image) >> 8).astype(numpy.uint8)
     return Image.fromarray(grey).convert("RGB")
 

@@ -33,7 +33,7 @@ _EVALUATION_PIXELS = 1 << 23  # per batch: 167 images of 224 x 224
 _PREFETCH = 2  # batches per worker; DataLoader's default
 _TIMEOUT = 600.0  # seconds for a batch
 _SHARED_MEMORY = "/dev/shm"
-_SHARE = 0.25  # of the free shared memory that a run may take; others may run beside it
+_SHARE = 0.25  # of the free shared memory; other runs need some too
 
 # pixels, labels and an error message
 _DecodedBatch = tuple[Tensor | NDArray[numpy.uint8], Tensor | NDArray[numpy.int64], str]
@@ -47,7 +47,7 @@ class DecodingImageSource:
     Args:
         images: encoded images.
         mean: mean of each channel of the training images, in units of the brightest pixel.
-        std: standard deviation of each channel, likewise.
+        std: standard deviation of each channel, in the same unit.
         data: subset and augmentation.
         device: device of the batches.
         workers: worker processes; 0: this process.
