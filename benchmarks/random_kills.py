@@ -3,8 +3,8 @@
     python benchmarks/random_kills.py [--seconds 280] [--kills N] [--seed 0] [--method apollo]
 
 A run is trained, killed and resumed until it ends; then the next one begins, until the time or the
-number of kills is over. Each attempt is a process of its own, forked from this one, so that it does
-not import torch again. Checkpoints are written after every step. At the end of each run the
+number of kills is over. Each attempt is a process of its own, forked from this one, so that it
+imports nothing again. Checkpoints are written after every step. At the end of each run the
 weights, the optimizer's state, the random numbers, all records and the result must be bit-identical
 to those of the run that was never killed; only times may differ. The exit status is 1 if they are
 not.
@@ -25,7 +25,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import lightning_fabric  # noqa: F401  (imported before the processes are forked)
 import torch
+import torch.utils.tensorboard
 
 from apollo_bench.config import recipe
 from apollo_bench.config.recipe import RunSpec

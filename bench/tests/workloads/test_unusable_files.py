@@ -159,9 +159,9 @@ def test_files_that_are_not_used_are_counted(tree: Path) -> None:
     assert len(images.train.labels) == 12
     [remark] = images.remarks
     assert remark == (
-        "8 files of imagenet are not used (3 .webp, 1 beside the folders of classes, 1 hidden, "
-        "1 in folders below, 1 in hidden folders, 1 without an ending); used are .jpeg, .jpg, .png "
-        "in the folders of the classes."
+        "Files of imagenet that are not used: 8 (3 .webp, 1 beside the folders of classes, "
+        "1 hidden, 1 in folders below, 1 in hidden folders, 1 without an ending). Used are .jpeg, "
+        ".jpg, .png in the folders of the classes."
     )
 
 
@@ -175,7 +175,7 @@ def test_the_user_is_told_of_them_before_training(
     request = run_experiment.Request([spec], tmp_path / "out", tree, machines)
     said: list[str] = []
     [run] = run_experiment._prepare(request, Execution(), said.append)
-    assert [text[:47] for text in said] == ["1 files of imagenet are not used (1 .bmp); used"]
+    assert [text[:50] for text in said] == ["Files of imagenet that are not used: 1 (1 .bmp). U"]
     data = run.directory.read()["data"]
     assert data["remarks"] == said
     assert data["published"] is False  # beside the paper's numbers a report says so

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -46,6 +47,8 @@ def prepare(
                 f"task is {task!r}, allowed are {', '.join(PREPARERS)}; the others need no "
                 "preparation"
             )
+        # not at once, as elsewhere: each worker ends its shard
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         folder = out or Path("data") / task
         if subwords is None:
             subwords = getattr(recipe.load(task).data, "subwords", None)

@@ -183,6 +183,12 @@ class TrainingState:
 
     def _mean_weights(self) -> dict[str, Tensor]:
         paths = self.directory.kept_evaluations(self.step)[-self.spec.train.average_checkpoints :]
+        evaluations = -(-self.step // self.every)
+        if len(paths) < min(self.spec.train.average_checkpoints, evaluations):
+            raise ExperimentError(
+                f"{self.directory.checkpoint.parent}: weights to average are missing, "
+                f"{len(paths)} are there; remove the run's directory to train it again"
+            )
         states = [checkpoint_files.read_checkpoint(path) for path in paths]
         mean = {}
         for name, last in states[-1].items():

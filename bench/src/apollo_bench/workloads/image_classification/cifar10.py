@@ -173,16 +173,14 @@ def _from_batches(read: Callable[[str], bytes], place: Path) -> ImageSet:
     both = []
     published = True
     for names in (TRAIN, TEST):
-        contents = {name: read(name) for name in names}
-        parts = [_batch(content, str(place / name)) for name, content in contents.items()]
+        parts = []
+        for name in names:
+            content = read(name)
+            parts.append(_batch(content, str(place / name)))
+            published &= hashlib.md5(content, usedforsecurity=False).hexdigest() == _MD5[name]
         images, labels = zip(*parts, strict=True)
         both.append((torch.cat(images), torch.cat(labels)))
-        published &= all(_md5(content) == _MD5[name] for name, content in contents.items())
     return _image_set(*both)._replace(published=published)
-
-
-def _md5(content: bytes) -> str:
-    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def _batch(content: bytes, where: str) -> _Split:

@@ -210,7 +210,7 @@ def unused_files(root: Path, splits: tuple[str, ...], folders: Iterable[ClassFol
         return []
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(unused.items()))
     return [
-        f"{sum(unused.values()):,} files of {root.name} are not used ({kinds}); used are "
+        f"Files of {root.name} that are not used: {sum(unused.values()):,} ({kinds}). Used are "
         f"{', '.join(_SUFFIXES)} in the folders of the classes."
     ]
 
