@@ -120,16 +120,21 @@ def test_weight_decay_can_be_coupled_to_it_and_by_it() -> None:
             "importing lacking raised ModuleNotFoundError: No module named 'no",
         ),
         ('class = "leaving:X"', "importing leaving raised SystemExit: 3"),
+        (
+            'method = "lion"',
+            "needs the package pytorch_optimizer, which is not installed; pip inst",
+        ),
         ('class = "SignDescent"', "'SignDescent' is not module:name, as my_module:MyOptimizer"),
         ('class = "../x:Y"', "'../x:Y' is not module:name"),
     ],
 )
 def test_mistakes_name_argument_value_and_what_is_right(
-    folder: Path, text: str, expected: str
+    folder: Path, text: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "broken.py").write_text("x = 1\ny = x / 0\n")
     (folder / "lacking.py").write_text("import no_such_package\n")
     (folder / "leaving.py").write_text("raise SystemExit(3)\n")
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)  # as if it were not installed
     with pytest.raises(ExperimentError) as caught:
         spec_of(text)
     message = str(caught.value)

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from apollo_bench.config_section import ConfigSection, EqualStrength, NonNegative, Positive
 from apollo_bench.errors import ExperimentError
+from apollo_bench.optional_imports import import_optional
 from apollo_bench.signatures import complete_arguments, name_of, takes
 from apollo_bench.user_code import import_object, is_object_path
 
@@ -120,6 +121,8 @@ def import_optimizer(settings: CustomSettings, key: str) -> Any:
     """
     import torch
 
+    if settings.class_path.startswith(f"{_LIBRARY}:"):
+        import_optional(_LIBRARY, f"{key}.class {settings.class_path!r}")
     target = import_object(settings.class_path, f"{key}.class")
     fault = None
     if not callable(target):

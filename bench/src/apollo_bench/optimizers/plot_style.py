@@ -33,6 +33,22 @@ STYLES = {
     "apollow-belief": Style("ApolloW, belief", "#AA4499", "*"),
 }
 
+# short names of classes, as their authors write them
+_LABELS = {
+    "adabelief": "AdaBelief",
+    "adadelta": "Adadelta",
+    "adafactor": "Adafactor",
+    "adagrad": "Adagrad",
+    "adamax": "Adamax",
+    "asgd": "ASGD",
+    "lion": "Lion",
+    "nadam": "NAdam",
+    "rmsprop": "RMSprop",
+    "rprop": "Rprop",
+    "soap": "SOAP",
+    "sophia": "Sophia",
+}
+
 # for optimizers that are not in the paper: from Tol's palettes, unlike the colors above
 _MORE = (
     ("#882255", ">"),
@@ -85,7 +101,7 @@ def _label(name: str) -> str:
         if name.startswith(f"{known}-"):
             form = name.removeprefix(f"{known}-").replace("-", " ")
             return f"{STYLES[known].label}, {form}"
-    return name
+    return _LABELS.get(name, name)
 
 
 def sort_key(name: str) -> tuple[int, str]:
