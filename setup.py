@@ -14,6 +14,7 @@ import sysconfig
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import shorten
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -90,7 +91,8 @@ class BuildKernel(build_ext):
         try:
             self._build(ext, torch_folder())
         except (NoKernelError, BaseError, CCompilerError) as error:
-            tell(MISSING.format(reason=error))
+            # an error of the compiler holds the whole command
+            tell(MISSING.format(reason=shorten(str(error), 250).rstrip(".")))
             self._library().unlink(missing_ok=True)  # of an older build
             self.distribution.ext_modules.remove(ext)
             self.extensions = [other for other in self.extensions if other is not ext]
