@@ -35,7 +35,7 @@ def test_every_help_text_is_shown_in_80_columns(name: str) -> None:
 def test_tables_of_the_recipe_and_defaults_are_shown() -> None:
     shown = CliRunner().invoke(app, ["compare", "--help"], terminal_width=80).output
     assert "table [quick]" in shown
-    assert "[default: runs/compare]" in shown
+    assert "[default: runs/compare, or" in shown
 
 
 def test_version_names_what_a_report_of_a_bug_needs() -> None:

@@ -228,7 +228,7 @@ def test_no_workers(tmp_path: Path) -> None:
 def test_one_at_a_time(tmp_path: Path) -> None:
     prepared(tmp_path)
     with (
-        one_billion_word._folder(tmp_path / "out"),
+        one_billion_word._locked_folder(tmp_path / "out"),
         pytest.raises(ExperimentError, match="out: another process is preparing it"),
     ):
         prepared_again(tmp_path)
