@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 from apollo_bench.config.execution import Execution
 from apollo_bench.config.recipe import RunSpec
 from apollo_bench.interrupts import Interrupted, catch_signals
+from apollo_bench.launch.fork_server import WorkerPool, can_fork
 from apollo_bench.launch.worker import ERROR_PREFIX, EXIT_STOPPED, PARENT_PID
 from apollo_bench.runs.run_directory import Record, RunDirectory, is_metrics_record, parsed
 from apollo_bench.workloads.workload import Metric
@@ -103,6 +104,23 @@ class RunState:
             self.reason = f"{how}: {(messages or lines)[-1]}" if lines and status > 0 else how
 
 
+class WorkerProcess(Protocol):
+    """The process of a run."""
+
+    @property
+    def pid(self) -> int | None:
+        """Its number; None: it does not exist yet."""
+
+    def poll(self) -> int | None:
+        """Return the exit status, negative for a signal; None before the end."""
+
+    def terminate(self) -> None:
+        """Ask for a checkpoint and the end."""
+
+    def kill(self) -> None:
+        """End the process at once."""
+
+
 class Display(Protocol):
     """Shows the runs while they are training."""
 
@@ -124,27 +142,32 @@ def run_all(runs: list[RunState], jobs: int, display: Display) -> None:
     for run in runs:
         run.read_progress()
         run.update_status()
-    workers: dict[int, subprocess.Popen[bytes]] = {}
+    workers: dict[int, WorkerProcess] = {}
     slots: dict[int, int] = {}
+    pool = WorkerPool(worker_environment())
     with catch_signals() as received:
         try:
             while any(run.status in ("waiting", "running") for run in runs):
                 for index, run in enumerate(runs):
                     if run.status == "waiting" and len(workers) < jobs:
                         slots[index] = min(set(range(jobs)) - {slots[i] for i in workers})
-                        workers[index] = start_worker(run.directory, _gpus(run, slots[index]))
-                        run.status, run.pid = "running", workers[index].pid
+                        workers[index] = _start(pool, run, slots[index])
+                        run.status = "running"
+                for index, process in workers.items():
+                    runs[index].pid = process.pid
                 display.update(runs, jobs)
                 time.sleep(POLL_SECONDS)
                 for index, process in list(workers.items()):
                     runs[index].read_progress()
-                    if process.poll() is not None:
+                    status = process.poll()
+                    if status is not None:
                         del workers[index]
-                        runs[index].update_status(process.returncode)
+                        runs[index].update_status(status)
                 if received:
                     raise Interrupted(received[0])
         finally:
             _stop(workers, runs, received)
+            pool.close()
             display.update(runs, jobs)
 
 
@@ -167,6 +190,21 @@ def worker_command(execution: Execution) -> list[str]:
     return [sys.executable, *torchrun, f"--nproc-per-node={execution.devices}", *worker]
 
 
+def worker_environment() -> dict[str, str]:
+    """Return the environment variables of a worker."""
+    environment = dict(os.environ, PYTHONDONTWRITEBYTECODE="1")
+    environment[PARENT_PID] = str(os.getpid())
+    # threads that spin while they wait would slow down other work on the machine
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return environment
+
+
+def _start(pool: WorkerPool, run: RunState, slot: int) -> WorkerProcess:
+    if can_fork(run.directory.execution()):
+        return pool.start(run.directory, run.spec)
+    return start_worker(run.directory, _gpus(run, slot))
+
+
 def start_worker(directory: RunDirectory, gpus: list[str] | None = None) -> subprocess.Popen[bytes]:
     """Start the processes of a prepared run.
 
@@ -178,10 +216,7 @@ def start_worker(directory: RunDirectory, gpus: list[str] | None = None) -> subp
         The process. Its exit status is 0, ``EXIT_STOPPED`` (the run continues from its checkpoint)
         or ``EXIT_USER_ERROR``; its output is in the log of the run.
     """
-    environment = dict(os.environ, PYTHONDONTWRITEBYTECODE="1")
-    environment[PARENT_PID] = str(os.getpid())
-    # threads that spin while they wait would slow down other work on the machine
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    environment = worker_environment()
     if gpus is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     with directory.log.open("ab") as log:
@@ -206,9 +241,7 @@ def _gpus(run: RunState, slot: int) -> list[str] | None:
     return names[slot * execution.devices : (slot + 1) * execution.devices]
 
 
-def _stop(
-    workers: dict[int, subprocess.Popen[bytes]], runs: list[RunState], received: list[int]
-) -> None:
+def _stop(workers: dict[int, WorkerProcess], runs: list[RunState], received: list[int]) -> None:
     for process in workers.values():
         process.terminate()
     deadline = time.monotonic() + GRACE_SECONDS
@@ -217,7 +250,8 @@ def _stop(
         while process.poll() is None and time.monotonic() < deadline and len(received) < 2:
             time.sleep(0.05)
         process.kill()
-        process.wait()
+        while process.poll() is None:
+            time.sleep(0.01)
         runs[index].read_progress()
         runs[index].update_status(EXIT_STOPPED)
 

@@ -29,6 +29,7 @@ from apollo_bench.training import process_group
 from apollo_bench.training.fabric_setup import destroy_process_group, launch_fabric
 from apollo_bench.training.loop import Outcome, train
 from apollo_bench.workloads import tasks
+from apollo_bench.workloads.workload import Workload
 
 EXIT_STOPPED = 75  # exit status: not finished; the run continues from its checkpoint
 EXIT_USER_ERROR = 2  # exit status: an error that the user can correct
@@ -41,14 +42,24 @@ def main() -> int:
     """Train the run that the command line names, and return the exit status."""
     parser = argparse.ArgumentParser(description="Train one prepared run.")
     parser.add_argument("run", type=Path)
-    arguments = parser.parse_args()
+    return train_in_this_process(RunDirectory(parser.parse_args().run))
+
+
+def train_in_this_process(directory: RunDirectory, workload: Workload | None = None) -> int:
+    """Train a prepared run until its end or a signal, and return the exit status.
+
+    Args:
+        directory: directory of the run.
+        workload: workload of the run on the CPU; None: made here.
+    """
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: asked.append(number))
-    directory = RunDirectory(arguments.run)
     parent = _parent()
     try:
-        outcome = train_prepared_run(directory, lambda: bool(asked) or not _is_alive(parent))
+        outcome = train_prepared_run(
+            directory, lambda: bool(asked) or not _is_alive(parent), workload
+        )
         destroy_process_group()
     except (ExperimentError, OSError) as error:
         if isinstance(error, OSError):
@@ -58,12 +69,15 @@ def main() -> int:
     return EXIT_STOPPED if outcome == "stopped" else 0
 
 
-def train_prepared_run(directory: RunDirectory, stop: Callable[[], bool]) -> Outcome:
+def train_prepared_run(
+    directory: RunDirectory, stop: Callable[[], bool], workload: Workload | None = None
+) -> Outcome:
     """Train a prepared run, in all processes that were started for it.
 
     Args:
         directory: a run that ``RunDirectory.prepare`` made.
         stop: called after every step; training stops with a checkpoint once it returns True.
+        workload: workload of the run on the CPU; None: made here.
 
     Returns:
         ``"finished"``, ``"diverged"`` or ``"stopped"``.
@@ -77,7 +91,7 @@ def train_prepared_run(directory: RunDirectory, stop: Callable[[], bool]) -> Out
     with lock or nullcontext():
         # Only one process reads: on a shared file system the others may see a file later.
         reads = process_group.is_main_process() or not process_group.is_distributed()
-        found = process_group.run_on_all(lambda: _read_manifest(directory) if reads else None)
+        found = process_group.run_on_all(lambda: read_manifest(directory) if reads else None)
         found = process_group.broadcast_from_main(found)
         assert found is not None
         spec, execution, data, diagnose_every, code = found
@@ -86,15 +100,16 @@ def train_prepared_run(directory: RunDirectory, stop: Callable[[], bool]) -> Out
         torch.set_num_threads(execution.threads)
         with process_group.translate_lost_connection():
             fabric = launch_fabric(execution, spec)
-            task = process_group.run_on_all(
+            made = workload or process_group.run_on_all(
                 lambda: tasks.make(spec, data, fabric.device, execution.threads)
             )
-            return train(directory, spec, task, stop, fabric, diagnose_every)
+            return train(directory, spec, made, stop, fabric, diagnose_every)
 
 
-def _read_manifest(
+def read_manifest(
     directory: RunDirectory,
 ) -> tuple[RunSpec, Execution, Path | None, int | None, list[Record]]:
+    """Return recipe, execution, data folder, ``diagnose_every`` and the user's code of a run."""
     manifest = directory.read()
     folder = manifest["data"]["folder"]
     data, code = None if folder is None else Path(folder), manifest.get("code", [])
