@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import subprocess
@@ -11,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from apollo_bench.cli import app
@@ -20,7 +18,6 @@ from apollo_bench.config.execution import Execution
 from apollo_bench.config.recipe import RunSpec
 from apollo_bench.errors import ExperimentError
 from apollo_bench.launch import run_scheduler
-from apollo_bench.launch.progress import LiveTable, duration, seconds_left
 from apollo_bench.report import narrative, page
 from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.training.loop import train
@@ -143,60 +140,6 @@ def test_crash_and_divergence_leave_the_other_runs_alone(recipe_file: Path, tmp_
     run_scheduler.run_all(second, 2, Quiet())
     assert [run.status for run in second] == ["finished", "diverged", "finished"]
     assert runs[2].directory.result.stat().st_mtime_ns == before
-
-
-def test_live_table(finished: Path) -> None:
-    runs = []
-    for path in sorted((finished / "runs").iterdir()):
-        directory = RunDirectory(path)
-        runs.append(state_of(directory, directory.spec(), 24))
-        runs[-1].read_progress()
-    assert [run.done for run in runs] == [f"{n}/2 epochs" for n in (2, 1, 2, 2)]
-    runs[1].status = "running"
-    console = Console(width=100, force_terminal=True, record=True, file=io.StringIO())
-    with LiveTable(console) as table:
-        table.update(runs, 2)
-    text = console.export_text()
-    for title in ("run", "done", "loss", "score", "images/s", "left"):
-        assert title in text
-    for run in runs:
-        assert run.name.removeprefix("fashion-mnist-") in text
-    assert "1/2 epochs" in text
-    assert runs[1].speed is not None
-    assert f"{runs[1].speed:.0f} images/s" in text
-
-
-def test_a_table_higher_than_the_terminal_shows_what_goes_on() -> None:
-    spec = recipe.load("fashion-mnist").run("sgd", 1)
-    runs = [state_of(RunDirectory(Path(f"run{i:02}")), spec, 100) for i in range(40)]
-    for run in runs[:20]:
-        run.status = "finished"
-    runs[5].status = "failed"
-    runs[20].status = runs[21].status = "running"
-    console = Console(
-        width=100,
-        height=10,
-        force_terminal=True,
-        record=True,
-        file=io.StringIO(),
-        color_system=None,
-    )
-    with LiveTable(console) as table:
-        table.update(runs, 2)
-    lines = console.export_text().splitlines()
-    assert [line.split()[0] for line in lines[1:7]] == [f"run{i:02}" for i in (5, *range(20, 25))]
-    assert "and 34 more: 19 finished, 15 waiting" in lines[7]
-
-
-def test_time_left() -> None:
-    assert [duration(None), duration(65), duration(3661)] == ["-", "1:05", "1:01:01"]
-    spec = recipe.load("fashion-mnist").run("sgd", 1)
-    runs = [state_of(RunDirectory(Path(str(i))), spec, 100) for i in range(4)]
-    assert seconds_left(runs, 2) is None
-    runs[0].status, runs[0].step, runs[0].seconds = "finished", 100, 50.0
-    runs[1].status, runs[1].step, runs[1].seconds = "running", 20, 10.0
-    assert seconds_left(runs, 2) == pytest.approx(0.5 * (80 + 100 + 100) / 2)
-    assert seconds_left(runs, 8) == pytest.approx(0.5 * 100)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from apollo_bench.errors import ExperimentError
 
 def archive(
     runs: options.RunFolders,
-    out: Annotated[Path, typer.Option(help="Folder of the archive.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the archive.")],
 ) -> None:
     """Write finished runs as two small text files, and the report beside them.
 

@@ -19,19 +19,23 @@ def compare(
     task: Annotated[
         str | None,
         typer.Argument(
+            metavar="[TASK]",
             help="A task (see `tasks`), or a recipe's .toml file.  [default: "
-            f"{', '.join(_EMBEDDED)}, all small]"
+            f"{', '.join(_EMBEDDED)}, all small]",
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Output folder.  [default: runs/compare, or runs/against-TASK]"),
+        typer.Option(
+            metavar="DIR", help="Output folder.  [default: runs/compare, or runs/against-TASK]"
+        ),
     ] = None,
     against: Annotated[
         Path | None,
         typer.Option(
+            metavar="DIR",
             help="Folder of a finished comparison or archive of TASK: only --optimizers are "
-            "trained, with its settings, seeds and data; the report shows all."
+            "trained, with its settings, seeds and data; the report shows all.",
         ),
     ] = None,
 ) -> None:

@@ -16,20 +16,28 @@ from apollo_bench.errors import ExperimentError
 
 def prepare(
     task: Annotated[
-        str, typer.Argument(help="one-billion-word, wmt14-en-de, multi30k or cifar10.")
+        str,
+        typer.Argument(metavar="TASK", help="one-billion-word, wmt14-en-de, multi30k or cifar10."),
     ],
-    raw: Annotated[Path, typer.Option(help="Folder of the raw download.")],
-    out: Annotated[Path | None, typer.Option(help="Output folder.  [default: data/TASK]")] = None,
+    raw: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the raw download.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Output folder.  [default: data/TASK]")
+    ] = None,
     vocabulary: Annotated[
-        Path | None, typer.Option(help="1b_word_vocab.txt.  [default: made from the text]")
+        Path | None,
+        typer.Option(metavar="FILE", help="1b_word_vocab.txt.  [default: made from the text]"),
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, max=MAX_PROCESSES, help="Processes.  [default: one per core]"),
+        typer.Option(
+            min=1, max=MAX_PROCESSES, metavar="N", help="Processes.  [default: one per core]"
+        ),
     ] = None,
     subwords: Annotated[
         int | None,
-        typer.Option(min=300, help="Size of the joint vocabulary.  [default: the recipe's]"),
+        typer.Option(
+            min=300, metavar="N", help="Size of the joint vocabulary.  [default: the recipe's]"
+        ),
     ] = None,
 ) -> None:
     """Convert a raw download into the fast form that --data takes.

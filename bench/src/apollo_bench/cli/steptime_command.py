@@ -17,24 +17,41 @@ from apollo_bench.seeds import MAX_SEED
 
 def steptime(
     sets: Annotated[
-        str | None, typer.Option(help="Parameter sets: a,b,c; a/8 is an eighth of set a.")
+        str | None,
+        typer.Option(metavar="NAMES", help="Parameter sets: a,b,c; a/8 is an eighth of set a."),
     ] = None,
     optimizers: Annotated[
-        str | None, typer.Option(help="Optimizers, by their names in the table: a,b,c.")
+        str | None,
+        typer.Option(metavar="NAMES", help="Optimizers, by their names in the table: a,b,c."),
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Maximum number of rounds.")] = 40,
+    repeats: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Maximum number of rounds.")
+    ] = 40,
     seconds: Annotated[
-        float, typer.Option(min=0, help="Time limit per set; no more rounds start after it.")
+        float,
+        typer.Option(
+            min=0, metavar="SECONDS", help="Time limit per set; no more rounds start after it."
+        ),
     ] = 45.0,
     threads: Annotated[
-        int | None, typer.Option(min=1, max=MAX_PROCESSES, help="[default: torch's]")
+        int | None,
+        typer.Option(
+            min=1, max=MAX_PROCESSES, metavar="N", help="CPU threads.  [default: torch's]"
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float64.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(metavar="NAME", help="float32, bfloat16 or float64.")
+    ] = "float32",
     seed: Annotated[
-        int, typer.Option(min=0, max=MAX_SEED, help="Seed of parameters and gradients.")
+        int,
+        typer.Option(min=0, max=MAX_SEED, metavar="N", help="Seed of parameters and gradients."),
     ] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 and so on.")] = "cpu",
-    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/steptime"),
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 and so on.")
+    ] = "cpu",
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Output folder.")] = Path(
+        "runs/steptime"
+    ),
 ) -> None:
     """Measure step time, memory and bandwidth of every back end against PyTorch's optimizers.
 

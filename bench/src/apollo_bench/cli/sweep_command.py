@@ -16,10 +16,14 @@ def sweep(
     training: options.TrainingOptions,
     task: options.TaskName,
     analysis: Annotated[
-        Analysis, typer.Argument(help="An analysis of the paper, or the search for settings.")
+        Analysis,
+        typer.Argument(
+            metavar="ANALYSIS", help="An analysis of the paper, or the search for settings."
+        ),
     ],
     out: Annotated[
-        Path | None, typer.Option(help="Output folder.  [default: runs/sweep-TASK-ANALYSIS]")
+        Path | None,
+        typer.Option(metavar="DIR", help="Output folder.  [default: runs/sweep-TASK-ANALYSIS]"),
     ] = None,
 ) -> None:
     """Train a task at several values of a setting, and write a report.

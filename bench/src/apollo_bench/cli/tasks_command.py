@@ -14,7 +14,9 @@ def list_tasks() -> None:
         from apollo_bench.config import recipe
         from apollo_bench.workloads.tasks import TASKS
 
-        table = Table("task", "optimizers", "data", "from", box=None, pad_edge=False)
+        table = Table("task", box=None, pad_edge=False)
+        for title in ("optimizers", "data", "from"):
+            table.add_column(title, overflow="fold")  # a path that is cut cannot be copied
         for name, entry in TASKS.items():
             table.add_row(name, ", ".join(recipe.load(name).optimizers), entry.data, entry.source)
         Console().print(table)

@@ -18,16 +18,21 @@ def train(
     optimizer: Annotated[
         str,
         typer.Option(
+            metavar="NAME",
             help="An optimizer of the recipe, a class (my_module:MyOptimizer) or a short name of "
-            "one of torch.optim (adagrad)."
+            "one of torch.optim (adagrad).",
         ),
     ],
     seed: options.Seed = None,
     schedule: Annotated[
-        str | None, typer.Option(help="[default: the first that `compare` trains]")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Schedule of the recipe.  [default: the first that `compare` trains]",
+        ),
     ] = None,
     settings: options.Settings = None,
-    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/train"),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Output folder.")] = Path("runs/train"),
     data: options.DataFolder = None,
     accelerator: options.AcceleratorName = "cpu",
     devices: options.Devices = 1,
@@ -43,7 +48,9 @@ def train(
     ] = False,
     diagnose_every: Annotated[
         int | None,
-        typer.Option(min=1, metavar="STEPS", help="The same, at another interval of steps."),
+        typer.Option(
+            min=1, metavar="STEPS", help="Interval of these measurements, instead of --diagnostics."
+        ),
     ] = None,
 ) -> None:
     """Train one run.

@@ -33,8 +33,12 @@ _STYLES: dict[Status, str] = {
 }
 
 # order in which runs are shown when the terminal has too few lines
-_URGENT: tuple[Status, ...] = ("running", "failed", "diverged", "stopped", "waiting", "finished")
+_URGENT: tuple[Status, ...] = ("running", "failed", "diverged", "stopped", "finished")
 _AROUND = 4  # lines for titles, the count of hidden runs, the bar and the cursor
+_LARGE = 1e6  # numbers from here on are shown with an exponent
+_GAP = 2  # between columns
+_SHORTEST_NAME = 12
+_DISPENSABLE = ("left", "time", "speed")  # columns that a narrow terminal does not show
 
 
 def duration(seconds: float | None) -> str:
@@ -87,35 +91,18 @@ class LiveTable:
 
     def update(self, runs: list[RunState], jobs: int) -> None:
         """Draw the newest state."""
-        table = Table(box=None, pad_edge=False)
-        table.add_column("run", no_wrap=True)
-        for title in ("done", "loss", "score", "speed", "time", "left"):
-            table.add_column(title, justify="right", no_wrap=True)
-        table.add_column("", no_wrap=True)
-        shown = _fitting(runs, self._live.console.height - _AROUND)
-        one_task = len({run.spec.task for run in runs}) == 1
-        for run in shown:
-            running = run.status == "running"
-            table.add_row(
-                run.name.removeprefix(f"{run.spec.task}-") if one_task else run.name,
-                run.done,
-                _number(run.loss, ".4f"),
-                _score(run),
-                _number(run.speed if running else None, ".0f", f" {run.unit}/s"),
-                duration(run.seconds) if run.step else "-",
-                duration(run.seconds_left) if running else "-",
-                run.status,
-                style=_STYLES[run.status],
-            )
+        console = self._live.console
+        titles = len({run.spec.task for run in runs})  # each task has a line of its own
+        shown = _fitting(runs, console.height - _AROUND - titles)
+        rest = [Text(_more(runs, shown), style="dim")] if len(shown) < len(runs) else []
         total, done = sum(run.steps for run in runs), sum(run.step for run in runs)
-        line = Table.grid(padding=(0, 2))
+        line = Table.grid(padding=(0, _GAP))
         left = duration(seconds_left(runs, jobs))
         line.add_row(
             ProgressBar(total=total, completed=done, width=40),
             Text(f"{100 * done // total} %, {left} left"),
         )
-        rest = [Text(_more(runs, shown), style="dim")] if len(shown) < len(runs) else []
-        self._live.update(Group(table, *rest, line), refresh=True)
+        self._live.update(Group(*_tables(shown, console.width), *rest, line), refresh=True)
 
 
 class PlainLines:
@@ -142,9 +129,9 @@ class PlainLines:
                     run.name,
                     run.status,
                     run.done,
-                    f"loss {_number(run.loss, '.4f')}",
-                    f"{run.metric.label} {_number(run.score, '.2f')} {run.metric.unit}".rstrip(),
-                    _number(run.speed, ".0f", f" {run.unit}/s"),
+                    f"loss {_number(run.loss, 4)}",
+                    f"{run.metric.label} {_number(run.score, 2)} {run.metric.unit}".rstrip(),
+                    _number(run.speed, 0, f" {run.unit}/s"),
                     f"{duration(seconds_left(runs, jobs))} left in all",
                     run.reason,
                 ]
@@ -194,24 +181,113 @@ def counter(console: Console) -> Iterator[Callable[[str, int, int], None]]:
         yield show
 
 
+def _tables(runs: list[RunState], width: int) -> Iterator[Table | Text]:
+    """Yield a line and a table per task; their columns have the same widths.
+
+    No number is cut: a narrow terminal shows shorter names and fewer columns.
+    """
+    columns, by_run = _columns(runs), _short_names(runs)
+    for title in _DISPENSABLE:
+        if _SHORTEST_NAME + _width_of_numbers(columns) > width:
+            del columns[title]
+    names = max([len("run"), *map(len, by_run)])
+    names = max(_SHORTEST_NAME, min(names, width - _width_of_numbers(columns)))
+    for task in dict.fromkeys(run.spec.task for run in runs):
+        rows = [place for place, run in enumerate(runs) if run.spec.task == task]
+        first = runs[rows[0]]
+        yield Text(
+            f"{task}: done in {first.spec.train.schedule.unit}s, score is {first.metric.title}, "
+            f"speed in {first.unit}/s",
+            style="dim",
+            no_wrap=True,
+            overflow="ellipsis",
+        )
+        table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, show_header=rows[0] == 0)
+        table.add_column("run", width=names, no_wrap=True)
+        for title, texts in columns.items():
+            table.add_column(
+                title.strip(),
+                justify="right" if title.strip() else "left",
+                width=max(map(len, [title, *texts])),
+                no_wrap=True,
+            )
+        for place in rows:
+            table.add_row(
+                Text(_shortened(by_run[place], names)),
+                *(Text(texts[place]) for texts in columns.values()),
+                style=_STYLES[runs[place].status],
+            )
+        yield table
+
+
+def _columns(runs: list[RunState]) -> dict[str, list[str]]:
+    """Return the columns beside the names: title and a text per run."""
+    columns: dict[str, list[str]] = {
+        title: [] for title in ("done", "loss", "score", "speed", "time", "left", "")
+    }
+    for run in runs:
+        running = run.status == "running"
+        texts = (
+            run.done.partition(" ")[0],
+            _number(run.loss, 4),
+            _number(run.score, 2),
+            _number(run.speed if running else None, 0),
+            duration(run.seconds) if run.step else "-",
+            duration(run.seconds_left) if running else "-",
+            run.status,
+        )
+        for column, text in zip(columns.values(), texts, strict=True):
+            column.append(text)
+    return columns
+
+
+def _width_of_numbers(columns: dict[str, list[str]]) -> int:
+    return sum(_GAP + max(map(len, [title, *texts])) for title, texts in columns.items())
+
+
+def _short_names(runs: list[RunState]) -> list[str]:
+    """Return the names without the task, and without a schedule that all runs of it share."""
+    schedules = {(run.spec.task, run.spec.schedule) for run in runs}
+    several = [task for task, count in Counter(task for task, _ in schedules).items() if count > 1]
+    return [
+        run.name.removeprefix(f"{run.spec.task}-").replace(
+            "" if run.spec.task in several else f"-{run.spec.schedule}", "", 1
+        )
+        for run in runs
+    ]
+
+
+def _shortened(name: str, width: int) -> str:
+    """Return a name without its middle, so that optimizer and seed are seen."""
+    if len(name) <= width:
+        return name
+    end = (width - 1) // 2
+    return f"{name[: width - 1 - end]}…{name[len(name) - end :]}"
+
+
 def _fitting(runs: list[RunState], rows: int) -> list[RunState]:
-    """Return the most important runs that fit, in their order; training runs come first."""
-    ranked = sorted(enumerate(runs), key=lambda item: (_URGENT.index(item[1].status), item[0]))
-    chosen = {run.name for _, run in ranked[: max(1, rows)]}
-    return [run for run in runs if run.name in chosen]
+    """Return the most important runs that fit, in their order: not those that wait.
+
+    Training runs come first. Of the finished ones the last come first.
+    """
+
+    def rank(item: tuple[int, RunState]) -> tuple[int, int]:
+        place, run = item
+        return _URGENT.index(run.status), -place if run.status == "finished" else place
+
+    ranked = sorted((item for item in enumerate(runs) if item[1].status != "waiting"), key=rank)
+    chosen = {place for place, _ in ranked[: max(1, rows)]}
+    return [run for place, run in enumerate(runs) if place in chosen]
 
 
 def _more(runs: list[RunState], shown: list[RunState]) -> str:
     names = {run.name for run in shown}
     hidden = Counter(run.status for run in runs if run.name not in names)
-    counts = ", ".join(f"{count} {status}" for status, count in hidden.items())
-    return f"and {len(runs) - len(shown)} more: {counts}"
+    return f"and {', '.join(f'{count} {status}' for status, count in hidden.items())}"
 
 
-def _score(run: RunState) -> str:
-    """Return the metric of the last evaluation, with its unit or its name."""
-    return _number(run.score, ".2f", f" {run.metric.unit or run.metric.label.split()[-1]}")
-
-
-def _number(value: float | None, form: str, unit: str = "") -> str:
-    return "-" if value is None else format(value, form) + unit
+def _number(value: float | None, digits: int, unit: str = "") -> str:
+    """Return a number with some decimals, or with few digits if it is very large."""
+    if value is None:
+        return "-"
+    return (f"{value:.{digits}f}" if abs(value) < _LARGE else f"{value:.3g}") + unit
