@@ -228,9 +228,9 @@ def place_of(run: Run) -> str:
 
 def _on_differences(summary: Summary) -> str:
     text = (
-        "Apollo's lead is by how much its metric is better, paired by seed, with a 95 % bootstrap "
-        "percentile interval (too narrow for few seeds) and the p-value of a two-sided paired "
-        "t-test, not corrected for the number of rows."
+        "Apollo's lead is by how much its metric is better, paired by seed, with Student's 95 % "
+        "interval and the p-value of a two-sided paired t-test, not corrected for the number of "
+        "rows."
     )
     targets = [
         f"{section.target:.2f}" + (f" ({section.schedule})" if len(summary.sections) > 1 else "")
