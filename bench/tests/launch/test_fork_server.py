@@ -21,6 +21,7 @@ from apollo_bench.launch import fork_server, worker
 from apollo_bench.launch.fork_server import ForkedWorker, ForkServer, WorkerPool
 from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.workloads import tasks
+from apollo_bench.workloads.workload import WorkloadSpec
 from bench.tests.helpers import PATIENCE
 
 # the test's process has threads of pytest; the server has none of Python's
@@ -115,29 +116,33 @@ def test_every_end_of_a_worker_is_told(
             until(lambda one=one: one.poll() is not None or one.pid is not None)
             found.append(status(one))
             assert one.pid not in (None, os.getpid())
-        assert made.is_idle
     assert found == [0, worker.EXIT_STOPPED, -signal.SIGKILL, 1]
     assert "ValueError: this is why" in directory.log.read_text()
 
 
 def test_data_are_read_once_and_the_workers_inherit_them(
-    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+    directory: RunDirectory, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Other settings of the data, or of the batches, make another workload."""
     calls = directory.path / "calls"
 
-    def make(*arguments: object) -> str:
+    def make(spec: WorkloadSpec, *arguments: object) -> int:
         with calls.open("a") as file:
-            file.write("made\n")
-        return "the workload"
+            file.write(f"{spec.train.batch_size}\n")
+        return spec.train.batch_size
 
     def train(directory: RunDirectory, workload: object) -> int:
-        return 0 if workload == "the workload" else 1
+        return 0 if workload == directory.spec().train.batch_size else 1
 
     monkeypatch.setattr(tasks, "make", make)
     monkeypatch.setattr(worker, "train_in_this_process", train)
+    other = RunDirectory(directory.path.with_name("other"))
+    spec = recipe.load(str(recipe_file), ["train.batch_size=64"]).run("apollo", 4)
+    other.prepare(spec, "data", None, ["test"])
     with server() as (made, _):
-        assert [status(made.start(directory)) for _ in range(3)] == [0, 0, 0]
-    assert calls.read_text() == "made\n"
+        found = [status(made.start(one)) for one in (directory, other, directory, other)]
+    assert found == [0] * 4
+    assert calls.read_text() == "32\n64\n"
 
 
 def test_data_that_cannot_be_read_are_left_to_the_worker(directory: RunDirectory) -> None:
@@ -213,7 +218,7 @@ class FakeServer:
     """Notes what a pool does with it."""
 
     def __init__(self) -> None:
-        self.is_lost, self.is_idle, self.started, self.closed = False, True, 0, False
+        self.is_lost, self.started, self.closed = False, 0, False
 
     def start(self, directory: RunDirectory) -> None:
         self.started += 1
@@ -222,8 +227,8 @@ class FakeServer:
         self.closed = True
 
 
-def test_one_server_per_workload_and_a_new_one_for_a_lost_one(
-    directory: RunDirectory, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+def test_one_server_and_a_new_one_for_a_lost_one(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     servers: list[FakeServer] = []
 
@@ -232,23 +237,15 @@ def test_one_server_per_workload_and_a_new_one_for_a_lost_one(
         return servers[-1]
 
     monkeypatch.setattr(fork_server, "start_server", start_server)
-    plan = recipe.load(str(recipe_file))
-    other = recipe.load(str(recipe_file), ["train.batch_size=64"])
     pool = WorkerPool({})
-    for spec in (plan.run("sgd", 3), plan.run("apollo", 4)):
-        pool.start(directory, spec)
-    assert [one.started for one in servers] == [2]
-    servers[0].is_lost = True
-    pool.start(directory, plan.run("sgd", 3))
-    assert [one.started for one in servers] == [2, 1]
-    servers[1].is_idle = False
-    pool.start(directory, other.run("sgd", 3))
-    assert [one.closed for one in servers] == [True, False, False]
-    servers[1].is_idle = True
-    pool.start(directory, other.run("sgd", 4))
-    assert [(one.started, one.closed) for one in servers] == [(2, True), (1, True), (2, False)]
     pool.close()
-    assert servers[2].closed
+    for _ in range(2):
+        pool.start(directory)
+    servers[0].is_lost = True
+    pool.start(directory)
+    assert [one.started for one in servers] == [2, 1]
+    pool.close()
+    assert servers[1].closed
 
 
 def test_what_is_forked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,14 +7,11 @@ import csv
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
 
 from apollo_bench.config import recipe
-from apollo_bench.config.execution import Execution
-from apollo_bench.config.recipe import RunSpec
 from apollo_bench.errors import ExperimentError
 from apollo_bench.optimizers.plot_style import STYLES, style_of
 from apollo_bench.report import narrative, page, tables
@@ -23,6 +20,7 @@ from apollo_bench.report.summary import Summary, collect
 from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.search import trials
 from bench.tests.conftest import TINY
+from bench.tests.report.made_up_runs import made_up
 
 PNG = b"\x89PNG\r\n"
 CURVES = ("training_loss", "test_accuracy")
@@ -39,8 +37,6 @@ def test_report(finished: Path) -> None:
     assert [base64.b64decode(one) for one in embedded] == [
         (finished / f"{name}.svg").read_bytes() for name in PICTURES
     ]
-    bare = re.sub(r"data:image/svg\+xml;base64,[A-Za-z0-9+/=]+", "", html)
-    assert not re.search(r"http|//|<script|<link|@import|url\(", bare), "needs the network"
 
     rows = {row.name: row for row in summary.rows}
     assert list(rows) == ["sgd", "apollo"]
@@ -78,40 +74,6 @@ def test_the_same_runs_draw_the_same_bytes(finished: Path, tmp_path: Path) -> No
     assert len(written[0]) == 3 + 2 * len(PICTURES)
 
 
-def made_up(
-    folder: Path,
-    spec: RunSpec,
-    values: list[float | None],
-    verdict: str | None = "finished",
-    metric: str = "accuracy",
-) -> None:
-    """A run whose metric after each epoch is this; each epoch takes ten seconds."""
-    directory = RunDirectory(folder / "runs" / spec.label)
-    directory.prepare(spec, "made up", None, ["test"], Execution())
-    with directory.metrics.open("w") as file:
-        for epoch, value in enumerate(values, 1):
-            line: dict[str, Any] = {
-                "kind": "evaluation",
-                "epoch": epoch,
-                "step": epoch,
-                "train_loss": 2.0 / epoch,
-                metric: value,
-                "time": {"seconds": 10.0 * epoch, "optimizer_ms": 2.0, "step_ms": 50.0},
-            }
-            file.write(json.dumps(line) + "\n")
-    if verdict is not None:
-        steps = len(values)
-        record: dict[str, Any] = {
-            "verdict": verdict,
-            "step": steps,
-            "steps": steps,
-            "time": {"seconds": 10.0 * steps},
-        }
-        if verdict == "finished":
-            record |= {"train_loss": 2.0 / steps, metric.replace("valid_", "test_"): values[-1]}
-        directory.result.write_text(json.dumps(record))
-
-
 def summarise(folder: Path, plan: recipe.Recipe, finals: dict[str, list[float]]) -> Summary:
     for name, values in finals.items():
         for seed, value in enumerate(values):
@@ -125,7 +87,7 @@ def summarise(folder: Path, plan: recipe.Recipe, finals: dict[str, list[float]])
         (
             {"sgd": [90.0, 90.2], "apollo": [88.0, 88.3]},
             "Best mean test accuracy: SGD, 90.10 ± 0.14 %. Apollo is 1.95 worse than SGD (95 % "
-            "interval of its lead -2.00 to -1.90, p = 0.016, 2 seeds).",
+            "interval of its lead -2.59 to -1.31, p = 0.016, 2 seeds).",
         ),
         (
             {"sgd": [90.0], "adam": [91.0], "apollo": [93.5]},
@@ -162,7 +124,7 @@ def test_leads_are_paired_by_seed(recipe_file: Path, tmp_path: Path) -> None:
     assert leads["Apollo"] == "-"
     low, high = (float(text) for text in re.findall(r"[+-][0-9.]+", leads["SGD"])[1:])
     assert leads["SGD"].startswith("+1.05 [")
-    assert 0.9 <= low < 1.05 < high <= 1.2
+    assert (low, high) == (0.84, 1.26)
     assert leads["Adam"].startswith("+1.10 [")
     assert float(cells(summary, "p")["SGD"]) < 0.001
     best = [row[0].text for row in tables.tables(summary)[0].rows if any(x.best for x in row)]
@@ -236,7 +198,7 @@ def test_forms_of_apollo_are_laid_beside_the_best_of_the_others(
     assert fewer["SGD"] == "-"
     assert fewer["Apollo"].startswith("+2 [")
     leads = cells(summary, "lead over SGD [95 % interval]")
-    assert leads["Apollo"].startswith("+0.00 [-2.00, +2.00]")
+    assert leads["Apollo"].startswith("+0.00 [-25.41, +25.41]")
     assert leads["ApolloW"].startswith("-32.00 [")
     assert leads["Apollo, belief"] == "-"
     assert summary.sections[0].best_other is not None
@@ -499,9 +461,9 @@ def test_a_metric_that_is_better_when_lower(tmp_path: Path) -> None:
     assert (first.task, second.task) == ("fashion-mnist", "wordnet")
     assert narrative.headline(second) == (
         "Best mean test perplexity: Apollo, 286.00 ± 8.49. Apollo is 19.00 better than SGD (95 % "
-        "interval of its lead +18.00 to +20.00, p = 0.033, 2 seeds)."
+        "interval of its lead +6.29 to +31.71, p = 0.033, 2 seeds)."
     )
-    assert cells(second, "Apollo's lead [95 % interval]")["SGD"].startswith("+19.00 [+18.00")
+    assert cells(second, "Apollo's lead [95 % interval]")["SGD"].startswith("+19.00 [+6.29")
     # after three quarters the first of two evaluations is the last
     assert cells(second, "time to 500.00 (s)") == {"SGD": "10.0 ± 0.0", "Apollo": "10.0 ± 0.0"}
     assert (tmp_path / "page" / "wordnet_validation_perplexity.png").exists()

@@ -18,6 +18,7 @@ from apollo_bench.search import best_trials, trials
 from apollo_bench.training.loop import train
 from bench.tests.conftest import TINY, settings_of_a_worker
 from bench.tests.helpers import prepared
+from bench.tests.report.made_up_runs import made_up
 
 SEARCH = """
 [search]
@@ -150,6 +151,16 @@ def test_the_best_trial_is_taken(searched: Path, tuned_recipe: Path) -> None:
     assert chosen.rows[1][-2].text == "lr, the smallest"
     assert "SGD lr " in narrative.headline(summary)
     assert "Diverged: Apollo (2 of 3 runs)" in narrative.headline(summary)
+
+
+def test_the_cost_of_a_search_is_that_of_all_its_runs(tuned_recipe: Path, tmp_path: Path) -> None:
+    for spec in trials.make_trials(load(tuned_recipe), seeds=2):
+        made_up(tmp_path / "search", spec, [50.0, 60.0])
+    cost = {"trials": 3, "seconds": 120.0}
+    assert best_trials.search_costs(tmp_path / "search") == {
+        ("fashion-mnist", "cosine", "sgd"): cost,
+        ("fashion-mnist", "cosine", "apollo"): cost,
+    }
 
 
 def test_decay_that_is_coupled_stays_so(tuned_recipe: Path, tmp_path: Path) -> None:

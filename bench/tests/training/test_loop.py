@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from apollo_bench.config.recipe import RunSpec
 from apollo_bench.errors import ExperimentError
 from apollo_bench.runs.run_directory import RunDirectory
+from apollo_bench.source_commit import source_commit
 from apollo_bench.training.loop import train
 from bench.tests.conftest import TINY
 from bench.tests.helpers import (
@@ -95,6 +97,10 @@ def test_metrics_and_manifest_of_a_run(recipe_file: Path, tmp_path: Path) -> Non
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["machine"]["cores"] >= 1
     assert manifest["command"] == ["test"]
+    age = datetime.now(timezone.utc) - datetime.fromisoformat(manifest["created"])
+    assert 0 <= age.total_seconds() < PATIENCE
+    assert manifest["commit"] == source_commit()
+    assert manifest["search"] is None
 
 
 def test_the_best_weights_are_kept(recipe_file: Path, tmp_path: Path) -> None:
@@ -135,7 +141,7 @@ def test_tensorboard_shows_the_metrics_once(recipe_file: Path, tmp_path: Path) -
     train(directory, spec, task)
     shown = shown_by_tensorboard(directory)
     assert set(shown) == {
-        *("step/loss", "step/lr"),
+        *("step/loss", "step/lr", "step/gradient_norm"),
         *("evaluation/train_loss", "evaluation/accuracy", "evaluation/test_loss"),
     }
     for tag, points in shown.items():

@@ -21,67 +21,96 @@ if TYPE_CHECKING:
     from apollo_bench.launch.run_experiment import Request
     from apollo_bench.runs.baseline import Baseline
 
-TaskName = Annotated[str, typer.Argument(help="A task (see `tasks`), or a recipe's .toml file.")]
+TaskName = Annotated[
+    str, typer.Argument(metavar="TASK", help="A task (see `tasks`), or a recipe's .toml file.")
+]
 RunFolders = Annotated[
-    list[Path], typer.Argument(help="Run directories, or folders that contain some.")
+    list[Path],
+    typer.Argument(metavar="RUNS...", help="Run directories, or folders that contain some."),
 ]
 Quick = Annotated[
     bool, typer.Option("--quick", help="Apply the recipe's table [quick]: about a minute.")
 ]
-Seeds = Annotated[int | None, typer.Option(min=1, max=1000, help="Number of seeds.")]
+Seeds = Annotated[int | None, typer.Option(min=1, max=1000, metavar="N", help="Number of seeds.")]
 Seed = Annotated[
-    int | None, typer.Option(min=0, max=MAX_SEED, help="[default: the recipe's first]")
+    int | None,
+    typer.Option(
+        min=0, max=MAX_SEED, metavar="N", help="Seed of the run.  [default: the recipe's first]"
+    ),
 ]
 OptimizerNames = Annotated[
     str | None,
     typer.Option(
         "--optimizers",
+        metavar="NAMES",
         help="Optimizers: names of the recipe or all, classes (my_module:MyOptimizer), short names "
         "of torch.optim (adagrad); a,b,c.",
     ),
 ]
 ScheduleNames = Annotated[
-    str | None, typer.Option("--schedules", help="Schedules of the recipe: a,b or all.")
+    str | None,
+    typer.Option("--schedules", metavar="NAMES", help="Schedules of the recipe: a,b or all."),
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override a value: train.batch_size=64, optimizer.lr=0.25, ..."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a value: train.batch_size=64, optimizer.lr=0.25, ...",
+    ),
 ]
 DataFolder = Annotated[
     Path | None,
-    typer.Option("--data", help="Folder or file of local data, used instead of the default."),
+    typer.Option(
+        "--data",
+        metavar="PATH",
+        help="Folder or file of local data, used instead of the default.",
+    ),
 ]
 Jobs = Annotated[
     int | None,
     typer.Option(
-        min=1, max=MAX_PROCESSES, help="Runs at the same time.  [default: as many as fit]"
+        min=1,
+        max=MAX_PROCESSES,
+        metavar="N",
+        help="Runs at the same time.  [default: as many as fit]",
     ),
 ]
-AcceleratorName = Annotated[str, typer.Option("--accelerator", help="cpu or gpu.")]
+AcceleratorName = Annotated[str, typer.Option("--accelerator", metavar="NAME", help="cpu or gpu.")]
 Devices = Annotated[
     int,
-    typer.Option(min=1, max=MAX_PROCESSES, help="Processes that share the batches of each run."),
+    typer.Option(
+        min=1, max=MAX_PROCESSES, metavar="N", help="Processes that share the batches of each run."
+    ),
 ]
 StrategyName = Annotated[
     str,
-    typer.Option("--strategy", help="For several processes: ddp, or fsdp2 (transformers only)."),
+    typer.Option(
+        "--strategy",
+        metavar="NAME",
+        help="For several processes: ddp, or fsdp2 (transformers only).",
+    ),
 ]
 ClusterName = Annotated[
     str | None,
     typer.Option(
         "--cluster",
+        metavar="NAME",
         help="ray: each run is a Ray task, on the cluster of RAY_ADDRESS or a local one.",
     ),
 ]
 Tuned = Annotated[
     Path | None,
-    typer.Option(help="Folder of a finished `sweep TASK tuning`; its best settings are used."),
+    typer.Option(
+        metavar="DIR", help="Folder of a finished `sweep TASK tuning`; its best settings are used."
+    ),
 ]
 Threads = Annotated[
     int | None,
     typer.Option(
         min=1,
         max=MAX_PROCESSES,
+        metavar="N",
         help="CPU threads per process.  [default: an equal part of the cores]",
     ),
 ]
@@ -135,9 +164,14 @@ class TrainingOptions:
         checks = [selection.data_check(self.tuned)] if self.tuned else []
         if baseline is not None:
             checks.append(baseline.check_data)
-        compared = baseline.identities() if baseline else []
         return Request(
-            specs, out, self.data, machines, data_checks=tuple(checks), compared_with=compared
+            specs,
+            out,
+            self.data,
+            machines,
+            data_checks=tuple(checks),
+            compared_with=baseline.identities() if baseline else [],
+            search_costs=selection.search_costs(self.tuned),
         )
 
 

@@ -13,21 +13,30 @@ from apollo_bench.cli import options, runtime
 def report(
     runs: options.RunFolders,
     out: Annotated[
-        Path | None, typer.Option(help="Output folder.  [default: the first of RUNS]")
+        Path | None,
+        typer.Option(metavar="DIR", help="Output folder.  [default: the first of RUNS]"),
     ] = None,
     target: Annotated[
         float | None,
         typer.Option(
+            metavar="VALUE",
             help="Value of the metric for the time to a target.  [default: chosen from the other "
-            "optimizers]"
+            "optimizers]",
         ),
     ] = None,
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", help="Write the report again while runs go on, until all end."),
+    ] = False,
 ) -> None:
-    """Write tables, curves and one HTML page from finished or running runs."""
+    """Write tables, curves and one HTML page from finished or running runs.
+
+    An open page of --watch loads itself again. Stop it with Ctrl-C.
+    """
     with runtime.one_line_errors():
         from apollo_bench.runs.loading import require_runs
 
         require_runs(runs)  # before the caches of the report make a folder of a misspelt name
         folder = out or runs[0]
         runtime.keep_caches_in(folder)
-        runtime.write_report(runs, folder, target)
+        runtime.write_report(runs, folder, target, watched=watch)

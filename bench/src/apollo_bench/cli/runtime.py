@@ -93,14 +93,37 @@ def train_and_report(request: Request, more: Sequence[Path] = ()) -> None:
 
 
 def write_report(
-    runs: list[Path], out: Path, target: float | None = None, only: str | None = None
+    runs: list[Path],
+    out: Path,
+    target: float | None = None,
+    only: str | None = None,
+    watched: bool = False,
 ) -> None:
-    """Write the report on runs, perhaps only on those of a task, and print its tables."""
-    from apollo_bench.report import page
+    """Write the report on runs, and print its tables.
 
-    summaries = page.write(
-        runs, out, target, lambda text: typer.echo(f"apollo-bench: {text}", err=True), only
-    )
+    Args:
+        runs: as in ``page.write``.
+        out: as in ``page.write``.
+        target: as in ``page.write``.
+        only: as in ``page.write``.
+        watched: whether the report is written again until all runs have ended.
+
+    Raises:
+        typer.Exit: a watched report was interrupted.
+    """
+    from apollo_bench.report import page, watch
+
+    def warn(text: str) -> None:
+        typer.echo(f"apollo-bench: {text}", err=True)
+
+    if watched:
+        try:
+            summaries = watch.watch(runs, out, target, warn, lambda text: echo(text, err=True))
+        except Interrupted as interrupt:
+            echo(f"Stopped; the report so far: {out / 'report.html'}", err=True)
+            raise typer.Exit(128 + interrupt.number) from None
+    else:
+        summaries = page.write(runs, out, target, warn, only)
     page.show(summaries, Console())
     typer.echo(f"Report: {out / 'report.html'}")
 

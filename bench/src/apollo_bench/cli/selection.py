@@ -18,6 +18,7 @@ from apollo_bench.workloads.workload_settings import OWN_KINDS
 
 if TYPE_CHECKING:
     from apollo_bench.runs.baseline import Baseline
+    from apollo_bench.runs.run_directory import Record
 
 
 class Selection(NamedTuple):
@@ -105,6 +106,15 @@ def data_check(tuned: Path) -> Callable[[dict[str, str]], None]:
     from apollo_bench.search import best_trials
 
     return partial(best_trials.check_data, tuned)
+
+
+def search_costs(tuned: Path | None) -> dict[tuple[str, str, str], Record]:
+    """Return the cost of a search, as in ``best_trials.search_costs``; nothing without one."""
+    if tuned is None:
+        return {}
+    from apollo_bench.search import best_trials
+
+    return best_trials.search_costs(tuned)
 
 
 def _split(option: str, value: str | None, known: Iterable[str]) -> list[str] | None:

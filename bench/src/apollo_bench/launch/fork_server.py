@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 
 from apollo_bench.config.execution import Execution
-from apollo_bench.config.recipe import RunSpec
 from apollo_bench.launch import worker
 from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.workloads import tasks
@@ -41,12 +40,6 @@ def can_fork(execution: Execution) -> bool:
     """
     alone = execution.processes == 1 and execution.threads == 1 and execution.accelerator == "cpu"
     return alone and sys.platform == "linux"
-
-
-def workload_key(spec: RunSpec) -> tuple[object, ...]:
-    """Return what the workload of a run depends on, apart from the folder of the data."""
-    model, data = spec.model.model_dump_json(), spec.data.model_dump_json()
-    return spec.task, model, data, spec.train.batch_size
 
 
 class ForkedWorker:
@@ -110,12 +103,6 @@ class ForkServer:
         """Whether the server has ended."""
         return self._process.poll() is not None
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether all workers have ended."""
-        self.receive()
-        return not self._workers
-
     def start(self, directory: RunDirectory) -> ForkedWorker:
         """Start the worker of a prepared run."""
         self._started += 1
@@ -178,7 +165,7 @@ def start_server(environment: dict[str, str], log: Path) -> ForkServer:
 
 
 class WorkerPool:
-    """The fork servers of a scheduler: one per workload, started when a run first needs it.
+    """The fork server of a scheduler: started when a run first needs it, and again when lost.
 
     Args:
         environment: environment variables of the workers.
@@ -186,23 +173,18 @@ class WorkerPool:
 
     def __init__(self, environment: dict[str, str]) -> None:
         self._environment = environment
-        self._servers: dict[object, ForkServer] = {}
+        self._server: ForkServer | None = None
 
-    def start(self, directory: RunDirectory, spec: RunSpec) -> ForkedWorker:
+    def start(self, directory: RunDirectory) -> ForkedWorker:
         """Start the worker of a prepared run."""
-        key = workload_key(spec)
-        for other, server in list(self._servers.items()):
-            if server.is_lost or (other != key and server.is_idle):
-                server.close()
-                del self._servers[other]
-        if key not in self._servers:
-            self._servers[key] = start_server(self._environment, directory.log)
-        return self._servers[key].start(directory)
+        if self._server is None or self._server.is_lost:
+            self._server = start_server(self._environment, directory.log)
+        return self._server.start(directory)
 
     def close(self) -> None:
-        """End the servers."""
-        for server in self._servers.values():
-            server.close()
+        """End the server, whose workers have ended."""
+        if self._server is not None:
+            self._server.close()
 
 
 def main() -> None:
@@ -222,8 +204,7 @@ def main() -> None:
 def serve(connection: Connection) -> None:
     """Fork a worker per request, until the scheduler closes the connection."""
     workers: dict[int, BaseProcess] = {}  # by number
-    workload: Workload | None = None
-    first = True
+    workloads: dict[object, Workload | None] = {}
     while True:
         # not by the sentinels of the processes, which processes that these start keep open
         for number, process in list(workers.items()):
@@ -238,11 +219,12 @@ def serve(connection: Connection) -> None:
             return
         directory = RunDirectory(Path(path))
         _log_to(directory)
-        if first:
-            workload, first = _read_workload(directory), False
+        key = _workload_key(directory)
+        if key not in workloads:
+            workloads[key] = _read_workload(directory)
             gc.freeze()  # otherwise a collection in a worker would copy all memory
         process = multiprocessing.get_context("fork").Process(
-            target=_work, args=(connection, directory, workload)
+            target=_work, args=(connection, directory, workloads[key])
         )
         process.start()
         workers[number] = process
@@ -263,6 +245,16 @@ def _log_to(directory: RunDirectory) -> None:
     with directory.log.open("ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+
+
+def _workload_key(directory: RunDirectory) -> object:
+    """Return what the workload of a run depends on; None if its manifest cannot be read."""
+    try:
+        spec, _, data, *_ = worker.read_manifest(directory)
+    except Exception:
+        return None
+    settings = spec.model.model_dump_json(), spec.data.model_dump_json()
+    return spec.task, *settings, spec.train.batch_size, data
 
 
 def _read_workload(directory: RunDirectory) -> Workload | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from rich.console import Console
@@ -18,7 +19,7 @@ from apollo_bench.launch import custom_runs, ray_cluster, run_scheduler, torchru
 from apollo_bench.launch.progress import display
 from apollo_bench.launch.run_scheduler import RunState
 from apollo_bench.runs import compatibility, curvature_log
-from apollo_bench.runs.run_directory import RunDirectory
+from apollo_bench.runs.run_directory import Record, RunDirectory
 from apollo_bench.training import process_group
 from apollo_bench.workloads import tasks
 from apollo_bench.workloads.workload import Workload
@@ -47,6 +48,8 @@ class Request(NamedTuple):
     # raise ExperimentError for fingerprints of data, by task, that others were trained on
     data_checks: tuple[Callable[[dict[str, str]], None], ...] = ()
     compared_with: Sequence[compatibility.RunIdentity] = ()  # finished runs of the same report
+    # of the search that chose the settings, by task, schedule and optimizer
+    search_costs: Mapping[tuple[str, str, str], Record] = MappingProxyType({})
 
 
 def run_folder(out: Path, spec: RunSpec) -> Path:
@@ -212,6 +215,7 @@ def _prepare_run(
         diagnose_every=request.diagnose_every,
         published=workload.published or request.data is None,
         code=custom_runs.code_of(spec),
+        search=request.search_costs.get((spec.task, spec.schedule, spec.name)),
     )
     return RunState(
         directory,

@@ -201,7 +201,7 @@ def worker_environment() -> dict[str, str]:
 
 def _start(pool: WorkerPool, run: RunState, slot: int) -> WorkerProcess:
     if can_fork(run.directory.execution()):
-        return pool.start(run.directory, run.spec)
+        return pool.start(run.directory)
     return start_worker(run.directory, _gpus(run, slot))
 
 

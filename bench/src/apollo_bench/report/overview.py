@@ -8,7 +8,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from apollo_bench.optimizers.plot_style import SETTINGS, sort_key, style_of
-from apollo_bench.report import narrative
+from apollo_bench.report import curves, narrative
 from apollo_bench.report.figure_axes import FigureFile, picture
 from apollo_bench.report.performance_profile import (
     MAX_RATIO,
@@ -44,6 +44,13 @@ def draw(summaries: list[Summary]) -> list[FigureFile]:
     compared = [summary for summary in summaries if summary.sweep is None]
     found = profiles(compared)
     return [] if found is None else [_picture(found, _units(compared))]
+
+
+def panel(summaries: list[Summary]) -> list[curves.Figure]:
+    """Return the profiles of the comparisons for the page; none if there are no profiles."""
+    compared = [summary for summary in summaries if summary.sweep is None]
+    found = profiles(compared)
+    return [] if found is None else curves.profile_panel(found, _units(compared))
 
 
 def _units(summaries: list[Summary]) -> list[Unit]:

@@ -77,6 +77,14 @@ class Row:
         return self.stats(self.metric.name)
 
     @property
+    def search_cost(self) -> str:
+        """The cost of the search for the settings, as "12 trials, 4.1 min"; "" without one."""
+        search = self.runs[0].manifest.get("search")
+        if not search:
+            return ""
+        return f"{search['trials']} trials, {search['seconds'] / 60:.1f} min"
+
+    @property
     def remark(self) -> str:
         """The number of finished runs, and of the others if there are any."""
         parts = []

@@ -57,9 +57,9 @@ def _by_rate(summary: Summary) -> Figure:
             best = best_of(trials)
             if best is None:
                 continue
-            own = _first_setting(best)
+            own = first_setting(best)
             points = sorted(
-                (_first_setting(row) / own, row.score.mean) for row in trials if row.score
+                (first_setting(row) / own, row.score.mean) for row in trials if row.score
             )
             values = [value for _, value in points]
             axes.plot(
@@ -68,7 +68,7 @@ def _by_rate(summary: Summary) -> Figure:
             )  # fmt: skip
             found += values
         axes.set_xscale("log")
-        axes.set_xlabel(f"{_settings_drawn(section)}, times the best one")
+        axes.set_xlabel(f"{settings_drawn(section)}, times the best one")
         axes.set_ylabel(summary.metric.title)
         axes.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: short(value)))
         if len(sections) > 1:
@@ -82,13 +82,14 @@ def _by_rate(summary: Summary) -> Figure:
     return figure
 
 
-def _first_setting(row: Row) -> float:
+def first_setting(row: Row) -> float:
     """Return the first sampled setting of a trial; in general it is the learning rate."""
     spec = row.runs[0].spec
     return float(getattr(spec.optimizer, next(iter(spec.ranges or {"lr": []}))))
 
 
-def _settings_drawn(section: ScheduleSection) -> str:
+def settings_drawn(section: ScheduleSection) -> str:
+    """Return the names of the first settings that the search drew."""
     keys = dict.fromkeys(next(iter(row.runs[0].spec.ranges or {"lr": []})) for row in section.rows)
     return " or ".join("learning rate" if key == "lr" else key for key in keys)
 

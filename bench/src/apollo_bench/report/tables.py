@@ -7,10 +7,11 @@ pads the columns, so that a longer number would change every line of a committed
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 from rich import table as rich
+from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
 from apollo_bench.report.run_table import run_table, sampled_settings
@@ -18,6 +19,8 @@ from apollo_bench.report.statistics import Difference, SampleStats, sample_stats
 from apollo_bench.report.summary import Row, ScheduleSection, Summary, best_of
 
 NOTHING = "-"
+_GAP = 2  # between the columns of a console
+_SHORTEST_NAME = 16  # of an optimizer on a console
 
 
 class Cell(NamedTuple):
@@ -29,10 +32,11 @@ class Cell(NamedTuple):
 
 
 class Column(NamedTuple):
-    """Title of a column, and whether a console shows it."""
+    """Title of a column, and where it is shown; Markdown has all columns."""
 
     title: str
     on_console: bool = True
+    at_once: bool = True  # on the page without a click
 
 
 class Table(NamedTuple):
@@ -41,6 +45,15 @@ class Table(NamedTuple):
     heading: str  # "" for a single table
     columns: list[Column]
     rows: list[list[Cell]]
+
+    def at_once(self) -> Table:
+        """Return the part that the page shows without a click."""
+        shown = [place for place, column in enumerate(self.columns) if column.at_once]
+        return Table(
+            self.heading,
+            [self.columns[place] for place in shown],
+            [[row[place] for place in shown] for row in self.rows],
+        )
 
 
 def tables(summary: Summary) -> list[Table]:
@@ -126,35 +139,39 @@ def _comparison(summary: Summary, section: ScheduleSection) -> Table:
     rival = section.best_other
     columns: list[tuple[Column, Callable[[Row], str]]] = [
         (Column("optimizer"), lambda row: row.label),
-        (Column("learning rate", False), lambda row: f"{row.runs[0].spec.optimizer.lr:g}"),
-        (Column("weight decay", False), _decay),
+        (Column("learning rate", False, False), lambda row: f"{row.runs[0].spec.optimizer.lr:g}"),
+        (Column("weight decay", False, False), _decay),
         (Column(summary.metric.title), lambda row: _spread(row.score, 2)),
         (Column("Apollo's lead [95 % interval]", False), lead),
-        (Column("p", False), p),
+        (Column("p", False, False), p),
         (
-            Column(f"lead over {rival.label if rival else NOTHING} [95 % interval]", False),
+            Column(f"lead over {rival.label if rival else NOTHING} [95 % interval]", False, False),
             over_rival,
         ),
-        (Column("in the paper", False), published),
-        (Column("training loss"), lambda row: _spread(row.stats("train_loss"), 4)),
+        (Column("in the paper", False, False), published),
+        (Column("training loss", at_once=False), lambda row: _spread(row.stats("train_loss"), 4)),
         (
-            Column(f"updates to {NOTHING if target is None else f'{target:.2f}'}", False),
+            Column(f"updates to {NOTHING if target is None else f'{target:.2f}'}", False, False),
             lambda row: reaching(row, "updates", 0),
         ),
         (
-            Column(f"fewer updates than {rival.label if rival else NOTHING} [95 %]", False),
+            Column(f"fewer updates than {rival.label if rival else NOTHING} [95 %]", False, False),
             saved,
         ),
         (
-            Column(f"time to {NOTHING if target is None else f'{target:.2f}'} (s)", False),
+            Column(f"time to {NOTHING if target is None else f'{target:.2f}'} (s)", False, False),
             lambda row: reaching(row, "seconds", 1),
         ),
-        (Column("wall time (s)"), lambda row: _spread(row.stats("seconds"), 1)),
-        (Column("optimizer step (ms)"), lambda row: _spread(row.stats("optimizer_ms"), 2)),
+        (Column("wall time (s)", at_once=False), lambda row: _spread(row.stats("seconds"), 1)),
         (
-            Column("share of a step (%)", False),
+            Column("optimizer step (ms)", at_once=False),
+            lambda row: _spread(row.stats("optimizer_ms"), 2),
+        ),
+        (
+            Column("share of a step (%)", False, False),
             lambda row: _spread(row.stats("optimizer_share"), 1),
         ),
+        (Column("search for settings", False), lambda row: row.search_cost or NOTHING),
         (Column("runs"), lambda row: row.remark),
     ]
     shown = [
@@ -237,7 +254,7 @@ def _chosen(summary: Summary, section: ScheduleSection) -> Table:
     heading = _heading(summary, section)
     return Table(
         f"{heading}: chosen" if heading else "Chosen",
-        [Column(title, title not in ("range", "at an end")) for title in titles],
+        [Column(title, *[title not in ("range", "at an end")] * 2) for title in titles],
         rows,
     )
 
@@ -263,7 +280,7 @@ def _trials(summary: Summary, section: ScheduleSection) -> Table:
     title = f"all trials, {', '.join(keys)}: {summary.metric.title}"
     return Table(
         f"{heading}: {title}" if heading else f"{title[0].upper()}{title[1:]}",
-        [Column("optimizer"), *(Column(str(i), False) for i in range(1, max_length))],
+        [Column("optimizer"), *(Column(str(i), False, False) for i in range(1, max_length))],
         rows,
     )
 
@@ -296,22 +313,76 @@ def _at_an_end(best: Row, rows: list[Row]) -> str:
     return ", ".join(found)
 
 
-def for_console(table: Table) -> rich.Table:
-    """Return a table that fits 80 columns; the best cells are bold."""
-    made = rich.Table(pad_edge=False, box=None, title=table.heading or None, title_justify="left")
-    shown = [place for place, column in enumerate(table.columns) if column.on_console]
-    for place in shown:
-        made.add_column(table.columns[place].title, justify="left" if place == 0 else "right")
-    for row in table.rows:
-        unbroken = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
-        texts = [row[place].text.replace(" ± ", unbroken) for place in shown]
-        made.add_row(
-            *(
-                Text(text, style="bold" if row[place].best else "")
-                for place, text in zip(shown, texts, strict=True)
+def for_console(table: Table) -> ConsoleTable:
+    """Return a table to print; the best cells are bold."""
+    return ConsoleTable(table)
+
+
+class ConsoleTable:
+    """A table that cuts no number: columns that do not fit stand in another table below.
+
+    Args:
+        table: cells, of which the console's columns are shown.
+    """
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+        self._shown = [place for place, column in enumerate(table.columns) if column.on_console]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[rich.Table]:
+        """Yield the tables that fit the width, each with the first column."""
+        first, *others = self._shown
+        names = min(self._width(first), max(_SHORTEST_NAME, options.max_width // 3))
+        blocks: list[list[int]] = []
+        room = 0
+        for place in others:
+            needed = self._width(place) + _GAP
+            if not blocks or needed > room:
+                blocks.append([])
+                room = options.max_width - names
+            blocks[-1].append(place)
+            room -= needed
+        for number, block in enumerate(blocks or [[]]):
+            heading = self._table.heading if number == 0 else ""
+            yield self._block([first, *block], heading, names, options.max_width)
+
+    def _width(self, place: int) -> int:
+        """Return the width of a column, whose title may be broken between words."""
+        words = self._table.columns[place].title.split()
+        return max(map(len, [*words, *(row[place].text for row in self._table.rows)]))
+
+    def _block(self, places: list[int], heading: str, names: int, width: int) -> rich.Table:
+        made = rich.Table(
+            pad_edge=False, box=None, padding=(0, _GAP, 0, 0), title=heading or None,
+            title_justify="left",
+        )  # fmt: skip
+        others = places[1:]
+        widths = {place: min(self._width(place), width - names - _GAP) for place in others}
+        spare = width - names - sum(_GAP + own for own in widths.values())
+        for place in others:  # titles stay on one line where there is room
+            more = max(0, len(self._table.columns[place].title) - widths[place])
+            if more <= spare:
+                widths[place] += more
+                spare -= more
+        for place in places:
+            first = place == places[0]
+            room = names if first else widths[place]
+            justify: Literal["left", "right"] = "left" if first else "right"
+            made.add_column(self._table.columns[place].title, justify=justify, width=room)
+        for row in self._table.rows:
+            unbroken = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
+            made.add_row(
+                *(
+                    Text(
+                        row[place].text.replace(" ± ", unbroken),
+                        style="bold" if row[place].best else "",
+                        overflow="ellipsis" if place == places[0] else "fold",
+                        no_wrap=place == places[0],
+                    )
+                    for place in places
+                )
             )
-        )
-    return made
+        return made
 
 
 def as_markdown(table: Table) -> str:

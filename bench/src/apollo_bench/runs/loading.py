@@ -23,6 +23,8 @@ from apollo_bench.runs.run_directory import (
     execution_of,
 )
 
+_MAX_STEPS = 400  # step records of a run that a report draws
+
 
 @dataclass(frozen=True)
 class Run:
@@ -34,6 +36,7 @@ class Run:
     verdict: str  # "finished", "diverged" or "unfinished"
     result: Record  # content of result.json; {} if there is none
     evaluations: list[Record]  # evaluation records of metrics.jsonl
+    steps: list[Record]  # step records of metrics.jsonl, a few hundred; empty for an archive
     curvature: list[Curvature]  # of all tensors together; empty without --diagnostics
     seconds: float  # of training so far
 
@@ -147,6 +150,7 @@ def _unpacked(run: archive.Archived) -> Run:
         result["verdict"],
         result,
         run.evaluations,
+        [],
         run.curvature,
         result["time"]["seconds"],
     )
@@ -170,6 +174,24 @@ def _read(directory: RunDirectory) -> Run:
         "unfinished" if verdict is None else verdict["verdict"],
         verdict or {},
         [record for record in records if record["kind"] == "evaluation"],
+        _thinned([record for record in records if record["kind"] == "step"]),
         curvature,
         seconds if verdict is None else verdict["time"]["seconds"],
     )
+
+
+def _thinned(records: list[Record]) -> list[Record]:
+    """Return at most ``_MAX_STEPS`` records, each with the mean loss of those that it stands for.
+
+    The distance is a power of two: where two runs of unequal length both have records, they have
+    common ones.
+    """
+    distance = 1
+    while len(records) // distance > _MAX_STEPS:
+        distance *= 2
+    parts = [records[i : i + distance] for i in range(0, len(records), distance)]
+    return [
+        {**part[-1], "loss": statistics.fmean(record["loss"] for record in part)}
+        for part in parts
+        if len(part) == distance
+    ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from apollo_bench.config.config_errors import describe
 from apollo_bench.config.execution import Execution
 from apollo_bench.config.recipe import RunSpec
 from apollo_bench.errors import ExperimentError, first_line
+from apollo_bench.source_commit import source_commit
 
 Record = dict[str, Any]
 
@@ -79,6 +81,7 @@ class RunDirectory:
         diagnose_every: int | None = None,
         published: bool = False,
         code: Sequence[Record] = (),
+        search: Record | None = None,
     ) -> None:
         """Create the run, or check that the existing run is the same.
 
@@ -94,6 +97,7 @@ class RunDirectory:
             diagnose_every: steps between measurements of the curvature from now on; None: none.
             published: whether the data are known to be those that the paper used.
             code: the user's own code, as in ``user_code.describe_source``.
+            search: cost of the search that chose the optimizer's settings; None: there was none.
 
         Raises:
             ExperimentError: as in ``check``.
@@ -123,6 +127,9 @@ class RunDirectory:
             "diagnose_every": diagnose_every,
             "code": list(code),
             "command": command,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "commit": source_commit(),
+            "search": search,
         }
         self._write(manifest)
 

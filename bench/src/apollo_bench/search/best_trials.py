@@ -12,6 +12,7 @@ from apollo_bench.config.recipe import Recipe, RunSpec
 from apollo_bench.config_section import EqualStrength
 from apollo_bench.errors import ExperimentError
 from apollo_bench.runs import loading
+from apollo_bench.runs.run_directory import Record
 from apollo_bench.workloads.tasks import entry_of
 
 
@@ -94,6 +95,24 @@ def check_data(folder: Path, fingerprints: dict[str, str]) -> None:
             raise ExperimentError(
                 f"{folder}: {run.spec.task} was tuned on other data; give the same --data"
             )
+
+
+def search_costs(folder: Path) -> dict[tuple[str, str, str], Record]:
+    """Return the trials and their seconds together, by task, schedule and optimizer.
+
+    Raises:
+        ExperimentError: the folder holds no search.
+    """
+    found: dict[tuple[str, str, str], list[loading.Run]] = {}
+    for run in _load_trials(folder):
+        found.setdefault((run.spec.task, run.spec.schedule, run.spec.name), []).append(run)
+    return {
+        key: {
+            "trials": len({_number(run) for run in runs}),
+            "seconds": round(sum(run.seconds for run in runs), 3),
+        }
+        for key, runs in found.items()
+    }
 
 
 def _load_trials(folder: Path) -> list[loading.Run]:

@@ -25,6 +25,7 @@ from apollo_bench.runs.run_directory import Record, RunDirectory
 from apollo_bench.training import process_group
 from apollo_bench.training.fabric_setup import launch_fabric
 from apollo_bench.training.full_state_dict import is_sharded
+from apollo_bench.training.gradient_norm import full_norm, gradient_norm
 from apollo_bench.training.run_state import TrainingState
 from apollo_bench.training.step_timer import StepTimer
 from apollo_bench.workloads.workload import Batch, Workload
@@ -114,8 +115,7 @@ class _TrainingRun(TrainingState):
                 with self._timed(self.step_timer):
                     self._train_step(batch)
                 ends = self.step == self.steps
-                ends_period = self._ends_period()
-                ends_record = self.step % self.spec.train.log_every == 0 or ends_period
+                ends_period, ends_record = self._ends_period(), self._ends_record()
                 if ends_record:
                     mean = self._mean(self.line_loss) / self.line_steps
                     if not math.isfinite(mean):
@@ -140,6 +140,9 @@ class _TrainingRun(TrainingState):
     def _ends_period(self) -> bool:
         return self.step > 0 and (self.step % self.every == 0 or self.step == self.steps)
 
+    def _ends_record(self) -> bool:
+        return self.step % self.spec.train.log_every == 0 or self._ends_period()
+
     def _train_step(self, batch: Batch) -> None:
         parts = self.spec.train.accumulate
         chunks = list(zip(*(column.chunk(parts) for column in batch), strict=True))
@@ -159,19 +162,21 @@ class _TrainingRun(TrainingState):
             self.period_loss += value
             self.line_loss += value
         self.hidden_state = tuple(torch.cat(rows) for rows in zip(*left, strict=True))
+        self.step += 1
+        self.line_steps += 1
         if self.spec.train.clip_norm is not None:
             # a gradient that is not finite shows up in the loss
-            self.fabric.clip_gradients(
+            self.gradient_norm = self.fabric.clip_gradients(
                 self.model,
                 self.optimizer,
                 max_norm=self.spec.train.clip_norm,
                 error_if_nonfinite=False,
             )
+        elif self._ends_record():
+            self.gradient_norm = gradient_norm(self.network)
         with self._timed(self.optimizer_timer):
             self.optimizer.step()
         self.schedule.step()
-        self.line_steps += 1
-        self.step += 1
 
     def _timed(self, timer: StepTimer) -> AbstractContextManager[None]:
         """Time what is done inside, unless this step also measures the curvature."""
@@ -202,6 +207,8 @@ class _TrainingRun(TrainingState):
                 self.events.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
     def _log_line(self, loss: float) -> None:
+        assert self.gradient_norm is not None
+        norm = float(full_norm(self.gradient_norm))
         self._write(
             {
                 "kind": "step",
@@ -209,6 +216,8 @@ class _TrainingRun(TrainingState):
                 "step": self.step,
                 "loss": loss,
                 "lr": self.optimizer.param_groups[0]["lr"],
+                # before clipping; JSON has no infinity
+                "gradient_norm": norm if math.isfinite(norm) else None,
                 # two runs of one seed may differ under this key only
                 "time": {"seconds": self.seconds()},
             }

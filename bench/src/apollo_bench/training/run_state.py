@@ -89,6 +89,7 @@ class TrainingState:
         self.period_loss = torch.zeros((), dtype=torch.float64, device=fabric.device)
         self.line_loss = self.period_loss.clone()
         self.line_steps = 0
+        self.gradient_norm: Tensor | None = None  # of the last step, where it is known
         # Since the last evaluation. step_timer includes everything but the reading of data.
         self.optimizer_timer, self.step_timer = StepTimer(fabric.device), StepTimer(fabric.device)
         self.last: Record = {}

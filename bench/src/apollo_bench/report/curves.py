@@ -1,0 +1,270 @@
+"""The data of the interactive curves: what the page's script draws with Bokeh."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from matplotlib import colors
+
+from apollo_bench.optimizers.plot_style import style_of
+from apollo_bench.report.performance_profile import MAX_RATIO, Profiles, Unit
+from apollo_bench.report.statistics import SampleStats
+from apollo_bench.report.summary import Row, ScheduleSection, Summary
+from apollo_bench.report.sweep_figures import first_setting, settings_drawn
+from apollo_bench.runs.loading import Run
+from apollo_bench.runs.run_directory import Record
+
+Figure = dict[str, Any]  # what the script draws: title, axes and curves
+Curve = dict[str, Any]  # of an optimizer
+
+_DIGITS = 5  # significant digits of a coordinate
+_POINTS = 200  # of a performance profile
+_FEW = 5  # points; a shorter curve is shown whole
+_DARK_PAGE = 0.02  # luminance of the dark page's background, about
+_CONTRAST = 4.5  # of a line on the dark page, at least (WCAG)
+# marker in matplotlib, in Bokeh and as a character of the legend
+_MARKERS = {
+    "s": ("square", "■"),
+    "^": ("triangle", "▲"),
+    "D": ("diamond", "◆"),
+    "d": ("diamond_cross", "◈"),
+    "v": ("inverted_triangle", "▼"),
+    "P": ("cross", "✚"),
+    "o": ("circle", "●"),
+    "X": ("x", "✖"),
+    "x": ("x", "✖"),
+    "h": ("hex", "⬢"),
+    "*": ("star", "★"),
+    "+": ("cross", "✚"),
+}
+_OTHER_MARKER = ("circle_dot", "◉")
+
+
+def panels(summary: Summary) -> list[list[Figure]]:
+    """Return the figures of every schedule."""
+    if summary.sweep is None:
+        return [_over_time(section) for section in summary.sections]
+    return [_over_settings(summary, section) for section in summary.sections]
+
+
+def profile_panel(found: Profiles, units: Sequence[Unit]) -> list[Figure]:
+    """Return the performance profiles, a figure per unit."""
+    ratios = [_short(1.0 + (MAX_RATIO - 1.0) * i / _POINTS) for i in range(_POINTS + 1)]
+    figures = []
+    for unit in units:
+        curves = []
+        for entry in found.entries:
+            shares = [_short(entry.share_within(unit, ratio)) for ratio in ratios]
+            no_spread = {"std": [0.0] * len(ratios), "count": [1] * len(ratios), "seeds": []}
+            look = _look(entry.name, entry.label)
+            curves.append({**look, "value": ratios, "mean": shares, **no_spread})
+        figures.append(
+            {
+                **_scaled(f"share of {len(found.sections)} tasks at the target", curves, False),
+                "span": [-0.03, 1.03],
+                "log": False,
+                "label": f"tau, in {unit} of the best optimizer",
+                "log_x": False,
+                "ticks": None,
+            }
+        )
+    return figures
+
+
+def _over_time(section: ScheduleSection) -> list[Figure]:
+    """Return metric, training loss, learning rate and gradient norm during training."""
+    metric = section.curve
+    recorded = all(any(run.steps for run in row.runs) for row in section.rows)
+    figures = [
+        _figure(section, metric.title, metric.name, _evaluations, metric.higher_is_better),
+        _figure(section, "training loss", "loss", _steps)
+        if recorded  # archives hold evaluations only
+        else _figure(section, "training loss", "train_loss", _evaluations),
+        _figure(section, "learning rate", "lr", _steps),
+        _figure(section, "norm of the gradient", "gradient_norm", _steps),
+    ]
+    return [figure for figure in figures if figure["curves"]]
+
+
+def _evaluations(run: Run) -> list[Record]:
+    return run.evaluations
+
+
+def _steps(run: Run) -> list[Record]:
+    return run.steps
+
+
+def _figure(
+    section: ScheduleSection,
+    title: str,
+    key: str,
+    records: Callable[[Run], list[Record]],
+    rises: bool = False,
+) -> Figure:
+    curves = [_curve(row, key, records) for row in section.rows]
+    return _scaled(title, [curve for curve in curves if curve["mean"]], rises)
+
+
+def _scaled(title: str, curves: list[Curve], rises: bool) -> Figure:
+    """Return a figure whose vertical axis tells the curves apart in late epochs."""
+    values = [value for curve in curves for value in curve["mean"]]
+    low = [
+        mean - std
+        for curve in curves
+        for mean, std in list(zip(curve["mean"], curve["std"], strict=True))[
+            len(curve["mean"]) // 2 if len(curve["mean"]) > _FEW else 0 :
+        ]
+    ]
+    span = None
+    if rises and values and max(values) > min(low):
+        margin = 0.05 * (max(values) - min(low))
+        span = [_short(min(low) - margin), _short(max(values) + margin)]
+    return {
+        "title": title,
+        "span": span,  # what is seen first of the vertical axis; null: all
+        "log": not rises and bool(values) and 0 < 10 * min(values) < max(values),
+        "curves": curves,
+    }
+
+
+def _curve(row: Row, key: str, records: Callable[[Run], list[Record]]) -> Curve:
+    """Return means over seeds and the runs of an optimizer, by updates, epochs and seconds."""
+    runs = {
+        run.spec.seed: [record for record in records(run) if _is_finite(record.get(key))]
+        for run in row.runs
+    }
+    by_step: dict[int, list[Record]] = {}
+    for one in runs.values():
+        for record in one:
+            by_step.setdefault(record["step"], []).append(record)
+    ends = [one[-1]["step"] for one in runs.values() if one]
+    # only where all runs that came so far have a record: other runs would make the mean jump
+    common = [
+        found
+        for step, found in sorted(by_step.items())
+        if len(found) == sum(end >= step for end in ends)
+    ]
+    return {
+        **_look(row.name),
+        **_times([_middle(found) for found in common]),
+        **_spread([[record[key] for record in found] for found in common]),
+        "seeds": [
+            {"seed": seed, **_times(one), "value": [_short(record[key]) for record in one]}
+            for seed, one in runs.items()
+            if one and len(runs) > 1
+        ],
+    }
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _middle(found: list[Record]) -> Record:
+    """Return a record of the same update, with the mean time of several."""
+    seconds = statistics.fmean(record["time"]["seconds"] for record in found)
+    return {**found[0], "time": {"seconds": seconds}}
+
+
+def _times(records: Iterable[Record]) -> Curve:
+    records = list(records)
+    return {
+        "updates": [int(record["step"]) for record in records],
+        "epochs": [_short(record["epoch"]) for record in records],
+        "seconds": [_short(record["time"]["seconds"]) for record in records],
+    }
+
+
+def _spread(values: list[list[float]]) -> Curve:
+    stds = [statistics.stdev(found) if len(found) > 1 else 0.0 for found in values]
+    return {
+        "mean": [_short(statistics.fmean(found)) for found in values],
+        "std": [_short(std) for std in stds],
+        "count": [len(found) for found in values],
+    }
+
+
+def _over_settings(summary: Summary, section: ScheduleSection) -> list[Figure]:
+    """Return final metric and training loss against the value of a sweep, or of a search."""
+    search = summary.sweep == "tuning"
+    label = settings_drawn(section) if search else _sweep_label(summary)
+    figures = []
+    for title, stats in (
+        (summary.metric.title, lambda row: row.score),
+        ("training loss", lambda row: row.stats("train_loss")),
+    ):
+        curves = [
+            _against(
+                [row for row in section.rows if row.name == name],
+                first_setting if search else _value,
+                stats,
+            )
+            for name in dict.fromkeys(row.name for row in section.rows)
+        ]
+        curves = [curve for curve in curves if curve["mean"]]
+        logarithmic = summary.sweep != "weight-decay"
+        if curves:
+            found = _scaled(title, curves, rises=False)
+            values = sorted({value for curve in curves for value in curve["value"]})
+            ticks = None if search else values
+            figures.append({**found, "label": label, "log_x": logarithmic, "ticks": ticks})
+    return figures
+
+
+def _value(row: Row) -> float:
+    assert row.point is not None
+    return row.point.value
+
+
+def _sweep_label(summary: Summary) -> str:
+    if summary.sweep == "lr-robustness":
+        return "learning rate, times the base rate"
+    return "weight decay (of the optimizers that state it)"
+
+
+def _against(
+    rows: list[Row], value: Callable[[Row], float], stats: Callable[[Row], SampleStats | None]
+) -> Curve:
+    points = sorted((value(row), found) for row in rows if (found := stats(row)) is not None)
+    return {
+        **_look(rows[0].name),
+        "value": [_short(at) for at, _ in points],
+        "mean": [_short(found.mean) for _, found in points],
+        "std": [_short(found.std or 0.0) for _, found in points],
+        "count": [found.count for _, found in points],
+        "seeds": [],
+    }
+
+
+def _look(name: str, label: str | None = None) -> Curve:
+    style = style_of(name)
+    marker, symbol = _MARKERS.get(style.marker, _OTHER_MARKER)
+    return {
+        "name": name,
+        "label": label or style.label,
+        "color": style.color,
+        "dark": dark_color(name),
+        "marker": marker,
+        "symbol": symbol,
+    }
+
+
+def dark_color(name: str) -> str:
+    """Return the color of an optimizer on a dark page: lighter where it would not be seen."""
+    red, green, blue = colors.to_rgb(style_of(name).color)
+    while (_luminance((red, green, blue)) + 0.05) / (_DARK_PAGE + 0.05) < _CONTRAST:
+        red, green, blue = (x + 0.05 * (1 - x) for x in (red, green, blue))
+    return colors.to_hex((red, green, blue))
+
+
+def _luminance(rgb: Iterable[float]) -> float:
+    """Return the relative luminance of WCAG."""
+    red, green, blue = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in rgb)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.{_DIGITS}g}")

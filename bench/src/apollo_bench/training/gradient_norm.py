@@ -1,0 +1,20 @@
+"""The norm of all gradients together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+
+def gradient_norm(network: nn.Module) -> Tensor:
+    """Return the 2-norm of all gradients, 0-dim; every process of a sharded network must call."""
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    return full_norm(get_total_norm(gradients, foreach=None))
+
+
+def full_norm(norm: Any) -> Tensor:
+    """Return a norm that clipping returned; that of sharded gradients is not added up yet."""
+    whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return whole
