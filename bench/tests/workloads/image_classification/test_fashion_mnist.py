@@ -98,7 +98,9 @@ def test_truncated_file_of_a_local_folder(tmp_path: Path, kept: int) -> None:
     whole = path.read_bytes()
     assert kept < len(whole)
     path.write_bytes(whole[:kept])
-    with pytest.raises(ExperimentError, match=rf"{path.name}: (not|cannot be read whole) .*--data needs"):
+    with pytest.raises(
+        ExperimentError, match=rf"{path.name}: (not|cannot be read whole) .*--data needs"
+    ):
         fashion_mnist.load(folder)
 
 
