@@ -19,6 +19,7 @@ from apollo_bench.source_commit import source_commit
 from apollo_bench.training.loop import train
 from bench.tests.conftest import TINY
 from bench.tests.helpers import (
+    PATIENCE,
     WORKER,
     assert_identical,
     kill_worker_when,
