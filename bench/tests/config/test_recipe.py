@@ -284,6 +284,18 @@ def test_schedules() -> None:
     assert [adam(step) / sgd(step) for step in (0, 24, 49, 75)] == pytest.approx([0.02, 0.5, 1, 1])
 
 
+def test_a_run_does_not_depend_on_the_schedules_of_other_optimizers(recipe_file: Path) -> None:
+    shapes = "[schedules.cosine.overrides]\nsgd = { kind = 'constant' }\n"
+    recipe_file.write_text(TINY.replace("[optimizers.sgd]", f"{shapes}\n[optimizers.sgd]"))
+    with_shape = recipe.load(str(recipe_file))
+    recipe_file.write_text(TINY)
+    without = recipe.load(str(recipe_file))
+    assert with_shape.run("apollo", 3) != without.run("apollo", 3)
+    assert with_shape.run("apollo", 3).own() == without.run("apollo", 3).own()
+    assert with_shape.run("sgd", 3).own() != without.run("sgd", 3).own()
+    assert with_shape.run("sgd", 3).shared() == without.run("apollo", 4).shared()
+
+
 def sweep_of(kind: SweepKind, lines: str, path: Path) -> list[recipe.RunSpec]:
     path.write_text(f"{TINY}\n[sweeps.{kind}]\n{lines}\n")
     return recipe.load(str(path)).sweep(kind, seeds=1)
