@@ -10,12 +10,9 @@ from typing import Any
 import pytest
 
 from apollo_bench.config import recipe
-from apollo_bench.report import page
+from apollo_bench.report import curves, page
 from apollo_bench.runs.run_directory import RunDirectory
-from bench.tests.conftest import TINY
 from bench.tests.report.made_up_runs import made_up
-
-SCRIPT = "<b>"
 
 
 def written(folder: Path, refresh: float | None = 5.0) -> str:
@@ -113,16 +110,9 @@ def test_the_cost_of_the_search_stands_beside_the_result(recipe_file: Path, tmp_
     assert "7 trials, 6.1 min" in brief
 
 
-def test_a_name_cannot_end_the_script(tmp_path: Path, recipe_file: Path) -> None:
-    recipe_file.write_text(TINY)
-    plan = recipe.load(str(recipe_file))
-    name = "mine</script><script>alert(1)</script>"
-    named = plan.model_copy(update={"optimizers": {name: plan.optimizers["sgd"]}})
-    spec = named.run(name, 1)
-    directory = made_up(tmp_path, plan.run("sgd", 1), [50.0, 60.0])
-    manifest = directory.read() | {"recipe": spec.model_dump()}
-    directory.manifest.write_text(json.dumps(manifest))
-    html = written(tmp_path)
+def test_a_text_cannot_end_the_script(compared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    title = "accuracy</script><script>alert(1)</script>"
+    monkeypatch.setattr(curves, "panels", lambda _: [[{"title": title, "curves": []}]])
+    html = written(compared)
     assert "alert(1)</script>" not in html
-    [[first, *_]] = data(html)
-    assert first["curves"][0]["label"] == name
+    assert data(html)[0][0]["title"] == title
