@@ -28,6 +28,7 @@ import lengths  # noqa: E402
 from apollo_bench.config import recipe  # noqa: E402
 from apollo_bench.errors import ExperimentError  # noqa: E402
 from apollo_bench.report import narrative, page, tables  # noqa: E402
+from apollo_bench.report.console_table import Table  # noqa: E402
 from apollo_bench.report.statistics import SampleStats  # noqa: E402
 from apollo_bench.report.summary import ScheduleSection, Summary, collect  # noqa: E402
 from apollo_bench.runs.archive import CURVATURE, EVALUATIONS, RUNS  # noqa: E402
@@ -278,7 +279,7 @@ def block(name: str) -> str:
     return f"{text}\n{narrative.headline(summary)}\n"
 
 
-def narrow(table: tables.Table) -> tables.Table:
+def narrow(table: Table) -> Table:
     """Return a table without the columns that only the full table in results/ has."""
     kept = [
         place
@@ -286,7 +287,7 @@ def narrow(table: tables.Table) -> tables.Table:
         if not column.title.startswith(OMITTED_COLUMNS)
     ]
     columns = [table.columns[place] for place in kept]
-    return tables.Table("", columns, [[row[place] for place in kept] for row in table.rows])
+    return Table("", columns, [[row[place] for place in kept] for row in table.rows])
 
 
 def overview() -> str:

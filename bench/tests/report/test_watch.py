@@ -28,7 +28,7 @@ def test_it_is_written_when_runs_change_and_ends_with_them(
 ) -> None:
     spec = recipe.load(str(recipe_file)).run("sgd", 1)
     directory = made_up(tmp_path, spec, [50.0], None)
-    refreshed: list[float | None] = []
+    refreshed: list[tuple[float | None, bool]] = []
     looks: list[int] = []
     state = watch._state
 
@@ -39,9 +39,11 @@ def test_it_is_written_when_runs_change_and_ends_with_them(
             made_up(tmp_path, spec, [50.0, 60.0])
         return state(paths)
 
-    def write(*arguments: object, refresh: float | None = None) -> list[Summary]:
-        refreshed.append(refresh)
-        return real(*arguments, refresh=refresh)  # type: ignore[arg-type]
+    def write(
+        *arguments: object, refresh: float | None = None, with_figures: bool = True
+    ) -> list[Summary]:
+        refreshed.append((refresh, with_figures))
+        return real(*arguments, refresh=refresh, with_figures=False)  # type: ignore[arg-type]
 
     real = page.write
     monkeypatch.setattr(watch, "_state", look)
@@ -49,7 +51,7 @@ def test_it_is_written_when_runs_change_and_ends_with_them(
     said: list[str] = []
     watch.watch([tmp_path], tmp_path / "out", None, no_warning, said.append, every=0.01)
     assert looks == [0, 1, 1]
-    assert refreshed == [0.01, 0.01, None]
+    assert refreshed == [(0.01, False), (0.01, False), (None, True)]
     assert [line.split("  ")[1] for line in said] == [
         "0 of 1 runs have ended",
         "1 of 1 runs have ended",
@@ -78,6 +80,7 @@ def test_ctrl_c_leaves_a_whole_report(recipe_file: Path, tmp_path: Path) -> None
     html = (out / "report.html").read_text()
     assert html.rstrip().endswith("</html>")
     assert "data-refresh=" not in html[: html.index("<script")]
+    assert not list(out.glob("*.png")), "drawing would keep the user waiting"
 
 
 def test_a_damaged_run_is_told_once(

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from apollo_bench.optimizers.plot_style import SETTINGS, sort_key, style_of
 from apollo_bench.report import curves, narrative
+from apollo_bench.report.console_table import Cell, Column, Table
 from apollo_bench.report.figure_axes import FigureFile, picture
 from apollo_bench.report.performance_profile import (
     MAX_RATIO,
@@ -18,7 +19,7 @@ from apollo_bench.report.performance_profile import (
     row_of,
 )
 from apollo_bench.report.summary import Summary
-from apollo_bench.report.tables import NOTHING, Cell, Column, Table
+from apollo_bench.report.tables import NOTHING
 
 _POINTS = 400  # of a profile's curve
 

@@ -19,6 +19,7 @@ from apollo_bench.atomic_write import write_atomically
 from apollo_bench.config.custom_optimizer import CustomSettings
 from apollo_bench.optimizers.plot_style import style_of
 from apollo_bench.report import curves, figures, narrative, overview, tables
+from apollo_bench.report.console_table import ConsoleTable, Table
 from apollo_bench.report.figure_axes import FigureFile
 from apollo_bench.report.overview import Overview
 from apollo_bench.report.summary import Row, Summary, collect
@@ -32,6 +33,7 @@ def write(
     warn: Callable[[str], None] = lambda _: None,
     only: str | None = None,
     refresh: float | None = None,
+    with_figures: bool = True,
 ) -> list[Summary]:
     """Write report.html, results.md, results.csv and the figures (PNG, SVG) into a folder.
 
@@ -46,8 +48,8 @@ def write(
         target: as in ``collect``.
         warn: called with a line for each run that is damaged. The report says it too.
         only: as in ``collect``.
-        refresh: seconds after which the page loads itself again. Figures, which take seconds, are
-            not drawn then. None: never.
+        refresh: seconds after which the page loads itself again; None: never.
+        with_figures: whether figures for papers are drawn, which takes seconds.
 
     Raises:
         ExperimentError: as in ``collect``.
@@ -56,9 +58,9 @@ def write(
     summaries = collect(paths, target, left_out.append, only)
     for reason in left_out:
         warn(f"{reason}; this run is left out of the report")
-    pictures = [figures.draw(summary) if refresh is None else [] for summary in summaries]
+    pictures = [figures.draw(summary) if with_figures else [] for summary in summaries]
     first = overview.overview(summaries)
-    profiles = overview.draw(summaries) if refresh is None else []
+    profiles = overview.draw(summaries) if with_figures else []
     files = {
         "results.csv": tables.as_csv(summaries).encode(),
         "results.md": _markdown(summaries, first, left_out).encode("utf-8", "replace"),
@@ -90,10 +92,10 @@ def show(summaries: list[Summary], console: Console) -> None:
             console.print(f"\n[bold]{summary.task}[/bold]")
         for table in tables.tables(summary):
             if sum(column.on_console for column in table.columns) > 1:
-                console.print(tables.for_console(table))
+                console.print(ConsoleTable(table))
         console.print(narrative.headline(summary), highlight=False, markup=False)
     if (first := overview.overview(summaries)) is not None:
-        console.print(tables.for_console(first.table))
+        console.print(ConsoleTable(first.table))
 
 
 def _markdown(summaries: list[Summary], first: Overview | None, left_out: list[str]) -> str:
@@ -189,7 +191,7 @@ def _bokeh() -> str:
     return "\n".join(resources.js_raw)
 
 
-def _split(table: tables.Table) -> dict[str, Any]:
+def _split(table: Table) -> dict[str, Any]:
     """Return what the page shows of a table at once, and what after a click."""
     brief = table.at_once()
     shown = len(brief.columns)

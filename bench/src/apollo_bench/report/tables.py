@@ -1,4 +1,4 @@
-"""The tables of a report as cells, and their form on a console, in Markdown and in CSV.
+"""The tables of a report as cells, and their form in Markdown and in CSV.
 
 Results per run are a pandas table (``run_table``). The tables of a report are not: a cell carries
 emphasis and a color beside its text, which only pandas' HTML knows, and ``DataFrame.to_markdown``
@@ -7,53 +7,15 @@ pads the columns, so that a longer number would change every line of a committed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Literal
 
-from rich import table as rich
-from rich.console import Console, ConsoleOptions
-from rich.text import Text
-
+from apollo_bench.report.console_table import Cell, Column, Table
 from apollo_bench.report.run_table import run_table, sampled_settings
 from apollo_bench.report.statistics import Difference, SampleStats, sample_stats
 from apollo_bench.report.summary import Row, ScheduleSection, Summary, best_of
 
 NOTHING = "-"
-_GAP = 2  # between the columns of a console
-_SHORTEST_NAME = 16  # of an optimizer on a console
-
-
-class Cell(NamedTuple):
-    """Text in a table."""
-
-    text: str
-    best: bool = False  # whether it is the best of its column
-    color: str | None = None  # color of the key in front of the text
-
-
-class Column(NamedTuple):
-    """Title of a column, and where it is shown; Markdown has all columns."""
-
-    title: str
-    on_console: bool = True
-    at_once: bool = True  # on the page without a click
-
-
-class Table(NamedTuple):
-    """Rows of cells below titles."""
-
-    heading: str  # "" for a single table
-    columns: list[Column]
-    rows: list[list[Cell]]
-
-    def at_once(self) -> Table:
-        """Return the part that the page shows without a click."""
-        shown = [place for place, column in enumerate(self.columns) if column.at_once]
-        return Table(
-            self.heading,
-            [self.columns[place] for place in shown],
-            [[row[place] for place in shown] for row in self.rows],
-        )
 
 
 def tables(summary: Summary) -> list[Table]:
@@ -311,78 +273,6 @@ def _at_an_end(best: Row, rows: list[Row]) -> str:
         if len(values) > 1 and own in (values[0], values[-1]):
             found.append(f"{key}, the {'smallest' if own == values[0] else 'largest'}")
     return ", ".join(found)
-
-
-def for_console(table: Table) -> ConsoleTable:
-    """Return a table to print; the best cells are bold."""
-    return ConsoleTable(table)
-
-
-class ConsoleTable:
-    """A table that cuts no number: columns that do not fit stand in another table below.
-
-    Args:
-        table: cells, of which the console's columns are shown.
-    """
-
-    def __init__(self, table: Table) -> None:
-        self._table = table
-        self._shown = [place for place, column in enumerate(table.columns) if column.on_console]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[rich.Table]:
-        """Yield the tables that fit the width, each with the first column."""
-        first, *others = self._shown
-        names = min(self._width(first), max(_SHORTEST_NAME, options.max_width // 3))
-        blocks: list[list[int]] = []
-        room = 0
-        for place in others:
-            needed = self._width(place) + _GAP
-            if not blocks or needed > room:
-                blocks.append([])
-                room = options.max_width - names
-            blocks[-1].append(place)
-            room -= needed
-        for number, block in enumerate(blocks or [[]]):
-            heading = self._table.heading if number == 0 else ""
-            yield self._block([first, *block], heading, names, options.max_width)
-
-    def _width(self, place: int) -> int:
-        """Return the width of a column, whose title may be broken between words."""
-        words = self._table.columns[place].title.split()
-        return max(map(len, [*words, *(row[place].text for row in self._table.rows)]))
-
-    def _block(self, places: list[int], heading: str, names: int, width: int) -> rich.Table:
-        made = rich.Table(
-            pad_edge=False, box=None, padding=(0, _GAP, 0, 0), title=heading or None,
-            title_justify="left",
-        )  # fmt: skip
-        others = places[1:]
-        widths = {place: min(self._width(place), width - names - _GAP) for place in others}
-        spare = width - names - sum(_GAP + own for own in widths.values())
-        for place in others:  # titles stay on one line where there is room
-            more = max(0, len(self._table.columns[place].title) - widths[place])
-            if more <= spare:
-                widths[place] += more
-                spare -= more
-        for place in places:
-            first = place == places[0]
-            room = names if first else widths[place]
-            justify: Literal["left", "right"] = "left" if first else "right"
-            made.add_column(self._table.columns[place].title, justify=justify, width=room)
-        for row in self._table.rows:
-            unbroken = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
-            made.add_row(
-                *(
-                    Text(
-                        row[place].text.replace(" ± ", unbroken),
-                        style="bold" if row[place].best else "",
-                        overflow="ellipsis" if place == places[0] else "fold",
-                        no_wrap=place == places[0],
-                    )
-                    for place in places
-                )
-            )
-        return made
 
 
 def as_markdown(table: Table) -> str:

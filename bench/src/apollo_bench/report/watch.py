@@ -25,7 +25,8 @@ def watch(
 ) -> list[Summary]:
     """Write the report whenever a run has new records, until all runs have ended.
 
-    The last report has the figures that those before it lack. Each file is written atomically.
+    The report of ended runs has the figures that those before it lack. Each file is written
+    atomically.
 
     Args:
         paths: as in ``page.write``.
@@ -52,7 +53,9 @@ def watch(
             now = _state(paths)
             if now != before:
                 before = now
-                summaries = page.write(paths, out, target, warn_once, refresh=every)
+                summaries = page.write(
+                    paths, out, target, warn_once, refresh=every, with_figures=False
+                )
                 ended, count = _ended(summaries)
                 say(f"{time.strftime('%H:%M:%S')}  {ended} of {count} runs have ended")
                 if ended == count:
@@ -60,7 +63,7 @@ def watch(
             until = time.monotonic() + every
             while not received and time.monotonic() < until:
                 time.sleep(min(_POLL, every))
-        summaries = page.write(paths, out, target, warn_once)
+        summaries = page.write(paths, out, target, warn_once, with_figures=not received)
     if received:
         raise Interrupted(received[0])
     return summaries

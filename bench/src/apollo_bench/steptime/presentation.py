@@ -7,9 +7,11 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from rich.table import Table
+from rich.console import Group
+from rich.text import Text
 
 from apollo_bench.optimizers.plot_style import SETTINGS, style_of
+from apollo_bench.report.console_table import Cell, Column, ConsoleTable, Table
 from apollo_bench.steptime.candidates import PEER
 from apollo_bench.steptime.measurement import SetResult, Timings
 
@@ -71,14 +73,15 @@ def _share_of_a_copy(result: SetResult, taken: Timings) -> str:
     return f"{share} ({more:.0%} at 10 values per parameter)"
 
 
-def table(result: SetResult) -> Table:
-    """Return the table for a terminal."""
-    shown = Table(title=heading(result), title_justify="left", box=None, pad_edge=False)
-    for i, name in enumerate(HEADINGS):
-        shown.add_column(name, justify="left" if i == 0 else "right", no_wrap=i < 3)
-    for taken in result.taken:
-        shown.add_row(*cells(result, taken), style="bold" if "Apollo" in taken.name else "")
-    return shown
+def table(result: SetResult) -> Group:
+    """Return the table for a terminal; a line below it for each candidate that is not available."""
+    measured = [taken for taken in result.taken if taken.unavailable is None]
+    rows = [
+        [Cell(text, "Apollo" in taken.name) for text in cells(result, taken)] for taken in measured
+    ]
+    shown = ConsoleTable(Table(heading(result), [Column(title) for title in HEADINGS], rows))
+    missing = [taken for taken in result.taken if taken.unavailable is not None]
+    return Group(shown, *(Text(cells(result, taken)[0]) for taken in missing))
 
 
 def markdown(results: list[SetResult], about: dict[str, Any]) -> str:
