@@ -35,6 +35,12 @@ def complete_arguments(
     Raises:
         ExperimentError: an argument is unknown, missing or of another type than its default.
     """
+    for name, value in given.items():
+        if not _is_plain(value):
+            raise ExperimentError(
+                f"{key}.{name} is {value!r}; finite numbers, true or false, texts, and lists or "
+                "tables of them are right"
+            )
     parameters = _parameters(target)
     if parameters is None:  # of a class in C: its own check must do
         return dict(given)
@@ -103,11 +109,21 @@ def _parameters(target: Any) -> Mapping[str, inspect.Parameter] | None:
 
 
 def _is_simple(value: Any) -> bool:
+    """Return whether a default can be recorded."""
     if isinstance(value, list | tuple):
         return all(_is_simple(one) for one in value)
     if isinstance(value, float):
         return math.isfinite(value)
     return isinstance(value, bool | int | str)
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether ``run.json`` can hold a value of a recipe."""
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _is_plain(one) for name, one in value.items())
+    if isinstance(value, list):
+        return all(_is_plain(one) for one in value)
+    return value is None or _is_simple(value)
 
 
 def _as_json(value: Any) -> Any:
