@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, noted for a check between two pieces of work."""
+"""Ctrl-C and SIGTERM: noted for a check between two pieces of work, or raised."""
 
 from __future__ import annotations
 
@@ -30,3 +30,15 @@ def catch_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def raise_interrupts() -> Iterator[None]:
+    """Let Ctrl-C raise ``Interrupted``: worker processes then end in order."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(signal.SIGINT) from None
+    finally:
+        signal.signal(signal.SIGINT, before)

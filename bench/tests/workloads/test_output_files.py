@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -119,6 +122,22 @@ def test_a_claim_adds_to_the_list(tmp_path: Path) -> None:
     claim(tmp_path, ["b"])
     listed = json.loads((tmp_path / LISTING).read_text())["files"]
     assert listed == ["a", "a.tmp", "b", "b.tmp"]
+
+
+def test_ctrl_c_ends_a_preparation_in_order(raw: Path, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupted(*arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(one_billion_word, "prepare", interrupted)
+        command = ["prepare", "one-billion-word", "--raw", str(raw), "--out", str(tmp_path / "out")]
+        done = CliRunner().invoke(app, command)
+    assert done.exit_code == 130
+    assert done.stderr == "Stopped; the same command goes on.\n"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_an_archive_is_not_written_among_runs(

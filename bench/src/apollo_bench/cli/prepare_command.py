@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ from rich.console import Console
 from apollo_bench.available_cores import MAX_PROCESSES
 from apollo_bench.cli import runtime
 from apollo_bench.errors import ExperimentError
+from apollo_bench.interrupts import Interrupted, raise_interrupts
 
 
 def prepare(
@@ -55,15 +55,17 @@ def prepare(
                 f"task is {task!r}, allowed are {', '.join(PREPARERS)}; the others need no "
                 "preparation"
             )
-        # not at once, as elsewhere: each worker ends its shard
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         folder = out or Path("data") / task
         if subwords is None:
             subwords = getattr(recipe.load(task).data, "subwords", None)
-        with counter(Console(stderr=True)) as report_progress:
-            prepared = PREPARERS[task](
-                raw, folder, PrepareOptions(vocabulary, workers, subwords), report_progress
-            )
+        try:
+            with raise_interrupts(), counter(Console(stderr=True)) as report_progress:
+                prepared = PREPARERS[task](
+                    raw, folder, PrepareOptions(vocabulary, workers, subwords), report_progress
+                )
+        except Interrupted as interrupt:
+            typer.echo("Stopped; the same command goes on.", err=True)
+            raise typer.Exit(128 + interrupt.number) from None
         if prepared.remark:
             typer.echo(prepared.remark)
         typer.echo(f"Prepared: --data {prepared.folder}")
