@@ -26,4 +26,5 @@ def test_import_brings_torch_alone() -> None:
     foreign = {name.split(".")[0] for name in result["new"]} - set(allowed)
     assert foreign <= set(sys.stdlib_module_names)
     assert not any(name.startswith("apollo_bench") for name in result["new"])
+    assert "apollo_qn.range_test" not in result["new"]  # imported when it is used
     assert result["seconds"] < 0.5

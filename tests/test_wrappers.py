@@ -110,23 +110,56 @@ def test_a_replacement_of_the_same_shape_is_not_told(recwarn: pytest.WarningsRec
     assert not [w for w in recwarn if issubclass(w.category, ApolloWarning)]
 
 
-def test_rows_are_pruned_as_gaussian_splatting_does() -> None:
-    """Tools slice all but the 0-dim entries; Apollo by itself has no other than ``step``."""
-    keep = torch.tensor([0, 2, 5])
-    p = torch.nn.Parameter(normal((6, 3), "p", dtype=torch.float32))
-    for make, idiom in (
-        (Apollo, lambda k, v: v if k == "step" else v[keep]),
-        (ApolloW, lambda k, v: v[keep] if v.dim() else v),
-    ):
-        optimizer = make([p], rebound="constant", warmup_steps=0)
-        run_steps(optimizer, range(2))
-        state = optimizer.state.pop(p)
-        pruned = torch.nn.Parameter(p.detach()[keep])
-        optimizer.state[pruned] = {k: idiom(k, v) for k, v in state.items()}
-        optimizer.param_groups[0]["params"] = [pruned]
-        run_steps(optimizer, range(2, 4))
-        assert optimizer.state[pruned]["exp_avg"].shape == (3, 3)
-        assert float(optimizer.state[pruned]["step"]) == 4
+def keep_all_but_step(k: str, v: torch.Tensor) -> torch.Tensor:
+    return v if k == "step" else v[[0, 2, 5]]
+
+
+def keep_rows(k: str, v: torch.Tensor) -> torch.Tensor:
+    return v[[0, 2, 5]] if v.dim() else v
+
+
+def add_rows(k: str, v: torch.Tensor) -> torch.Tensor:
+    return torch.cat([v, v.new_zeros(2, *v.shape[1:])]) if v.dim() else v
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "edit"),
+    [
+        (Apollo, {}, keep_all_but_step),
+        (ApolloW, {}, keep_rows),
+        (ApolloW, {}, add_rows),
+        (Apollo, {"rebound": "belief", "capturable": True}, keep_rows),
+        (ApolloW, {"rebound": "belief", "rounding": "kahan"}, add_rows),
+    ],
+)
+def test_rows_are_edited_as_gaussian_splatting_does(make: Any, settings: Any, edit: Any) -> None:
+    """Tools edit all but the 0-dim entries; Apollo by itself has no other than ``step``.
+
+    The next step is that of an optimizer whose state is the edited one.
+    """
+    dtype = torch.bfloat16 if "rounding" in settings else torch.float32
+    p = torch.nn.Parameter(normal((6, 3), "p", dtype=dtype))
+    optimizer = make([p], warmup_steps=0, lr=0.1, weight_decay=0.1, **settings)
+    run_steps(optimizer, range(2))
+    state = optimizer.state.pop(p)
+    edited = torch.nn.Parameter(edit("p", p.detach()))
+    optimizer.state[edited] = {k: edit(k, v) for k, v in state.items()}
+    optimizer.param_groups[0]["params"] = [edited]
+    twin = make([torch.nn.Parameter(edited.detach().clone())], **settings)
+    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each in (optimizer, twin):
+        run_steps(each, range(2, 4))
+    assert same(snapshot(optimizer), snapshot(twin))
+    assert optimizer.state[edited]["hessian_diag"].shape == edited.shape
+    assert float(optimizer.state[edited]["step"]) == 4
+
+
+def test_an_idiom_that_slices_scalars_is_an_error_with_apollow() -> None:
+    optimizer = ApolloW(parameters([(6, 3)]))
+    run_steps(optimizer, range(1))
+    (state,) = optimizer.state.values()
+    with pytest.raises(IndexError):
+        {k: keep_all_but_step(k, v) for k, v in state.items()}
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ OPTAX = ("tests/test_optax.py",)
 ROUNDING = ("tests/test_rounding.py",)
 DIAGNOSTICS = ("tests/test_diagnostics.py",)
 ADVICE = ("tests/test_advice.py",)
+RANGE_TEST = ("tests/test_range_test.py",)
 
 FAULTS = [
     # the rule
@@ -290,5 +291,41 @@ FAULTS = [
         "            advice.check_keywords(param_group)\n",
         "",
         ADVICE,
+    ),
+    # the range test
+    Fault(
+        "a range test does not restore the buffers that a module replaced",
+        QN,
+        "            module._buffers.update(buffers)\n",
+        "",
+        RANGE_TEST,
+    ),
+    Fault(
+        "the runs of a range test see other random numbers",
+        QN,
+        "            set_state(state)\n",
+        "            pass\n",
+        RANGE_TEST,
+    ),
+    Fault(
+        "the proposal is the arithmetic mean",
+        QN,
+        "math.exp(sum(map(math.log, near)) / len(near))",
+        "sum(near) / len(near)",
+        RANGE_TEST,
+    ),
+    Fault(
+        "a run that is not finite counts with its last losses",
+        QN,
+        "    if not math.isfinite(curve[-1]):\n        return math.inf\n",
+        "",
+        RANGE_TEST,
+    ),
+    Fault(
+        "the rate of a short run does not fall",
+        QN,
+        "min(1.0, (steps - t) / (steps - warmup_steps))",
+        "1.0",
+        RANGE_TEST,
     ),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from apollo_bench.workloads.language_modeling import wordnet
-from apollo_qn import Apollo, ApolloW, GradientRelease
+from apollo_qn import Apollo, ApolloW, GradientRelease, lr_range_test
 from tests.helpers import same, snapshot
 
 pytest.importorskip("accelerate")
@@ -127,6 +128,40 @@ def test_saved_in_mid_run_and_resumed(make: Any, tmp_path: Path) -> None:
     assert fresh.state.global_step == STEPS
     assert same(weights(whole), weights(fresh))
     assert same(snapshot(ordinary(whole.optimizer)), snapshot(ordinary(fresh.optimizer)))
+
+
+def test_the_range_test_takes_the_trainer_s_batches(tmp_path: Path) -> None:
+    trainer = by_class(tmp_path)
+    before = weights(trainer)
+    result = lr_range_test(
+        trainer.model, lambda model, batch: model(**batch).loss, trainer.get_train_dataloader(),
+        [0.01, 1.0, 1000.0], steps=12, clip_norm=1.0,
+    )  # fmt: skip
+    assert result.proposal == pytest.approx(1.0)
+    assert same(before, weights(trainer))
+
+
+def test_the_logged_rate_has_the_warmup(tmp_path: Path) -> None:
+    """As examples/huggingface_trainer.py logs it."""
+
+    class Logging(transformers.Trainer):  # type: ignore[misc, name-defined]
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            if "learning_rate" in logs:
+                logs["learning_rate"] = ordinary(self.optimizer).effective_lrs()[0]
+            super().log(logs, *args, **kwargs)
+
+    trainer = ready_made(tmp_path, kind=Logging)
+    trainer.train()
+    rates = [e["learning_rate"] for e in trainer.state.log_history if "loss" in e]
+    peak = SETTINGS["lr"]
+    # after one and after two of three steps of warmup, then the cosine's own rate
+    assert rates[0] == pytest.approx(peak * factor(1) * (1e-3 + 0.999 / 3), rel=1e-6)
+    assert rates[1] == pytest.approx(peak * factor(2) * (1e-3 + 0.999 * 2 / 3), rel=1e-6)
+    assert rates[3] == pytest.approx(peak * factor(4), rel=1e-6)
+
+
+def factor(step: int) -> float:
+    return 0.5 * (1 + math.cos(math.pi * step / STEPS))
 
 
 class WithoutNorms(transformers.Trainer):  # type: ignore[misc, name-defined]
