@@ -37,7 +37,7 @@ def objective(trial: optuna.Trial) -> float:
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.ReLU(), nn.Linear(32, 10))
     optimizer = Apollo(
         model.parameters(),
-        lr=trial.suggest_float("lr", 0.005, 50, log=True),
+        lr=trial.suggest_float("lr", 0.01, 50, log=True),
         weight_decay=trial.suggest_float("weight_decay", 1e-5, 1e-2, log=True),
         warmup_steps=4,
     )
