@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from apollo_bench.console_table import Cell, Column, Table
 from apollo_bench.optimizers.plot_style import SETTINGS, sort_key, style_of
 from apollo_bench.report import curves, narrative
-from apollo_bench.report.console_table import Cell, Column, Table
 from apollo_bench.report.figure_axes import FigureFile, picture
 from apollo_bench.report.performance_profile import (
     MAX_RATIO,

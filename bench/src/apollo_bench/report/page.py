@@ -17,9 +17,9 @@ from rich.console import Console
 
 from apollo_bench.atomic_write import write_atomically
 from apollo_bench.config.custom_optimizer import CustomSettings
+from apollo_bench.console_table import ConsoleTable, Table
 from apollo_bench.optimizers.plot_style import style_of
 from apollo_bench.report import curves, figures, narrative, overview, tables
-from apollo_bench.report.console_table import ConsoleTable, Table
 from apollo_bench.report.figure_axes import FigureFile
 from apollo_bench.report.overview import Overview
 from apollo_bench.report.summary import Row, Summary, collect

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from apollo_bench.report.console_table import Cell, Column, Table
+from apollo_bench.console_table import Cell, Column, Table
 from apollo_bench.report.run_table import run_table, sampled_settings
 from apollo_bench.report.statistics import Difference, SampleStats, sample_stats
 from apollo_bench.report.summary import Row, ScheduleSection, Summary, best_of

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from rich.console import Group
 from rich.text import Text
 
+from apollo_bench.console_table import Cell, Column, ConsoleTable, Table
 from apollo_bench.optimizers.plot_style import SETTINGS, style_of
-from apollo_bench.report.console_table import Cell, Column, ConsoleTable, Table
 from apollo_bench.steptime.candidates import PEER
 from apollo_bench.steptime.measurement import SetResult, Timings
 

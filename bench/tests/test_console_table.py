@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from apollo_bench.report.console_table import Cell, Column, ConsoleTable, Table
+from apollo_bench.console_table import Cell, Column, ConsoleTable, Table
 
 TITLES = ("validation perplexity", "training loss", "wall time (s)", "optimizer step (ms)", "runs")
 VALUES = ("123456.78 ± 23456.78", "12.3456 ± 1.2345", "36000.0 ± 1200.0", "12.34 ± 1.23", "3")
