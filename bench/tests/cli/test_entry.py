@@ -214,6 +214,17 @@ def test_a_worker_whose_command_was_killed_is_waited_for(run: RunDirectory) -> N
         worker.lock_run(run, lambda: next(stops))
 
 
+def test_a_zombie_is_not_alive() -> None:
+    """Nobody has asked for its status, as where the first process of a container does not."""
+    process = subprocess.Popen(["true"])
+    deadline = time.monotonic() + PATIENCE
+    while worker._is_alive(process.pid):
+        assert time.monotonic() < deadline
+    os.kill(process.pid, 0)  # there it is
+    process.wait()
+    assert worker._is_alive(os.getpid())
+
+
 def test_a_worker_of_another_command_is_not(run: RunDirectory) -> None:
     with held_lock(run, os.getpid(), 60):
         before = time.monotonic()

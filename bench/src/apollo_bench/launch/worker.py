@@ -128,7 +128,11 @@ def _is_alive(process: int) -> bool:
         return False
     except PermissionError:
         return True  # a process of another user
-    return True
+    try:  # a killed process stays as a zombie until its own parent asks for its status
+        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return True  # not Linux
+    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 def lock_run(directory: RunDirectory, stop: Callable[[], bool] = lambda: False) -> TextIO:
