@@ -173,7 +173,7 @@ class Translation:
         return sums.to(self._device)
 
     def _counts(self, model: nn.Module, rank: int, world: int) -> Tensor:
-        """Right n-grams, all n-grams, words of the translations and of the references."""
+        """Return the counts of BLEU: matching n-grams, all n-grams, and the words of both sides."""
         found, references = [], []
         for rows in self._evaluation(self._test, rank, world):
             source = padded(self._test, rows).source
@@ -202,7 +202,7 @@ class Translation:
     def _evaluation(
         self, pairs: EncodedPairs, rank: int, world: int
     ) -> Iterator[NDArray[numpy.int64]]:
-        """Batches of a process's part of the pairs."""
+        """Yield the batches of this process, as indices of pairs."""
         own_pairs = numpy.arange(rank, pairs.size, world)
         source, target = (1 + side.lengths[own_pairs] for side in pairs)
         tokens = max(_EVALUATION_TOKENS, self._max_length)
