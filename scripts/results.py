@@ -26,6 +26,7 @@ os.environ.setdefault("MPLCONFIGDIR", str(ROOT / "build" / "matplotlib"))
 import lengths  # noqa: E402
 
 from apollo_bench.config import recipe  # noqa: E402
+from apollo_bench.console_table import Table  # noqa: E402
 from apollo_bench.errors import ExperimentError  # noqa: E402
 from apollo_bench.report import narrative, page, tables  # noqa: E402
 from apollo_bench.report.console_table import Table  # noqa: E402

@@ -284,7 +284,7 @@ FAULTS = [
         BENCH,
         "            if not blocks or needed > room:\n",
         "            if not blocks:\n",
-        REPORT,
+        (f"{TESTS}/test_console_table.py",),
     ),
     Fault(
         "a run that is behind makes the mean jump",
