@@ -303,7 +303,7 @@ FAULTS = [
     Fault(
         "a watched report is never whole",
         BENCH,
-        "        summaries = page.write(paths, out, target, warn_once)\n",
+        "        summaries = page.write(paths, out, target, warn_once, with_figures=not received)\n",
         "",
         REPORT,
     ),
