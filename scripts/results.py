@@ -29,7 +29,6 @@ from apollo_bench.config import recipe  # noqa: E402
 from apollo_bench.console_table import Table  # noqa: E402
 from apollo_bench.errors import ExperimentError  # noqa: E402
 from apollo_bench.report import narrative, page, tables  # noqa: E402
-from apollo_bench.report.console_table import Table  # noqa: E402
 from apollo_bench.report.statistics import SampleStats  # noqa: E402
 from apollo_bench.report.summary import ScheduleSection, Summary, collect  # noqa: E402
 from apollo_bench.runs.archive import CURVATURE, EVALUATIONS, RUNS  # noqa: E402

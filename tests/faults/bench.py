@@ -303,8 +303,8 @@ FAULTS = [
     Fault(
         "a watched report is never whole",
         BENCH,
-        "        summaries = page.write(paths, out, target, warn_once, with_figures=not received)\n",
-        "",
+        "page.write(paths, out, target, warn_once, with_figures=not received)",
+        "[]",
         REPORT,
     ),
     Fault(
