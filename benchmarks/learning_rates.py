@@ -3,8 +3,8 @@
     python benchmarks/learning_rates.py [--out runs/learning_rates] [--limit SECONDS]
 
 Every training run is kept in OUT/runs.json, so that the script can be stopped and started again;
-all of it takes ten minutes on one core. docs/finetuning.md and docs/choosing.md show the tables.
-The runs and all tables are committed in benchmarks/results/.
+all of it takes about a quarter of an hour on one core. docs/finetuning.md and docs/choosing.md show
+the tables. The runs and all tables are committed in benchmarks/results/.
 
 A search trains each model for 300 steps with a warmup of a tenth and a cosine, once per seed and
 rate of a grid of factors of 2, and compares the loss on held-out data. The range test is
