@@ -116,6 +116,9 @@ def test_a_table_of_other_runs_is_named(ended: Path, tmp_path: Path) -> None:
     table.write_text("".join(lines[:-1]))
     with pytest.raises(ExperimentError, match=r"evaluations.csv: not the table that runs.json was"):
         page.write([tmp_path / "kept"], tmp_path / "report")
+    # the message says that the command makes all tables again
+    assert archive.write(compatibility.find_run_directories(ended), tmp_path / "kept") == 4
+    assert table.read_text().splitlines(keepends=True) == lines
 
 
 def test_the_command(ended: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

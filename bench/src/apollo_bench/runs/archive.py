@@ -111,10 +111,19 @@ def _check_out(out: Path) -> None:
             "folder"
         )
     there = [name for name in (RUNS, EVALUATIONS, CURVATURE) if (out / name).exists()]
-    if there and not read(out):
+    if there and not _is_archive(out):
         raise ExperimentError(
             f"{out / there[0]}: not of an archive, and would be overwritten; choose another --out"
         )
+
+
+def _is_archive(folder: Path) -> bool:
+    """Return whether runs.json is of an archive, even if a table was lost or is damaged."""
+    try:
+        content = json.loads((folder / RUNS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"format", "common", "runs"} <= content.keys()
 
 
 def read(folder: Path) -> list[Archived]:
