@@ -377,7 +377,7 @@ def test_the_main_job_has_both_schedules_and_trains_one() -> None:
     assert {spec.schedule for spec in plan.runs()} == {"cosine"}
     assert {spec.schedule for spec in plan.sweep("lr-robustness")} == {"cosine"}
     milestone = plan.run("sgd", 1, "milestone").train.schedule
-    assert (milestone.kind, milestone.milestones) == ("milestone", [4, 6])
+    assert (milestone.kind, milestone.milestones) == ("milestone", [2, 3])
     shorter = recipe.load("fashion-mnist", quick=True).schedules["milestone"]
     assert (shorter.epochs, shorter.milestones) == (2, [1.0, 1.5])
 
