@@ -1,7 +1,7 @@
 """Six small training tasks on the embedded data, a few milliseconds per step on one core.
 
-Shared by ``range_test.py`` and ``starting_rates.py``. The models are written here and are not those
-of apollo-bench, so that a rule that was found there is tried on something else.
+``learning_rates.py`` trains them. The models are written here and are not those of apollo-bench, so
+that a rule that was found there is tried on something else.
 """
 
 from __future__ import annotations

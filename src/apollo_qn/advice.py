@@ -97,8 +97,9 @@ def advises(init: _Init) -> _Init:
 _SMALLEST_RATE = 0.01  # of lr / sigma; a fiftieth of the paper's smallest rate
 _SMALL_RATE = (
     "lr={lr:g} is a rate for Adam, at which Apollo hardly moves (parameter group {group}{sigma}). "
-    "Apollo's usual rates are 0.5 for convolutional networks, and 10 for LSTMs and Transformers "
-    "with the gradient's norm clipped to 1 (2 to 4 for small Transformers, LoRA and fine-tuning); "
+    "Apollo's usual rates are 0.5 to 5 for convolutional networks, 2 to 4 for MLPs, LoRA and "
+    "fine-tuning and, with the gradient's norm clipped to 1, 10 to 100 for LSTMs and 2 to 10 for "
+    "Transformers; "
     "apollo_qn.lr_range_test proposes one for your model, and docs/choosing.md says more. If you "
     "mean this rate, filter the category apollo_qn.LearningRateWarning"
 )
