@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from apollo_qn import Apollo, apollo
+from apollo_qn import Apollo, advice, apollo
 from tests.helpers import BACK_ENDS, DEVICE, gradient, parameters, same
 
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
@@ -33,6 +33,33 @@ def test_signature() -> None:
     for name, parameter in inspect.signature(Apollo).parameters.items():
         if name not in ("params", "state_dtype"):  # the state is the caller's
             assert functional[name].default == parameter.default, name
+
+
+ADVICE = [
+    ("betas", (0.9, 0.999), "use beta for the first of the two"),
+    ("beta1", 0.9, "use beta"),
+    ("momentum", 0.9, "use beta, and start at ten times the lr of SGD"),
+    ("amsgrad", False, "leave it out"),
+    ("nesterov", True, "leave it out"),
+    ("warmup", 100, "use warmup_steps"),
+    ("init_lr", 0.01, "use warmup_init_lr"),
+    ("weight_decay_type", "L2", "'L2' is the default, and decoupled_weight_decay=True"),
+    ("state_dtype", torch.bfloat16, "make exp_avgs and hessian_diags of that type"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), ADVICE, ids=[x[0] for x in ADVICE])
+def test_keywords_of_other_optimizers_get_advice(name: str, value: Any, message: str) -> None:
+    given = lists()
+    with pytest.raises(TypeError, match=f"apollo has no argument {name}, got {name}=.*{message}"):
+        apollo(*given, **{name: value})  # type: ignore[arg-type]
+    assert not any(step.any() for step in given[-1])
+
+
+def test_other_keywords_are_left_to_python() -> None:
+    assert not set(inspect.signature(apollo).parameters) & advice.FUNCTIONAL.keys()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sigmaa'"):
+        apollo(*lists(), sigmaa=1.0)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("rebound", ["constant", "belief"])

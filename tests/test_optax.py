@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -26,7 +27,7 @@ optax = pytest.importorskip("optax")
 import jax.numpy as jnp  # noqa: E402
 
 import apollo_qn.optax  # noqa: E402
-from apollo_qn import Apollo  # noqa: E402
+from apollo_qn import Apollo, LearningRateWarning, advice  # noqa: E402
 from apollo_qn.optax import ApolloState, apollo, apollow  # noqa: E402
 from tests import tolerances  # noqa: E402
 from tests.helpers import Comparison, as_numpy, gradient, normal, parameters  # noqa: E402
@@ -645,6 +646,61 @@ def test_schedule_that_starts_at_nothing() -> None:
 
 
 # what is refused
+
+ADVICE = [
+    ("lr", 0.5, "use learning_rate"),
+    ("b1", 0.9, "use beta"),
+    ("b2", 0.999, "leave it out"),
+    ("betas", (0.9, 0.999), "use beta for the first of the two"),
+    ("momentum", 0.9, "use beta, and start at ten times the lr of SGD"),
+    ("nesterov", True, "leave it out"),
+    ("mu_dtype", jnp.bfloat16, "the state is float32 or wider"),
+    ("warmup", 100, "use warmup_steps"),
+    ("init_lr", 0.01, "use warmup_init_lr"),
+    ("weight_decay_type", "L2", "'L2' is the default, and decoupled_weight_decay=True"),
+    ("maximize", True, r"chain optax\.scale\(-1\.0\)"),
+    ("fused", True, "XLA compiles the step"),
+    ("rounding", "kahan", "keep the parameters in float32"),
+]
+
+
+@pytest.mark.parametrize("make", [apollo, apollow], ids=["apollo", "apollow"])
+@pytest.mark.parametrize(("name", "value", "message"), ADVICE, ids=[x[0] for x in ADVICE])
+def test_keywords_of_other_optimizers_get_advice(
+    make: Any, name: str, value: Any, message: str
+) -> None:
+    with pytest.raises(TypeError, match=f"apollo has no argument {name}, got {name}=.*{message}"):
+        make(**{name: value})
+
+
+def test_what_is_an_argument_gets_no_advice() -> None:
+    found = inspect.signature(apollo).parameters
+    assert not set(found) & advice.OPTAX.keys()
+    # every argument that the class alone has, and every one of optax's usual optimizers
+    others = {*inspect.signature(Apollo).parameters} - {"params"}
+    for other in (optax.adamw, optax.sgd, optax.lion):
+        others |= set(inspect.signature(other).parameters)
+    assert others - set(found) <= advice.OPTAX.keys()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sigmaa'"):
+        apollo(sigmaa=1.0)
+
+
+def test_a_rate_for_adam_is_told(recwarn: pytest.WarningsRecorder) -> None:
+    with pytest.warns(
+        LearningRateWarning, match=r"^learning_rate=0\.0003 is a rate for Adam.*moves\. "
+    ) as told:
+        apollow(3e-4)
+    assert told[0].filename == __file__
+    assert "lr_range_test" not in str(told[0].message)  # it is for models of PyTorch
+    with pytest.warns(LearningRateWarning, match=r"moves \(sigma=100\)\."):
+        apollo(0.5, sigma=100)
+    recwarn.clear()
+    warnings.simplefilter("always")
+    apollo(3e-4, rebound="belief")
+    apollo(optax.constant_schedule(3e-4))
+    apollo(jnp.asarray(3e-4))
+    apollo(0.0)
+    assert not recwarn
 
 
 def test_signature_is_that_of_the_class() -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 
 from torch.optim.optimizer import StateDict
 
-_Init = TypeVar("_Init", bound=Callable[..., None])
+_Call = TypeVar("_Call", bound=Callable[..., Any])
 
 
 class ApolloWarning(UserWarning):
@@ -66,57 +66,100 @@ _KEYWORDS = {
     "warmup_ratio": "use warmup_steps, a number of steps",
     "num_warmup_steps": "use warmup_steps",
 }
+_DECAY_TYPE = "'L2' is the default, and decoupled_weight_decay=True is 'decoupled'"
+FUNCTIONAL = {
+    **_KEYWORDS,
+    "weight_decay_type": _DECAY_TYPE,
+    "state_dtype": "the state is yours: make exp_avgs and hessian_diags of that type",
+}
+_XLA = "leave it out, because XLA compiles the step"
+_STORED = "leave it out, and keep the parameters in float32: updates are rounded to the nearest"
+OPTAX = {
+    **{name: advice for name, advice in _KEYWORDS.items() if name != "learning_rate"},
+    "lr": "use learning_rate",
+    "weight_decay_type": _DECAY_TYPE,
+    "lr_decay": "give learning_rate a schedule",
+    # optax
+    "eps_root": _NOTHING,
+    "mu_dtype": "leave it out: the state is float32 or wider",
+    "accumulator_dtype": "leave it out: the state is float32 or wider",
+    # apollo_qn.Apollo
+    "foreach": _XLA,
+    "fused": _XLA,
+    "capturable": _XLA,
+    "differentiable": "leave it out: JAX differentiates through every update",
+    "maximize": "chain optax.scale(-1.0) before the transformation",
+    "rounding": _STORED,
+    "state_dtype": "leave it out: the state is float32 or wider",
+    "seed": _STORED,
+}
 
 
-def check_keywords(given: Mapping[str, Any]) -> None:
-    """Raise TypeError for the first keyword of another optimizer, and say what to use instead."""
-    for name, value in given.items():
-        if name in _KEYWORDS:
+def check_keywords(
+    given: Mapping[str, Any], advice: Mapping[str, str] = _KEYWORDS, name: str = "Apollo"
+) -> None:
+    """Raise TypeError for the first keyword of another optimizer, and say what to use instead.
+
+    Args:
+        given: keyword arguments.
+        advice: what to use instead of each keyword that ``name`` lacks.
+        name: class or function that was called.
+    """
+    for keyword, value in given.items():
+        if keyword in advice:
             raise TypeError(
-                f"Apollo has no argument {name}, got {name}={reprlib.repr(value)}: "
-                f"{_KEYWORDS[name]}; docs/migrating.md has tables of what corresponds to what"
+                f"{name} has no argument {keyword}, got {keyword}={reprlib.repr(value)}: "
+                f"{advice[keyword]}; docs/migrating.md has tables of what corresponds to what"
             )
 
 
-def advises(init: _Init) -> _Init:
-    """Return a constructor that gives advice where it gets a keyword of another optimizer.
+def advises(function: _Call, advice: Mapping[str, str] = _KEYWORDS, name: str = "Apollo") -> _Call:
+    """Return ``function``, giving advice where it gets a keyword of another optimizer.
 
-    The signature stays that of ``init``; another unknown keyword is Python's own TypeError.
+    The signature stays that of ``function``; another unknown keyword is Python's own TypeError.
     """
 
-    @functools.wraps(init)
-    def advising(*args: Any, **kwargs: Any) -> None:
-        check_keywords(kwargs)
-        init(*args, **kwargs)
+    @functools.wraps(function)
+    def advising(*args: Any, **kwargs: Any) -> Any:
+        check_keywords(kwargs, advice, name)
+        return function(*args, **kwargs)
 
-    return cast(_Init, advising)
+    return cast(_Call, advising)
 
 
 # learning rates of other optimizers
 
 _SMALLEST_RATE = 0.01  # of lr / sigma; a fiftieth of the paper's smallest rate
 _SMALL_RATE = (
-    "lr={lr:g} is a rate for Adam, at which Apollo hardly moves (parameter group {group}{sigma}). "
-    "Apollo's usual rates are 0.5 to 5 for convolutional networks, 2 to 4 for MLPs, LoRA and "
-    "fine-tuning and, with the gradient's norm clipped to 1, 10 to 100 for LSTMs and 2 to 10 for "
-    "Transformers; "
-    "apollo_qn.lr_range_test proposes one for your model, and docs/choosing.md says more. If you "
-    "mean this rate, filter the category apollo_qn.LearningRateWarning"
+    "{name}={lr:g} is a rate for Adam, at which Apollo hardly moves{where}. Apollo's usual rates "
+    "are 0.5 to 5 for convolutional networks, 2 to 4 for MLPs, LoRA and fine-tuning and, with the "
+    "gradient's norm clipped to 1, 10 to 100 for LSTMs and 2 to 10 for Transformers; {test}"
+    "docs/choosing.md says more. If you mean this rate, filter the category "
+    "apollo_qn.LearningRateWarning"
 )
 
 
-def warn_if_small_rate(group: Mapping[str, Any], position: int) -> bool:
+def warn_if_small_rate(group: Mapping[str, Any], position: int | None) -> bool:
     """Warn if a group starts with a rate that is Adam's, and return whether it does; 0 is not one.
 
     Where abs(B) is below sigma, the step is that of SGD with momentum at the rate lr / sigma. The
-    belief bound does without sigma and has other rates. ``warmup_base_lr`` is the rate that the
-    group was given, before any scheduler changed it.
+    belief bound does without sigma and has other rates.
+
+    Args:
+        group: settings. ``warmup_base_lr`` is the rate that the group was given, before any
+            scheduler changed it.
+        position: position of the group in the optimizer. None means a transformation of optax.
     """
     lr, sigma = group["warmup_base_lr"], group["sigma"]
     if group["rebound"] != "constant" or not 0 < lr < _SMALLEST_RATE * sigma:
         return False
-    where = "" if sigma == 1 else f", sigma={sigma:g}"
-    warn(_SMALL_RATE.format(lr=lr, group=position, sigma=where), LearningRateWarning)
+    name, test = "learning_rate", ""
+    details = [] if sigma == 1 else [f"sigma={sigma:g}"]
+    if position is not None:
+        name, test = "lr", "apollo_qn.lr_range_test proposes one for your model, and "
+        details.insert(0, f"parameter group {position}")
+    where = f" ({', '.join(details)})" if details else ""
+    warn(_SMALL_RATE.format(name=name, lr=lr, where=where, test=test), LearningRateWarning)
     return True
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
+from apollo_qn import advice
 from apollo_qn import rounding as storage
 from apollo_qn.backends.base import TensorLists
 from apollo_qn.hyperparameters import Hyperparameters, Rebound, Scalar, warmup_start
@@ -12,6 +15,7 @@ from apollo_qn.rounding import Rounding
 from apollo_qn.validation import check_length, check_rounding, needed_list
 
 
+@partial(advice.advises, advice=advice.FUNCTIONAL, name="apollo")
 def apollo(
     params: list[Tensor],
     grads: list[Tensor],
@@ -63,6 +67,8 @@ def apollo(
         positions: an integer per parameter, on which its random bits depend. None means 0, 1, ...
 
     Raises:
+        TypeError: a keyword is one of another optimizer, such as ``betas``; the message says what
+            to use instead.
         ValueError: the lists differ in length; a list that the mode needs is missing; ``rounding``
             or ``seed`` is out of its range.
         RuntimeError: a gradient is sparse; shapes differ; ``fused=True`` without a fused back end;

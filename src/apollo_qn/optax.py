@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from apollo_qn import advice
 from apollo_qn.hyperparameters import UNDETERMINED, Rebound, check_ranges, warmup_start
 
 try:
@@ -55,6 +56,7 @@ class _Scalars(NamedTuple):
     omega: Number
 
 
+@functools.partial(advice.advises, advice=advice.OPTAX, name="apollo")
 def apollo(
     learning_rate: optax.ScalarOrSchedule = 1.0,
     beta: Number = 0.9,
@@ -130,6 +132,7 @@ def apollo(
         A transformation whose state is an :class:`ApolloState`.
 
     Raises:
+        TypeError: a keyword is one of another optimizer; the message says what to use instead.
         ValueError: a number is out of its range; in ``init``, a leaf is neither floating nor
             complex; in ``update``, a gradient has another shape than its parameter, or the
             parameters are missing although weights decay.
@@ -319,9 +322,8 @@ def _secant_coefficient(scale: jax.Array, u: jax.Array, v: jax.Array, eps: jax.A
     wide = jnp.promote_types(u.dtype, jnp.result_type(float))
     q4, k = jnp.sum(u**4, dtype=wide), jnp.sum(u * v, dtype=wide)
     scale, eps = scale.astype(wide), eps.astype(wide)
-    n = (
-        scale * jnp.sqrt(jnp.sqrt(jnp.where(scale == 0, 1, q4))) + eps
-    )  # the root has no derivative at 0
+    # the root has no derivative at 0
+    n = scale * jnp.sqrt(jnp.sqrt(jnp.where(scale == 0, 1, q4))) + eps
     nothing = n == 0  # eps = 0 and d = 0: no displacement, no information
     n = jnp.where(nothing, 1, n)
     share = scale / n  # <= 1; its cube may underflow although c does not
@@ -358,10 +360,7 @@ def _displacement_weights(t: jax.Array, lr: Any, weight_decay: Number) -> tuple[
 
 
 class _Pairs:
-    """Conversion of complex arrays to real ones with a last dimension of 2, and back.
-
-    Real arrays are not changed.
-    """
+    """Conversion of complex arrays to real ones with a last dimension of 2, and back."""
 
     def __init__(self, dtype: Any) -> None:
         self.dtype = dtype
@@ -423,6 +422,8 @@ def _check(**given: Any) -> None:
     if callable(given["learning_rate"]):
         del numbers["learning_rate"]
     check_ranges(numbers, lr="learning_rate")
+    if {"learning_rate", "sigma"} <= numbers.keys():
+        advice.warn_if_small_rate({**numbers, "warmup_base_lr": numbers["learning_rate"]}, None)
 
 
 def _is_none(x: Any) -> bool:
