@@ -344,6 +344,71 @@ def test_sigma_is_recovered_from_the_stored_update(
     assert optimizer.param_groups[0]["sigma"] == sigma
 
 
+def unstarted(**group: Any) -> dict[str, Any]:
+    """Return the state of a released optimizer that has taken no step."""
+    saved = released_state_dict(ReleasedApollo([np.ones(5)], lr=0.5, warmup=7), torch.float32)
+    saved["param_groups"][0].update(group)
+    return {**saved, "state": {}}
+
+
+def test_a_released_state_before_its_first_step_is_recognized() -> None:
+    saved = unstarted(init_lr=0.125, weight_decay=0.25, weight_decay_type="decoupled")
+    del saved["param_groups"][0]["rebound"]  # the first release
+    optimizer = Apollo(parameters([(5,)]), lr=123.0, beta=0.5, sigma=3.0)
+    optimizer.load_state_dict(saved)
+    (group,) = optimizer.param_groups
+    wanted = {
+        "lr": 0.5,
+        "beta": 0.9,
+        "sigma": 1.0,
+        "rebound": "constant",
+        "weight_decay": 0.25,
+        "decoupled_weight_decay": True,
+        "warmup_steps": 7,
+        "warmup_init_lr": 0.125,
+        "warmup_base_lr": 0.5,
+    }
+    assert {name: group[name] for name in wanted} == wanted
+    assert not {"warmup", "init_lr", "base_lr", "weight_decay_type"} & group.keys()
+    run_steps(optimizer, range(1))
+
+    optimizer = Apollo(parameters([(5,)]))
+    optimizer.load_state_dict(unstarted(rebound="belief"))  # belief has no sigma
+    assert optimizer.param_groups[0]["rebound"] == "belief"
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({}, r"before its first step.*whether sigma was 1 .* or 0\.01.*lr=0\.5, warmup_steps=7"),
+        ({"weight_decay_type": "stable"}, "weight_decay_type must be .*got 'stable'"),
+    ],
+    ids=["sigma", "stable"],
+)
+def test_a_released_state_before_its_first_step_that_cannot_be_loaded(
+    group: dict[str, Any], message: str
+) -> None:
+    optimizer = Apollo(parameters([(5,)]))
+    run_steps(optimizer, range(1))
+    before, groups = snapshot(optimizer), copy.deepcopy(optimizer.param_groups)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(unstarted(**group))
+    assert same(before, snapshot(optimizer))
+    assert all(a.keys() == b.keys() for a, b in zip(groups, optimizer.param_groups, strict=True))
+
+
+def test_groups_of_a_released_state_have_the_same_sigma() -> None:
+    """A group of frozen parameters does not tell it; the other one does."""
+    released = ReleasedApollo([np.ones(5)], lr=0.5, sigma=1.0)
+    released.step([np.arange(1.0, 6.0)])
+    saved = released_state_dict(released, torch.float32)
+    saved["param_groups"].insert(0, {**saved["param_groups"][0], "params": [1]})
+    frozen, trained = parameters([(3,), (5,)])
+    optimizer = Apollo([{"params": [frozen]}, {"params": [trained]}])
+    optimizer.load_state_dict(saved)
+    assert [group["sigma"] for group in optimizer.param_groups] == [1.0, 1.0]
+
+
 def test_groups_and_keys_of_a_released_state_are_named() -> None:
     released = ReleasedApollo([np.ones(5)], lr=0.01)
     released.step([np.arange(1.0, 6.0)])

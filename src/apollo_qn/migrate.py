@@ -3,6 +3,7 @@
 There are three releases. The first (September 2020) has no key ``rebound``, the second (December
 2020) has it; both fix sigma = 1. The third (August 2021, the main branch since) fixes sigma = 0.01.
 The keys of the second and the third are equal, so sigma is computed from the stored direction.
+A state that was saved before the first step is recognized by the keys of its groups.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from apollo_qn.hyperparameters import Hyperparameters
 
 _SIGMAS = (1.0, 0.01)  # sigma of the first two releases, and of the third
 _KEYS = ("lr", "beta", "eps", "weight_decay", "warmup", "init_lr", "base_lr")
+_FOREIGN = {"warmup", "init_lr", "base_lr"}  # keys that no version of Apollo has
 _CLOSE = 1e-3  # tolerance for the rounding of m / D, and of the decayed parameter in it
+_Member = tuple[Any, dict[str, Any], Tensor]  # key, saved state and parameter
 
 
 def translated(state_dict: StateDict, groups: list[dict[str, Any]]) -> StateDict:
@@ -26,23 +29,30 @@ def translated(state_dict: StateDict, groups: list[dict[str, Any]]) -> StateDict
 
     Raises:
         ValueError: the state was trained with ``weight_decay_type="stable"``, which Apollo does not
-            have, or its groups lack a key that the releases have.
+            have, or its groups lack a key that the releases have; or it was saved before the first
+            step and does not tell sigma.
     """
-    states = state_dict["state"]
-    if not any("approx_hessian" in state for state in states.values()):
+    states, saved_groups = state_dict["state"], state_dict["param_groups"]
+    if not any("approx_hessian" in state for state in states.values()) and not any(
+        _FOREIGN & set(saved) and "warmup_init_lr" not in saved for saved in saved_groups
+    ):
         return state_dict
-    result: StateDict = {**state_dict, "param_groups": [], "state": dict(states)}
-    for saved, group in zip(state_dict["param_groups"], groups, strict=True):
-        settings = _settings(saved)
-        members = [
+    settings = [_settings(saved) for saved in saved_groups]
+    members = [
+        [
             (key, states[key], p)
             for key, p in zip(saved["params"], group["params"], strict=True)
             if "approx_hessian" in states.get(key, {})
         ]
-        settings["sigma"] = _sigma(settings, [(state, p) for _, state, p in members], saved)
-        result["param_groups"].append({**group, **settings, "params": saved["params"]})
-        for key, state, p in members:
-            result["state"][key] = _state(state, settings, p)
+        for saved, group in zip(saved_groups, groups, strict=True)
+    ]
+    sigma = _sigma(settings, members, first="rebound" not in saved_groups[0])
+    result: StateDict = {**state_dict, "param_groups": [], "state": dict(states)}
+    for saved, group, own, found in zip(saved_groups, groups, settings, members, strict=True):
+        own["sigma"] = sigma
+        result["param_groups"].append({**group, **own, "params": saved["params"]})
+        for key, state, p in found:
+            result["state"][key] = _state(state, own, p)
     return result
 
 
@@ -86,23 +96,40 @@ def _hyperparameters(settings: dict[str, Any], sigma: float) -> Hyperparameters:
     )
 
 
-def _sigma(
-    settings: dict[str, Any], members: list[tuple[dict[str, Any], Tensor]], saved: dict[str, Any]
-) -> float:
-    """Return the sigma that a group was trained with.
+def _sigma(settings: list[dict[str, Any]], members: list[list[_Member]], first: bool) -> float:
+    """Return the sigma of the release that saved the state; it is the same in all groups.
 
     D = m / d is max(|B|, sigma). If some D is below 1, sigma is 0.01. Otherwise, if some |B| is
     below 1, sigma is 1. If every |B| is above 1, both values of sigma give the same steps.
+
+    Args:
+        settings: settings of each group.
+        members: parameters of each group that have a state.
+        first: whether the release is the first one.
     """
-    if "rebound" not in saved:
+    if first:
         return _SIGMAS[0]
-    if settings["rebound"] == "constant":
-        for state, p in members:
-            for D, B in _denominators(state, settings, p):
+    constant = [
+        (own, found)
+        for own, found in zip(settings, members, strict=True)
+        if own["rebound"] == "constant"
+    ]
+    for own, found in constant:
+        for _, state, p in found:
+            for D, B in _denominators(state, own, p):
                 if bool((D < 1 - _CLOSE).any()):
                     return _SIGMAS[1]
                 if bool((B.abs() < 1 - _CLOSE).any()):
                     return _SIGMAS[0]
+    if constant and not any(members):
+        raise ValueError(
+            "the state of the authors' release was saved before its first step, so that it does "
+            f"not tell whether sigma was {_SIGMAS[0]:g} (release of December 2020) or "
+            f"{_SIGMAS[1]:g} (since August 2021). It holds settings alone: make a new Apollo with "
+            f"sigma, lr={constant[0][0]['lr']:g}, warmup_steps={constant[0][0]['warmup_steps']}, "
+            f"warmup_init_lr={constant[0][0]['warmup_init_lr']:g} and the other settings of your "
+            "training; docs/migrating.md has a table"
+        )
     return _SIGMAS[1]
 
 

@@ -172,8 +172,15 @@ FAULTS = [
     Fault(
         "sigma of the authors' release",
         QN,
-        "not in saved:\n        return _SIGMAS[0]",
-        "not in saved:\n        return _SIGMAS[1]",
+        "    if first:\n        return _SIGMAS[0]",
+        "    if first:\n        return _SIGMAS[1]",
+        ("tests/test_checkpoint.py",),
+    ),
+    Fault(
+        "a state of the authors' release before its first step is taken for one of Apollo",
+        QN,
+        '_FOREIGN & set(saved) and "warmup_init_lr" not in saved',
+        "False",
         ("tests/test_checkpoint.py",),
     ),
     Fault(
@@ -291,6 +298,20 @@ FAULTS = [
         "            advice.check_keywords(param_group)\n",
         "",
         ADVICE,
+    ),
+    Fault(
+        "the functional form gives no advice",
+        QN,
+        '@partial(advice.advises, advice=advice.FUNCTIONAL, name="apollo")\n',
+        "",
+        ("tests/test_functional.py",),
+    ),
+    Fault(
+        "optax: lr is not known",
+        QN,
+        '    "lr": "use learning_rate",\n',
+        "",
+        OPTAX,
     ),
     # the range test
     Fault(
