@@ -61,7 +61,7 @@ class Apollo(Optimizer):
         params: tensors, (name, tensor) pairs or group dicts. A group may override every keyword
             except ``differentiable``.
         lr: learning rate eta, a float >= 0 or a tensor of one element. Usual rates are 0.5 to
-            5 for convolutional networks and, with the gradient's norm clipped to 1, 10 to 100 for
+            10 for convolutional networks and, with the gradient's norm clipped to 1, 10 to 100 for
             LSTMs and 2 to 10 for Transformers; or ten times the rate of SGD with momentum 0.9.
             Apollo hardly moves at a rate of Adam's, such as 3e-4, and a warning says so.
         beta: decay of the moving average of gradients, in [0, 1). It may be a tensor of one element
