@@ -7,7 +7,7 @@ from tests.faults import Fault
 BENCH = "bench/src/apollo_bench"
 CUSTOM = ("bench/tests/optimizers/test_custom.py",)
 BASELINE = ("bench/tests/runs/test_baseline.py",)
-OWN_PARTS = ("bench/tests/workloads/test_own_parts.py",)
+CUSTOM_PARTS = ("bench/tests/workloads/test_custom_parts.py",)
 OVERVIEW = ("bench/tests/report/test_overview.py",)
 
 FAULTS = [
@@ -88,35 +88,35 @@ FAULTS = [
         BENCH,
         "        order = torch.randperm(count, generator=generator).tolist()\n",
         "        order = list(range(count)) if label else []\n",
-        OWN_PARTS,
+        CUSTOM_PARTS,
     ),
     Fault(
         "the test text is the validation text",
         BENCH,
         "        pieces = (line[: cuts[0]], line[cuts[0] : cuts[1]], line[cuts[1] :])\n",
         "        pieces = (line[: cuts[0]], line[cuts[1] :], line[cuts[0] : cuts[1]])\n",
-        OWN_PARTS,
+        CUSTOM_PARTS,
     ),
     Fault(
         "held-out pairs are trained on",
         BENCH,
         "    edges = (0, kept.size - 2 * held_out, kept.size - held_out, kept.size)\n",
         "    edges = (0, kept.size, kept.size, kept.size)\n",
-        OWN_PARTS,
+        CUSTOM_PARTS,
     ),
     Fault(
         "the state of a model of the user is lost",
         BENCH,
         "            return losses.mean() * share, after\n",
         "            return losses.mean() * share, ()\n",
-        OWN_PARTS,
+        CUSTOM_PARTS,
     ),
     Fault(
         "own data stand beside the paper's numbers",
         BENCH,
         "            if self.task in ours and self.task != self.data.kind:\n",
         "            if False:\n",
-        OWN_PARTS,
+        CUSTOM_PARTS,
     ),
     # the score over tasks
     Fault(

@@ -291,8 +291,8 @@ def test_a_run_does_not_depend_on_the_schedules_of_other_optimizers(recipe_file:
     recipe_file.write_text(TINY)
     without = recipe.load(str(recipe_file))
     assert with_shape.run("apollo", 3) != without.run("apollo", 3)
-    assert with_shape.run("apollo", 3).own() == without.run("apollo", 3).own()
-    assert with_shape.run("sgd", 3).own() != without.run("sgd", 3).own()
+    assert with_shape.run("apollo", 3).without_others() == without.run("apollo", 3).without_others()
+    assert with_shape.run("sgd", 3).without_others() != without.run("sgd", 3).without_others()
     assert with_shape.run("sgd", 3).shared() == without.run("apollo", 4).shared()
 
 

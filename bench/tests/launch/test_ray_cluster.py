@@ -82,7 +82,7 @@ def test_a_killed_worker_changes_nothing(recipe_file: Path, tmp_path: Path) -> N
 
 
 def test_an_optimizer_of_the_user_is_found_by_the_tasks(recipe_file: Path, tmp_path: Path) -> None:
-    work, name = tmp_path / "work", "own_optimizers"
+    work, name = tmp_path / "work", "custom_optimizers"
     work.mkdir()
     shutil.copy(Path(__file__).parents[1] / "optimizers" / f"{name}.py", work)
     own = ["--optimizers", f"{name}:ScheduleFree"]

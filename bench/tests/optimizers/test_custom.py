@@ -32,7 +32,7 @@ from apollo_bench.workloads import tasks
 from bench.tests.conftest import TINY
 from bench.tests.helpers import PATIENCE, assert_identical, prepared, result
 
-MODULE = "own_optimizers"
+MODULE = "custom_optimizers"
 SHAPES = [(7, 3, 3, 3), (7,), (5, 7), ()]
 
 

@@ -14,7 +14,7 @@ from apollo_bench.config.optimizer_settings import METHODS
 from apollo_bench.config.recipe import Recipe
 from apollo_bench.config.schema import Analysis
 from apollo_bench.errors import ExperimentError
-from apollo_bench.workloads.workload_settings import OWN_KINDS
+from apollo_bench.workloads.workload_settings import CUSTOM_KINDS
 
 if TYPE_CHECKING:
     from apollo_bench.runs.baseline import Baseline
@@ -61,7 +61,7 @@ def select(
     """
     loaded = recipe.load(task)
     tables: dict[str, Any] = {"optimizers": {}}
-    if data is not None and loaded.task in OWN_KINDS:
+    if data is not None and loaded.task in CUSTOM_KINDS:
         tables["task"] = name_of_data(data, loaded.task)
     baseline = None
     if against is not None:
@@ -98,6 +98,7 @@ def name_of_data(data: Path, kind: str) -> str:
     for ending in (".gz", ".txt"):
         name = name.removesuffix(ending)
     name = re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-._+")[:40]
+    # "own-" stands in the names of run directories, which must be found again
     return f"own-{name}" if name in recipe.recipe_names() else name or kind
 
 

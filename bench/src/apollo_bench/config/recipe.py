@@ -36,7 +36,7 @@ from apollo_bench.config_section import ConfigSection, EqualStrength, Name, Seed
 from apollo_bench.errors import ExperimentError
 from apollo_bench.regular_files import read_regular
 from apollo_bench.workloads.custom_model import CustomModel, complete_model
-from apollo_bench.workloads.workload_settings import DEFAULT_DATA, OWN_KINDS, Data, Model
+from apollo_bench.workloads.workload_settings import CUSTOM_KINDS, DEFAULT_DATA, Data, Model
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -78,7 +78,7 @@ class RunSpec(ConfigSection):
         point = "" if self.sweep is None else f"-{self.sweep}"
         return f"{self.task}-{self.name}-{self.schedule}{point}-seed{self.seed}"
 
-    def own(self) -> RunSpec:
+    def without_others(self) -> RunSpec:
         """Return the recipe without the schedules of other optimizers."""
         shapes = self.train.schedule.overrides
         return self._with_overrides({k: shape for k, shape in shapes.items() if k == self.name})
@@ -170,17 +170,17 @@ class Recipe(ConfigSection):
 
     def _check_task(self) -> None:
         ours = recipe_names()
-        if self.data.own_task:
+        if self.data.is_custom:
             if self.task in ours and self.task != self.data.kind:
                 raise ValueError(
                     f"task is {self.task!r}: data.kind {self.data.kind!r} are data of yours, they "
                     "need a name of their own"
                 )
-        elif self.task not in ours or self.task in OWN_KINDS:
-            names = ", ".join(name for name in ours if name not in OWN_KINDS)
+        elif self.task not in ours or self.task in CUSTOM_KINDS:
+            names = ", ".join(name for name in ours if name not in CUSTOM_KINDS)
             raise ValueError(
                 f"task is {self.task!r}, allowed are {names}; or any name if data.kind is one of "
-                f"{', '.join(OWN_KINDS)}"
+                f"{', '.join(CUSTOM_KINDS)}"
             )
 
     def run(self, name: str, seed: int, schedule: str | None = None) -> RunSpec:
@@ -363,7 +363,7 @@ def _check_names(key: str, names: list[str] | None, there: Iterable[str]) -> Non
 def recipe_names() -> list[str]:
     """Return the names of the recipes in the package, those for data of the user last."""
     names = (path.stem for path in RECIPES.glob("*.toml"))
-    return sorted(names, key=lambda name: (name in OWN_KINDS, name))
+    return sorted(names, key=lambda name: (name in CUSTOM_KINDS, name))
 
 
 def load(

@@ -41,8 +41,8 @@ def build_custom(
     """
     target = import_optimizer(settings, key)
     arguments = call_arguments(target, settings.arguments)
-    own_choice = {"foreach", "fused", "differentiable"} & arguments.keys()
-    if settings.class_path.startswith("torch.optim:") and not own_choice:
+    chosen = {"foreach", "fused", "differentiable"} & arguments.keys()
+    if settings.class_path.startswith("torch.optim:") and not chosen:
         faster = next((name for name in ("fused", "foreach") if takes(target, name)), None)
         if faster is not None:
             arguments[faster] = True

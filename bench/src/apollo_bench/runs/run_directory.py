@@ -152,7 +152,10 @@ class RunDirectory:
                 f"{self.path}: holds a run of the task {task!r}; choose another --out"
             )
         # validated as a recipe, so that a setting that is younger than the run has its default
-        differing = differences(self.spec().own().model_dump(), spec.own().model_dump())
+        differing = differences(
+            self.spec().without_others().model_dump(),
+            spec.without_others().model_dump(),
+        )
         if there["data"]["fingerprint"] != fingerprint:
             differing.append("the data")
         for one, other in zip(there.get("code", []), code, strict=False):

@@ -183,7 +183,7 @@ def _check_same(recipe: Recipe, spec: RunSpec, folder: Path) -> None:
 
 def _train_settings(spec: RunSpec) -> dict[str, Any]:
     """Return the settings that the weights depend on; evaluations are not among them."""
-    own = spec.own().train.model_dump(exclude={"log_every", "checkpoint_every"})
+    own = spec.without_others().train.model_dump(exclude={"log_every", "checkpoint_every"})
     if spec.train.average_checkpoints == 1:
         del own["evaluate_every"]
     return own

@@ -23,7 +23,7 @@ class DataSettings(ConfigSection):
     """
 
     model_arguments: ClassVar[tuple[str, ...]] = ()  # those that a custom model gets from the data
-    own_task: ClassVar[bool] = False  # whether it is data of the user, which name the task
+    is_custom: ClassVar[bool] = False  # whether the user brings the data, which name the task
 
     kind: str  # a literal, by which a recipe chooses the class
     train_examples: PositiveInt | None = None  # size of the subset, from the start; None: all

@@ -117,7 +117,7 @@ def entry_of(spec: WorkloadSpec) -> TaskEntry:
     Raises:
         ExperimentError: unknown task.
     """
-    name = spec.data.kind if spec.data.own_task else spec.task
+    name = spec.data.kind if spec.data.is_custom else spec.task
     if name not in TASKS:
         raise ExperimentError(f"task is {spec.task!r}, allowed are {', '.join(TASKS)}")
     return TASKS[name]

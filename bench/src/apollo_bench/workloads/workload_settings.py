@@ -56,5 +56,5 @@ Data = Annotated[
 ]
 
 # kinds of the user's data; each has a recipe of its name
-OWN_KINDS = ("image-folder", "text-file", "aligned-text")
+CUSTOM_KINDS = ("image-folder", "text-file", "aligned-text")
 DEFAULT_DATA = SmallImageData()

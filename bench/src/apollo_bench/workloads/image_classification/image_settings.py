@@ -77,7 +77,7 @@ class PhotographData(ImageData):
 class ImageFolderData(PhotographData):
     """Images of the user, in one folder per class; cropped as photographs."""
 
-    own_task: ClassVar[bool] = True
+    is_custom: ClassVar[bool] = True
 
     kind: Literal["image-folder"]  # type: ignore[assignment]
     size: PositiveInt = 64

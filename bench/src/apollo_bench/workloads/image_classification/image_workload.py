@@ -14,10 +14,10 @@ from apollo_bench.seeds import derived_seed
 from apollo_bench.workloads.custom_model import CustomModel
 from apollo_bench.workloads.image_classification import (
     cifar10,
+    custom_images,
     fashion_mnist,
     imagenet,
     networks,
-    own_images,
 )
 from apollo_bench.workloads.image_classification.encoded_images import EncodedImageSet
 from apollo_bench.workloads.image_classification.image_loader import DecodingImageSource
@@ -154,7 +154,7 @@ def make_image_folder(spec: WorkloadSpec, resources: Resources) -> ImageClassifi
     """Make the workload of the user's images; raise ExperimentError for bad files."""
     if not isinstance(spec.data, ImageFolderData):
         raise _wrong_kind(spec, "image-folder")
-    images = own_images.load(resources.folder, spec.data.test_share)
+    images = custom_images.load(resources.folder, spec.data.test_share)
     return _decoded(images, spec, spec.data, resources)
 
 

@@ -53,7 +53,7 @@ class TextData(DataSettings):
 class TextFileData(TextData):
     """A text of the user: one file, or one per split."""
 
-    own_task: ClassVar[bool] = True
+    is_custom: ClassVar[bool] = True
 
     kind: Literal["text-file"]  # type: ignore[assignment]
     unit: Literal["word", "character"] = "word"

@@ -13,8 +13,8 @@ from apollo_bench.errors import ExperimentError
 from apollo_bench.workloads.custom_model import CustomModel, make_model
 from apollo_bench.workloads.language_modeling import (
     bptt_batches,
+    custom_text,
     one_billion_word,
-    own_text,
     wordnet,
 )
 from apollo_bench.workloads.language_modeling.bptt_batches import IGNORED, BPTTBatches
@@ -172,7 +172,7 @@ def make_text_file(spec: WorkloadSpec, resources: Resources) -> LanguageModeling
     data = spec.data
     if not isinstance(data, TextFileData):
         raise ExperimentError(f"data.kind is {data.kind!r}, the task {spec.task} needs 'text-file'")
-    return _make_workload(spec, resources, lambda path: own_text.load(path, data))
+    return _make_workload(spec, resources, lambda path: custom_text.load(path, data))
 
 
 def make_one_billion_word(spec: WorkloadSpec, resources: Resources) -> LanguageModeling:

@@ -74,7 +74,7 @@ def _are_languages(value: list[str]) -> list[str]:
 class AlignedTextData(SentencePairData):
     """Two text files of the user; line n of one translates line n of the other."""
 
-    own_task: ClassVar[bool] = True
+    is_custom: ClassVar[bool] = True
 
     kind: Literal["aligned-text"]  # type: ignore[assignment]
     languages: (

@@ -17,9 +17,9 @@ from torch.nn import functional
 from apollo_bench.errors import ExperimentError
 from apollo_bench.workloads.custom_model import CustomModel, make_model
 from apollo_bench.workloads.translation import (
+    custom_pairs,
     encoded_corpus,
     multi30k,
-    own_pairs,
     phrases,
     wmt14,
 )
@@ -203,10 +203,10 @@ class Translation:
         self, pairs: EncodedPairs, rank: int, world: int
     ) -> Iterator[NDArray[numpy.int64]]:
         """Yield the batches of this process, as indices of pairs."""
-        own_pairs = numpy.arange(rank, pairs.size, world)
-        source, target = (1 + side.lengths[own_pairs] for side in pairs)
+        local = numpy.arange(rank, pairs.size, world)
+        source, target = (1 + side.lengths[local] for side in pairs)
         tokens = max(_EVALUATION_TOKENS, self._max_length)
-        return (own_pairs[rows] for rows in group(source, target, tokens))
+        return (local[rows] for rows in group(source, target, tokens))
 
     def metrics(self, tally: Tensor, final: bool = False) -> dict[str, float]:
         """Return validation perplexity and, for the trained model, BLEU of the test text."""
@@ -256,7 +256,7 @@ def make_aligned_text(spec: WorkloadSpec, resources: Resources) -> Translation:
     return _make_workload(
         spec,
         resources,
-        lambda folder: own_pairs.load(folder, languages, data.test_share),
+        lambda folder: custom_pairs.load(folder, languages, data.test_share),
         clean=False,
     )
 

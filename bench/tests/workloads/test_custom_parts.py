@@ -22,14 +22,14 @@ from apollo_bench.report import page
 from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.training.loop import train
 from apollo_bench.workloads import tasks
-from apollo_bench.workloads.image_classification import own_images
-from apollo_bench.workloads.language_modeling import own_text
+from apollo_bench.workloads.image_classification import custom_images
+from apollo_bench.workloads.language_modeling import custom_text
 from apollo_bench.workloads.language_modeling.language_settings import TextFileData
-from apollo_bench.workloads.translation import own_pairs
+from apollo_bench.workloads.translation import custom_pairs
 from bench.tests.helpers import assert_identical, prepared, result
 from bench.tests.image_trees import WNIDS, jpeg, photograph, write_tree
 
-MODULE = "own_models"
+MODULE = "custom_models"
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +91,7 @@ def custom(name: str, *settings: str) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", MAKE)
-def test_a_task_on_own_data_has_their_name_and_no_paper(kind: str, folder: Path) -> None:
+def test_a_task_on_custom_data_has_their_name_and_no_paper(kind: str, folder: Path) -> None:
     data = MAKE[kind](folder)
     spec = spec_of(kind, data, *custom(MODELS[kind]))
     assert spec.task == NAMES[kind]
@@ -108,7 +108,7 @@ def test_a_task_on_own_data_has_their_name_and_no_paper(kind: str, folder: Path)
         assert remark.split(";")[0] in html
 
 
-def test_a_resumed_run_carries_the_state_of_an_own_model(folder: Path) -> None:
+def test_a_resumed_run_keeps_the_state_of_a_custom_model(folder: Path) -> None:
     data = text(folder)
     spec = spec_of("text-file", data, *custom("Recurrent"))
     runs = []
@@ -123,7 +123,7 @@ def test_a_resumed_run_carries_the_state_of_an_own_model(folder: Path) -> None:
 
 
 def test_images_without_splits(folder: Path) -> None:
-    found = own_images.load(images(folder), 0.4)
+    found = custom_images.load(images(folder), 0.4)
     remarks = found.remarks
     assert (len(found.train.labels), len(found.test.labels), found.classes) == (9, 6, 3)
     assert found.train.labels.bincount().tolist() == [3, 3, 3]
@@ -135,7 +135,7 @@ def test_images_without_splits(folder: Path) -> None:
     moved = shutil.copytree(
         folder / "my birds", folder / "elsewhere" / "x", copy_function=shutil.copy2
     )
-    again = own_images.load(moved, 0.4)
+    again = custom_images.load(moved, 0.4)
     assert again.fingerprint == found.fingerprint
     assert torch.equal(again.train.labels, found.train.labels)
 
@@ -146,36 +146,36 @@ def names(images: Any) -> list[str]:
 
 def test_images_with_splits(folder: Path) -> None:
     root = write_tree(folder / "photos")
-    found = own_images.load(root, 0.2)
+    found = custom_images.load(root, 0.2)
     remarks = found.remarks
     assert (len(found.train.labels), len(found.test.labels)) == (12, 6)
     assert remarks[1] == "Tested on the images of val."
     shutil.copytree(root / "val", root / "test")
-    assert "Those of val were not used." in own_images.load(root, 0.2).remarks[1]
+    assert "Those of val were not used." in custom_images.load(root, 0.2).remarks[1]
     shutil.rmtree(root / "test" / WNIDS[0])
     with pytest.raises(ExperimentError, match=r"no such folder, there is .*; both splits need"):
-        own_images.load(root, 0.2)
+        custom_images.load(root, 0.2)
     shutil.rmtree(root / "test")
     shutil.rmtree(root / "val")
     with pytest.raises(ExperimentError, match="has train, but no test or val or valid"):
-        own_images.load(root, 0.2)
+        custom_images.load(root, 0.2)
     with pytest.raises(ExperimentError, match="no --data; --data needs a folder with CLASS"):
-        own_images.load(None, 0.2)
+        custom_images.load(None, 0.2)
     (folder / "few" / "a").mkdir(parents=True)
     shutil.copy(next((root / "train").rglob("*.JPEG")), folder / "few" / "a" / "1.jpg")
     with pytest.raises(ExperimentError, match="1 images, of which 1 would be tested on; add"):
-        own_images.load(folder / "few", 0.2)
+        custom_images.load(folder / "few", 0.2)
 
 
 def test_one_text_is_cut_in_order(folder: Path) -> None:
     data = TextFileData(kind="text-file", test_share=0.2)
-    corpus = own_text.load(text(folder), data)
+    corpus = custom_text.load(text(folder), data)
     sizes = [len(corpus.train), len(corpus.valid), len(corpus.test)]
     assert sizes == [60 * 7, 20 * 7, 20 * 7]  # six words and an end each
     assert len(corpus.vocabulary) == 3 + 7 + 2
     whole = folder / "line.txt"
     whole.write_text(" ".join(f"w{i % 7}" for i in range(100)))
-    corpus = own_text.load(whole, data)
+    corpus = custom_text.load(whole, data)
     assert [len(corpus.train), len(corpus.valid), len(corpus.test)] == [61, 21, 21]
     assert corpus.vocabulary.decode(corpus.test[:3].tolist()) == ["w3", "w4", "w5"]
 
@@ -185,43 +185,43 @@ def test_characters_and_a_file_per_split(folder: Path) -> None:
     root.mkdir()
     for name, line in (("train", "abab 日本\n" * 3), ("dev", "ab\n\n"), ("test", "ba\n")):
         (root / f"{name}.txt").write_bytes(b"\xef\xbb\xbf" + line.encode())
-    corpus = own_text.load(root, TextFileData(kind="text-file", unit="character"))
+    corpus = custom_text.load(root, TextFileData(kind="text-file", unit="character"))
     assert set(corpus.vocabulary.words[2:]) == set("ab 日本")
     assert [len(corpus.train), len(corpus.valid), len(corpus.test)] == [3 * 8, 3, 3]
     assert corpus.empty_lines == 1
     (root / "test.txt").unlink()
     with pytest.raises(ExperimentError, match=r"test\.txt: no such file; --data needs a text file"):
-        own_text.load(root, TextFileData(kind="text-file"))
+        custom_text.load(root, TextFileData(kind="text-file"))
     with pytest.raises(ExperimentError, match="nowhere: no such file; --data needs a text file"):
-        own_text.load(folder / "nowhere", TextFileData(kind="text-file"))
+        custom_text.load(folder / "nowhere", TextFileData(kind="text-file"))
 
 
 def test_two_aligned_files(folder: Path) -> None:
     root = pairs(folder)
-    corpus = own_pairs.load(root, ("fr", "it"), 0.1)
+    corpus = custom_pairs.load(root, ("fr", "it"), 0.1)
     assert [corpus.train.size, corpus.valid.size, corpus.test.size] == [160, 20, 20]
     assert (corpus.source_language, corpus.target_language) == ("fr", "it")
     assert (corpus.train.source[0], corpus.train.target[0]) == ("le le0 x0", "il il0 x0")
     assert str(corpus.counts) == "160 of 160 pairs"
-    back = own_pairs.load(root, ("it", "fr"), 0.1)
+    back = custom_pairs.load(root, ("it", "fr"), 0.1)
     assert back.train.source == corpus.train.target
     for split in ("train", "val", "test"):
         for language in ("fr", "it"):
             (root / f"{split}.{language}").write_text(f"{split}\n")
-    assert own_pairs.load(root, ("fr", "it"), 0.1).valid.source == ["val"]
+    assert custom_pairs.load(root, ("fr", "it"), 0.1).valid.source == ["val"]
     (root / "val.it").unlink()
     with pytest.raises(ExperimentError, match=r"no valid\.fr and \.it among all, test, train"):
-        own_pairs.load(root, ("fr", "it"), 0.1)
+        custom_pairs.load(root, ("fr", "it"), 0.1)
     with pytest.raises(
         ExperimentError, match=r"no two files of one name that end in \.de and \.en"
     ):
-        own_pairs.load(root, ("de", "en"), 0.1)
+        custom_pairs.load(root, ("de", "en"), 0.1)
     (root / "test.it").write_text("one\ntwo\n")
     (root / "val.it").write_text("val\n")
     with pytest.raises(
         ExperimentError, match=r"has 1 lines, .* has 2: line n of one must translate"
     ):
-        own_pairs.load(root, ("fr", "it"), 0.1)
+        custom_pairs.load(root, ("fr", "it"), 0.1)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,11 @@ def test_two_aligned_files(folder: Path) -> None:
         ("image-folder", ["task=a/b"], "the name 'a/b' is not allowed; use letters"),
         ("image-folder", custom("Pixels", "depth = 3"), "model.depth is 3: Pixels has no such arg"),
         ("image-folder", custom("Pixels", "classes = 3"), "model.classes is 3: the data give it"),
-        ("image-folder", custom("Nix"), "model.factory is 'own_models:Nix': own_models has no Nix"),
+        (
+            "image-folder",
+            custom("Nix"),
+            "model.factory is 'custom_models:Nix': custom_models has no Nix",
+        ),
         ("image-folder", custom("make_nothing"), "returns a NoneType, an nn.Module is right"),
         ("image-folder", custom("make_error"), "raised RuntimeError: no such layer"),
         ("image-folder", custom("Pixels", "size = 9"), "a training step raised RuntimeError: mat1"),
@@ -280,7 +284,7 @@ def test_what_data_are_called(folder: Path) -> None:
     assert spec_of("text-file", text(folder), "task=mine").task == "mine"
 
 
-def test_the_code_of_an_own_model_is_recorded(folder: Path) -> None:
+def test_the_code_of_a_custom_model_is_recorded(folder: Path) -> None:
     spec = spec_of("image-folder", images(folder), *custom("make", "width = 3"))
     [source] = custom_runs.code_of(spec)
     assert (source["path"], source["folder"]) == (f"{MODULE}:make", str(folder))
