@@ -16,6 +16,8 @@ import tempfile
 import venv
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 LARGEST = 1_500_000  # bytes of the optimizer's wheel: no data, no evaluation
 TRIAL = """
@@ -87,7 +89,7 @@ def try_out(folder: Path, kind: str, environment: dict[str, str]) -> str:
     venv.create(folder / "venv", with_pip=False)
     python = folder / "venv" / "bin" / "python"
     site = next((folder / "venv" / "lib").glob("python*/site-packages"))
-    (site / "torch.pth").write_text(f"{Path(__import__('torch').__file__).parent.parent}\n")
+    (site / "torch.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
     install(qn, site)
     said = run(str(python), "-c", TRIAL, kind, cwd=folder)
     if (site / "apollo_bench").exists():
@@ -112,7 +114,7 @@ def build(project: Path, out: Path, environment: dict[str, str]) -> Path:
     # --no-isolation: with the pinned setuptools
     run(
         *(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(project)),
-        **environment,
+        environment=environment,
     )
     (wheel,) = out.glob("*.whl")
     (_,) = out.glob("*.tar.gz")
@@ -130,11 +132,11 @@ def summary(wheel: Path) -> str:
     return f"{wheel.name} ({wheel.stat().st_size:,} bytes)"
 
 
-def run(*command: str, cwd: Path | None = None, **environment: str) -> str:
+def run(*command: str, cwd: Path | None = None, environment: dict[str, str] | None = None) -> str:
     done = subprocess.run(
         command,
         cwd=cwd,
-        env={**os.environ, **environment},
+        env={**os.environ, **(environment or {})},
         capture_output=True,
         text=True,
         check=False,

@@ -38,7 +38,7 @@ def _rewrite(obj: Object) -> None:
         obj.docstring.value = _ROLE.sub(lambda found: _reference(obj, found[1]), text)
     if isinstance(obj, Module | Class):
         for member in obj.members.values():
-            if not member.is_alias:
+            if isinstance(member, Object):  # not an alias
                 _rewrite(member)
 
 

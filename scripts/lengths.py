@@ -84,12 +84,11 @@ def chosen(task: str, length: str, results: Path = RESULTS) -> Recipe:
         method = name.removesuffix(OTHER_WARMUP)
         if method not in best or score > best[method][0]:  # at a tie the short warmup
             best[method] = (score, name, settings.lr)
-    optimizers = {
-        name: scale_lr(
-            plan.run(name, plan.seeds[0]).optimizer, lr / plan.optimizers[name].lr
-        ).model_copy(update={"lr": lr})
-        for _, name, lr in best.values()
-    }
+    optimizers = {}
+    for _, name, lr in best.values():
+        before = plan.run(name, plan.seeds[0]).optimizer
+        assert before.lr is not None, f"{name} has no rate to scale"
+        optimizers[name] = scale_lr(before, lr / before.lr).model_copy(update={"lr": lr})
     return plan.model_copy(update={"optimizers": optimizers})
 
 

@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
 from random import Random
+from typing import Any, Literal
 
 from babel import dates, numbers, units
-from num2words import num2words
+from num2words import num2words  # type: ignore[import-untyped]
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "bench/src/apollo_bench/workloads/translation/embedded/phrases"
@@ -47,7 +48,9 @@ SHA256SUMS is checked whenever the phrases are read.
 """
 
 Pair = tuple[str, str]
-Draw = Callable[[Random], object]
+Unit = Literal["year", "month", "week", "day", "hour"]
+Draw = Callable[[Random], Any]
+Form = Callable[[Random, Any], Pair]  # expresses a value of the type that its kind draws
 
 CURRENCIES = ("EUR", "USD", "GBP", "CHF", "SEK", "PLN", "CZK", "CAD")
 # the currencies that num2words names in both languages
@@ -61,7 +64,13 @@ MEASURES = (
     *("volume-liter", "area-square-meter", "area-hectare", "temperature-celsius"),
     *("speed-kilometer-per-hour", "digital-megabyte", "duration-minute"),
 )
-SPANS = {"year": 365 * 86400, "month": 30 * 86400, "week": 7 * 86400, "day": 86400, "hour": 3600}
+SPANS: dict[Unit, int] = {
+    "year": 365 * 86400,
+    "month": 30 * 86400,
+    "week": 7 * 86400,
+    "day": 86400,
+    "hour": 3600,
+}
 
 
 # values: each belongs to one split, in every form that expresses it
@@ -194,8 +203,8 @@ def percent(random: Random, value: Decimal) -> Pair:
 
 
 def spelled(random: Random, value: Decimal) -> Pair:
-    value = int(value) if value == int(value) else value
-    return num2words(value, lang="en"), num2words(value, lang="de")
+    number = int(value) if value == int(value) else value
+    return num2words(number, lang="en"), num2words(number, lang="de")
 
 
 def ordinal(random: Random, value: Decimal) -> Pair:
@@ -274,15 +283,16 @@ TIMES = (clock, precise_clock, spoken_clock)
 WHOLES = (plain, spelled, measure)
 DECIMALS = (plain, percent, spelled, measure, millions)
 AMOUNTS = (amount, named_amount, spelled_amount)
-KINDS = (
+KINDS: tuple[tuple[Draw, tuple[Form, ...]], ...] = (
     *((day, DATES), (moment, TIMES), (whole, WHOLES), (decimal, DECIMALS), (cents, AMOUNTS)),
     *((rank, (ordinal,)), (count, (span,))),
 )
 
 # sentences: two values, each in the form of its placeholder
+Sentence = tuple[str, str, tuple[Draw, Form], tuple[Draw, Form]]
 LONG = date_in("long", "long")
 WEEKDAY = date_in("EEEE, MMMM d, y", "EEEE, 'dem' d. MMMM y")
-SENTENCES = (
+SENTENCES: tuple[Sentence, ...] = (
     (
         "The invoice of {} amounts to {}.",
         "Die Rechnung vom {} beläuft sich auf {}.",
@@ -338,7 +348,7 @@ def phrases(split: str) -> Iterator[Pair]:
     """Yield phrases without end, drawn with the seed of the split."""
     random = Random(split)
 
-    def drawn(draw: Draw) -> object:
+    def drawn(draw: Draw) -> Any:
         while True:
             value = draw(random)
             if split_of(value) == split:
@@ -356,7 +366,8 @@ def phrases(split: str) -> Iterator[Pair]:
                 german.format(*(other for _, other in said)),
             )
         # plain spaces in place of the narrow and unbreakable ones of the CLDR
-        yield tuple(" ".join(text.split()) for text in pair)
+        english, german = (" ".join(text.split()) for text in pair)
+        yield english, german
 
 
 def make(sizes: dict[str, int]) -> dict[str, list[Pair]]:

@@ -125,8 +125,8 @@ def main() -> None:
     counts = {name: len(lines) for name, lines in texts.items()}
     (arguments.target / "README.md").write_text(README.format(all=len(shuffled), **counts))
     total = sum(path.stat().st_size for path in arguments.target.iterdir())
-    words = sum(line.count(" ") + 1 for line in texts["train"])
-    print(f"{arguments.target}: {total / 1e6:.3f} MB, {words:,} training words of {counts}")
+    size = sum(line.count(" ") + 1 for line in texts["train"])
+    print(f"{arguments.target}: {total / 1e6:.3f} MB, {size:,} training words of {counts}")
 
 
 if __name__ == "__main__":
