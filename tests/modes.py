@@ -26,6 +26,13 @@ MODE_OPTIONS: dict[str, dict[str, Any]] = {
 }
 MODES = list(MODE_OPTIONS.values())
 MODE_IDS = list(MODE_OPTIONS)
+# those of a parameter group at the default eps, for tests that need no back end's precision
+GROUP_MODES: list[dict[str, Any]] = [
+    {"rebound": rebound, "weight_decay": wd, "decoupled_weight_decay": decoupled}
+    for rebound, (wd, decoupled) in itertools.product(
+        ("constant", "belief"), [(0.0, False), (0.05, False), (0.05, True)]
+    )
+]
 
 # dtype of the parameter, its rounding, dtype of the state
 Storing = tuple[torch.dtype, Any, torch.dtype | None]

@@ -27,14 +27,9 @@ from tests.helpers import (
     same,
     snapshot,
 )
+from tests.modes import GROUP_MODES
 from tests.numpy_reference import ReleasedApollo, Settings
 
-MODES: list[dict[str, Any]] = [
-    {"rebound": rebound, "weight_decay": wd, "decoupled_weight_decay": decoupled}
-    for rebound, (wd, decoupled) in itertools.product(
-        ("constant", "belief"), [(0.0, False), (0.05, False), (0.05, True)]
-    )
-]
 SHAPES = [(), (3, 5), (0,), (300,), (2, 3, 4, 5), (11, 30)]
 
 
@@ -50,7 +45,7 @@ def through_a_file(state: Any) -> Any:
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex64], ids=str
 )
-@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("mode", GROUP_MODES, ids=str)
 def test_continuation_is_bit_identical(
     mode: dict[str, Any], dtype: torch.dtype, back_end: dict[str, Any], capturable: bool
 ) -> None:
@@ -74,7 +69,7 @@ def test_continuation_is_bit_identical(
     assert same(snapshot(optimizer), snapshot(fresh))
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("mode", GROUP_MODES, ids=str)
 def test_a_state_goes_from_one_back_end_to_the_other(mode: dict[str, Any]) -> None:
     settings = Settings(lr=0.3, warmup_steps=8, **mode)
     results = []

@@ -36,15 +36,8 @@ from tests.helpers import (
     same,
     snapshot,
 )
-from tests.modes import slow_except
+from tests.modes import GROUP_MODES, slow_except
 from tests.numpy_reference import Settings
-
-MODES: list[dict[str, Any]] = [
-    {"rebound": rebound, "weight_decay": wd, "decoupled_weight_decay": decoupled}
-    for rebound, (wd, decoupled) in itertools.product(
-        ("constant", "belief"), [(0.0, False), (0.05, False), (0.05, True)]
-    )
-]
 
 # the interface of DESIGN
 
@@ -334,7 +327,7 @@ def test_a_group_added_later_starts_from_its_own_zero(back_end: dict[str, Any]) 
 
 @BACK_ENDS
 @pytest.mark.parametrize("capturable", [False, True], ids=["host", "capturable"])
-@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("mode", GROUP_MODES, ids=str)
 def test_a_tensor_lr_is_as_a_number(
     mode: dict[str, Any], capturable: bool, back_end: dict[str, Any]
 ) -> None:
@@ -442,7 +435,7 @@ def test_a_complex_state_cannot_be_bfloat16() -> None:
 
 
 @BACK_ENDS
-@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("mode", GROUP_MODES, ids=str)
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64], ids=str
 )
@@ -477,7 +470,7 @@ def test_state_is_two_tensors_and_scalars(
 
 @BACK_ENDS
 @pytest.mark.parametrize("copying", ["deepcopy", "pickle", "torch.save"])
-@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("mode", GROUP_MODES, ids=str)
 def test_a_copied_optimizer_goes_on(
     mode: dict[str, Any], copying: str, back_end: dict[str, Any]
 ) -> None:
@@ -550,7 +543,7 @@ def test_a_schedule_and_decoupled_decay_follow_the_reference(back_end: dict[str,
 
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("warmup_steps", [0, 3])
-@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("mode", GROUP_MODES, ids=str)
 def test_autograd_through_the_step(mode: dict[str, Any], warmup_steps: int, steps: int) -> None:
     """gradcheck of parameter and state after some steps, by parameter and gradients."""
     start = normal((4,), "start")
@@ -567,7 +560,7 @@ def test_autograd_through_the_step(mode: dict[str, Any], warmup_steps: int, step
     assert torch.autograd.gradcheck(trained, [x.requires_grad_() for x in (start, *grads)])
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("mode", GROUP_MODES, ids=str)
 def test_autograd_to_the_learning_rate(mode: dict[str, Any]) -> None:
     start = normal((4,), "start")
     grads = [normal((4,), "g", t) + 2 for t in range(3)]
@@ -602,8 +595,8 @@ def differentiable(p: Tensor, lr: Any, warmup_steps: int, mode: dict[str, Any]) 
 
 @slow_except(
     "mode, backend, capturable",
-    itertools.product([MODES[0], MODES[5]], ["eager", "aot_eager"], [False, True]),
-    [(MODES[5], "eager", False)],
+    itertools.product([GROUP_MODES[0], GROUP_MODES[5]], ["eager", "aot_eager"], [False, True]),
+    [(GROUP_MODES[5], "eager", False)],
 )
 def test_a_compiled_step_follows_eager(
     mode: dict[str, Any], backend: str, capturable: bool

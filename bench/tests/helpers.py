@@ -78,14 +78,23 @@ def stop_after(steps: int) -> Callable[[], bool]:
     return lambda: next(left, True)
 
 
-def kill_worker_when(directory: RunDirectory, ready: Callable[[], bool]) -> None:
-    """Train a prepared run in a process; kill it once there is a checkpoint and it is ready."""
-    process = subprocess.Popen([*WORKER, str(directory.path)])
+def wait_for_checkpoint(
+    process: subprocess.Popen[bytes],
+    directory: RunDirectory,
+    ready: Callable[[], bool] = lambda: True,
+) -> None:
+    """Return once the process has written a checkpoint and is ready; fail if it ends before."""
     deadline = time.monotonic() + PATIENCE
     while not (directory.checkpoint.exists() and ready()):
         assert process.poll() is None, "ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)
+
+
+def kill_worker_when(directory: RunDirectory, ready: Callable[[], bool]) -> None:
+    """Train a prepared run in a process; kill it once there is a checkpoint and it is ready."""
+    process = subprocess.Popen([*WORKER, str(directory.path)])
+    wait_for_checkpoint(process, directory, ready)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert directory.verdict() is None

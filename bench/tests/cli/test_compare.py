@@ -30,7 +30,7 @@ CLI = [sys.executable, "-m", "apollo_bench"]
 CACHES = ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR")
 
 
-def own_caches(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def use_caches_below(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Undo at the test's end what the command sets in this process."""
     for variable in CACHES:
         monkeypatch.setenv(variable, str(folder / "cache"))
@@ -165,7 +165,7 @@ def test_errors_are_one_line(
     arguments: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    own_caches(tmp_path, monkeypatch)
+    use_caches_below(tmp_path, monkeypatch)
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 2
     assert done.stderr.startswith("apollo-bench: ")
@@ -176,7 +176,7 @@ def test_errors_are_one_line(
 def test_a_folder_with_other_settings_is_refused(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own_caches(tmp_path, monkeypatch)
+    use_caches_below(tmp_path, monkeypatch)
     out = tmp_path / "out"
     states(recipe_file, out, ["sgd"])
     recipe_file.write_text(TINY.replace("lr = 0.1", "lr = 0.3"))
@@ -190,7 +190,7 @@ def test_a_folder_with_other_settings_is_refused(
 def test_nothing_is_written_where_not_all_can_be_trained(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own_caches(tmp_path, monkeypatch)
+    use_caches_below(tmp_path, monkeypatch)
     out = tmp_path / "out"
     states(recipe_file, out, ["sgd"])
     there = sorted(out.rglob("*"))
@@ -249,7 +249,7 @@ def test_an_unfinished_run_may_move(recipe_file: Path, tmp_path: Path) -> None:
 def test_train_and_report_commands(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own_caches(tmp_path, monkeypatch)
+    use_caches_below(tmp_path, monkeypatch)
     out = tmp_path / "out"
     command = ["train", str(recipe_file), "--optimizer", "adam", "--seed", "8", "--out", str(out)]
     command += ["--threads", "1"]

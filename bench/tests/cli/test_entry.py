@@ -26,7 +26,14 @@ from apollo_bench.training.checkpoint_files import read_checkpoint
 from apollo_bench.training.loop import train
 from apollo_bench.workloads.validation_cache import ValidationCache
 from bench.tests.conftest import TINY
-from bench.tests.helpers import PATIENCE, assert_identical, prepared, result, spec_of
+from bench.tests.helpers import (
+    PATIENCE,
+    assert_identical,
+    prepared,
+    result,
+    spec_of,
+    wait_for_checkpoint,
+)
 
 # runs the entry with a module of the test's own in place of the commands
 ENTRY = """
@@ -243,11 +250,7 @@ def test_the_same_command_at_once_after_sigkill(recipe_file: Path, tmp_path: Pat
     ]
     directory = RunDirectory(out / "runs" / "fashion-mnist-apollo-cosine-seed3")
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + PATIENCE
-    while not directory.checkpoint.exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for_checkpoint(process, directory)
     process.kill()
     process.wait()
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)

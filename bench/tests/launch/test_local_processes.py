@@ -20,7 +20,13 @@ from apollo_bench.launch.run_scheduler import worker_command
 from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.training.loop import train
 from bench.tests.conftest import TINY
-from bench.tests.helpers import PATIENCE, assert_identical, prepared, result
+from bench.tests.helpers import (
+    PATIENCE,
+    assert_identical,
+    prepared,
+    result,
+    wait_for_checkpoint,
+)
 from bench.tests.training import train_linear
 
 LINEAR = ["-m", "bench.tests.training.train_linear"]
@@ -63,11 +69,7 @@ def test_two_processes_killed_and_resumed(recipe_file: Path, tmp_path: Path) -> 
         command = [*worker_command(directory.execution()), str(directory.path)]
         if name == "killed":
             process = subprocess.Popen(command, start_new_session=True)
-            deadline = time.monotonic() + PATIENCE
-            while not directory.checkpoint.exists():
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+            wait_for_checkpoint(process, directory)
             subprocess.run(["pkill", "-KILL", "-f", str(directory.path)], check=True)
             process.wait(timeout=PATIENCE)
             assert process.returncode == -signal.SIGKILL
@@ -86,16 +88,13 @@ def test_no_process_outlives_the_command(recipe_file: Path, tmp_path: Path) -> N
     command += ["--optimizer", "sgd", "--devices", "2", "--out", str(out)]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
     directory = RunDirectory(out / "runs" / "fashion-mnist-sgd-cosine-seed3")
-    deadline = time.monotonic() + PATIENCE
-    while not directory.checkpoint.exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for_checkpoint(process, directory)
     process.kill()
     process.wait()
     pattern = ["pgrep", "-f", f"worker {directory.path.resolve()}"]
+    deadline = time.monotonic() + PATIENCE
     while subprocess.run(pattern, capture_output=True, check=False).returncode == 0:
-        assert time.monotonic() < deadline + PATIENCE
+        assert time.monotonic() < deadline
         time.sleep(0.1)
     assert directory.verdict() is None
 

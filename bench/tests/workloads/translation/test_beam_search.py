@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from apollo_bench.workloads.translation.transformer import Cache, Transformer
 PAD, BEGIN, END, VOCABULARY = 0, 1, 2, 14
 WORDS = range(3, VOCABULARY)
 FEW = 6  # a vocabulary for searches of all sentences
+search = partial(beam_search, begin=BEGIN, end=END)
 PENALTIES = pytest.mark.parametrize("penalty", [0.0, 0.6, 1.0, 2.0])
 
 Hypothesis = tuple[float, list[int]]
@@ -87,15 +89,7 @@ def test_as_many_beams_as_sentences_find_the_best_of_all(penalty: float) -> None
             scores = [score(model, row, words, penalty) for words in every]
             best.append(every[scores.index(max(scores))])
         found, greedy = (
-            beam_search(
-                model,
-                source,
-                begin=BEGIN,
-                end=END,
-                beam_size=number,
-                length_penalty=penalty,
-                max_length=(0, 3),
-            )
+            search(model, source, beam_size=number, length_penalty=penalty, max_length=(0, 3))
             for number in (beams, 1)
         )
         assert found == best
@@ -111,15 +105,7 @@ def test_it_is_the_search_described(beams: int, penalty: float) -> None:
     for seed in range(4):
         model, source = small(seed), sources(3, 5, seed)
         expected = [plain(model, row, beams, penalty, 7)[0][1] for row in source]
-        found = beam_search(
-            model,
-            source,
-            begin=BEGIN,
-            end=END,
-            beam_size=beams,
-            length_penalty=penalty,
-            max_length=(1, 2),
-        )
+        found = search(model, source, beam_size=beams, length_penalty=penalty, max_length=(1, 2))
         assert found == expected
         lengths |= {len(words) for words in found}
     # some ended of themselves
@@ -130,9 +116,7 @@ def test_it_is_the_search_described(beams: int, penalty: float) -> None:
 def test_one_beam_takes_the_likeliest_word() -> None:
     for seed in range(4):
         model, source = small(seed), sources(3, 4, seed)
-        for row, found in zip(
-            source, beam_search(model, source, begin=BEGIN, end=END, beam_size=1), strict=True
-        ):
+        for row, found in zip(source, search(model, source, beam_size=1), strict=True):
             words: list[int] = []
             while len(words) < 39:
                 row_of_chances = chances(model, row, words)[-1]
@@ -152,7 +136,7 @@ def test_a_batch_of_different_lengths_gives_what_each_gives_alone() -> None:
 
     # the limit too is each sentence's own
     def found_in(some: Tensor) -> list[list[int]]:
-        return beam_search(model, some, begin=BEGIN, end=END, max_length=(1.5, 1))
+        return search(model, some, max_length=(1.5, 1))
 
     batch = found_in(source)
     for row, length, found in zip(source, lengths, batch, strict=True):
@@ -166,8 +150,8 @@ def test_padding_changes_nothing() -> None:
     model = small(1)
     source = sources(4, 5)
     wider = torch.nn.functional.pad(source, (0, 6), value=PAD)
-    found = beam_search(model, source, begin=BEGIN, end=END, max_length=(1, 2))
-    assert beam_search(model, wider, begin=BEGIN, end=END, max_length=(1, 2)) == found
+    found = search(model, source, max_length=(1, 2))
+    assert search(model, wider, max_length=(1, 2)) == found
 
 
 class Scripted(Transformer):
@@ -200,10 +184,7 @@ GARDEN_PATH = {
 def test_more_beams_find_what_the_likeliest_word_misses() -> None:
     model, source = Scripted(GARDEN_PATH), sources(1, 3)
     # 0.6 x 0.5 x 1 against 0.4 x 0.9
-    found = [
-        beam_search(model, source, begin=BEGIN, end=END, beam_size=beams, length_penalty=0.0)
-        for beams in (1, 2)
-    ]
+    found = [search(model, source, beam_size=beams, length_penalty=0.0) for beams in (1, 2)]
     assert found == [[[3, 5]], [[4]]]
 
 
@@ -212,24 +193,14 @@ def test_length_penalty_divides_by_the_length_with_the_end() -> None:
     # log 0.3 / 3^p against log 0.36 / 2^p: they cross at p = log(1.1785) / log(1.5) = 0.405;
     # without the end they would cross at 0.237
     for penalty, words in ((0.0, [4]), (0.3, [4]), (0.39, [4]), (0.42, [3, 5]), (0.6, [3, 5])):
-        found = beam_search(
-            model,
-            source,
-            begin=BEGIN,
-            end=END,
-            beam_size=3,
-            length_penalty=penalty,
-            max_length=(0, 2),
-        )
+        found = search(model, source, beam_size=3, length_penalty=penalty, max_length=(0, 2))
         assert found == [words], penalty
 
 
 def test_a_sentence_is_done_when_as_many_as_the_beams_have_ended() -> None:
     def found(beams: int, table: dict[int, dict[int, float]]) -> tuple[list[list[int]], int]:
         model = Scripted({BEGIN: {3: 0.6, 4: 0.4}, 4: {END: 1.0}, 5: {END: 1.0}, **table})
-        best = beam_search(
-            model, sources(1, 3), begin=BEGIN, end=END, beam_size=beams, length_penalty=3.0
-        )
+        best = search(model, sources(1, 3), beam_size=beams, length_penalty=3.0)
         return best, len(model.batches)
 
     # 4 END 0.4, 3 5 0.33, 3 END 0.27: of two beams one ends, and the other in the third step; the
@@ -246,7 +217,7 @@ def test_sentences_that_are_done_leave_the_batch() -> None:
     source = sources(3, 6)
     source[1, 2:] = PAD
     source[2, 4:] = PAD
-    found = beam_search(model, source, begin=BEGIN, end=END, beam_size=1, max_length=(1, 0))
+    found = search(model, source, beam_size=1, max_length=(1, 0))
     assert found == [[3] * 6, [3] * 2, [3] * 4]
     # as many words as allowed, and the end
     assert model.batches == [3, 3, 3, 2, 2, 1, 1]
@@ -256,10 +227,7 @@ def test_neither_padding_nor_begin_nor_an_empty_sentence_is_produced() -> None:
     row = {PAD: 0.4, BEGIN: 0.3, END: 0.2, 3: 0.1}
     model = Scripted({word: row for word in range(VOCABULARY)})
     source = sources(2, 3)
-    assert (
-        beam_search(model, source, begin=BEGIN, end=END, beam_size=4, max_length=(0, 5))
-        == [[3]] * 2
-    )
+    assert search(model, source, beam_size=4, max_length=(0, 5)) == [[3]] * 2
     # where one word serves for both, as in fairseq, it can end
     assert (
         beam_search(model, source, begin=END, end=END, beam_size=4, max_length=(0, 5))
@@ -271,21 +239,13 @@ def test_an_impossible_end_is_none() -> None:
     # after 4 there is no end; were it counted, twelve would have ended long before 15 words
     table = {BEGIN: {3: 1.0}, 3: {4: 0.999, END: 0.001}, 4: {3: 1.0}}
     model = Scripted(table, unlikely=0.0)
-    found = beam_search(
-        model,
-        sources(1, 3),
-        begin=BEGIN,
-        end=END,
-        beam_size=12,
-        length_penalty=2.0,
-        max_length=(0, 15),
-    )
+    found = search(model, sources(1, 3), beam_size=12, length_penalty=2.0, max_length=(0, 15))
     assert found == [[3, *[4, 3] * 7]]
 
 
 def test_the_models_longest_is_a_limit() -> None:
     model = Scripted({BEGIN: {3: 1.0}, 3: {3: 1.0}})
-    assert beam_search(model, sources(1, 3), begin=BEGIN, end=END, beam_size=1) == [[3] * 39]
+    assert search(model, sources(1, 3), beam_size=1) == [[3] * 39]
 
 
 def test_logits_that_are_no_numbers_give_no_words() -> None:
@@ -293,38 +253,38 @@ def test_logits_that_are_no_numbers_give_no_words() -> None:
     with torch.no_grad():
         model.embedding.weight[4] = math.nan
     source = torch.tensor([[3, 5], [3, 4]])
-    assert beam_search(model, source, begin=BEGIN, end=END, max_length=(0, 3)) == [[], []]
+    assert search(model, source, max_length=(0, 3)) == [[], []]
 
 
 def test_no_dropout_no_gradient_and_the_model_as_it_was() -> None:
     model, source = small(0), sources(4, 5)
     assert model.training
     state = torch.get_rng_state()
-    found = beam_search(model, source, begin=BEGIN, end=END)
+    found = search(model, source)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
-    assert beam_search(model.eval(), source, begin=BEGIN, end=END) == found
+    assert search(model.eval(), source) == found
     assert not model.training
     kept = []
     model.decoder[0].register_forward_hook(lambda *_: kept.append(torch.is_grad_enabled()))
     model.embedding.register_forward_hook(lambda *_: kept.append(torch.is_grad_enabled()))
-    beam_search(model, source, begin=BEGIN, end=END)
+    search(model, source)
     assert kept
     assert not any(kept)
 
 
 def test_an_empty_batch() -> None:
-    assert beam_search(small(0), sources(0, 3), begin=BEGIN, end=END) == []
+    assert search(small(0), sources(0, 3)) == []
 
 
 def test_arguments_are_checked() -> None:
     model = small(0)
     with pytest.raises(ValueError, match="beam_size is 0, allowed are 1 and more"):
-        beam_search(model, sources(1, 3), begin=BEGIN, end=END, beam_size=0)
+        search(model, sources(1, 3), beam_size=0)
     with pytest.raises(
         ValueError, match=r"longest is \(0.4, 0\), which leaves 0 words to a source of 2"
     ):
-        beam_search(model, sources(1, 2), begin=BEGIN, end=END, max_length=(0.4, 0))
+        search(model, sources(1, 2), max_length=(0.4, 0))
     with pytest.raises(ValueError, match="source has 41 words, allowed are 40 at most"):
-        beam_search(model, sources(1, 41), begin=BEGIN, end=END)
+        search(model, sources(1, 41))
     assert model.training

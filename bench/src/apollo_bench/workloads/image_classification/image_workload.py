@@ -11,6 +11,7 @@ from torch.nn import functional
 from apollo_bench.available_cores import available_cores
 from apollo_bench.errors import ExperimentError
 from apollo_bench.seeds import derived_seed
+from apollo_bench.workloads.batch_shares import share_of_batch
 from apollo_bench.workloads.custom_model import CustomModel
 from apollo_bench.workloads.image_classification import (
     cifar10,
@@ -88,13 +89,8 @@ class ImageClassification:
         Raises:
             ExperimentError: the processes cannot share a batch equally.
         """
-        if self.batch_size % world:
-            raise ExperimentError(
-                f"train.batch_size is {self.batch_size}, which {world} processes cannot share "
-                "equally; choose a multiple of them"
-            )
-        share = self.batch_size // world
-        part = slice(rank * share, (rank + 1) * share)
+        rows = share_of_batch(self.batch_size, rank, world)
+        part = slice(rows.start, rows.stop)
         return self._source.training(self._steps(seed, epoch, start, part))
 
     def _steps(self, seed: int, epoch: int, start: int, part: slice) -> Iterator[BatchRequest]:

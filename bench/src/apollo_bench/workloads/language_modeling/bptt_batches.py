@@ -22,6 +22,7 @@ from torch import Tensor
 
 from apollo_bench.errors import ExperimentError
 from apollo_bench.seeds import derived_seed
+from apollo_bench.workloads.batch_shares import share_of_batch
 from apollo_bench.workloads.language_modeling.token_corpus import TokenStream
 
 IGNORED = -100  # a target that does not count
@@ -72,14 +73,7 @@ class BPTTBatches:
         Raises:
             ExperimentError: the processes cannot share the streams equally.
         """
-        if self._batch % world:
-            raise ExperimentError(
-                f"train.batch_size is {self._batch}, which {world} processes cannot share "
-                "equally; choose a multiple of them"
-            )
-        share = self._batch // world
-        streams = range(rank * share, (rank + 1) * share)
-        return self._pieces(start, offset, streams)
+        return self._pieces(start, offset, share_of_batch(self._batch, rank, world))
 
     def offset(self, seed: int, epoch: int) -> int:
         """Return the token at which an epoch begins, drawn from all by seed and epoch."""
