@@ -471,8 +471,8 @@ FAULTS = [
     Fault(
         "a batch has too many tokens",
         BENCH,
-        "width * (place - starts[-1] + 1) > max_tokens",
-        "width * (place - starts[-1]) > max_tokens",
+        "width * (index - starts[-1] + 1) > max_tokens",
+        "width * (index - starts[-1]) > max_tokens",
         (TRANSLATION,),
     ),
     Fault(
@@ -581,8 +581,8 @@ FAULTS = [
     Fault(
         "coupled decay follows the wrong rate",
         f"{BENCH}/config/equal_strength.py",
-        "reference.weight_decay * reference.lr / own.lr",
-        "reference.weight_decay * own.lr / reference.lr",
+        "reference.weight_decay * reference.lr / this.lr",
+        "reference.weight_decay * this.lr / reference.lr",
         (f"{TESTS}/config",),
     ),
     Fault(
@@ -679,8 +679,8 @@ FAULTS = [
     Fault(
         "the largest rate is not marked as an end of the range",
         f"{BENCH}/report/tables.py",
-        "own in (values[0], values[-1])",
-        "own == values[0]",
+        "chosen in (values[0], values[-1])",
+        "chosen == values[0]",
         (*REPORT, f"{TESTS}/search"),
     ),
     Fault(

@@ -78,7 +78,7 @@ FAULTS = [
     Fault(
         "other data are compared with a baseline",
         BENCH,
-        "            if wanted not in (None, own):\n",
+        "            if wanted not in (None, fingerprint):\n",
         "            if False:\n",
         BASELINE,
     ),
@@ -129,8 +129,8 @@ FAULTS = [
     Fault(
         "ratios are to the slowest",
         BENCH,
-        "    best = min(found[place][unit] for found in times.values())\n",
-        "    best = max(found[place][unit] for found in times.values())\n",
+        "    best = min(found[index][unit] for found in times.values())\n",
+        "    best = max(found[index][unit] for found in times.values())\n",
         OVERVIEW,
     ),
 ]

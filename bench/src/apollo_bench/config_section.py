@@ -1,4 +1,4 @@
-"""The types that the tables of a recipe are made of."""
+"""The base class of a recipe's tables, and the types of their values."""
 
 from __future__ import annotations
 

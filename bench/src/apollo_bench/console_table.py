@@ -37,12 +37,12 @@ class Table(NamedTuple):
     rows: list[list[Cell]]
 
     def at_once(self) -> Table:
-        """Return the part that the page shows without a click."""
-        shown = [place for place, column in enumerate(self.columns) if column.at_once]
+        """Return the columns that the page shows without a click."""
+        shown = [index for index, column in enumerate(self.columns) if column.at_once]
         return Table(
             self.heading,
-            [self.columns[place] for place in shown],
-            [[row[place] for place in shown] for row in self.rows],
+            [self.columns[index] for index in shown],
+            [[row[index] for index in shown] for row in self.rows],
         )
 
 
@@ -55,7 +55,7 @@ class ConsoleTable:
 
     def __init__(self, table: Table) -> None:
         self._table = table
-        self._shown = [place for place, column in enumerate(table.columns) if column.on_console]
+        self._shown = [index for index, column in enumerate(table.columns) if column.on_console]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[rich.Table]:
         """Yield the tables that fit the width, each with the first column."""
@@ -63,51 +63,51 @@ class ConsoleTable:
         names = min(self._width(first), max(_SHORTEST_NAME, options.max_width // 3))
         blocks: list[list[int]] = []
         room = 0
-        for place in others:
-            needed = self._width(place) + _GAP
+        for index in others:
+            needed = self._width(index) + _GAP
             if not blocks or needed > room:
                 blocks.append([])
                 room = options.max_width - names
-            blocks[-1].append(place)
+            blocks[-1].append(index)
             room -= needed
         for number, block in enumerate(blocks or [[]]):
             heading = self._table.heading if number == 0 else ""
             yield self._block([first, *block], heading, names, options.max_width)
 
-    def _width(self, place: int) -> int:
+    def _width(self, index: int) -> int:
         """Return the width of a column, whose title may be broken between words."""
-        words = self._table.columns[place].title.split()
-        return max(map(len, [*words, *(row[place].text for row in self._table.rows)]))
+        words = self._table.columns[index].title.split()
+        return max(map(len, [*words, *(row[index].text for row in self._table.rows)]))
 
-    def _block(self, places: list[int], heading: str, names: int, width: int) -> rich.Table:
+    def _block(self, indices: list[int], heading: str, names: int, width: int) -> rich.Table:
         made = rich.Table(
             pad_edge=False, box=None, padding=(0, _GAP, 0, 0), title=heading or None,
             title_justify="left",
         )  # fmt: skip
-        others = places[1:]
-        widths = {place: min(self._width(place), width - names - _GAP) for place in others}
+        others = indices[1:]
+        widths = {index: min(self._width(index), width - names - _GAP) for index in others}
         spare = width - names - sum(_GAP + own for own in widths.values())
-        for place in others:  # titles stay on one line where there is room
-            more = max(0, len(self._table.columns[place].title) - widths[place])
+        for index in others:  # titles stay on one line where there is room
+            more = max(0, len(self._table.columns[index].title) - widths[index])
             if more <= spare:
-                widths[place] += more
+                widths[index] += more
                 spare -= more
-        for place in places:
-            first = place == places[0]
-            room = names if first else widths[place]
+        for index in indices:
+            first = index == indices[0]
+            room = names if first else widths[index]
             justify: Literal["left", "right"] = "left" if first else "right"
-            made.add_column(self._table.columns[place].title, justify=justify, width=room)
+            made.add_column(self._table.columns[index].title, justify=justify, width=room)
         for row in self._table.rows:
             unbroken = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
             made.add_row(
                 *(
                     Text(
-                        row[place].text.replace(" ± ", unbroken),
-                        style="bold" if row[place].best else "",
-                        overflow="ellipsis" if place == places[0] else "fold",
-                        no_wrap=place == places[0],
+                        row[index].text.replace(" ± ", unbroken),
+                        style="bold" if row[index].best else "",
+                        overflow="ellipsis" if index == indices[0] else "fold",
+                        no_wrap=index == indices[0],
                     )
-                    for place in places
+                    for index in indices
                 )
             )
         return made

@@ -1,4 +1,4 @@
-"""The entry of the command line: ready for Ctrl-C and for any terminal before the long imports."""
+"""Entry point of the command line: handle Ctrl-C and any terminal before the slow imports."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def main() -> None:
 def _stop(number: int, frame: FrameType | None) -> None:
     """Exit at once: an import or a destructor would swallow an exception.
 
-    Every file is written atomically. What must end in order, as training, catches signals itself.
+    Every file is written atomically. Code that must shut down in order, such as training, catches
+    signals itself.
     """
     cursor = _SHOW_CURSOR if os.isatty(2) else b""
     os.write(2, cursor + b"\nStopped.\n")

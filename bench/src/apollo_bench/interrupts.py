@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: noted for a check between two pieces of work, or raised."""
+"""Handle Ctrl-C and SIGTERM: collect them for a later check, or raise an exception."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Open files of the user; a pipe, which would be waited for without end, is an error."""
+"""Open the user's files; a pipe, which could block forever, is an error."""
 
 from __future__ import annotations
 

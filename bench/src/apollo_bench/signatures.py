@@ -9,7 +9,7 @@ from typing import Any
 
 from apollo_bench.errors import ExperimentError
 
-# how a step is computed, not what it computes: only recorded where the user states them
+# arguments that choose an implementation: recorded only if the user states them
 _TECHNICAL = ("capturable", "differentiable", "foreach", "fused")
 _KINDS = {bool: "true or false", int: "a number", float: "a finite number", str: "a text"}
 _PLAIN = (inspect.Parameter.empty, *_KINDS, *(kind.__name__ for kind in _KINDS))
@@ -42,11 +42,11 @@ def complete_arguments(
                 "tables of them are right"
             )
     parameters = _parameters(target)
-    if parameters is None:  # of a class in C: its own check must do
+    if parameters is None:  # a class in C has no signature; its own check must do
         return dict(given)
-    own = list(parameters.values())[positional:]
-    named = {p.name: p for p in own if p.kind in _NAMED and p.name not in passed}
-    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in own):
+    accepted = list(parameters.values())[positional:]
+    named = {p.name: p for p in accepted if p.kind in _NAMED and p.name not in passed}
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted):
         for name in given.keys() - named.keys():
             raise ExperimentError(
                 f"{key}.{name} is {given[name]!r}: {name_of(target)} has no such argument; "
@@ -137,7 +137,7 @@ def _checked(value: Any, parameter: inspect.Parameter, key: str) -> Any:
         if not isinstance(value, list):
             raise ExperimentError(f"{key} is {value!r}; a list is right, as {_as_json(default)!r}")
         like = parameter.replace(default=default[0], annotation=inspect.Parameter.empty)
-        return [_checked(one, like, f"{key}.{place}") for place, one in enumerate(value)]
+        return [_checked(one, like, f"{key}.{index}") for index, one in enumerate(value)]
     numbers = isinstance(value, int | float) and not isinstance(value, bool)
     if isinstance(default, bool):
         right = isinstance(value, bool)

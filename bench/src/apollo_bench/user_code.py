@@ -21,8 +21,8 @@ _OBJECT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z
 _MAX_NAMED = 8  # names of a module that an error lists
 
 
-def is_object_path(path: str) -> str:
-    """Return the path of an object; raise ValueError if it is none."""
+def checked_object_path(path: str) -> str:
+    """Return ``path``; raise ValueError if it is not ``module:name``."""
     if not _OBJECT_PATH.fullmatch(path):
         raise ValueError(f"{path!r} is not module:name, as my_module:MyOptimizer")
     return path
@@ -73,23 +73,25 @@ def _import_failed(path: str, key: str, module_name: str, error: BaseException) 
 
 
 def origin_of(error: BaseException) -> str:
-    """Return the last line of the user's code that an error passed, in brackets; "" if unknown."""
+    """Return the last line of the user's code in a traceback, in brackets; "" if unknown."""
     where = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
         file = Path(frame.f_code.co_filename)
-        own = file.is_absolute() and not _is_installed(file)
-        if own and Path(__file__).parent not in file.parents:
+        of_user = file.is_absolute() and not _is_installed(file)
+        if of_user and Path(__file__).parent not in file.parents:
             where = f" ({file}, line {line})"
     return where
 
 
 def _content(found: Any) -> str:
-    """Return what a module or class offers, as text."""
-    own = getattr(found, "__name__", None)
+    """Return the names that a module or class defines, as text."""
+    module = getattr(found, "__name__", None)
     names = [
         name
         for name, value in vars(found).items()
-        if callable(value) and not name.startswith("_") and getattr(value, "__module__", "") == own
+        if callable(value)
+        and not name.startswith("_")
+        and getattr(value, "__module__", "") == module
     ] or [name for name, value in vars(found).items() if isinstance(value, type)]
     if not names:
         return "it defines no class or function"
@@ -98,7 +100,7 @@ def _content(found: Any) -> str:
 
 
 def describe_source(path: str) -> dict[str, str | None]:
-    """Return which code an imported object is of, for ``run.json``.
+    """Describe the source of an imported object, for ``run.json``.
 
     Args:
         path: path of an object that has been imported.

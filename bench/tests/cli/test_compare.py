@@ -84,7 +84,7 @@ def test_ctrl_c_and_the_same_command_again(recipe_file: Path, tmp_path: Path) ->
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, output
-    assert f"Go on with:  apollo-bench compare {recipe_file}" in output
+    assert f"Continue with:  apollo-bench compare {recipe_file}" in output
     assert "Traceback" not in output
     assert all(run.checkpoint.exists() for run in runs)
     assert any(run.verdict() is None for run in runs)

@@ -87,7 +87,7 @@ def test_what_is_read_is_what_was_written(ended: Path, tmp_path: Path) -> None:
 
 
 def test_only_ended_runs_are_kept(finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExperimentError, match="not finished; the command that began it goes on"):
+    with pytest.raises(ExperimentError, match="not finished; run the command that started"):
         archive.write(compatibility.find_run_directories(finished), tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
 
@@ -114,7 +114,7 @@ def test_a_table_of_other_runs_is_named(ended: Path, tmp_path: Path) -> None:
     table = tmp_path / "kept" / archive.EVALUATIONS
     lines = table.read_text().splitlines(keepends=True)
     table.write_text("".join(lines[:-1]))
-    with pytest.raises(ExperimentError, match=r"evaluations.csv: not the table that runs.json was"):
+    with pytest.raises(ExperimentError, match=r"evaluations.csv: does not match runs.json; write"):
         page.write([tmp_path / "kept"], tmp_path / "report")
     # the message says that the command makes all tables again
     assert archive.write(compatibility.find_run_directories(ended), tmp_path / "kept") == 4

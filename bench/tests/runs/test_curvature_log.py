@@ -220,7 +220,7 @@ def test_every_step_measured_is_reported(recipe_file: Path, tmp_path: Path) -> N
     assert (kept / "curvature.svg").read_bytes() == drawn
     table = kept / archive.CURVATURE
     table.write_bytes(table.read_bytes()[:-9])
-    with pytest.raises(ExperimentError, match=r"curvature.csv: not the table that runs.json was"):
+    with pytest.raises(ExperimentError, match=r"curvature.csv: does not match runs.json; write"):
         archive.read(kept)
     plain = RunDirectory(summary.runs[0].path)
     plain.diagnostics.unlink()

@@ -230,11 +230,11 @@ def test_two_aligned_files(folder: Path) -> None:
         (
             "image-folder",
             ["task=cifar10"],
-            "task is 'cifar10': data.kind 'image-folder' are data of",
+            "task is 'cifar10': data.kind 'image-folder' is your own data",
         ),
         ("image-folder", ["task=a/b"], "the name 'a/b' is not allowed; use letters"),
         ("image-folder", custom("Pixels", "depth = 3"), "model.depth is 3: Pixels has no such arg"),
-        ("image-folder", custom("Pixels", "classes = 3"), "model.classes is 3: the data give it"),
+        ("image-folder", custom("Pixels", "classes = 3"), "model.classes is 3: the data set it"),
         (
             "image-folder",
             custom("Nix"),

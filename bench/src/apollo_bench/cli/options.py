@@ -180,7 +180,7 @@ def with_training_options(command: Callable[..., None]) -> Callable[..., None]:
 
     Typer reads the options of a command from its signature.
     """
-    own = inspect.signature(command, eval_str=True)
+    signature = inspect.signature(command, eval_str=True)
     fields = inspect.signature(TrainingOptions, eval_str=True).parameters
 
     @functools.wraps(command)
@@ -188,8 +188,8 @@ def with_training_options(command: Callable[..., None]) -> Callable[..., None]:
         training = TrainingOptions(**{name: values.pop(name) for name in fields})
         command(training=training, **values)
 
-    parameters = [p for p in own.parameters.values() if p.name != "training"]
+    parameters = [p for p in signature.parameters.values() if p.name != "training"]
     parameters += fields.values()
-    with_options.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    with_options.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     with_options.__annotations__ = {p.name: p.annotation for p in parameters}
     return with_options

@@ -64,7 +64,7 @@ def prepare(
                     raw, folder, PrepareOptions(vocabulary, workers, subwords), report_progress
                 )
         except Interrupted as interrupt:
-            typer.echo("Stopped; the same command goes on.", err=True)
+            typer.echo("Stopped; run the same command to continue.", err=True)
             raise typer.Exit(128 + interrupt.number) from None
         if prepared.remark:
             typer.echo(prepared.remark)

@@ -1,4 +1,4 @@
-"""What the commands share: errors in one line, training with a report, caches."""
+"""Parts that the commands share: one-line errors, training with a report, caches."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def train_and_print_failures(request: Request) -> bool:
             request, lambda text: echo(f"apollo-bench: {text}", err=True)
         )
     except Interrupted as interrupt:
-        echo(f"Stopped; nothing is lost. Go on with:  {command_line()}", err=True)
+        echo(f"Stopped; nothing is lost. Continue with:  {command_line()}", err=True)
         raise typer.Exit(128 + interrupt.number) from None
     for run in failed:
         typer.echo(
             f"apollo-bench: {run.name} failed ({run.reason}); see {run.directory.log}; "
-            "the same command tries it again",
+            "run the same command to try it again",
             err=True,
         )
     return bool(failed)

@@ -1,4 +1,4 @@
-"""Which recipe, optimizers and schedules the options of a command select."""
+"""Select recipe, optimizers and schedules from the options of a command."""
 
 from __future__ import annotations
 
@@ -85,15 +85,15 @@ def select(
         raise ExperimentError(f"--tuned is {str(tuned)!r}; it cannot be used with a search")
     from apollo_bench.search import best_trials
 
-    own = plan.compare if analysis is None else plan.sweeps.get(analysis)
-    trained = names or (own.optimizers if own else None) or list(plan.optimizers)
+    table = plan.compare if analysis is None else plan.sweeps.get(analysis)
+    trained = names or (table.optimizers if table else None) or list(plan.optimizers)
     coupled = analysis == "weight-decay"
     plan = best_trials.apply_best_settings(plan, tuned, trained, chosen, coupled)
     return Selection(plan, names, chosen, baseline)
 
 
 def name_of_data(data: Path, kind: str) -> str:
-    """Return a name for a task on data of the user: that of their folder or file."""
+    """Return a task name for the user's data: the name of their folder or file."""
     name = data.resolve().name
     for ending in (".gz", ".txt"):
         name = name.removesuffix(ending)
@@ -133,12 +133,12 @@ def _split(option: str, value: str | None, known: Iterable[str]) -> list[str] | 
 def _add_named(texts: list[str], plan: Recipe, tables: dict[str, Any]) -> list[str]:
     """Return the names of optimizers; add tables for those that the recipe does not have.
 
-    A class has its own name, or that of its whole path where another optimizer has that name.
+    A class is called by its name, or by its whole path if the name is taken.
     """
     by_class = {
-        own.class_path: name
-        for name, own in plan.optimizers.items()
-        if isinstance(own, CustomSettings)
+        settings.class_path: name
+        for name, settings in plan.optimizers.items()
+        if isinstance(settings, CustomSettings)
     }
     names: list[str] = []
     for text in texts:

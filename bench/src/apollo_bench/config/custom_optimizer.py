@@ -12,7 +12,7 @@ from apollo_bench.config_section import ConfigSection, EqualStrength, NonNegativ
 from apollo_bench.errors import ExperimentError
 from apollo_bench.optional_imports import import_optional
 from apollo_bench.signatures import complete_arguments, name_of, takes
-from apollo_bench.user_code import import_object, is_object_path
+from apollo_bench.user_code import checked_object_path, import_object
 
 
 class ShortName(NamedTuple):
@@ -22,7 +22,7 @@ class ShortName(NamedTuple):
     arguments: tuple[tuple[str, Any], ...] = ()
 
 
-_LIBRARY = "pytorch_optimizer"  # its packages are not among ours
+_LIBRARY = "pytorch_optimizer"  # from packages that apollo-bench does not depend on
 _MORE = {
     "nesterov": ShortName("torch.optim:SGD", (("momentum", 0.9), ("nesterov", True))),
     "adabelief": ShortName(f"{_LIBRARY}:AdaBelief"),
@@ -55,7 +55,7 @@ class CustomSettings(ConfigSection):
 
     model_config = ConfigDict(extra="allow", protected_namespaces=(), serialize_by_alias=True)
 
-    class_path: Annotated[str, AfterValidator(is_object_path)] = Field(alias="class")
+    class_path: Annotated[str, AfterValidator(checked_object_path)] = Field(alias="class")
     lr: Positive | None = None
     weight_decay: NonNegative | EqualStrength | None = None
 
@@ -64,9 +64,9 @@ class CustomSettings(ConfigSection):
     def _expand_short_name(cls, table: Any) -> Any:
         if not isinstance(table, dict) or "class" in table:
             return table
-        own = dict(table)
-        short = short_names()[own.pop("method")]
-        return {"class": short.path, **dict(short.arguments), **own}
+        others = dict(table)
+        short = short_names()[others.pop("method")]
+        return {"class": short.path, **dict(short.arguments), **others}
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -51,24 +51,24 @@ def coupled_decay(name: str, optimizers: Mapping[str, Any]) -> float | None:
         ValueError: the reference is missing, is itself coupled or has no decay, or a class's
             learning rate is not stated.
     """
-    own = optimizers[name]
-    if not isinstance(own.weight_decay, EqualStrength):
-        return None if own.weight_decay is None else float(own.weight_decay)
+    this = optimizers[name]
+    if not isinstance(this.weight_decay, EqualStrength):
+        return None if this.weight_decay is None else float(this.weight_decay)
     numbers = [
         other
         for other, settings in optimizers.items()
         if not isinstance(settings.weight_decay, EqualStrength | None)
     ]
-    if own.weight_decay.equal_strength_to not in numbers:
+    if this.weight_decay.equal_strength_to not in numbers:
         raise ValueError(
             f"optimizers.{name}.weight_decay.equal_strength_to is "
-            f"{own.weight_decay.equal_strength_to!r}, allowed are the optimizers that state a "
+            f"{this.weight_decay.equal_strength_to!r}, allowed are the optimizers that state a "
             f"number: {', '.join(numbers) or 'none here'}"
         )
-    for other in (name, own.weight_decay.equal_strength_to):
+    for other in (name, this.weight_decay.equal_strength_to):
         if optimizers[other].lr is None:
             raise ValueError(
                 f"optimizers.{other}.lr is missing; the weight decay of {name} depends on it"
             )
-    reference = optimizers[own.weight_decay.equal_strength_to]
-    return float(reference.weight_decay * reference.lr / own.lr)
+    reference = optimizers[this.weight_decay.equal_strength_to]
+    return float(reference.weight_decay * reference.lr / this.lr)

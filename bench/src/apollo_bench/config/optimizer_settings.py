@@ -113,12 +113,12 @@ def method(table: Any) -> Any:
         return type(table).__name__
     if "class" in table:
         return CustomSettings.__name__
-    own = table.get("method")
-    if not isinstance(own, str):
-        return None if own is None else str(own)
-    if own in METHODS:
-        return _BY_METHOD[own].__name__
-    return CustomSettings.__name__ if own in short_names() else own
+    name = table.get("method")
+    if not isinstance(name, str):
+        return None if name is None else str(name)
+    if name in METHODS:
+        return _BY_METHOD[name].__name__
+    return CustomSettings.__name__ if name in short_names() else name
 
 
 def allowed_methods() -> str:

@@ -118,7 +118,7 @@ class Recipe(ConfigSection):
     paper: dict[str, dict[str, PaperResult]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _names_are_safe(self) -> Recipe:
+    def _check_safe_names(self) -> Recipe:
         for what, names in (("optimizers", self.optimizers), ("schedules", self.schedules)):
             seen: dict[str, str] = {}
             for name in names:
@@ -129,7 +129,7 @@ class Recipe(ConfigSection):
         return self
 
     @model_validator(mode="after")
-    def _decay_can_be_coupled(self) -> Recipe:
+    def _check_coupled_decay(self) -> Recipe:
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds: the same seed twice")
         if self.search is not None and self.search.seed in self.seeds:
@@ -141,7 +141,7 @@ class Recipe(ConfigSection):
         return self
 
     @model_validator(mode="after")
-    def _quick_has_the_schedules_unit(self) -> Recipe:
+    def _check_quick_unit(self) -> Recipe:
         for name, schedule in self.schedules.items():
             if getattr(self.quick, f"{schedule.unit}s") is None:
                 raise ValueError(
@@ -150,7 +150,7 @@ class Recipe(ConfigSection):
         return self
 
     @model_validator(mode="after")
-    def _names_are_there(self) -> Recipe:
+    def _check_references(self) -> Recipe:
         self._check_task()
         choices: dict[str, CompareSettings | SweepSettings] = {"compare": self.compare}
         choices |= {f"sweeps.{kind}": plan for kind, plan in self.sweeps.items()}
@@ -173,8 +173,8 @@ class Recipe(ConfigSection):
         if self.data.is_custom:
             if self.task in ours and self.task != self.data.kind:
                 raise ValueError(
-                    f"task is {self.task!r}: data.kind {self.data.kind!r} are data of yours, they "
-                    "need a name of their own"
+                    f"task is {self.task!r}: data.kind {self.data.kind!r} is your own data; give "
+                    "the task another name"
                 )
         elif self.task not in ours or self.task in CUSTOM_KINDS:
             names = ", ".join(name for name in ours if name not in CUSTOM_KINDS)
@@ -231,8 +231,12 @@ class Recipe(ConfigSection):
         Raises:
             ExperimentError: the class cannot be imported or does not take the settings.
         """
-        own = self.optimizers[name]
-        return complete(own, f"optimizers.{name}") if isinstance(own, CustomSettings) else own
+        settings = self.optimizers[name]
+        return (
+            complete(settings, f"optimizers.{name}")
+            if isinstance(settings, CustomSettings)
+            else settings
+        )
 
     def runs(
         self,

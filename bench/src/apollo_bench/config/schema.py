@@ -30,7 +30,7 @@ class LRShape(ConfigSection):
     )
 
     @model_validator(mode="after")
-    def _says_what_its_kind_needs(self) -> LRShape:
+    def _check_kind(self) -> LRShape:
         if (self.kind == "milestone") != bool(self.milestones):
             raise ValueError("milestones are needed with kind 'milestone', and only with it")
         if self.kind == "inverse-sqrt" and self.warmup_steps is None:
@@ -60,7 +60,7 @@ class Schedule(LRShape):
     overrides: dict[str, LRShape] = Field(default_factory=dict)  # by optimizer
 
     @model_validator(mode="after")
-    def _fits_its_length(self) -> Schedule:
+    def _check_milestones(self) -> Schedule:
         if (self.epochs is None) == (self.updates is None):
             raise ValueError("epochs or updates are needed, and not both")
         for shape in (self, *self.overrides.values()):
@@ -114,13 +114,11 @@ class TrainSettings(ConfigSection):
     log_every: PositiveInt = 25  # steps
     checkpoint_every: Positive = 20.0  # seconds; also after every evaluation
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    clip_norm: Positive | None = None  # largest norm of the gradient
-    accumulate: PositiveInt = (
-        1  # parts in which a process takes its share of a batch, one after another
-    )
+    clip_norm: Positive | None = None  # gradient clipping: largest norm
+    accumulate: PositiveInt = 1  # gradient accumulation: parts of a process's share of a batch
     compile: bool = False  # whether torch.compile compiles the model
     average_checkpoints: PositiveInt = (
-        1  # the weights of how many evaluations make the model in the end
+        1  # number of last evaluations whose weights are averaged into the final model
     )
 
 
@@ -154,7 +152,7 @@ class SweepSettings(ConfigSection):
     schedules: list[str] | None = None  # None: all
 
     @model_validator(mode="after")
-    def _values_rise(self) -> SweepSettings:
+    def _check_increasing(self) -> SweepSettings:
         if any(left >= right for left, right in itertools.pairwise(self.values)):
             raise ValueError(f"values are {self.values}, allowed are increasing values")
         return self

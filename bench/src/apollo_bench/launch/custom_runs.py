@@ -34,17 +34,17 @@ def check(
     tried: list[tuple[str, CustomSettings]] = []
     gpu = execution.accelerator == "gpu" and torch.cuda.is_available()
     for spec in specs:
-        own = spec.optimizer
-        if not isinstance(own, CustomSettings) or (spec.task, own) in tried:
+        settings = spec.optimizer
+        if not isinstance(settings, CustomSettings) or (spec.task, settings) in tried:
             continue
-        tried.append((spec.task, own))
+        tried.append((spec.task, settings))
         if spec.task not in shapes:
             shapes[spec.task] = parameter_shapes(_model(workloads[spec.task]))
         key = f"optimizers.{spec.name}"
-        abilities = try_steps(own, shapes[spec.task], key, "cuda" if gpu else "cpu")
+        abilities = try_steps(settings, shapes[spec.task], key, "cuda" if gpu else "cpu")
         if abilities.needs_graph and execution.processes > 1:
             raise ExperimentError(
-                f"{key}.class is {own.class_path!r}: it takes second derivatives, which "
+                f"{key}.class is {settings.class_path!r}: it takes second derivatives, which "
                 f"{execution.processes} processes per run do not have; use --devices 1"
             )
         remarks[spec.task, spec.name] = abilities.remarks
@@ -65,7 +65,7 @@ def _check_models(specs: Sequence[RunSpec], workloads: Mapping[str, Workload]) -
                 torch.autograd.backward(loss)
             except ExperimentError:
                 raise
-            except Exception as error:  # its own errors are of any type
+            except Exception as error:  # the user's code may raise any type
                 raise ExperimentError(
                     f"model.factory is {spec.model.factory!r}: a training step raised "
                     f"{type(error).__name__}: {first_line(error)}{origin_of(error)}"
@@ -77,7 +77,7 @@ def _model(workload: Workload) -> torch.nn.Module:
     try:
         with torch.device("meta"):
             return workload.model()
-    except Exception:  # of a model that reads its parameters
+    except Exception:  # the model reads its parameters
         return workload.model()
 
 

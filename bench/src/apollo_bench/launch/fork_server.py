@@ -1,10 +1,11 @@
 """Fork workers from a process that has imported the modules and read the data.
 
-A worker that is started anew needs seconds for imports and data. A forked worker begins with both.
-It is a process of its own all the same: its crash affects no other run, and nothing that a run
-changes in its process reaches the next run.
+A new Python process needs seconds to import the modules and to read the data. A forked worker
+starts with both in memory. It is still a separate process: its crash affects no other run, and no
+run can change the state that the next one starts with.
 
-``python -m apollo_bench.launch.fork_server FD`` serves one scheduler, by the connection FD.
+``python -m apollo_bench.launch.fork_server FD`` serves one scheduler over the connection with file
+descriptor FD.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.workloads import tasks
 from apollo_bench.workloads.workload import Workload
 
-_CLOSING = 5.0  # seconds that an idle server has to end
-_POLL_SECONDS = 0.05  # between two looks at the workers
+_CLOSING = 5.0  # seconds to wait until an idle server has ended
+_POLL_SECONDS = 0.05  # between two checks of the workers
 
 
 def can_fork(execution: Execution) -> bool:
@@ -43,7 +44,7 @@ def can_fork(execution: Execution) -> bool:
 
 
 class ForkedWorker:
-    """A worker that a server forks; with the methods of ``subprocess.Popen`` that a scheduler uses.
+    """A worker that a server forks, with the methods of ``Popen`` that a scheduler calls.
 
     Args:
         server: server of the worker.
@@ -61,7 +62,7 @@ class ForkedWorker:
         return self.returncode
 
     def terminate(self) -> None:
-        """Ask the worker for a checkpoint and its end."""
+        """Ask the worker to write a checkpoint and to end."""
         self._send(signal.SIGTERM)
 
     def kill(self) -> None:
@@ -78,7 +79,7 @@ class ForkedWorker:
             self.forked(self.pid)
 
     def forked(self, pid: int) -> None:
-        """Note the process of the worker, and send it the signal that it is to have."""
+        """Record the worker's process, and send a signal that was requested before the fork."""
         self.pid = pid
         if self._signal is not None:
             with suppress(ProcessLookupError):
@@ -95,7 +96,7 @@ class ForkServer:
 
     def __init__(self, process: subprocess.Popen[bytes], connection: Connection) -> None:
         self._process, self._connection = process, connection
-        self._workers: dict[int, ForkedWorker] = {}  # that have not ended, by number
+        self._workers: dict[int, ForkedWorker] = {}  # workers that have not ended, by number
         self._started = 0
 
     @property
@@ -107,7 +108,7 @@ class ForkServer:
         """Start the worker of a prepared run."""
         self._started += 1
         made = self._workers[self._started] = ForkedWorker(self)
-        with suppress(OSError):  # lost: the next poll says so
+        with suppress(OSError):  # the server is lost; the next poll reports it
             self._connection.send((self._started, str(directory.path.resolve())))
         return made
 
@@ -189,13 +190,13 @@ class WorkerPool:
 
 def main() -> None:
     """Serve the scheduler that started this process."""
-    torch.set_num_threads(1)  # the threads of more would be missing in a fork
+    torch.set_num_threads(1)  # a fork would lose any other thread
     _import_for_training()
     status = 1
     try:
         serve(Connection(int(sys.argv[1])))
         status = 0
-    except Exception:  # such as the end of the scheduler while a message is sent to it
+    except Exception:  # for example, the scheduler ended while a message was sent to it
         traceback.print_exc()
     finally:
         os._exit(status)  # without waiting for the workers, which end when this process has ended
@@ -206,7 +207,7 @@ def serve(connection: Connection) -> None:
     workers: dict[int, BaseProcess] = {}  # by number
     workloads: dict[object, Workload | None] = {}
     while True:
-        # not by the sentinels of the processes, which processes that these start keep open
+        # not by the sentinels of the workers: their child processes keep these open
         for number, process in list(workers.items()):
             if process.exitcode is not None:
                 connection.send((number, process.pid, process.exitcode))
@@ -222,7 +223,7 @@ def serve(connection: Connection) -> None:
         key = _workload_key(directory)
         if key not in workloads:
             workloads[key] = _read_workload(directory)
-            gc.freeze()  # otherwise a collection in a worker would copy all memory
+            gc.freeze()  # otherwise a garbage collection in a worker would copy all memory
         process = multiprocessing.get_context("fork").Process(
             target=_work, args=(connection, directory, workloads[key])
         )
@@ -239,7 +240,7 @@ def _work(connection: Connection, directory: RunDirectory, workload: Workload | 
 
 
 def _log_to(directory: RunDirectory) -> None:
-    """Append the messages of this process, and of those that it forks, to the log of a run."""
+    """Append the output of this process and its children to the log of a run."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     with directory.log.open("ab") as log:

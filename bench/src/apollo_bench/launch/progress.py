@@ -147,7 +147,7 @@ def display(console: Console) -> LiveTable | PlainLines:
 
 @contextmanager
 def counter(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """Return a function that shows one piece of work after the other, with its progress.
+    """Return a function that shows the progress of successive pieces of work.
 
     On a terminal it draws a bar; elsewhere it prints one line per piece.
 
@@ -193,7 +193,7 @@ def _tables(runs: list[RunState], width: int) -> Iterator[Table | Text]:
     names = max([len("run"), *map(len, by_run)])
     names = max(_SHORTEST_NAME, min(names, width - _width_of_numbers(columns)))
     for task in dict.fromkeys(run.spec.task for run in runs):
-        rows = [place for place, run in enumerate(runs) if run.spec.task == task]
+        rows = [index for index, run in enumerate(runs) if run.spec.task == task]
         first = runs[rows[0]]
         yield Text(
             f"{task}: done in {first.spec.train.schedule.unit}s, score is {first.metric.title}, "
@@ -211,11 +211,11 @@ def _tables(runs: list[RunState], width: int) -> Iterator[Table | Text]:
                 width=max(map(len, [title, *texts])),
                 no_wrap=True,
             )
-        for place in rows:
+        for index in rows:
             table.add_row(
-                Text(_shortened(by_run[place], names)),
-                *(Text(texts[place]) for texts in columns.values()),
-                style=_STYLES[runs[place].status],
+                Text(_shortened(by_run[index], names)),
+                *(Text(texts[index]) for texts in columns.values()),
+                style=_STYLES[runs[index].status],
             )
         yield table
 
@@ -258,7 +258,7 @@ def _short_names(runs: list[RunState]) -> list[str]:
 
 
 def _shortened(name: str, width: int) -> str:
-    """Return a name without its middle, so that optimizer and seed are seen."""
+    """Return a name without its middle, so that optimizer and seed remain visible."""
     if len(name) <= width:
         return name
     end = (width - 1) // 2
@@ -266,18 +266,18 @@ def _shortened(name: str, width: int) -> str:
 
 
 def _fitting(runs: list[RunState], rows: int) -> list[RunState]:
-    """Return the most important runs that fit, in their order: not those that wait.
+    """Return the most important runs that fit, in the given order; waiting runs are left out.
 
-    Training runs come first. Of the finished ones the last come first.
+    Runs in training have priority, then the last of the finished runs.
     """
 
     def rank(item: tuple[int, RunState]) -> tuple[int, int]:
-        place, run = item
-        return _URGENT.index(run.status), -place if run.status == "finished" else place
+        index, run = item
+        return _URGENT.index(run.status), -index if run.status == "finished" else index
 
     ranked = sorted((item for item in enumerate(runs) if item[1].status != "waiting"), key=rank)
-    chosen = {place for place, _ in ranked[: max(1, rows)]}
-    return [run for place, run in enumerate(runs) if place in chosen]
+    chosen = {index for index, _ in ranked[: max(1, rows)]}
+    return [run for index, run in enumerate(runs) if index in chosen]
 
 
 def _more(runs: list[RunState], shown: list[RunState]) -> str:

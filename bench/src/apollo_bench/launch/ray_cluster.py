@@ -24,7 +24,7 @@ from apollo_bench.runs.run_directory import RunDirectory
 
 ENGINES = ("ray",)
 
-_RETRIES = 10  # of a run whose machine or Ray worker died; its own errors are final
+_RETRIES = 10  # for a machine or Ray worker that died; errors of the run itself are final
 _CONNECT = 10.0  # seconds
 _CANCEL_EVERY = 5.0  # seconds
 
@@ -103,7 +103,7 @@ def _join(ray: Any) -> None:
     quiet = {"logging_level": "error", "log_to_driver": False}
     given = os.environ.get("RAY_ADDRESS")
     host, _, port = (given or "").rpartition(":")
-    if host and "/" not in host and port.isdecimal():  # Ray itself would try for minutes
+    if host and "/" not in host and port.isdecimal():  # Ray itself would retry for minutes
         try:
             socket.create_connection((host, int(port)), _CONNECT).close()
         except OSError as error:
@@ -123,7 +123,7 @@ def _join(ray: Any) -> None:
 
 
 def _begun(run: RunState) -> float:
-    """Return when the run's lock was last taken."""
+    """Return the time at which the run's lock was last taken."""
     try:
         return run.directory.lock.stat().st_mtime
     except FileNotFoundError:

@@ -26,7 +26,7 @@ from apollo_bench.workloads.workload import Workload
 
 
 class Machines(NamedTuple):
-    """What the command line says about devices and processes, as ``plan_execution`` takes it."""
+    """Options on devices and processes, as ``plan_execution`` takes them."""
 
     accelerator: str
     devices: int
@@ -45,10 +45,10 @@ class Request(NamedTuple):
     machines: Machines
     one_report: bool = False  # whether all runs below ``out`` must fit into one report
     diagnose_every: int | None = None  # steps
-    # raise ExperimentError for fingerprints of data, by task, that others were trained on
+    # each gets the fingerprints of the data, by task; raises ExperimentError for other data
     data_checks: tuple[Callable[[dict[str, str]], None], ...] = ()
     compared_with: Sequence[compatibility.RunIdentity] = ()  # finished runs of the same report
-    # of the search that chose the settings, by task, schedule and optimizer
+    # cost of the search that chose the settings, by task, schedule and optimizer
     search_costs: Mapping[tuple[str, str, str], Record] = MappingProxyType({})
 
 

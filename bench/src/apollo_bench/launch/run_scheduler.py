@@ -20,7 +20,7 @@ from apollo_bench.workloads.workload import Metric
 Status = Literal["waiting", "running", "finished", "diverged", "failed", "stopped"]
 
 POLL_SECONDS = 0.2
-GRACE_SECONDS = 30.0  # time that a worker has for its last checkpoint
+GRACE_SECONDS = 30.0  # seconds that a worker has for its last checkpoint
 _TAIL = 16384  # bytes at the end of metrics.jsonl that are read for the newest records
 
 
@@ -109,13 +109,13 @@ class WorkerProcess(Protocol):
 
     @property
     def pid(self) -> int | None:
-        """Its number; None: it does not exist yet."""
+        """Process id; None: the process does not exist yet."""
 
     def poll(self) -> int | None:
         """Return the exit status, negative for a signal; None before the end."""
 
     def terminate(self) -> None:
-        """Ask for a checkpoint and the end."""
+        """Ask the process to write a checkpoint and to end."""
 
     def kill(self) -> None:
         """End the process at once."""
@@ -194,7 +194,7 @@ def worker_environment() -> dict[str, str]:
     """Return the environment variables of a worker."""
     environment = dict(os.environ, PYTHONDONTWRITEBYTECODE="1")
     environment[PARENT_PID] = str(os.getpid())
-    # threads that spin while they wait would slow down other work on the machine
+    # threads that spin while they wait slow down other work on the machine
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return environment
 
@@ -263,7 +263,7 @@ def _tail(directory: RunDirectory) -> list[Record]:
             file.seek(max(0, size - _TAIL))
             lines = file.read().split(b"\n")
     except OSError:
-        return []  # not there yet, or damaged: the worker tells
+        return []  # not there yet, or damaged; the worker reports it
     # the first line may be cut off; the last is empty or still being written
     whole = lines[:-1] if size <= _TAIL else lines[1:-1]
     return [record for record in map(parsed, whole) if is_metrics_record(record)]

@@ -35,7 +35,7 @@ EXIT_STOPPED = 75  # exit status: not finished; the run continues from its check
 EXIT_USER_ERROR = 2  # exit status: an error that the user can correct
 PARENT_PID = "APOLLO_QN_PARENT"  # a worker ends with this process; torchrun may stand between them
 _RELEASE = 120.0  # seconds until a worker whose parent was killed must have ended
-ERROR_PREFIX = "apollo-bench: "  # of the line that tells such an error
+ERROR_PREFIX = "apollo-bench: "  # of the line that reports such an error
 
 
 def main() -> int:
@@ -138,8 +138,8 @@ def _is_alive(process: int) -> bool:
 def lock_run(directory: RunDirectory, stop: Callable[[], bool] = lambda: False) -> TextIO:
     """Lock the run until the returned file is closed.
 
-    A worker whose parent was killed ends after its step: it is waited for. The lock is one of
-    lockf: processes that decode images do not inherit it.
+    A worker whose parent was killed ends after its current step, so this function waits for it. The
+    lock is taken with ``lockf``, because processes that decode images do not inherit such a lock.
 
     Args:
         directory: directory of the run.

@@ -82,19 +82,19 @@ def _update(p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) 
         for name in ("exp_avg", "hessian_diag", "hessian_avg"):
             state[name] = torch.zeros_like(p)
     m, b, average = state["exp_avg"], state["hessian_diag"], state["hessian_avg"]
-    t, beta, own = int(state["step"]), group["beta"], group["hessian_beta"]
+    t, beta, hessian_beta = int(state["step"]), group["beta"], group["hessian_beta"]
     g = g + group["weight_decay"] * p if group["weight_decay"] else g
-    d = m / _rectified(average, own, t, group["sigma"])
+    d = m / _rectified(average, hessian_beta, t, group["sigma"])
     change = (g - m) * ((1 - beta) / (1 - beta ** (t + 1)))
     norm = d.double().pow(4).sum() ** 0.25 + group["eps"] / group["sigma"]
     a = ((d * change).double().sum() + (d * b * d).double().sum()) / norm**4
     b -= a.to(b.dtype) * d * d
     m += change
-    average.lerp_(b, 1 - own)
+    average.lerp_(b, 1 - hessian_beta)
     warmup = group["warmup_steps"]
     share = min(1.0, t / warmup) if warmup else 1.0
     rate = group["lr"] * (group["warmup_start"] + (1 - group["warmup_start"]) * share)
-    p -= rate * (m / _rectified(average, own, t + 1, group["sigma"]))
+    p -= rate * (m / _rectified(average, hessian_beta, t + 1, group["sigma"]))
     state["step"] += 1
 
 

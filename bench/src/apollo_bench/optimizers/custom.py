@@ -15,12 +15,12 @@ from apollo_bench.config.custom_optimizer import CustomSettings, import_optimize
 from apollo_bench.errors import ExperimentError, first_line
 from apollo_bench.signatures import call_arguments, name_of, takes, unknown_arguments
 
-_STEPS = 3  # of a trial step's optimizer before its state is saved
+_STEPS = 3  # trial steps before the optimizer's state is saved
 _LARGEST = 3  # largest size of a dimension of its parameters
 
 
 class Abilities(NamedTuple):
-    """What a trial step found out about an optimizer."""
+    """Properties of an optimizer that its trial steps have shown."""
 
     needs_graph: bool  # of the backward pass, for second derivatives
     remarks: list[str]  # for the user and the report
@@ -166,7 +166,7 @@ def _needs_graph(
         try:
             problem.step(optimizer, needs_graph)
         except Exception as error:  # its own errors are of any type
-            # what torch.autograd.grad says of gradients without a graph
+            # message of torch.autograd.grad for gradients without a graph
             if needs_graph or number or "does not require grad" not in str(error):
                 what = f"{type(optimizer).__name__}.step() without a closure"
                 raise _refused(key, settings, what, error) from error

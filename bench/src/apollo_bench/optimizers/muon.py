@@ -76,10 +76,10 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state dict of the same network."""
-        own = dict(state_dict)
-        for inner, state in zip(self._inner, own.pop("inner"), strict=True):
+        groups = dict(state_dict)
+        for inner, state in zip(self._inner, groups.pop("inner"), strict=True):
             inner.load_state_dict(state)
-        super().load_state_dict(own)
+        super().load_state_dict(groups)
 
 
 def split(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

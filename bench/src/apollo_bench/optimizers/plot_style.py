@@ -91,8 +91,8 @@ def style_of(name: str) -> Style:
         return STYLES[name]
     if name not in _given:
         first = zlib.crc32(name.encode())
-        places = [(first + i) % len(_MORE) for i in range(len(_MORE))]
-        _given[name] = next((p for p in places if p not in _given.values()), places[0])
+        candidates = [(first + i) % len(_MORE) for i in range(len(_MORE))]
+        _given[name] = next((p for p in candidates if p not in _given.values()), candidates[0])
     return Style(_label(name), *_MORE[_given[name]])
 
 

@@ -15,7 +15,7 @@ from apollo_bench.report.figure_axes import (
     BAND,
     LINES,
     FigureFile,
-    nothing_yet,
+    mark_empty,
     picture,
     short,
     spreads,
@@ -54,7 +54,7 @@ def curvature(summary: Summary) -> list[FigureFile]:
             axes.yaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: short(value)))
             axes.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
         if not axes.lines:
-            nothing_yet(axes)
+            mark_empty(axes)
     for axes in panels[2:]:
         axes.set_xlabel(unit(rows[0]))
     if len(rows) > 1:

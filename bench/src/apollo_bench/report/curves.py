@@ -17,7 +17,7 @@ from apollo_bench.report.sweep_figures import first_setting, settings_drawn
 from apollo_bench.runs.loading import Run
 from apollo_bench.runs.run_directory import Record
 
-Figure = dict[str, Any]  # what the script draws: title, axes and curves
+Figure = dict[str, Any]  # a figure for the script: title, axes and curves
 Curve = dict[str, Any]  # of an optimizer
 
 _DIGITS = 5  # significant digits of a coordinate
@@ -59,7 +59,7 @@ def profile_panel(found: Profiles, units: Sequence[Unit]) -> list[Figure]:
         for entry in found.entries:
             shares = [_short(entry.share_within(unit, ratio)) for ratio in ratios]
             no_spread = {"std": [0.0] * len(ratios), "count": [1] * len(ratios), "seeds": []}
-            look = _look(entry.name, entry.label)
+            look = _line_style(entry.name, entry.label)
             curves.append({**look, "value": ratios, "mean": shares, **no_spread})
         figures.append(
             {
@@ -124,7 +124,7 @@ def _scaled(title: str, curves: list[Curve], rises: bool) -> Figure:
         span = [_short(min(low) - margin), _short(max(values) + margin)]
     return {
         "title": title,
-        "span": span,  # what is seen first of the vertical axis; null: all
+        "span": span,  # first visible part of the vertical axis; null: all of it
         "log": not rises and bool(values) and 0 < 10 * min(values) < max(values),
         "curves": curves,
     }
@@ -148,8 +148,8 @@ def _curve(row: Row, key: str, records: Callable[[Run], list[Record]]) -> Curve:
         if len(found) == sum(end >= step for end in ends)
     ]
     return {
-        **_look(row.name),
-        **_times([_middle(found) for found in common]),
+        **_line_style(row.name),
+        **_times([_mean_time(found) for found in common]),
         **_spread([[record[key] for record in found] for found in common]),
         "seeds": [
             {"seed": seed, **_times(one), "value": [_short(record[key]) for record in one]}
@@ -163,8 +163,8 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _middle(found: list[Record]) -> Record:
-    """Return a record of the same update, with the mean time of several."""
+def _mean_time(found: list[Record]) -> Record:
+    """Return a record for several runs at the same update, with their mean time."""
     seconds = statistics.fmean(record["time"]["seconds"] for record in found)
     return {**found[0], "time": {"seconds": seconds}}
 
@@ -230,7 +230,7 @@ def _against(
 ) -> Curve:
     points = sorted((value(row), found) for row in rows if (found := stats(row)) is not None)
     return {
-        **_look(rows[0].name),
+        **_line_style(rows[0].name),
         "value": [_short(at) for at, _ in points],
         "mean": [_short(found.mean) for _, found in points],
         "std": [_short(found.std or 0.0) for _, found in points],
@@ -239,7 +239,7 @@ def _against(
     }
 
 
-def _look(name: str, label: str | None = None) -> Curve:
+def _line_style(name: str, label: str | None = None) -> Curve:
     style = style_of(name)
     marker, symbol = _MARKERS.get(style.marker, _OTHER_MARKER)
     return {
@@ -253,7 +253,7 @@ def _look(name: str, label: str | None = None) -> Curve:
 
 
 def dark_color(name: str) -> str:
-    """Return the color of an optimizer on a dark page: lighter where it would not be seen."""
+    """Return the color of an optimizer on a dark page, lightened if the contrast is too low."""
     red, green, blue = colors.to_rgb(style_of(name).color)
     while (_luminance((red, green, blue)) + 0.05) / (_DARK_PAGE + 0.05) < _CONTRAST:
         red, green, blue = (x + 0.05 * (1 - x) for x in (red, green, blue))

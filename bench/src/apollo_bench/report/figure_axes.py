@@ -1,4 +1,4 @@
-"""What the figures of a report share: axes, labels, curves over time, files."""
+"""Parts that the figures of a report share: axes, labels, curves over time, files."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ class Scale:
         self._late: list[float] = []  # lower ends of the bands in the second half of the curves
         self._top = 0.0  # of the bands
 
-    def saw(self, means: list[float], low: list[float], high: list[float]) -> None:
-        """Note a curve and the ends of its band."""
+    def include(self, means: list[float], low: list[float], high: list[float]) -> None:
+        """Take a curve and its band into account."""
         self._values += means
         self._top = max(self._top, *high)
         self._late += low[len(low) // 2 :] if len(low) > _FEW else low
@@ -97,15 +97,15 @@ def logarithmic(axes: Any, lowest: float, highest: float) -> None:
 
 
 def short(value: float) -> str:
-    """Return a number as it is usually written on an axis: 0.2, 10, 5e-4."""
+    """Return the text of a number on an axis: 0.2, 10, 5e-4."""
     if value >= 0.001:
         return f"{value:g}"
     digits, _, exponent = f"{value:.3e}".partition("e")
     return f"{float(digits):g}e{int(exponent)}"
 
 
-def nothing_yet(axes: Any) -> None:
-    """Write into an empty panel that there is nothing to show yet."""
+def mark_empty(axes: Any) -> None:
+    """Label an empty panel."""
     axes.text(0.5, 0.5, "nothing to show yet", transform=axes.transAxes, ha="center", va="center")
 
 

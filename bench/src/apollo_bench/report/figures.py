@@ -16,7 +16,7 @@ from apollo_bench.report.figure_axes import (
     BAND,
     FigureFile,
     Scale,
-    nothing_yet,
+    mark_empty,
     over_time,
     picture,
     unit,
@@ -88,7 +88,7 @@ def _curves_by_schedule(summary: Summary, metric: str, label: str) -> Figure:
             low = [value.mean - (value.std or 0.0) for value in found.values()]
             high = [value.mean + (value.std or 0.0) for value in found.values()]
             axes.fill_between(times, low, high, color=color, alpha=0.15, linewidth=0)
-            scale.saw(means, low, high)
+            scale.include(means, low, high)
         if len(sections) > 1:
             axes.set_title(f"{section.schedule} schedule")
         axes.set_xlabel(unit(section.rows[0]))
@@ -98,7 +98,7 @@ def _curves_by_schedule(summary: Summary, metric: str, label: str) -> Figure:
         if axes.lines:
             axes.legend(frameon=False, ncols=2, loc="best")
         else:
-            nothing_yet(axes)
+            mark_empty(axes)
     return figure
 
 
@@ -110,17 +110,17 @@ def _bars(
     figure = Figure(figsize=(7.0, 0.8 + 0.62 * len(rows)))
     axes: Any = figure.subplots()
     reach = []
-    for place, (row, value) in enumerate(zip(rows, values, strict=True)):
+    for index, (row, value) in enumerate(zip(rows, values, strict=True)):
         if value is None:
             continue
         end = value.mean + (value.std or 0.0)
         reach.append(end)
         axes.barh(
-            place, value.mean, xerr=value.std, color=style_of(row.name).color, height=0.62,
+            index, value.mean, xerr=value.std, color=style_of(row.name).color, height=0.62,
             error_kw={"elinewidth": 1.4, "capsize": 3.5},
         )  # fmt: skip
         axes.annotate(
-            value.text(digits), (end, place), xytext=(7, 0), textcoords="offset points", va="center"
+            value.text(digits), (end, index), xytext=(7, 0), textcoords="offset points", va="center"
         )
     names = [f"{row.label}, {row.schedule}" if several else row.label for row in rows]
     axes.set_yticks(range(len(rows)), names)
@@ -130,5 +130,5 @@ def _bars(
     if reach:
         axes.set_xlim(0, 1.25 * max(reach))
     else:
-        nothing_yet(axes)
+        mark_empty(axes)
     return figure

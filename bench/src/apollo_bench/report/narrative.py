@@ -60,15 +60,15 @@ def _by_label(summary: Summary) -> dict[str, list[Row]]:
 
 
 def _compared(section: ScheduleSection, summary: Summary) -> str:
-    return _on_apollo(section, summary) + _on_own(section)
+    return _on_apollo(section, summary) + _on_custom(section)
 
 
-def _on_own(section: ScheduleSection) -> str:
-    """Return the places of the user's own optimizers."""
+def _on_custom(section: ScheduleSection) -> str:
+    """Return the ranks of custom optimizers."""
     text = ""
     for row in section.rows:
-        own = row.runs[0].spec.optimizer
-        ours = not isinstance(own, CustomSettings) or own.class_path.startswith("torch.")
+        settings = row.runs[0].spec.optimizer
+        ours = not isinstance(settings, CustomSettings) or settings.class_path.startswith("torch.")
         if ours or row.score is None or row is section.best:
             continue
         better = sum(section.is_ahead(other, row) for other in section.rows)
@@ -176,13 +176,13 @@ def notes(summary: Summary) -> list[str]:
         )
     if summary.paper is not None:
         found.append(_on_paper(summary, spec))
-    places = list(dict.fromkeys(place_of(run) for run in summary.runs))
+    executions = list(dict.fromkeys(describe_execution(run) for run in summary.runs))
     versions = summary.runs[0].manifest["versions"]
     found.append(
-        f"Measured on {'; '.join(places)}; torch {versions['torch']}, "
+        f"Measured on {'; '.join(executions)}; torch {versions['torch']}, "
         f"apollo-qn {versions['apollo_qn']}."
     )
-    if len(places) > 1:
+    if len(executions) > 1:
         found.append("The runs were executed in different ways: their times are not comparable.")
     return found
 
@@ -209,7 +209,7 @@ def _listed(numbers: set[int]) -> str:
     return ", ".join(str(number) for number in sorted(numbers))
 
 
-def place_of(run: Run) -> str:
+def describe_execution(run: Run) -> str:
     """Return where and how a run was trained, as far as its times depend on it."""
     machine, execution = run.manifest["machine"], run.execution
     parts = [machine["cpu"], f"{machine['cores']} cores"]
@@ -275,7 +275,7 @@ def _on_paper(summary: Summary, spec: RunSpec) -> str:
 
 
 def _differing(summary: Summary, spec: RunSpec, theirs: Recipe) -> list[str]:
-    """Return in what our runs differ from the paper's."""
+    """Return the settings in which our runs differ from the paper's."""
     steps = theirs.train
     shapes = [
         theirs.schedules.get(section.schedule) == section.rows[0].runs[0].spec.train.schedule

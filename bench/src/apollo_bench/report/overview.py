@@ -25,7 +25,7 @@ _POINTS = 400  # of a profile's curve
 
 
 class Overview(NamedTuple):
-    """What a report on several tasks begins with."""
+    """The first section of a report on several tasks."""
 
     table: Table
     notes: list[str]
@@ -57,7 +57,8 @@ def panel(summaries: list[Summary]) -> list[curves.Figure]:
 def _units(summaries: list[Summary]) -> list[Unit]:
     """Return the units of the profiles; seconds only if runs of a task were executed equally."""
     same_execution = all(
-        len({narrative.place_of(run) for run in summary.runs}) == 1 for summary in summaries
+        len({narrative.describe_execution(run) for run in summary.runs}) == 1
+        for summary in summaries
     )
     return ["updates", "seconds"] if same_execution else ["updates"]
 
@@ -66,7 +67,7 @@ def _table(summaries: list[Summary], found: Profiles | None, units: list[Unit]) 
     sections = [(summary, section) for summary in summaries for section in summary.sections]
     scores = {} if found is None else {entry.name: entry for entry in found.entries}
     names = {row.name for _, section in sections for row in section.rows}
-    # a stand-in is a row of its own only where its own name would be missing
+    # first the optimizers with a score, then all others, such as stand-ins
     shown = [*scores, *(name for name in names if name not in scores)]
     order = {name: -entry.score("updates") for name, entry in scores.items()}
     columns = [Column("optimizer")]
@@ -85,7 +86,7 @@ def _table(summaries: list[Summary], found: Profiles | None, units: list[Unit]) 
             cells.append(Cell(text, score is not None and score == best[unit]))
         for _, section in sections:
             row = row_of(section, name) if name in scores else None
-            row = row or next((own for own in section.rows if own.name == name), None)
+            row = row or next((other for other in section.rows if other.name == name), None)
             text = NOTHING if row is None or row.score is None else row.score.text(2)
             cells.append(Cell(text, row is not None and row is section.best))
         rows.append(cells)
@@ -125,8 +126,8 @@ def _notes(found: Profiles | None, units: list[Unit]) -> list[str]:
     if found is None:
         return ["There is no score over the tasks: less than two optimizers ended all their runs."]
     targets = ", ".join(
-        f"{section.target:.2f} ({found.title(place)})"
-        for place, (_, section) in enumerate(found.sections)
+        f"{section.target:.2f} ({found.title(index)})"
+        for index, (_, section) in enumerate(found.sections)
         if section.target is not None
     )
     texts = [
@@ -146,9 +147,9 @@ def _notes(found: Profiles | None, units: list[Unit]) -> list[str]:
             f"{', '.join(found.left_out)}."
         )
     stand_ins = [
-        f"{row.label} for {entry.label} ({found.title(place)})"
+        f"{row.label} for {entry.label} ({found.title(index)})"
         for entry in found.entries
-        for place, (_, section) in enumerate(found.sections)
+        for index, (_, section) in enumerate(found.sections)
         for row in [row_of(section, entry.name)]
         if row is not None and row.name != entry.name
     ]

@@ -145,7 +145,7 @@ def _page(
         )
     overview_panel = len(drawn) if (profile := overview.panel(summaries)) else None
     drawn.append(profile)
-    # a name may not end the script that the JSON stands in
+    # a name must not close the script element that holds the JSON
     data = json.dumps(drawn, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     return (
         _environment()
@@ -177,14 +177,14 @@ def _environment() -> jinja2.Environment:
         "dark_color": curves.dark_color,
         "base64": lambda content: base64.b64encode(content).decode("ascii"),
         "unbroken": _unbroken,
-        "place": narrative.place_of,
+        "execution": narrative.describe_execution,
         "command": lambda run: shlex.join(["apollo-bench", *run.manifest["command"][1:]]),
     }
     return environment
 
 
 def _bokeh() -> str:
-    """Return the JavaScript of Bokeh, which stands in the page so that it needs no network."""
+    """Return the JavaScript of Bokeh; with it inside, the page needs no network."""
     from bokeh.resources import Resources  # the import takes half a second
 
     resources = Resources(mode="inline", components=["bokeh", "bokeh-api"], log_level="warn")
@@ -192,7 +192,7 @@ def _bokeh() -> str:
 
 
 def _split(table: Table) -> dict[str, Any]:
-    """Return what the page shows of a table at once, and what after a click."""
+    """Return the brief table that the page shows, and the full one that a click opens."""
     brief = table.at_once()
     shown = len(brief.columns)
     return {
@@ -203,7 +203,7 @@ def _split(table: Table) -> dict[str, Any]:
 
 
 def _unbroken(text: str) -> str:
-    """Return a cell's text that is broken before an interval only."""
+    """Return a cell's text with a possible line break before an interval only."""
     space = "\N{NO-BREAK SPACE}"
     return (
         text.replace(" ± ", f"{space}±{space}")
@@ -236,8 +236,10 @@ def _label(row: Row) -> str:
 
 
 def _settings(row: Row) -> str:
-    own = row.runs[0].spec.optimizer
-    settings = own.model_dump(exclude={"method"}, exclude_none=isinstance(own, CustomSettings))
+    optimizer = row.runs[0].spec.optimizer
+    settings = optimizer.model_dump(
+        exclude={"method"}, exclude_none=isinstance(optimizer, CustomSettings)
+    )
     return ", ".join(
         f"{key} = {value:.6g}" if isinstance(value, float) else f"{key} = {value}"
         for key, value in settings.items()

@@ -41,7 +41,7 @@ class Entry:
 
     def share_within(self, unit: Unit, ratio: float) -> float:
         """Return the profile: the share of tasks with a ratio up to this one."""
-        return statistics.fmean(own <= ratio for own in self.ratios[unit])
+        return statistics.fmean(reached <= ratio for reached in self.ratios[unit])
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Profiles:
     entries: list[Entry]
     left_out: list[str]  # labels of optimizers without finished runs on every task
 
-    def title(self, place: int) -> str:
+    def title(self, index: int) -> str:
         """Return the name of a task, with its schedule if the task has several."""
-        summary, section = self.sections[place]
+        summary, section = self.sections[index]
         several = len(summary.sections) > 1
         return f"{summary.task}, {section.schedule}" if several else summary.task
 
@@ -85,8 +85,8 @@ def profiles(summaries: list[Summary]) -> Profiles | None:
         Entry(
             name,
             {
-                "updates": [_ratio(times, name, place, 0) for place in range(len(sections))],
-                "seconds": [_ratio(times, name, place, 1) for place in range(len(sections))],
+                "updates": [_ratio(times, name, index, 0) for index in range(len(sections))],
+                "seconds": [_ratio(times, name, index, 1) for index in range(len(sections))],
             },
         )
         for name in times
@@ -113,11 +113,11 @@ def _time(section: ScheduleSection, name: str) -> tuple[float, float] | None:
         return None
     updates = [one.updates if one.reached else math.inf for one in reached]
     seconds = [one.seconds if one.reached else math.inf for one in reached]
-    # of an even number the larger: infinity has no mean
+    # the larger of the two middle values, because infinity has no mean
     return statistics.median_high(updates), statistics.median_high(seconds)
 
 
-def _ratio(times: dict[str, list[tuple[float, float]]], name: str, place: int, unit: int) -> float:
-    best = min(found[place][unit] for found in times.values())
-    own = times[name][place][unit]
-    return own / best if math.isfinite(own) else math.inf
+def _ratio(times: dict[str, list[tuple[float, float]]], name: str, index: int, unit: int) -> float:
+    best = min(found[index][unit] for found in times.values())
+    value = times[name][index][unit]
+    return value / best if math.isfinite(value) else math.inf

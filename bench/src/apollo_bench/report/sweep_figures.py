@@ -15,7 +15,7 @@ from apollo_bench.report.figure_axes import (
     FigureFile,
     Scale,
     logarithmic,
-    nothing_yet,
+    mark_empty,
     over_time,
     picture,
     short,
@@ -57,9 +57,9 @@ def _by_rate(summary: Summary) -> Figure:
             best = best_of(trials)
             if best is None:
                 continue
-            own = first_setting(best)
+            setting = first_setting(best)
             points = sorted(
-                (first_setting(row) / own, row.score.mean) for row in trials if row.score
+                (first_setting(row) / setting, row.score.mean) for row in trials if row.score
             )
             values = [value for _, value in points]
             axes.plot(
@@ -78,7 +78,7 @@ def _by_rate(summary: Summary) -> Figure:
         if axes.lines:
             axes.legend(frameon=False, fontsize=10, ncols=2, loc="best")
         else:
-            nothing_yet(axes)
+            mark_empty(axes)
     return figure
 
 
@@ -134,16 +134,16 @@ def _curves_by_value(summary: Summary, section: ScheduleSection) -> Figure:
         scale = Scale(panels[line][0], key == metric.name and metric.higher_is_better)
         for axes, name in zip(panels[line], names, strict=True):
             own_rows = [row for row in section.rows if row.name == name]
-            for place, row in enumerate(own_rows):
+            for index, row in enumerate(own_rows):
                 found = over_time(row, key)
                 if not found:
                     continue
                 means = [value.mean for value in found.values()]
                 axes.plot(
-                    list(found), means, linewidth=1.8, linestyle=LINES[place % len(LINES)],
-                    color=_shade(style_of(name).color, place, len(own_rows)), label=_value(row),
+                    list(found), means, linewidth=1.8, linestyle=LINES[index % len(LINES)],
+                    color=_shade(style_of(name).color, index, len(own_rows)), label=_value(row),
                 )  # fmt: skip
-                scale.saw(means, means, means)
+                scale.include(means, means, means)
             if line == 0:
                 axes.set_title(style_of(name).label)
             else:
@@ -152,7 +152,7 @@ def _curves_by_value(summary: Summary, section: ScheduleSection) -> Figure:
             if axes.lines and line == 0:
                 axes.legend(frameon=False, fontsize=10, ncols=1 + (len(own_rows) > 4))
             if not axes.lines:
-                nothing_yet(axes)
+                mark_empty(axes)
         panels[line][0].set_ylabel(label)
         scale.set()
     return figure
@@ -164,7 +164,7 @@ def _by_value(summary: Summary, label: str) -> Figure:
     figure = Figure(figsize=(7.0 if len(sections) == 1 else 5.4 * len(sections), 7.0))
     panels = figure.subplots(2, len(sections), squeeze=False, sharex=True, sharey="row")
     for column, section in enumerate(sections):
-        for line, (title, own) in enumerate(
+        for line, (title, value_of) in enumerate(
             ((summary.metric.title, _score), ("training loss", _train_loss))
         ):
             axes: Any = panels[line][column]
@@ -174,7 +174,7 @@ def _by_value(summary: Summary, label: str) -> Figure:
                     for row in section.rows
                     if row.name == name
                     and row.point is not None
-                    and (found := own(row)) is not None
+                    and (found := value_of(row)) is not None
                 ]
                 axes.errorbar(
                     [value for value, _ in points],
@@ -197,8 +197,8 @@ def _by_value(summary: Summary, label: str) -> Figure:
                 axes.set_title(f"{section.schedule} schedule")
             if line == 1:
                 axes.set_xlabel(label)
-            if not any(own(row) is not None for row in section.rows):
-                nothing_yet(axes)
+            if not any(value_of(row) is not None for row in section.rows):
+                mark_empty(axes)
     handles, names_shown = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, names_shown, loc="outside upper center", ncols=4, frameon=False)
     return figure
@@ -219,10 +219,10 @@ def _value(row: Row) -> str:
     return f"× {row.point.value:g}" if factor else short(row.point.value)
 
 
-def _shade(color: str, place: int, count: int) -> tuple[float, float, float]:
+def _shade(color: str, index: int, count: int) -> tuple[float, float, float]:
     """Return a shade of a color: the first is light, the last is dark."""
     rgb = matplotlib.colors.to_rgb(color)
-    at = place / max(1, count - 1)  # 0 ... 1
+    at = index / max(1, count - 1)  # 0 ... 1
     if at < 0.5:
         return tuple(x + (1 - x) * (0.5 - at) for x in rgb)  # type: ignore[return-value]
     return tuple(x * (1.5 - at) for x in rgb)  # type: ignore[return-value]

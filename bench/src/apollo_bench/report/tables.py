@@ -143,8 +143,8 @@ def _comparison(summary: Summary, section: ScheduleSection) -> Table:
         if column.on_console or any(text != NOTHING for text in texts)
     ]
     rows = []
-    for place, row in enumerate(section.rows):
-        cells = [Cell(texts[place]) for _, texts in shown]
+    for index, row in enumerate(section.rows):
+        cells = [Cell(texts[index]) for _, texts in shown]
         cells[0] = cells[0]._replace(color=row.name)
         score = [column.title for column, _ in shown].index(summary.metric.title)
         cells[score] = cells[score]._replace(best=row is section.best)
@@ -157,7 +157,8 @@ def _sweep(summary: Summary, section: ScheduleSection) -> Table:
     values = sorted({row.point.value for row in section.rows if row.point is not None})
     at = {(row.name, row.point.value): row for row in section.rows if row.point is not None}
     best = {
-        value: best_of([row for (_, own), row in at.items() if own == value]) for value in values
+        value: best_of([row for (_, point), row in at.items() if point == value])
+        for value in values
     }
     rows = []
     for name in dict.fromkeys(row.name for row in section.rows):
@@ -265,13 +266,13 @@ def _in_order(rows: list[Row]) -> list[Row]:
 
 
 def _at_an_end(best: Row, rows: list[Row]) -> str:
-    """Return the settings that no trial lies beyond, on one side."""
+    """Return the settings whose best value is the smallest or largest of all trials."""
     found = []
     for key in _ranges(best):
         values = sorted({getattr(row.runs[0].spec.optimizer, key) for row in rows})
-        own = getattr(best.runs[0].spec.optimizer, key)
-        if len(values) > 1 and own in (values[0], values[-1]):
-            found.append(f"{key}, the {'smallest' if own == values[0] else 'largest'}")
+        chosen = getattr(best.runs[0].spec.optimizer, key)
+        if len(values) > 1 and chosen in (values[0], values[-1]):
+            found.append(f"{key}, the {'smallest' if chosen == values[0] else 'largest'}")
     return ", ".join(found)
 
 

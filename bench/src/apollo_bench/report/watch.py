@@ -1,4 +1,4 @@
-"""A report that is written again while runs go on."""
+"""Rewrite a report while its runs are training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from apollo_bench.report import page
 from apollo_bench.report.summary import Summary
 from apollo_bench.runs import compatibility
 
-EVERY = 10.0  # seconds between two looks at the runs
+EVERY = 10.0  # seconds between two checks of the runs
 _POLL = 0.1  # seconds until a signal is noticed
 
 
@@ -25,8 +25,7 @@ def watch(
 ) -> list[Summary]:
     """Write the report whenever a run has new records, until all runs have ended.
 
-    The report of ended runs has the figures that those before it lack. Each file is written
-    atomically.
+    Only the last report, of ended runs, has figures for papers. Each file is written atomically.
 
     Args:
         paths: as in ``page.write``.
@@ -34,7 +33,7 @@ def watch(
         target: as in ``page.write``.
         warn: as in ``page.write``; called once per line.
         say: called with a line for each report.
-        every: seconds between two looks at the runs.
+        every: seconds between two checks of the runs.
 
     Raises:
         ExperimentError: as in ``page.write``.

@@ -1,10 +1,10 @@
-"""Archives of finished runs, in a text format of their own, because git shows changes of text.
+"""Archives of finished runs: text files, so that git shows what changed.
 
 ``runs.json`` holds the content of ``run.json`` and ``result.json`` of every run; what all runs have
-in common stands there once. ``evaluations.csv`` has one line per evaluation. ``curvature.csv`` has
-one line per measurement of all tensors, for runs with ``--diagnostics``. An archive holds no
-weights and no paths of a machine. The tables are read and written with ``csv``, not pandas: a
-record lacks the keys whose cells are empty, and whole numbers stay whole beside them.
+in common is stored once. ``evaluations.csv`` has one line per evaluation. ``curvature.csv`` has one
+line per measurement of all tensors, for runs with ``--diagnostics``. An archive holds no weights
+and no paths of a machine. The tables are read and written with ``csv``, not pandas: a record lacks
+the keys whose cells are empty, and whole numbers stay whole beside them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Archived(NamedTuple):
 
 
 def write(directories: Iterable[RunDirectory], out: Path) -> int:
-    """Write an archive; an archive that is there is replaced, and nothing else.
+    """Write an archive; an existing archive is replaced, other files are not.
 
     Example:
         >>> runs = [RunDirectory(path) for path in Path("runs/mine/runs").glob("*")]
@@ -68,7 +68,7 @@ def write(directories: Iterable[RunDirectory], out: Path) -> int:
         result = directory.verdict()
         if result is None:
             raise ExperimentError(
-                f"{directory.path}: not finished; the command that began it goes on with it"
+                f"{directory.path}: not finished; run the command that started it again"
             )
         if label in manifests:
             raise ExperimentError(f"{directory.path}: a second run of the name {label}")
@@ -170,7 +170,7 @@ def _verified_table(path: Path, digest: str) -> str:
     table = path.read_bytes()
     if hashlib.sha256(table).hexdigest() != digest:
         raise ExperimentError(
-            f"{path}: not the table that {RUNS} was written with; `apollo-bench archive` makes all"
+            f"{path}: does not match {RUNS}; write the archive again with `apollo-bench archive`"
         )
     return table.decode()
 
@@ -207,8 +207,8 @@ def _table(lines: list[Record]) -> str:
     for line in lines:
         times = _rounded(line["time"])
         values = [line.get(key, "") for key in metrics]
-        place = [line[key] for key in _POSITION_COLUMNS]
-        writer.writerow([*place, *values, *(times.get(key) for key in _TIME_COLUMNS)])
+        position = [line[key] for key in _POSITION_COLUMNS]
+        writer.writerow([*position, *values, *(times.get(key) for key in _TIME_COLUMNS)])
     return buffer.getvalue()
 
 
@@ -266,13 +266,13 @@ def _common(records: list[Record]) -> Record:
 
 
 def _without(record: Record, common: Record) -> Record:
-    own = {}
+    rest = {}
     for key, value in record.items():
         if key not in common:
-            own[key] = value
+            rest[key] = value
         elif value != common[key]:
-            own[key] = _without(value, common[key])
-    return own
+            rest[key] = _without(value, common[key])
+    return rest
 
 
 def _merged(common: Record, own: Record) -> Record:

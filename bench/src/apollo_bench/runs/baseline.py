@@ -1,4 +1,4 @@
-"""Runs that were trained before, with which new runs are compared: ``compare --against``."""
+"""Earlier runs that new runs are compared with: ``compare --against``."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Baseline:
         schedules = {run.spec.schedule: run.spec.train.schedule.model_dump() for run in self.runs}
         for name, schedule in recipe.schedules.items():
             if name in schedules:
-                own = schedule.model_dump()["overrides"]
-                schedules[name]["overrides"] = {**own, **schedules[name]["overrides"]}
+                overrides = schedule.model_dump()["overrides"]
+                schedules[name]["overrides"] = {**overrides, **schedules[name]["overrides"]}
         optimizers = {run.spec.name: run.spec.optimizer.model_dump() for run in self.runs}
         known = {*recipe.optimizers, *optimizers}
         for table in schedules.values():
@@ -94,22 +94,23 @@ class Baseline:
             found = differences(shared[spec.schedule], spec.shared())
             if found:
                 raise ExperimentError(
-                    f"--against is {str(self.folder)!r}: its settings are others "
-                    f"({', '.join(found)}); leave out --set of these"
+                    f"--against is {str(self.folder)!r}: its settings differ "
+                    f"({', '.join(found)}); leave out --set of these settings"
                 )
 
     def check_data(self, fingerprints: dict[str, str]) -> None:
         """Raise ExperimentError if these runs were trained on other data, by task."""
         for run in self.runs:
-            own, wanted = run.manifest["data"]["fingerprint"], fingerprints.get(run.spec.task)
-            if wanted not in (None, own):
+            fingerprint = run.manifest["data"]["fingerprint"]
+            wanted = fingerprints.get(run.spec.task)
+            if wanted not in (None, fingerprint):
                 raise ExperimentError(
                     f"--against is {str(self.folder)!r}: trained on other data (fingerprint "
-                    f"{own[:12]} there, {str(wanted)[:12]} here); give the same --data"
+                    f"{fingerprint[:12]} there, {str(wanted)[:12]} here); give the same --data"
                 )
 
     def identities(self) -> list[RunIdentity]:
-        """Return what decides which runs they can stand in a table with."""
+        """Return the identities of the runs, to be compared with those of new runs."""
         return [
             RunIdentity(
                 run.path,

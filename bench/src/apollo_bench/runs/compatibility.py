@@ -14,7 +14,7 @@ PATTERNS = ("run.json", "*/run.json", "runs/*/run.json", "*/runs/*/run.json")
 
 
 class RunIdentity(NamedTuple):
-    """What decides which other runs a run can be compared with."""
+    """The properties of a run that decide which other runs it can be compared with."""
 
     path: Path
     spec: RunSpec
@@ -46,7 +46,7 @@ def check(runs: Iterable[RunIdentity]) -> None:
     for run in runs:
         spec = run.spec
         kind = None if spec.sweep is None else spec.sweep.kind
-        # what must be equal, between which runs, and how a message calls it
+        # name in messages, the runs that must agree, and the value they must agree on
         for what, scope, value in (
             ("model", (), spec.model),
             ("data", (), (spec.data, run.fingerprint)),

@@ -35,8 +35,8 @@ class Curvature(NamedTuple):
 def require_apollo(spec: RunSpec) -> None:
     """Raise ExperimentError if the run's optimizer has no curvature to measure."""
     if not isinstance(spec.optimizer, ApolloSettings):
-        own = spec.optimizer
-        kind = own.class_path if isinstance(own, CustomSettings) else own.method
+        settings = spec.optimizer
+        kind = settings.class_path if isinstance(settings, CustomSettings) else settings.method
         raise ExperimentError(
             f"--diagnostics measures Apollo's curvature, the optimizer {spec.name!r} ({kind}) has "
             "none; leave it out"

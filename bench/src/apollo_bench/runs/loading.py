@@ -58,8 +58,8 @@ class Run:
     @property
     def optimizer_share(self) -> float | None:
         """Percentage of a training step (forward, backward, update) that the optimizer takes."""
-        step, own = self._median("step_ms"), self.optimizer_ms
-        return None if not step or own is None else 100.0 * own / step
+        step, update = self._median("step_ms"), self.optimizer_ms
+        return None if not step or update is None else 100.0 * update / step
 
     def _median(self, name: str) -> float | None:
         times = [line["time"].get(name) for line in self.evaluations]

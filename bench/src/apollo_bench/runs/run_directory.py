@@ -140,8 +140,8 @@ class RunDirectory:
 
         Raises:
             ExperimentError: the directory holds a run with another recipe, other data or other code
-                of the user's, or an unfinished run of another number of processes, each of which
-                has its own part of the checkpoint.
+                of the user's, or an unfinished run of another number of processes: each process has
+                its own part of the checkpoint.
         """
         if not self.manifest.exists():
             return False
@@ -151,7 +151,7 @@ class RunDirectory:
             raise ExperimentError(
                 f"{self.path}: holds a run of the task {task!r}; choose another --out"
             )
-        # validated as a recipe, so that a setting that is younger than the run has its default
+        # validated as a recipe: a setting that was added after the run has its default
         differing = differences(
             self.spec().without_others().model_dump(),
             spec.without_others().model_dump(),
@@ -184,7 +184,7 @@ class RunDirectory:
         diagnose_every: int | None,
         code: Sequence[Record],
     ) -> None:
-        """Let an unfinished run continue with files in another place, or on other devices."""
+        """Update data folder, code and devices of an unfinished run."""
         manifest = self.read()
         if keep_threads:
             execution = execution.model_copy(update={"threads": self.execution().threads})
@@ -289,7 +289,7 @@ class RunDirectory:
         return _records(self.diagnostics, lambda record: isinstance(record, dict))
 
 
-# what reports read of run.json
+# the entries of run.json that reports read
 _SECTIONS = {
     "data": ("fingerprint",),
     "versions": ("torch", "apollo_qn"),

@@ -51,7 +51,7 @@ def apply_best_settings(
     wanted = schedules or recipe.default_schedules()
     if len(wanted) != 1:
         raise ExperimentError(
-            f"a search serves one schedule, asked for are {', '.join(wanted)}; choose one with "
+            f"a search covers one schedule, {', '.join(wanted)} are asked for; choose one with "
             "--schedules"
         )
     trials = [run for run in _load_trials(folder) if run.spec.task == recipe.task]
@@ -64,7 +64,7 @@ def apply_best_settings(
         )
     names = list(dict.fromkeys([*names, *_references(recipe, names)]))
     for run in runs:
-        if run.spec.name in names:  # the search may have had more optimizers than this recipe
+        if run.spec.name in names:  # the search may cover more optimizers than this recipe
             _check_same(recipe, run.spec, folder)
     chosen = {
         name: best_trial([run for run in runs if run.spec.name == name], f"{folder}: {name}")
@@ -146,7 +146,7 @@ def best_trial(runs: list[loading.Run], origin: str) -> Any:
     if not by_trial:
         raise ExperimentError(f"{origin} was not tuned")
     if any(run.verdict == "unfinished" for run in runs):
-        raise ExperimentError(f"{origin} is not finished; the same command goes on with it")
+        raise ExperimentError(f"{origin} is not finished; run the same command to continue")
     curve = entry_of(runs[0].spec).curve
     scores = {number: mean_score(runs_of_trial) for number, runs_of_trial in by_trial.items()}
     known = {number: score for number, score in scores.items() if score is not None}
@@ -169,24 +169,24 @@ def mean_score(runs: list[loading.Run]) -> float | None:
 
 
 def _check_same(recipe: Recipe, spec: RunSpec, folder: Path) -> None:
-    own = recipe.run(spec.name, spec.seed, spec.schedule)
-    data = own.data.holding_out(spec.data.held_out)
+    expected = recipe.run(spec.name, spec.seed, spec.schedule)
+    data = expected.data.holding_out(spec.data.held_out)
     for what, one, other in (
-        ("task", spec.task, own.task),
-        ("model", spec.model, own.model),
+        ("task", spec.task, expected.task),
+        ("model", spec.model, expected.model),
         ("data", spec.data, data),
-        ("train", _train_settings(spec), _train_settings(own)),
+        ("train", _train_settings(spec), _train_settings(expected)),
     ):
         if one != other:
-            raise ExperimentError(f"{folder}: its {what} is another: {one}, asked for is {other}")
+            raise ExperimentError(f"{folder}: its {what} differs: {one} there, {other} asked for")
 
 
 def _train_settings(spec: RunSpec) -> dict[str, Any]:
     """Return the settings that the weights depend on; evaluations are not among them."""
-    own = spec.without_others().train.model_dump(exclude={"log_every", "checkpoint_every"})
+    settings = spec.without_others().train.model_dump(exclude={"log_every", "checkpoint_every"})
     if spec.train.average_checkpoints == 1:
-        del own["evaluate_every"]
-    return own
+        del settings["evaluate_every"]
+    return settings
 
 
 def _with_settings(recipe: Recipe, chosen: dict[str, Any]) -> Recipe:
@@ -196,10 +196,10 @@ def _with_settings(recipe: Recipe, chosen: dict[str, Any]) -> Recipe:
     """
     optimizers = {**recipe.optimizers, **chosen}
     for name, settings in chosen.items():
-        own = recipe.optimizers[name].weight_decay
-        if not isinstance(own, EqualStrength):
+        base_decay = recipe.optimizers[name].weight_decay
+        if not isinstance(base_decay, EqualStrength):
             continue
-        coupled = {**optimizers, name: settings.model_copy(update={"weight_decay": own})}
+        coupled = {**optimizers, name: settings.model_copy(update={"weight_decay": base_decay})}
         decay = coupled_decay(name, coupled)
         if decay is not None and math.isclose(decay, settings.weight_decay):
             optimizers[name] = coupled[name]

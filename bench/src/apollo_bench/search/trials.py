@@ -72,15 +72,15 @@ def make_trials(
 
 
 def _sample_settings(recipe: Recipe, plan: SearchSettings, name: str) -> list[dict[str, Any]]:
-    ranges, own = plan.ranges[name], recipe.settings(name)
+    ranges, settings = plan.ranges[name], recipe.settings(name)
     there = {
         key
-        for key, value in own.model_dump().items()
+        for key, value in settings.model_dump().items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
-    if not isinstance(own, CustomSettings):
-        there |= {"weight_decay", "warmup_init_lr"} & type(own).model_fields.keys()
-    elif own.weight_decay is not None:  # also a coupled one
+    if not isinstance(settings, CustomSettings):
+        there |= {"weight_decay", "warmup_init_lr"} & type(settings).model_fields.keys()
+    elif settings.weight_decay is not None:  # also a coupled one
         there.add("weight_decay")
     for key in ranges:
         if key not in there:
@@ -88,18 +88,22 @@ def _sample_settings(recipe: Recipe, plan: SearchSettings, name: str) -> list[di
                 f"search.ranges.{name}.{key}: not a number of this optimizer; there are "
                 f"{', '.join(sorted(there))}"
             )
-    places = qmc.Halton(len(ranges), scramble=False)
-    places.fast_forward(1)  # the first point is the corner
+    points = qmc.Halton(len(ranges), scramble=False)
+    points.fast_forward(1)  # the first point is the corner
     found = []
-    for place in places.random(plan.trials):
+    for point in points.random(plan.trials):
         values: dict[str, Any] = {}
-        for share, (key, (low, high)) in zip(place.tolist(), ranges.items(), strict=True):
+        for share, (key, (low, high)) in zip(point.tolist(), ranges.items(), strict=True):
             value = math.exp(math.log(low) + share * math.log(high / low))
             if high >= 2 * low:  # three digits suffice
                 value = float(f"{value:.3g}")
             # the default of a class may be 0 where it takes any number
-            whole = key in type(own).model_fields or (low == round(low) and high == round(high))
-            values[key] = round(value) if isinstance(getattr(own, key), int) and whole else value
+            whole = key in type(settings).model_fields or (
+                low == round(low) and high == round(high)
+            )
+            values[key] = (
+                round(value) if isinstance(getattr(settings, key), int) and whole else value
+            )
         found.append(values)
     return found
 
@@ -108,17 +112,17 @@ def _make_trial(
     recipe: Recipe, name: str, number: int, values: dict[str, Any], seed: int, schedule: str
 ) -> RunSpec:
     spec = recipe.run(name, seed, schedule)
-    own = spec.optimizer
+    settings = spec.optimizer
     if "lr" in values:
-        own = scale_lr(own, values["lr"] / own.lr)
+        settings = scale_lr(settings, values["lr"] / settings.lr)
     try:
-        own = type(own).model_validate({**own.model_dump(), **values})
+        settings = type(settings).model_validate({**settings.model_dump(), **values})
     except ValidationError as error:
-        raise ExperimentError(f"search.ranges.{name}.{describe(error, type(own))}") from None
+        raise ExperimentError(f"search.ranges.{name}.{describe(error, type(settings))}") from None
     assert recipe.search is not None
     return spec.model_copy(
         update={
-            "optimizer": own,
+            "optimizer": settings,
             "sweep": SweepPoint(kind="tuning", value=float(number)),
             "ranges": recipe.search.ranges[name],
         }

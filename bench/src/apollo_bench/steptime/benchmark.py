@@ -53,7 +53,7 @@ def run(
         options: options, checked before the first measurement.
         out: output folder, created if it is missing.
         command: command line, for the record.
-        report_progress: called with what is going on and the number of rounds.
+        report_progress: called with a title, the rounds done and all rounds.
         finished: called with each result.
 
     Raises:

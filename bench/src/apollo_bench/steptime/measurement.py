@@ -176,7 +176,7 @@ def measure(
         budget: seconds after which no round begins, except for the first 5.
         dtype: type of parameters and gradients.
         seed: seed of the random parameters and gradients.
-        report_progress: called with what is going on and the number of rounds.
+        report_progress: called with a title, the rounds done and all rounds.
         stop: called after each step; True ends the measurement.
         where: timer of the device.
 

@@ -122,29 +122,29 @@ def draw(results: list[SetResult], about: dict[str, Any], kind: str) -> bytes:
 
 def _panel(axis: Any, result: SetResult, rows: list[Timings]) -> None:
     peer = next(taken for taken in rows if taken.name == PEER).milliseconds
-    places = list(range(len(rows)))
+    positions = list(range(len(rows)))
     ratios = [taken.ratio for taken in rows]
     low = [r - min(r, t.quartiles[0] / peer) for r, t in zip(ratios, rows, strict=True)]
     high = [max(r, t.quartiles[1] / peer) - r for r, t in zip(ratios, rows, strict=True)]
     axis.barh(
-        places,
+        positions,
         ratios,
         xerr=[low, high],
         color=[style_of(taken.family).color for taken in rows],
         height=0.7,
         error_kw={"elinewidth": 1.2, "capsize": 2.5, "ecolor": "#444444"},
     )
-    for place, taken, above in zip(places, rows, high, strict=True):
+    for position, taken, above in zip(positions, rows, high, strict=True):
         text = f" {taken.ratio:.2f}  ({taken.milliseconds:.2f} ms)"
         axis.text(
             taken.ratio + above,
-            place,
+            position,
             text,
             va="center",
             fontsize=8.5,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )
-    axis.set_yticks(places, [taken.name for taken in rows])
+    axis.set_yticks(positions, [taken.name for taken in rows])
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.set_xscale("log")
     smallest, largest = min(ratios), max(ratios)

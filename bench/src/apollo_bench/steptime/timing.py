@@ -1,4 +1,4 @@
-"""Timers of the CPU and of GPUs: time, memory, and caches emptied between steps."""
+"""Timers of the CPU and of GPUs: time, memory, and cache flushes between steps."""
 
 from __future__ import annotations
 

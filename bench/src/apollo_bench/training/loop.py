@@ -179,7 +179,7 @@ class _TrainingRun(TrainingState):
         self.schedule.step()
 
     def _timed(self, timer: StepTimer) -> AbstractContextManager[None]:
-        """Time what is done inside, unless this step also measures the curvature."""
+        """Time the body of the with statement, unless this step also measures the curvature."""
         measured = self.curvature is not None and self.curvature.due
         return nullcontext() if measured else timer.measure()
 

@@ -53,7 +53,7 @@ def torchrun_execution(requested: Execution) -> Execution:
 
 
 def init_process_group(accelerator: str) -> None:
-    """Initialize the default process group, unless it is.
+    """Initialize the default process group, unless it exists.
 
     Args:
         accelerator: ``"cpu"`` (gloo) or ``"gpu"`` (also NCCL).

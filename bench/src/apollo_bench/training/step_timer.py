@@ -31,7 +31,7 @@ class StepTimer:
 
     @contextmanager
     def measure(self) -> Iterator[None]:
-        """Time what is done inside."""
+        """Time the body of the with statement."""
         if self._on_gpu:
             start, end = (
                 torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

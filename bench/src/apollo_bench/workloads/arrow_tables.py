@@ -93,7 +93,7 @@ def hub_splits(name: str, remedy: str, subset: str | None = None) -> Any:
         return datasets.load_dataset(name, subset)
     except Exception as error:  # errors of the network and of the library are of many types
         raise ExperimentError(
-            f"{name}: not to be had from the Hugging Face hub ({first_line(error)}); {remedy}"
+            f"{name}: cannot be loaded from the Hugging Face hub ({first_line(error)}); {remedy}"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""What the tables [model] and [data] of every workload have."""
+"""Base classes of the tables [model] and [data]."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, ConfigDict
 
 from apollo_bench.errors import ExperimentError, first_line
 from apollo_bench.signatures import call_arguments, complete_arguments, name_of, takes
-from apollo_bench.user_code import import_object, is_object_path
+from apollo_bench.user_code import checked_object_path, import_object
 from apollo_bench.workloads.base_settings import ModelSettings
 
 if TYPE_CHECKING:
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 class CustomModel(ModelSettings):
     """Any nn.Module; all other keys are keyword arguments of its factory, a function or class.
 
-    The task gives some arguments itself: the number of classes, of words and the like.
+    The task passes some arguments itself, such as the number of classes or words.
     """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     family: Literal["custom"]
-    factory: Annotated[str, AfterValidator(is_object_path)]
+    factory: Annotated[str, AfterValidator(checked_object_path)]
 
     def __str__(self) -> str:
         arguments = ", ".join(f"{key} {value}" for key, value in self.arguments.items())
@@ -51,7 +51,7 @@ def complete_model(model: CustomModel, given_by_task: Sequence[str]) -> CustomMo
     for name in given_by_task:
         if name in model.arguments:
             raise ExperimentError(
-                f"model.{name} is {model.arguments[name]!r}: the data give it; leave it out"
+                f"model.{name} is {model.arguments[name]!r}: the data set it; leave it out"
             )
     arguments = complete_arguments(
         factory, model.arguments, "model", positional=0, passed=given_by_task
@@ -60,7 +60,7 @@ def complete_model(model: CustomModel, given_by_task: Sequence[str]) -> CustomMo
 
 
 def make_model(model: CustomModel, **given_by_task: Any) -> nn.Module:
-    """Call the factory with those of the task's arguments that it takes.
+    """Call the factory with the recipe's arguments and those of the task that it takes.
 
     Raises:
         ExperimentError: the factory raises, or does not return an nn.Module.
@@ -73,7 +73,7 @@ def make_model(model: CustomModel, **given_by_task: Any) -> nn.Module:
     call = f"{name_of(factory)}({', '.join(f'{key}={x!r}' for key, x in arguments.items())})"
     try:
         made = factory(**arguments)
-    except Exception as error:  # its own errors are of any type
+    except Exception as error:  # the user's code may raise any type
         raise ExperimentError(
             f"model.factory is {model.factory!r}: {call} raised {type(error).__name__}: "
             f"{first_line(error)}"

@@ -14,8 +14,8 @@ from apollo_bench.errors import ExperimentError, first_line
 from apollo_bench.regular_files import open_regular
 
 _GZIP = b"\x1f\x8b"
-# A file may unpack to as many times its size, or to as many bytes. Text and images stay below 20
-# times; the format allows 1000.
+# A file may unpack to this multiple of its size, or to this many bytes. Text and images stay below
+# 20 times their size; the format allows 1000 times.
 _MAX_RATIO = 200
 _MIN_LIMIT = 1 << 26
 

@@ -11,7 +11,7 @@ from typing import Any
 from apollo_bench.atomic_write import write_atomically
 from apollo_bench.errors import ExperimentError
 
-LISTING = "prepared-files.json"  # in the folder; the names of the files that preparations made
+LISTING = "prepared-files.json"  # lists the files of the folder that preparations made
 _FORMAT = 1
 _MANIFEST = "corpus.json"  # earlier versions wrote no listing, but this
 

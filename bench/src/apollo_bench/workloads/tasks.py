@@ -86,7 +86,7 @@ TASKS = {
         "4.5 million + 3000 + 3003 pairs of English and German sentences",
         "Hugging Face hub (wmt/wmt14), or --data with {train,newstest2013,newstest2014}.{en,de}",
     ),
-    # data of the user, by their kind; the task has a name of its own
+    # the user's data, by kind; the name of the task is that of the data
     "image-folder": TaskEntry(
         image_workload.make_image_folder,
         image_workload.ACCURACY,

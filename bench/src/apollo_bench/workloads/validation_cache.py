@@ -13,7 +13,7 @@ from apollo_bench.regular_files import open_regular
 
 
 class ValidationCache:
-    """Names, and the digest that each had when it was found valid.
+    """A mapping from names to the digests that were found valid.
 
     Args:
         name: name of the file that holds the cache.

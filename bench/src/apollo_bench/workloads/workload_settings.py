@@ -1,4 +1,4 @@
-"""The tables [model] and [data] that a recipe may contain: those of every workload.
+"""The tables [model] and [data] that a recipe may contain, of all workloads.
 
 It imports no torch: reading a recipe is fast.
 """

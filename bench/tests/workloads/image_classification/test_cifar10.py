@@ -354,7 +354,7 @@ def test_the_hub(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     fingerprint, error = done.stdout.splitlines()
     assert fingerprint == cifar10.load(folder).fingerprint
-    assert error.startswith("uoft-cs/cifar10: not to be had from the Hugging Face hub (")
+    assert error.startswith("uoft-cs/cifar10: cannot be loaded from the Hugging Face hub (")
     assert error.endswith("the parquet files of the splits train and test")
 
 

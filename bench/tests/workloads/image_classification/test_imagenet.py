@@ -431,5 +431,5 @@ def test_the_hub(tree: Path, tmp_path: Path) -> None:
     assert "damaged, split train, row 2: cut short: " in damaged
     assert hub == local == "3 [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]"
     assert equal == "True"
-    assert error.startswith("ILSVRC/imagenet-1k: not to be had from the Hugging Face hub (")
+    assert error.startswith("ILSVRC/imagenet-1k: cannot be loaded from the Hugging Face hub (")
     assert error.endswith("train/CLASS/*.JPEG and val/CLASS/*.JPEG")

@@ -93,6 +93,6 @@ def test_limits_of_counted_words() -> None:
     assert vocabulary.from_counts(counts, 1, size=4).words == ("</S>", "<UNK>", "a", "b")
     assert len(vocabulary.from_counts(counts, 1, size=99)) == 5
     with pytest.raises(ExperimentError, match="corpus: no word occurs 4 times"):
-        vocabulary.from_counts(counts, 4, place="corpus")
+        vocabulary.from_counts(counts, 4, origin="corpus")
     with pytest.raises(ValueError, match="size is 2"):
         vocabulary.from_counts(counts, 1, size=2)

@@ -86,7 +86,7 @@ def test_hub(tmp_path: Path) -> None:
     (flat / "test-0.parquet").unlink()
     with pytest.raises(ExperimentError, match="split test: not there, only train, validation; "):
         multi30k.load(hub=str(flat))
-    with pytest.raises(ExperimentError, match=r"not to be had from the Hugging Face hub.*--data"):
+    with pytest.raises(ExperimentError, match=r"loaded from the Hugging Face hub.*--data"):
         multi30k.load(hub=str(tmp_path / "nowhere"))
 
 

@@ -57,7 +57,7 @@
     return best;
   }
 
-  // Write the values of all shown curves at a place of the horizontal axis.
+  // Write the values of all shown curves at a position on the horizontal axis.
   function read(readout, figure, unit, chosen, wanted) {
     readout.replaceChildren();
     const shown = figure.curves.filter((curve) => !chosen.hidden.includes(curve.name));
@@ -108,7 +108,7 @@
     for (const grid of plot.center) grid.grid_line_color = line;
   }
 
-  function draw(figure, place, chosen) {
+  function draw(figure, container, chosen) {
     const byValue = figure.label !== undefined;
     const unit = byValue ? "value" : chosen.unit;
     const log = chosen.log === undefined ? figure.log : chosen.log;
@@ -164,9 +164,9 @@
     }
     plot.add_tools(new Bokeh.CrosshairTool({ dimensions: "height", line_color: color("--quiet") }));
     styled(plot);
-    element("h4", place, figure.title);
-    const box = element("div", place, undefined, { className: "plot" });
-    const readout = element("div", place, undefined, { className: "readout" });
+    element("h4", container, figure.title);
+    const box = element("div", container, undefined, { className: "plot" });
+    const readout = element("div", container, undefined, { className: "readout" });
     read(readout, figure, unit, chosen);
     for (const event of ["mousemove", "tap"]) {
       plot.on_event(event, ({ x }) => read(readout, figure, unit, chosen, x));
@@ -186,16 +186,16 @@
     }
   }
 
-  function build(place) {
-    const key = place.dataset.panel;
+  function build(container) {
+    const key = container.dataset.panel;
     const figures = panels[key];
     const timed = figures.some((figure) => figure.label === undefined);
     const chosen = (choices[key] ||= {
-      unit: place.dataset.unit, seeds: false, log: undefined, hidden: [],
+      unit: container.dataset.unit, seeds: false, log: undefined, hidden: [],
     });
-    const bar = element("div", place, undefined, { className: "bar" });
-    const chips = element("div", place, undefined, { className: "chips" });
-    const charts = element("div", place, undefined, { className: "charts" });
+    const bar = element("div", container, undefined, { className: "bar" });
+    const chips = element("div", container, undefined, { className: "chips" });
+    const charts = element("div", container, undefined, { className: "charts" });
     const curves = new Map(figures.flatMap((figure) => figure.curves.map((curve) => [curve.name, curve])));
     let drawn = [];
 
@@ -282,7 +282,7 @@
     { rootMargin: "600px" },
   );
   Bokeh.set_log_level("warn");
-  for (const place of document.querySelectorAll("[data-panel]")) near.observe(place);
+  for (const container of document.querySelectorAll("[data-panel]")) near.observe(container);
 
   const refreshed = document.body.dataset.refresh;
   if (refreshed) setTimeout(() => location.reload(), 1000 * Number(refreshed));

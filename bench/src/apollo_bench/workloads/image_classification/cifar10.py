@@ -52,34 +52,34 @@ _REMEDY = (
 _Split = tuple[Tensor, Tensor]
 
 
-def load(place: Path | None = None, hub: str = HUB) -> ImageSet:
+def load(source: Path | None = None, hub: str = HUB) -> ImageSet:
     """Read and check the whole set.
 
     Args:
-        place: the archive of Python pickles, the folder that it unpacks to, a folder that contains
+        source: the archive of Python pickles, the folder that it unpacks to, a folder that contains
             either, or a folder of parquet files; None: the hub.
         hub: name of the set on the hub.
 
     Raises:
         ExperimentError: a file is missing, corrupt or truncated.
     """
-    if place is None:
+    if source is None:
         return _from_hub(hub)
-    if not place.exists():
-        raise ExperimentError(f"{place}: no such file or folder; {_REMEDY}")
-    if place.is_file():
-        return _from_archive(place)
-    for folder in (place, place / FOLDER):
+    if not source.exists():
+        raise ExperimentError(f"{source}: no such file or folder; {_REMEDY}")
+    if source.is_file():
+        return _from_archive(source)
+    for folder in (source, source / FOLDER):
         if any((folder / name).exists() for name in TRAIN + TEST):
             return _from_pickles(folder)
-    if (place / ARCHIVE).exists():
-        return _from_archive(place / ARCHIVE)
-    shards = {split: arrow_tables.find_shards(place, split) for split in ("train", "test")}
+    if (source / ARCHIVE).exists():
+        return _from_archive(source / ARCHIVE)
+    shards = {split: arrow_tables.find_shards(source, split) for split in ("train", "test")}
     if not any(shards.values()):
-        raise ExperimentError(f"{place}: no CIFAR-10 in it; {_REMEDY}")
+        raise ExperimentError(f"{source}: no CIFAR-10 in it; {_REMEDY}")
     for split, paths in shards.items():
         if not paths:
-            raise ExperimentError(f"{place}: no parquet file of the split {split}; {_REMEDY}")
+            raise ExperimentError(f"{source}: no parquet file of the split {split}; {_REMEDY}")
     return _image_set(*(_from_parquet(paths) for paths in shards.values()))
 
 
@@ -169,14 +169,14 @@ def _from_archive(path: Path) -> ImageSet:
     return _from_batches(read, path)
 
 
-def _from_batches(read: Callable[[str], bytes], place: Path) -> ImageSet:
+def _from_batches(read: Callable[[str], bytes], source: Path) -> ImageSet:
     both = []
     published = True
     for names in (TRAIN, TEST):
         parts = []
         for name in names:
             content = read(name)
-            parts.append(_batch(content, str(place / name)))
+            parts.append(_batch(content, str(source / name)))
             published &= hashlib.md5(content, usedforsecurity=False).hexdigest() == _MD5[name]
         images, labels = zip(*parts, strict=True)
         both.append((torch.cat(images), torch.cat(labels)))

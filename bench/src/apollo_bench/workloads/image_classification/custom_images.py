@@ -1,4 +1,4 @@
-"""Images of the user: a folder with one folder per class, with or without a test split."""
+"""The user's images: a folder with one folder per class, with or without a test split."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def _one_split(folder: Path, test_share: float, cache: Path | None) -> EncodedIm
             )
         order = torch.randperm(count, generator=generator).tolist()
         chosen = set(order[:tested])
-        test += [(label, path) for place, path in enumerate(paths) if place in chosen]
-        train += [(label, path) for place, path in enumerate(paths) if place not in chosen]
+        test += [(label, path) for index, path in enumerate(paths) if index in chosen]
+        train += [(label, path) for index, path in enumerate(paths) if index not in chosen]
     names = [one.name.partition("/")[2] for one in found]
     remarks = [
         _count(names, train, test),
@@ -107,7 +107,7 @@ def _count(names: list[str], train: list[tuple[int, str]], test: list[tuple[int,
 
 
 def _digest(folders: list[ClassFolder]) -> str:
-    """Return a fingerprint of the files, wherever their folder lies."""
+    """Return a fingerprint of the files that does not depend on the folder's path."""
     digest = hashlib.sha256()
     for folder in folders:
         entry = (folder.name.partition("/")[2], folder.files, folder.sizes)

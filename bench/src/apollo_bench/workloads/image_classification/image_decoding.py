@@ -24,7 +24,7 @@ def unusable(image: Image.Image) -> str | None:
 
 
 def opening_error(error: Exception) -> str:
-    """Return what the error says that Pillow raises when it opens a file."""
+    """Return the reason why Pillow could not open a file, from its error."""
     if isinstance(error, Image.DecompressionBombError):
         return _too_large(f"over {2 * MAX_PIXELS:,}")
     return "not an image"

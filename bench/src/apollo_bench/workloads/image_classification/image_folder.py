@@ -28,7 +28,7 @@ from apollo_bench.workloads.image_classification.image_validation import (
 from apollo_bench.workloads.validation_cache import ValidationCache
 
 _SUFFIXES = (".jpeg", ".jpg", ".png")  # image_validation.py has the end markers of the formats
-_THREADS = 16  # they wait for the disk, and decoding releases the GIL
+_THREADS = 16  # threads wait for the disk, and decoding releases the GIL
 _MAX_NAMED = 3  # number of bad files that an error names
 _CHUNK = 256  # images per work item of a thread
 _LARGE = 10_000  # files; a smaller tree is checked without showing progress
@@ -59,8 +59,8 @@ def index_tree(root: Path, splits: tuple[str, ...], cache: Path | None = None) -
         ExperimentError: a folder or its images are missing, or files are invalid; the message names
             the first.
     """
-    place = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
-    validated = ValidationCache(f"tree-{place}.json", cache)
+    root_key = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
+    validated = ValidationCache(f"tree-{root_key}.json", cache)
     names = [name for split in splits for name in _classes(root, split)]
     errors: list[str] = []
 
@@ -89,7 +89,7 @@ def index_tree(root: Path, splits: tuple[str, ...], cache: Path | None = None) -
         pool.shutdown(cancel_futures=True)
         validated.save()
     _raise_damaged(sorted(errors))
-    order = {name: place for place, name in enumerate(names)}
+    order = {name: index for index, name in enumerate(names)}
     return sorted(found, key=lambda folder: order[folder.name])
 
 
@@ -180,10 +180,10 @@ def _files_below(folder: os.DirEntry[str]) -> int:
 def _kind(entry: os.DirEntry[str]) -> str:
     """Return "image", "folder", "hidden" or the ending of another file.
 
-    What looks like an image and is none, a pipe for example, is found when it is read.
+    A file with an image's ending that is no image, for example a pipe, is found when it is read.
     """
     if entry.name[0] == ".":
-        return "hidden"  # what an operating system or an editor leaves
+        return "hidden"  # files of an operating system or an editor
     if entry.name.lower().endswith(_SUFFIXES) and not entry.is_dir():
         return "image"
     return (

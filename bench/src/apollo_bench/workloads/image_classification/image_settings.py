@@ -18,7 +18,7 @@ class ResNetModel(ModelSettings):
     width: PositiveInt = 16  # channels of the first stage
 
     @model_validator(mode="after")
-    def _depth_is_6n_plus_2(self) -> ResNetModel:
+    def _check_depth(self) -> ResNetModel:
         if (self.depth - 2) % 6:
             raise ValueError(f"depth is {self.depth}, allowed are 8, 14, 20, ... (6n + 2)")
         return self
@@ -68,7 +68,7 @@ class PhotographData(ImageData):
     test_resize: PositiveInt = 256  # pixels, shorter side of a test image before its center crop
 
     @model_validator(mode="after")
-    def _crop_fits(self) -> PhotographData:
+    def _check_crop(self) -> PhotographData:
         if self.test_resize < self.size:
             raise ValueError(f"test_resize is {self.test_resize}, allowed is size or more")
         return self

@@ -32,23 +32,23 @@ _SPLITS = ("train", "val")
 _REMEDY = "--data needs a folder with train/CLASS/*.JPEG and val/CLASS/*.JPEG"
 
 
-def load(place: Path | None = None, hub: str = HUB, cache: Path | None = None) -> EncodedImageSet:
+def load(root: Path | None = None, hub: str = HUB, cache: Path | None = None) -> EncodedImageSet:
     """Find and validate all images.
 
     Args:
-        place: folder that contains ``train`` and ``val``; None: the hub.
+        root: folder that contains ``train`` and ``val``; None: the hub.
         hub: name of the data set on the hub.
         cache: folder of the validation cache; None: below the user's cache.
 
     Raises:
         ExperimentError: the data are missing, or files are missing, cut short or no images.
     """
-    if place is None:
+    if root is None:
         return _from_hub(hub, cache)
     for split in _SPLITS:
-        if not (place / split).is_dir():
-            raise ExperimentError(f"{place / split}: no such folder; {_REMEDY}")
-    folders = index_tree(place, _SPLITS, cache)
+        if not (root / split).is_dir():
+            raise ExperimentError(f"{root / split}: no such folder; {_REMEDY}")
+    folders = index_tree(root, _SPLITS, cache)
     classes: dict[str, dict[str, ClassFolder]] = {"train": {}, "val": {}}
     for folder in folders:
         split, _, name = folder.name.partition("/")
@@ -56,14 +56,14 @@ def load(place: Path | None = None, hub: str = HUB, cache: Path | None = None) -
     for here, there in (("val", "train"), ("train", "val")):
         for name in classes[there].keys() - classes[here].keys():
             raise ExperimentError(
-                f"{place / here / name}: no such folder, there is {place / there / name}; {_REMEDY}"
+                f"{root / here / name}: no such folder, there is {root / there / name}; {_REMEDY}"
             )
     digest = hashlib.sha256()
     for folder in folders:
         digest.update(repr((folder.name, folder.files, folder.sizes)).encode("utf-8", "replace"))
     numbers = {name: number for number, name in enumerate(classes["train"])}
-    train, val = (_files(place, classes[split], numbers) for split in ("train", "val"))
-    remarks = unused_files(place, _SPLITS, folders)
+    train, val = (_files(root, classes[split], numbers) for split in ("train", "val"))
+    remarks = unused_files(root, _SPLITS, folders)
     published = (len(numbers), len(train.labels), len(val.labels)) == _PUBLISHED
     return EncodedImageSet(train, val, len(numbers), digest.hexdigest(), remarks, published)
 

@@ -17,7 +17,7 @@ _NUMBERS = "buif"  # kinds of dtypes that hold numbers and nothing else
 
 
 class _Latin1:
-    """How Python 3 writes bytes in protocol 2: ``_codecs.encode``."""
+    """A stand-in for ``_codecs.encode``, with which Python 3 writes bytes in protocol 2."""
 
     __slots__ = ()  # the pickle cannot set attributes
 
@@ -28,7 +28,7 @@ class _Latin1:
 
 
 class _NumberType:
-    """What stands for a ``numpy.dtype`` while the pickle is read."""
+    """A stand-in for ``numpy.dtype`` while the pickle is read."""
 
     __slots__ = ("dtype",)
 

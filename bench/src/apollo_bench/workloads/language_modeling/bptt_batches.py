@@ -6,9 +6,9 @@ does the hidden state.
 
 The paper says that the state is not reset. The code released with it shuffles the shards and the
 sentences within each in every epoch, cuts each shard into its own streams, and resets the state
-with each shard. Here the whole corpus makes the streams, in the order of its (shuffled) sentences.
-With a seed, each epoch starts at another token and treats the corpus as a ring, so that streams and
-pieces are cut elsewhere.
+with each shard. Here the whole corpus is cut into streams, in the order of its (shuffled)
+sentences. With a seed, each epoch starts at another token and treats the corpus as a ring, so that
+streams and pieces are cut elsewhere.
 """
 
 from __future__ import annotations
@@ -98,10 +98,11 @@ class BPTTBatches:
 def evaluation_batches(
     tokens: TokenStream, batch: int, steps: int, end: int, rank: int = 0, world: int = 1
 ) -> Iterator[InputTargetPair]:
-    """Yield every token once as a target, in pieces of parallel streams with a carried state.
+    """Yield every token once as a target, in successive pieces of parallel streams.
 
-    The first token's input is END; that of every other stream is the token before it. Only the
-    start of a stream has a fresh state, so that few streams are closest to reading the text as one.
+    The first token's input is END; that of every other stream is the token before it. The hidden
+    state is zero only at the start of a stream, so fewer streams are closer to one pass over the
+    text.
 
     Args:
         tokens: tokens of a held-out split.

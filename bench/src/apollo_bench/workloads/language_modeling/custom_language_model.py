@@ -1,4 +1,4 @@
-"""The network of a user as a language model: logits to negative log likelihoods."""
+"""The user's network as a language model: from logits to negative log likelihoods."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from apollo_bench.errors import ExperimentError
 
 
 class CustomLanguageModel(nn.Module):
-    """A network that predicts the next word, with or without a state carried between pieces.
+    """A network that predicts the next word, with or without a recurrent state.
 
     Args:
         network: ``network(tokens)`` returns logits, (rows, time, vocabulary), of tokens

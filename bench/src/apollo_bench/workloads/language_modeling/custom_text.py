@@ -1,4 +1,4 @@
-"""A text of the user: one file that is cut into splits, or one file per split."""
+"""The user's text: one file that is cut into splits, or one file per split."""
 
 from __future__ import annotations
 

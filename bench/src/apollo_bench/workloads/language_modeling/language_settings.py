@@ -25,7 +25,7 @@ class LSTMModel(ModelSettings):
     div_value: Annotated[float, Field(ge=1)] = 4.0
 
     @model_validator(mode="after")
-    def _clusters_fit(self) -> LSTMModel:
+    def _check_clusters(self) -> LSTMModel:
         if any(left >= right for left, right in itertools.pairwise(self.cutoffs)):
             raise ValueError(f"cutoffs are {self.cutoffs}, allowed are increasing numbers")
         if self.cutoffs and self.hidden < self.div_value ** len(self.cutoffs):

@@ -50,11 +50,11 @@ ARCHIVE = "1-billion-word-language-modeling-benchmark-r13output"
 TRAIN = "training-monolingual.tokenized.shuffled"
 HELD_OUT = "heldout-monolingual.tokenized.shuffled"
 TEST = 0  # the held-out shard of the test set
-MIN_COUNT = 3  # occurrences of a word in a vocabulary, as in the standard one
+MIN_COUNT = 3  # smallest number of occurrences of a word in the vocabulary, as in the standard one
 EMPTY, UNKNOWNS, SENTENCES = "empty_lines", "unknown_words", "sentences"
 FORMAT = 1
 _VOCABULARY = "vocabulary.txt"
-_CHECKED = "checked.json"  # next to the token files: the cache of validated files
+_CHECKED = "checked.json"  # cache of validated files, next to the token files
 _REMEDY = "run apollo-bench prepare one-billion-word again; what is finished is kept"
 
 _Job = TypeVar("_Job", bound=Hashable)
@@ -74,7 +74,7 @@ def prepare(
         out: folder of the token files, created if it is missing.
         vocabulary: the standard 1b_word_vocab.txt; None: the words that occur MIN_COUNT times.
         workers: processes; 1: this process.
-        report_progress: called with what is going on and how much is done.
+        report_progress: called with a title, the work done and all work.
 
     Raises:
         ExperimentError: a shard is missing, truncated or not UTF-8, the vocabulary is unusable, or
@@ -131,12 +131,12 @@ def load(folder: Path) -> Corpus:
         ExperimentError: preparation is incomplete, or a file is missing, damaged, truncated or made
             with another vocabulary.
     """
-    place = _manifest(folder)
+    listing = _manifest(folder)
     try:
-        manifest: dict[str, Any] = json.loads(place.read_bytes())
+        manifest: dict[str, Any] = json.loads(listing.read_bytes())
         if manifest["format"] != FORMAT:
             raise ExperimentError(
-                f"{place}: format {manifest['format']!r}, not {FORMAT}; {_REMEDY}"
+                f"{listing}: format {manifest['format']!r}, not {FORMAT}; {_REMEDY}"
             )
         files, digest, empty = manifest["files"], manifest["vocabulary"], manifest["counts"][EMPTY]
         splits: dict[str, list[TokenIds]] = {"train": [], "valid": [], "test": []}
@@ -152,12 +152,12 @@ def load(folder: Path) -> Corpus:
         validated.save()
     except FileNotFoundError:
         raise ExperimentError(
-            f"{place}: no such file, not prepared to the end; {_REMEDY}"
+            f"{listing}: no such file, not prepared to the end; {_REMEDY}"
         ) from None
     except OSError as error:
-        raise ExperimentError(f"{place}: cannot be read ({error.strerror})") from None
+        raise ExperimentError(f"{listing}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ExperimentError(f"{place}: damaged; {_REMEDY}") from None
+        raise ExperimentError(f"{listing}: damaged; {_REMEDY}") from None
     words = vocabularies.read(folder / _VOCABULARY)
     if words.digest != digest:
         raise ExperimentError(f"{folder / _VOCABULARY}: changed since; {_REMEDY}")
@@ -271,14 +271,14 @@ def _count(
     return [made[path] for path in paths]
 
 
-def _most_frequent(counted: list[Path], place: str) -> Vocabulary:
+def _most_frequent(counted: list[Path], origin: str) -> Vocabulary:
     """Return the vocabulary of the training text from the counts of its shards."""
     merged = heapq.merge(*map(_counts, counted))
     words = (
         (word.decode(), sum(count for _, count in pairs))
         for word, pairs in itertools.groupby(merged, itemgetter(0))
     )
-    return vocabularies.from_counts(words, MIN_COUNT, place=place)
+    return vocabularies.from_counts(words, MIN_COUNT, origin=origin)
 
 
 def _count_shard(folder: Path, path: Path) -> Path:

@@ -103,11 +103,13 @@ def describe(path: Path) -> Description:
     Raises:
         ExperimentError: a file is missing, damaged, of another format, or not of its size.
     """
-    place = description_path(path)
+    description_file = description_path(path)
     try:
-        content: dict[str, Any] = json.loads(place.read_bytes())
+        content: dict[str, Any] = json.loads(description_file.read_bytes())
         if (version := content.pop("format")) != FORMAT:
-            raise ExperimentError(f"{place}: format {version!r}, not {FORMAT}; {_REMEDY}")
+            raise ExperimentError(
+                f"{description_file}: format {version!r}, not {FORMAT}; {_REMEDY}"
+            )
         sources = tuple(SourceFile(**one) for one in content.pop("sources"))
         description = Description(sources=sources, **content)
         expected = description.tokens * _TYPE.itemsize
@@ -117,7 +119,9 @@ def describe(path: Path) -> Description:
     except OSError as error:
         raise ExperimentError(f"{error.filename}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ExperimentError(f"{place}: damaged, not a token file's description") from None
+        raise ExperimentError(
+            f"{description_file}: damaged, not a token file's description"
+        ) from None
     if there != expected:
         what = "truncated" if there < expected else "too long"
         raise ExperimentError(

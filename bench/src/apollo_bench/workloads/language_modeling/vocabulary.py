@@ -21,21 +21,21 @@ class Vocabulary:
 
     Args:
         words: words in the order of their ids; an adaptive softmax expects the frequent ones first.
-        place: origin of the words, named in errors.
+        origin: origin of the words, named in errors.
 
     Raises:
         ExperimentError: a word occurs twice, or END or UNKNOWN is missing.
     """
 
-    def __init__(self, words: Sequence[str], place: str = "vocabulary") -> None:
+    def __init__(self, words: Sequence[str], origin: str = "vocabulary") -> None:
         self.words = tuple(words)
         if len(set(self.words)) != len(self.words):
             raise ExperimentError(
-                f"{place}, {_duplicate(self.words)}; each word must be there once"
+                f"{origin}, {_duplicate(self.words)}; each word must be there once"
             )
         for marker, meaning in ((END, "ends a sentence"), (UNKNOWN, "stands for unknown words")):
             if marker not in self.words:
-                raise ExperimentError(f"{place}: no {marker}, which {meaning}; add it as a line")
+                raise ExperimentError(f"{origin}: no {marker}, which {meaning}; add it as a line")
         self.end = self.words.index(END)
         self.unknown = self.words.index(UNKNOWN)
 
@@ -69,7 +69,7 @@ def from_counts(
     counts: Mapping[str, int] | Iterable[tuple[str, int]],
     min_count: int,
     size: int | None = None,
-    place: str = "vocabulary",
+    origin: str = "vocabulary",
 ) -> Vocabulary:
     """Return the frequent words by decreasing frequency, ties in alphabetical order.
 
@@ -80,7 +80,7 @@ def from_counts(
         counts: occurrences of each word.
         min_count: occurrences that a word needs.
         size: largest number of words, with END and UNKNOWN; None: no limit.
-        place: origin of the words, named in errors.
+        origin: origin of the words, named in errors.
 
     Raises:
         ExperimentError: no word occurs often enough.
@@ -91,10 +91,10 @@ def from_counts(
     kept = [(-count, word) for word, count in pairs if count >= min_count]
     kept = [pair for pair in kept if pair[1] not in (START, END, UNKNOWN)]
     if not kept:
-        raise ExperimentError(f"{place}: no word occurs {min_count} times; more text is needed")
+        raise ExperimentError(f"{origin}: no word occurs {min_count} times; more text is needed")
     kept.sort()
     words = [END, UNKNOWN, *(word for _, word in kept)]
-    return Vocabulary(words[:size], place)
+    return Vocabulary(words[:size], origin)
 
 
 def read(path: Path) -> Vocabulary:

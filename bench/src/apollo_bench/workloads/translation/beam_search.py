@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class BeamModel(Protocol):
-    """What a translator needs for beam search, besides the methods of ``nn.Module``."""
+    """Interface of a translator for beam search, besides the methods of ``nn.Module``."""
 
     padding: int
     max_length: int

@@ -1,4 +1,4 @@
-"""Parallel text of the user: two aligned files, or two per split, of any languages."""
+"""The user's parallel text: two aligned files, or two per split, of any languages."""
 
 from __future__ import annotations
 
@@ -84,5 +84,5 @@ def _cut(
         TextPairs(*(side[first:last] for side in kept)) for first, last in itertools.pairwise(edges)
     )
     corpus = make_corpus(train, valid, test, languages, where)
-    # of all pairs that were read: those that are held out are no loss
+    # held-out pairs do not count as lost
     return corpus._replace(counts=counts._replace(read=counts.read - 2 * held_out))

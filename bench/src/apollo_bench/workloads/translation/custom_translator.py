@@ -1,4 +1,4 @@
-"""The network of a user as a translator, whose beams compute every prefix again."""
+"""The user's network as a translator; each beam recomputes its whole prefix."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def prepare(corpus: EncodedCorpus, out: Path, report_progress: ProgressCallback)
     Args:
         corpus: what ``encode`` returned.
         out: folder, created if it is missing.
-        report_progress: called with what is going on and how much is done.
+        report_progress: called with a title, the work done and all work.
 
     Raises:
         ExperimentError: a file that no preparation made would be overwritten.

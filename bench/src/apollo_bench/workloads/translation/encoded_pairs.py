@@ -51,9 +51,9 @@ class TokenizedSentences(NamedTuple):
         """Return a copy of some sentences, in the given order."""
         lengths = self.lengths[numbers]
         offsets = numpy.concatenate([numpy.zeros(1, numpy.int64), numpy.cumsum(lengths)])
-        places = numpy.arange(offsets[-1])
-        places += numpy.repeat(self.offsets[:-1][numbers] - offsets[:-1], lengths)
-        return TokenizedSentences(self.tokens[places], offsets)
+        indices = numpy.arange(offsets[-1])
+        indices += numpy.repeat(self.offsets[:-1][numbers] - offsets[:-1], lengths)
+        return TokenizedSentences(self.tokens[indices], offsets)
 
 
 class EncodedPairs(NamedTuple):
@@ -105,8 +105,8 @@ class EncodedPairs(NamedTuple):
         for number in numpy.flatnonzero(wanted > max_length)[:1].tolist():
             raise ExperimentError(
                 f"model.max_length is {max_length}, but line {number + 1} of {where} has "
-                f"{wanted[number]} subwords with its end; none of these is left out, so allowed is "
-                f"{wanted.max()} or more"
+                f"{wanted[number]} subwords with its end; every held-out pair must fit, so set it "
+                f"to {wanted.max()} or more"
             )
 
     def _padded(self) -> LengthArray:

@@ -67,7 +67,7 @@ class ParallelCorpus(NamedTuple):
     """A corpus as text, with white space normalized."""
 
     train: TextPairs  # without the pairs that are empty on a side
-    valid: TextPairs  # complete, as is the test set
+    valid: TextPairs  # complete, like the test set
     test: TextPairs
     source_language: str  # for example "en"
     target_language: str
@@ -101,7 +101,7 @@ def make_corpus(
             if "" in side:
                 raise ExperimentError(
                     f"{where}: line {1 + side.index('')} of the split {name} is empty in "
-                    f"{language}; what a model is measured on must be whole"
+                    f"{language}; held-out text must be complete"
                 )
     digest = hashlib.sha256()
     for pairs in (cleaned, valid, test):
@@ -199,7 +199,7 @@ def clean(pairs: TextPairs, limits: LengthLimits = FAIRSEQ) -> tuple[TextPairs, 
     if counts.kept == counts.read:
         return pairs, counts
     chosen = numpy.flatnonzero(kept).tolist()
-    return TextPairs(*([side[place] for place in chosen] for side in pairs)), counts
+    return TextPairs(*([side[index] for index in chosen] for side in pairs)), counts
 
 
 def passes_filter(

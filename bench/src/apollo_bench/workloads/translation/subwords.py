@@ -20,7 +20,7 @@ PADDING, BEGIN, END, UNKNOWN = range(4)
 SPECIAL = ("⟨padding⟩", "⟨begin⟩", "⟨end⟩", "⟨unknown⟩")
 _BYTES = 256
 SMALLEST = len(SPECIAL) + _BYTES
-_MIN_FREQUENCY = 2  # occurrences of a pair that becomes a subword
+_MIN_FREQUENCY = 2  # smallest number of occurrences of a pair that becomes a subword
 
 
 def normalize(text: str) -> str:

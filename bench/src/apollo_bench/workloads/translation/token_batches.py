@@ -101,10 +101,10 @@ def group(source: IndexArray, target: IndexArray, max_tokens: int) -> list[Index
     ranking = numpy.lexsort((numpy.arange(len(source)), source, target, longer))
     widths = longer[ranking]
     starts = [0]
-    for place, width in enumerate(widths.tolist()):
+    for index, width in enumerate(widths.tolist()):
         # sorted by the longer side: the newest pair is the widest
-        if width * (place - starts[-1] + 1) > max_tokens:
-            starts.append(place)
+        if width * (index - starts[-1] + 1) > max_tokens:
+            starts.append(index)
     if len(starts) > 1:
         before, last = starts[-1] - starts[-2], len(widths) - starts[-1]
         even = min((before + last) // 2, max_tokens // int(widths[-1]))
@@ -127,8 +127,8 @@ def _padded(
     lengths = chosen.lengths
     shift = 0 if begin is None else 1
     rows = numpy.full((len(examples), 1 + int(lengths.max(initial=0))), PADDING, numpy.int64)
-    places = numpy.arange(rows.shape[1])
-    inside = (places >= shift) & (places < lengths[:, None] + shift)
+    positions = numpy.arange(rows.shape[1])
+    inside = (positions >= shift) & (positions < lengths[:, None] + shift)
     rows[inside] = chosen.tokens
     if begin is not None:
         rows[:, 0] = begin

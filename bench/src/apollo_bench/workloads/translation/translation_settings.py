@@ -29,7 +29,7 @@ class TransformerModel(ModelSettings):
     max_length: PositiveInt = 1024  # subwords per sentence, its end included
 
     @model_validator(mode="after")
-    def _heads_divide_the_width(self) -> TransformerModel:
+    def _check_heads(self) -> TransformerModel:
         if self.width % self.heads:
             raise ValueError(f"heads is {self.heads}, allowed are divisors of width, {self.width}")
         return self

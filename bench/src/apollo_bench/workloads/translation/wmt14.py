@@ -55,8 +55,8 @@ def load(folder: Path | None = None, hub: str = HUB) -> ParallelCorpus:
 
 
 def _named(folder: Path, name: str) -> TextPairs:
-    place = _folder_of(folder, f"{name}.{LANGUAGES[0]}") or folder
-    return read_named(place, name, LANGUAGES, _REMEDY)
+    found = _folder_of(folder, f"{name}.{LANGUAGES[0]}") or folder
+    return read_named(found, name, LANGUAGES, _REMEDY)
 
 
 def _training(folder: Path) -> TextPairs:
@@ -78,10 +78,10 @@ def _training(folder: Path) -> TextPairs:
 
 
 def _test(folder: Path) -> TextPairs:
-    place = _folder_of(folder, _SGML[0])
-    if place is None or _folder_of(folder, f"{TEST}.{LANGUAGES[0]}"):
+    found = _folder_of(folder, _SGML[0])
+    if found is None or _folder_of(folder, f"{TEST}.{LANGUAGES[0]}"):
         return _named(folder, TEST)
-    source, target = (find_text(place, name, _REMEDY) for name in _SGML)
+    source, target = (find_text(found, name, _REMEDY) for name in _SGML)
     pairs = TextPairs(_segments(source), _segments(target))
     check_aligned(pairs, str(source), str(target), _REMEDY)
     return pairs
@@ -95,7 +95,7 @@ def _segments(path: Path) -> list[str]:
 
 def _folder_of(folder: Path, name: str) -> Path | None:
     """Return the first folder that contains a file, plain or gzipped; None if there is none."""
-    for place in (folder, *sorted(path for path in folder.rglob("*") if path.is_dir())):
-        if (place / name).is_file() or (place / f"{name}.gz").is_file():
-            return place
+    for found in (folder, *sorted(path for path in folder.rglob("*") if path.is_dir())):
+        if (found / name).is_file() or (found / f"{name}.gz").is_file():
+            return found
     return None
