@@ -1,4 +1,4 @@
-"""One thread, the same examples every time, small blocks where a test asks for them."""
+"""One thread, the same examples every time, and small blocks for tests that ask for them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if find_spec("apollo_bench") is None:  # their models and data are the evaluatio
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One error, rather than one of each test, where the device is not to be had."""
+    """Raise one error, instead of one per test, if the device is missing."""
     if cpu.why_not() is not None:  # as with a torch that is too old for the kernel
         config.addinivalue_line(
             "filterwarnings", "ignore:Apollo. the fused CPU kernel:UserWarning:apollo_qn"

@@ -1,4 +1,4 @@
-"""What the tests share: parameters of many shapes and layouts, gradients, distances."""
+"""Shared parts of the tests: parameters of many shapes and layouts, gradients, distances."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def rates(optimizer: Apollo, steps: int, after: Callable[[], None] = lambda: None) -> list[float]:
-    """The rates really used: with beta = 0, B = 0 and a gradient of 1 a step moves by its rate."""
+    """Return the rates used: with beta = 0, B = 0 and a gradient of 1 a step moves by its rate."""
     (p,) = optimizer.param_groups[0]["params"]
     used = []
     for _ in range(steps):

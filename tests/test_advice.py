@@ -78,7 +78,9 @@ def test_a_group_that_is_added_later_is_told() -> None:
     assert told[0].filename == __file__
 
 
-def test_a_rate_that_a_schedule_has_lowered_is_not_told(recwarn: pytest.WarningsRecorder) -> None:
+def test_no_warning_for_a_rate_that_a_schedule_has_lowered(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
     """Neither loading, copying nor groups taken over from a run at its end."""
     p = parameters([(3,)])
     optimizer = Apollo(p, lr=0.5)

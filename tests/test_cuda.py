@@ -293,7 +293,7 @@ def test_the_same_bits_whatever_else_runs(
 @NEEDS_FUSED
 @pytest.mark.parametrize("spread", [0.5, 0.0], ids=["spread", "alike"])
 def test_sixteen_million_elements(spread: float) -> None:
-    """Where all elements are alike, the roundings of a sum all go one way."""
+    """If all elements are equal, all roundings of a running sum have the same sign."""
     n = 1 << 24
     draw = torch.Generator(DEVICE).manual_seed(0)
 
@@ -338,7 +338,7 @@ def test_a_step_allocates_tables_only(capturable: bool) -> None:
 
 @NEEDS_FUSED
 def test_more_than_two_to_the_31_elements() -> None:
-    """The foreach back end walks through blocks of 2^24, and knows no such border."""
+    """The foreach back end works in blocks of 2^24 elements, so 2^31 is no limit for it."""
     n = (1 << 31) + 5
     gc.collect()
     torch.cuda.empty_cache()

@@ -455,7 +455,7 @@ def start_and_gradients(dtype: torch.dtype) -> tuple[Any, Any]:
 
 @SOME_MODES
 def test_hyperparameters_can_be_injected(mode: dict[str, Any]) -> None:
-    """All of them as arrays, even the number of steps; the rate changed in mid-run as a group's."""
+    """All are arrays, even the number of steps; the rate is changed during the run."""
     settings = {"warmup_steps": 4, "warmup_init_lr": 0.01, **mode}
     tx = optax.inject_hyperparams(apollo)(0.3, **settings)
     [p], steps = parameters([(3, 5)]), gradients([(3, 5)], torch.float32, 8)
@@ -811,7 +811,7 @@ def test_jax_is_imported_where_it_is_asked_for() -> None:
 
 
 def test_a_mask_that_has_become_a_schedule_is_refused() -> None:
-    """optax.inject_hyperparams calls it with the count; the decay would go without a word."""
+    """optax.inject_hyperparams calls it with the count, so nothing would decay."""
     params = {"a": jnp.ones((2, 2))}
     method = optax.inject_hyperparams(apollo)(
         learning_rate=0.1,

@@ -373,7 +373,7 @@ def test_decay_that_forgets_the_parameter(
 
 
 def test_a_mode_chosen_in_mid_run() -> None:
-    """Scalars that the new mode needs appear; nothing breaks and the tensors go on."""
+    """The scalars of the new mode are created; m and B are kept."""
     params = parameters()
     optimizer = Apollo(params, warmup_steps=0, lr=0.1)
     run_steps(optimizer, range(3))
@@ -652,8 +652,8 @@ def test_maximize_is_the_negated_gradient() -> None:
 # how numbers are stored, changed in mid-run
 
 
-def test_a_replaced_parameter_goes_on() -> None:
-    """As where an embedding grows: the tensor in the group is another, its state moves with it."""
+def test_a_replaced_parameter_continues() -> None:
+    """For example an embedding that grows: the group gets another tensor with the same state."""
     old = torch.nn.Parameter(torch.ones(4, device=DEVICE))
     optimizer = Apollo([old], warmup_steps=0)
     run_steps(optimizer, range(2))

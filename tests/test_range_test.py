@@ -45,7 +45,7 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 @pytest.fixture
 def silent() -> Iterator[None]:
-    """For tests that are not about the advice on borders."""
+    """Ignore the warning that the best rate is the first or last one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ApolloWarning)
         yield

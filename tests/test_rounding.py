@@ -89,8 +89,8 @@ def test_places_beyond_32_bits_draw_anew() -> None:
 
 
 @SEQUENCES
-def test_words_are_uniform(sequence: Callable[[int], Tensor]) -> None:
-    """Every bit, and the 256 values of every byte: chi-square within 5 standard deviations."""
+def test_random_bits_are_uniform(sequence: Callable[[int], Tensor]) -> None:
+    """Each bit, and the 256 values of each byte: chi-square within 5 standard deviations."""
     words = sequence(N)
     assert words.min() >= 0
     assert words.max() < 1 << 32
@@ -103,8 +103,9 @@ def test_words_are_uniform(sequence: Callable[[int], Tensor]) -> None:
 
 @SEQUENCES
 @pytest.mark.parametrize("lag", [1, 2, 16, 256])
-def test_neighbours_are_independent(sequence: Callable[[int], Tensor], lag: int) -> None:
-    """No bit of a word tells one of a neighbour: 1,024 correlations; nor of its own other bits."""
+def test_bits_of_neighbors_are_independent(sequence: Callable[[int], Tensor], lag: int) -> None:
+    """No bit is correlated with one of a neighboring number (1,024 pairs), nor with its own
+    others."""
     table = bits(sequence(N))
     between = table[lag:].T @ table[:-lag] / math.sqrt(N)
     assert between.abs().max() < 5.5
@@ -133,7 +134,7 @@ def values(dtype: torch.dtype) -> Tensor:
 
 @NARROW
 def test_the_mean_over_all_random_bits_is_the_value(dtype: torch.dtype) -> None:
-    """Not about, but exactly, as far as the random bits reach; and nothing but both neighbours."""
+    """The mean is exact to the resolution of the random bits, and only both neighbors occur."""
     dropped = rounding.DROPPED[dtype]
     every = torch.arange(1 << dropped) << (32 - dropped)
     for x in values(dtype):
@@ -225,7 +226,7 @@ def small_updates(steps: int, **settings: Any) -> tuple[float, float]:
 
 @BACK_ENDS
 def test_small_updates_add_up(back_end: dict[str, Any]) -> None:
-    """To the nearest they are lost, each of them."""
+    """Rounding to nearest loses every one of them."""
     steps = 50
     wanted = 1 - steps * 2.0**-8 / 16
     assert small_updates(steps, rounding="nearest", **back_end) == (1.0, 0.0)

@@ -19,7 +19,7 @@ from tests.helpers import BACK_ENDS, give_gradients, normal, parameters, run_ste
 
 
 @BACK_ENDS
-def test_a_wrapper_s_entries_stay(back_end: dict[str, Any]) -> None:
+def test_entries_of_a_wrapper_stay(back_end: dict[str, Any]) -> None:
     """Before the first step, without a gradient, and through a checkpoint."""
     p, q = parameters([(3,), (4,)])
     optimizer = Apollo([p, q], **back_end)
@@ -79,8 +79,8 @@ def test_an_error_changes_nothing(first: bool, back_end: dict[str, Any]) -> None
     assert set(optimizer.state) == (set() if first else {a, b, c})
 
 
-def test_flattened_parameters_are_told() -> None:
-    """DeepSpeed, apex and Megatron put one flat vector per group in the place of its tensors."""
+def test_flattened_parameters_are_reported() -> None:
+    """DeepSpeed, apex and Megatron replace the tensors of a group by one flat vector."""
     net = torch.nn.Linear(3, 2)
     optimizer = Apollo(net.parameters())
     flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in net.parameters()]))
@@ -206,7 +206,7 @@ def test_a_bfloat16_state_in_a_full_state_dict() -> None:
 
 
 def test_seeds_of_optimizers() -> None:
-    """Each draws its own from torch's generator, and a resumed run goes on with its numbers."""
+    """Each optimizer draws a seed from torch's generator; a resumed run draws the same bits."""
     torch.manual_seed(0)
     first, second = (Apollo(parameters([(3,)])).param_groups[0]["seed"] for _ in range(2))
     assert first != second

@@ -1,4 +1,4 @@
-"""A recipe so small that a run takes a second, and one thread, as a worker has."""
+"""Shared fixtures: a recipe whose runs take a second, and one thread, as in a worker."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def recipe_file(tmp_path: Path) -> Path:
 
 @contextmanager
 def settings_of_a_worker() -> Iterator[None]:
-    """One thread; what a training changes for the whole process is undone."""
+    """Use one thread, and undo what training changes for the whole process."""
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""Runs in a few lines, and what must be equal in two of them."""
+"""Helpers that prepare, train, kill and compare runs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def without_times(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def result(directory: RunDirectory) -> dict[str, Any]:
-    """All that must be equal in two runs of one seed."""
+    """Return everything that must be equal in two runs of one seed."""
     state = torch.load(directory.checkpoint, weights_only=True)
     verdict = directory.verdict()
     assert verdict is not None

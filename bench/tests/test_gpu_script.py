@@ -82,7 +82,7 @@ def test_verdicts(script: Any, tmp_path: Path) -> None:
     assert found["resnet-110: step <= 1.0 x AdamW fused"] == "MISSED"  # not measured
 
 
-def test_tunables_begin_and_end_with_what_is_shipped(script: Any) -> None:
+def test_a_sweep_begins_and_ends_with_the_shipped_values(script: Any) -> None:
     shipped = script.Tunables(4096, 0.6, 1024, 4)
     found = script.tunables(shipped)
     assert found[0] == found[-1] == shipped

@@ -63,7 +63,7 @@ def test_every_optimizer_has_six_trials(lengths: ModuleType) -> None:
         assert set(by_method) <= set(lengths.LABELS)
 
 
-def test_of_equal_warmups_the_short_one_is_chosen(
+def test_the_short_warmup_wins_a_tie(
     lengths: ModuleType, searched: tuple[Path, list[SimpleNamespace]]
 ) -> None:
     plan = lengths.chosen("multi30k", "quarter", searched[0])
@@ -84,7 +84,7 @@ def test_the_better_warmup_is_chosen(
     assert plan.optimizers["apollo-long-warmup"].lr == 15.8
 
 
-def test_a_form_that_always_diverged_leaves_the_other(
+def test_a_warmup_that_always_diverged_is_not_chosen(
     lengths: ModuleType, searched: tuple[Path, list[SimpleNamespace]]
 ) -> None:
     folder, runs = searched
@@ -112,7 +112,7 @@ def test_the_interval_is_students(lengths: ModuleType) -> None:
     assert lengths.interval([1.0, 2.0, 3.0]) == pytest.approx((-0.4842, 4.4842), abs=1e-4)
 
 
-def test_what_is_not_measured_is_told(lengths: ModuleType, tmp_path: Path) -> None:
+def test_missing_measurements_are_reported(lengths: ModuleType, tmp_path: Path) -> None:
     [line] = lengths.tables("wordnet", tmp_path)
     assert line == "Not measured yet: wordnet at the length 1/16 and 1/4 and 1."
     assert list(lengths.curvature(tmp_path)) == ["Not measured yet."]

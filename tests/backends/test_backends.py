@@ -117,7 +117,7 @@ def check_sixteen_bits(
     shapes: Sequence[tuple[int, ...]] = SHAPES,
     steps: int = 5,
 ) -> None:
-    """Each step from the numbers that the step before has stored."""
+    """Compare each step alone: the reference starts from the numbers stored before it."""
     dtype, rounding, state_dtype = storing
     settings = Settings(lr=0.3, sigma=0.5, warmup_steps=2, **mode)
     params = parameters(shapes, dtype)
@@ -166,7 +166,7 @@ def check_sixteen_bits(
 def test_what_is_stored_has_the_same_bits_everywhere(
     rounding: Any, state_dtype: torch.dtype | None, dtype: torch.dtype, set_block: SetBlock
 ) -> None:
-    """On numbers of which theta', m' and B' are computed without a rounding that may differ."""
+    """With numbers for which theta', m' and B' are exact, whatever the order of operations."""
     ends: list[dict[str, Any]] = [{"foreach": False}, {"foreach": True}]
     ends += [{"foreach": False, "capturable": True}, {"foreach": True, "capturable": True}]
     ends += [{"fused": True}] if cpu.why_not() is None else []
@@ -184,7 +184,7 @@ def stored_bits(
     back_end: dict[str, Any],
     shapes: Sequence[tuple[int, ...]] = SHAPES,
 ) -> list[Tensor]:
-    """What two steps store of numbers that are computed without a rounding."""
+    """Return what two steps store, for numbers whose computation is exact."""
     dtype, rounding, state_dtype = storing
     params = parameters(shapes, dtype)
     optimizer = Apollo(
@@ -219,7 +219,7 @@ def tensors_of(optimizer: Apollo, p: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
 @pytest.mark.parametrize("block", [1, 200, 256, 257, 1024, 1029, 4096, 1 << 18])
 def test_sizes_around_blocks(mode: dict[str, Any], block: int, set_block: SetBlock) -> None:
-    """Gathered, in blocks and both, with tensors that just fit, just do not, and of one element."""
+    """Gathered, in blocks and both; tensors just below and above the limit, and of one element."""
     set_block(block)
     border = (block // 4 - 1, block // 4, block // 4 + 1, block - 1, block, block + 1, 2 * block)
     sizes = [n for n in border if 0 <= n <= 8192]
@@ -390,7 +390,7 @@ def test_a_tensor_alone_and_among_others(mode: dict[str, Any], back_end: dict[st
 
 
 def parameters_with(p: torch.nn.Parameter, place: int) -> list[torch.nn.Parameter]:
-    """A list with ``p`` in its place, for which gradients are made by place."""
+    """Return the list with ``p`` at its index; gradients are made by index."""
     return [*parameters()[:place], p]
 
 

@@ -84,7 +84,7 @@ def test_sizes_around_blocks_and_chunks(
 def test_sixteen_million_elements(
     spread: float, mode: dict[str, Any], threads: Callable[[int], None]
 ) -> None:
-    """Where all elements are alike, the roundings of a sum all go one way."""
+    """If all elements are equal, all roundings of a running sum have the same sign."""
     if spread == 0 and mode["rebound"] == "belief":
         pytest.skip("|g - m| of like elements is all rounding")
     threads(2)
@@ -282,7 +282,8 @@ def test_views_of_one_storage_that_do_not_overlap_are_taken() -> None:
 
 @pytest.mark.parametrize("shift", [0, 3])
 def test_a_gradient_that_lies_in_a_parameter(shift: int) -> None:
-    """g of the first lies in theta of the second: in whatever order, but no torn reads."""
+    """g of the first tensor is part of theta of the second: any order is right, torn reads are
+    not."""
     whole = torch.randn(200_000, generator=generator("whole"))
 
     def train(**back_end: Any) -> Tensor:
@@ -541,8 +542,8 @@ def test_denormal_numbers_are_zero_only_to_the_kernel() -> None:
     assert (tiny + tiny).gt(0).all()
 
 
-def test_a_dead_parameter_fades_to_zero() -> None:
-    """Zero gradients for ever: m ends as 0 and not as a denormal number that slows every step."""
+def test_a_parameter_without_gradients_decays_to_zero() -> None:
+    """With zero gradients m reaches 0; a denormal number would slow down every step."""
     p = torch.nn.Parameter(torch.ones(3000))
     optimizer = Apollo([p], fused=True, warmup_steps=0)
     p.grad = torch.ones(3000)

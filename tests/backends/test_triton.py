@@ -182,7 +182,7 @@ def test_what_is_stored_has_the_bits_of_the_rule(storing: Any, interpreted: SetS
 def test_random_rounding_has_the_bits_of_the_rule(
     dtype: torch.dtype, interpreted: SetSizes
 ) -> None:
-    """Of every kind of finite number: subnormal, the largest, larger."""
+    """For every kind of finite number: subnormal, the largest, and beyond the target's range."""
     largest = torch.finfo(dtype).max
     numbers = [0.0, -0.0, 1.0, 0.3, -7e-3, largest, 1.0001 * largest]
     numbers += [2.0**-14, 2.0**-14 * 0.999, 1e-7, -3e-8, 1e-40, 2.0**-24, 65504.0, 65519.0, -1e-45]
@@ -209,7 +209,7 @@ def test_sizes_around_borders(mode: dict[str, Any], cache: int, interpreted: Set
 
 @pytest.mark.parametrize("mode", [MODES[0], MODES[-1]], ids=["plain", "belief-decoupled"])
 def test_windows_change_no_bit(mode: dict[str, Any], interpreted: SetSizes) -> None:
-    """Nor does what else there is: each tensor's bits are those that it has alone."""
+    """Nor do other tensors: each tensor has the bits that it has alone."""
     shapes = [(130,), (700,), (5,), (300,), (2000,), (129,)]
     settings = Settings(lr=0.3, warmup_steps=3, **mode)
 

@@ -140,7 +140,8 @@ def sharded_as_whole(dtype_name: str, steps_given: str = "50") -> None:
 
 
 def sixteen_bits() -> None:
-    """Parts draw bits of their own, replicas the same; a compensated step is that of the whole."""
+    """Shards draw different bits, replicas the same; a compensated step equals the unsharded
+    one."""
     world, rank = dist.get_world_size(), dist.get_rank()
     grid = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
     line = init_device_mesh("cpu", (world,))
@@ -289,7 +290,7 @@ def gradients_placed_otherwise() -> None:
 
 
 def a_parameter_is_resharded() -> None:
-    """Its state keeps the old placements: an error, and not a step that is lost."""
+    """The state keeps the old placements, which is an error, not a silently wrong step."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     p = nn.Parameter(placed(torch.ones(4, 4), mesh, [Shard(0)]))
     optimizer = Apollo([p], warmup_steps=0)
@@ -304,7 +305,7 @@ def a_parameter_is_resharded() -> None:
 
 
 def refusals() -> None:
-    """What cannot be served is named; nothing is changed."""
+    """Unsupported parameters raise an error that names them; nothing is changed."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))

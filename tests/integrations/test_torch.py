@@ -423,7 +423,7 @@ def test_an_ensemble_by_vmap_is_each_model_alone() -> None:
 
 
 def test_steps_may_be_differentiated_by_torch_func() -> None:
-    """The gradient of what two steps lead to, by the rate, against a finite difference."""
+    """The derivative of the result of two steps by the rate, against a finite difference."""
     start = [p.detach().double() for p in network().parameters()]
     gradients = [normal(p.shape, "g", i) for i, p in enumerate(start)]
 
@@ -444,7 +444,7 @@ def test_steps_may_be_differentiated_by_torch_func() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_the_default_compiler_follows_eager() -> None:
-    """Inductor fuses the rule; of a 16-bit parameter it must keep what the rounding cuts off."""
+    """Inductor fuses the update; it must keep the rounding error of a 16-bit parameter."""
     torch._dynamo.reset()
     results = []
     for compiled in (False, True):

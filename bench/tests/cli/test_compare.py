@@ -210,7 +210,7 @@ def test_nothing_is_written_where_not_all_can_be_trained(
     )
 
 
-def test_a_run_of_another_task_is_not_gone_on_with(recipe_file: Path, tmp_path: Path) -> None:
+def test_a_run_of_another_task_is_not_continued(recipe_file: Path, tmp_path: Path) -> None:
     spec = recipe.load(str(recipe_file)).run("sgd", 3)
     directory, task = prepared(tmp_path / "run", spec)
     other = recipe.load("wordnet").run("sgd", 3)

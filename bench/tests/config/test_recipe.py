@@ -1,4 +1,4 @@
-"""What a recipe may say, what it means, and how its errors read."""
+"""Recipes: valid keys and values, resolved runs, and error messages."""
 
 from __future__ import annotations
 
@@ -324,7 +324,7 @@ def test_learning_rates_of_a_sweep_keep_the_strength_of_decay(recipe_file: Path)
 
 
 def test_decays_of_a_sweep(recipe_file: Path) -> None:
-    """Figure 4: one number for those that state it, the others follow by eq. (14)."""
+    """Figure 4: optimizers that state a number get the value; the others follow by eq. (14)."""
     specs = sweep_of("weight-decay", "values = [1e-4, 9e-4]", recipe_file)
     for spec in specs:
         assert spec.sweep is not None

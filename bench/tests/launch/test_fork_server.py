@@ -94,7 +94,7 @@ def directory(recipe_file: Path, tmp_path: Path) -> RunDirectory:
     return made
 
 
-def test_every_end_of_a_worker_is_told(
+def test_every_end_of_a_worker_is_reported(
     directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ends = iter((0, worker.EXIT_STOPPED, "killed", "wrong"))
@@ -146,7 +146,7 @@ def test_data_are_read_once_and_the_workers_inherit_them(
 
 
 def test_data_that_cannot_be_read_are_left_to_the_worker(directory: RunDirectory) -> None:
-    """It says why, in its own log."""
+    """The worker writes the reason into its own log."""
     manifest = directory.read()
     manifest["data"]["folder"] = str(directory.path / "nowhere")
     directory._write(manifest)
@@ -188,7 +188,7 @@ def test_a_signal_before_the_fork_stops_what_is_read(directory: RunDirectory) ->
 
 
 def test_a_signal_beside_other_workers_waits_for_the_fork(directory: RunDirectory) -> None:
-    """The server must live to tell how the others ended."""
+    """The server must stay alive to report how the other workers ended."""
     step = multiprocessing.get_context("fork").Event()
 
     def serve(connection: Any) -> None:
@@ -215,7 +215,7 @@ def test_a_signal_beside_other_workers_waits_for_the_fork(directory: RunDirector
 
 
 class FakeServer:
-    """Notes what a pool does with it."""
+    """Records the calls of a pool."""
 
     def __init__(self) -> None:
         self.is_lost, self.started, self.closed = False, 0, False
@@ -248,7 +248,7 @@ def test_one_server_and_a_new_one_for_a_lost_one(
     assert servers[1].closed
 
 
-def test_what_is_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_runs_are_forked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.platform", "linux")
     assert fork_server.can_fork(Execution())
     for other in ({"accelerator": "gpu"}, {"threads": 2}, {"devices": 2}):

@@ -1,4 +1,4 @@
-"""Optimizers of a user, for the tests: a test copies this file into a folder of its own."""
+"""A user's optimizers, for the tests: a test copies this file into its own folder."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class ScheduleFree(SignDescent):
 
 
 class Forgetful(SignDescent):
-    """Counts its steps where no state dict shows it."""
+    """Counts its steps outside of the state dict."""
 
     steps = 0
 

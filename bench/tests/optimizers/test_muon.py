@@ -1,4 +1,4 @@
-"""Muon beside AdamW: who has which parameter, and steps that are torch's own."""
+"""Muon with AdamW: which of them updates which parameter, and steps equal to torch's."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_the_rate_of_a_schedule_reaches_both() -> None:
         assert torch.equal(old, p)
 
 
-def test_state_goes_on_where_it_was() -> None:
+def test_a_loaded_state_continues_exactly() -> None:
     whole, pieces = network(), network()
     steps(whole, [MuonAndAdamW(whole, 0.01)], 2)
     first = MuonAndAdamW(pieces, 0.01)

@@ -65,8 +65,8 @@ def test_an_archive_has_the_loss_of_its_evaluations(recipe_file: Path, tmp_path:
     assert (loss["mean"], loss["seeds"]) == ([2.0, 1.0], [])
 
 
-def test_a_mean_does_not_jump_where_a_run_is_behind(recipe_file: Path, tmp_path: Path) -> None:
-    """A run that goes on is in the mean as far as it has come; diverged values are not drawn."""
+def test_an_unfinished_run_does_not_make_the_mean_jump(recipe_file: Path, tmp_path: Path) -> None:
+    """The mean includes an unfinished run up to its last record; diverged values are not drawn."""
     plan = recipe.load(str(recipe_file))
     made_up(tmp_path, plan.run("sgd", 1), [50.0, 60.0, 70.0])
     made_up(tmp_path, plan.run("sgd", 2), [52.0], None)
@@ -110,8 +110,8 @@ def test_sweeps_and_searches_are_against_their_settings(recipe_file: Path, tmp_p
     assert curve["mean"] == pytest.approx([60 + 10 * rate for rate in curve["value"]], rel=1e-4)
 
 
-def test_long_runs_are_thinned_alike() -> None:
-    """A run of 5000 records has few left; the distance is a power of two, the loss a mean."""
+def test_long_runs_keep_records_at_common_steps() -> None:
+    """Of 5000 records few are kept, at a distance that is a power of two, each with a mean loss."""
     records = [{"step": i, "loss": float(i), "lr": float(i)} for i in range(1, 5001)]
     found = loading._thinned(records)
     assert 200 < len(found) <= 400

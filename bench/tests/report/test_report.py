@@ -100,7 +100,7 @@ def summarise(folder: Path, plan: recipe.Recipe, finals: dict[str, list[float]])
         ),
     ],
 )
-def test_finding_says_who_wins(
+def test_the_headline_names_the_winner(
     recipe_file: Path, tmp_path: Path, finals: dict[str, list[float]], expected: str
 ) -> None:
     summary = summarise(tmp_path, recipe.load(str(recipe_file)), finals)
@@ -172,7 +172,7 @@ lr = 0.5
 """
 
 
-def test_forms_of_apollo_are_laid_beside_the_best_of_the_others(
+def test_variants_of_apollo_are_compared_with_the_best_other_optimizer(
     recipe_file: Path, tmp_path: Path
 ) -> None:
     recipe_file.write_text(TINY.replace("[quick]", FORMS).replace("epochs = 2", "epochs = 4"))
@@ -208,7 +208,7 @@ def test_forms_of_apollo_are_laid_beside_the_best_of_the_others(
     )
 
 
-def test_a_pair_that_is_missing_is_told(recipe_file: Path, tmp_path: Path) -> None:
+def test_a_missing_pair_is_reported(recipe_file: Path, tmp_path: Path) -> None:
     plan = recipe.load(str(recipe_file))
     for seed, value in enumerate([80.0, 81.0, 82.0]):
         made_up(tmp_path, plan.run("sgd", seed), [50.0, value])
@@ -219,8 +219,8 @@ def test_a_pair_that_is_missing_is_told(recipe_file: Path, tmp_path: Path) -> No
     )
 
 
-def test_divergence_is_no_robustness(recipe_file: Path, tmp_path: Path) -> None:
-    """What diverges at one rate has not the smallest span of those that did not."""
+def test_an_optimizer_that_diverges_is_not_robust(recipe_file: Path, tmp_path: Path) -> None:
+    """An optimizer that diverges at one rate must not have the smallest span."""
     settings = ["sweeps.lr-robustness.values=[1, 10]"]
     plan = recipe.load(str(recipe_file), settings)
     for spec in plan.sweep("lr-robustness", ["sgd", "apollo"], 1):
@@ -233,7 +233,7 @@ def test_divergence_is_no_robustness(recipe_file: Path, tmp_path: Path) -> None:
     assert "differs by: SGD 9.00, Apollo diverged at one." in narrative.headline(summary)
 
 
-def test_divergent_and_unfinished_runs_are_told(recipe_file: Path, tmp_path: Path) -> None:
+def test_diverged_and_unfinished_runs_are_reported(recipe_file: Path, tmp_path: Path) -> None:
     plan = recipe.load(str(recipe_file))
     made_up(tmp_path, plan.run("sgd", 1), [], "diverged")
     made_up(tmp_path, plan.run("sgd", 2), [50.0, None])
@@ -346,7 +346,7 @@ def test_beside_the_papers_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("published", [False, True])
 def test_other_data_beside_the_papers_numbers(tmp_path: Path, published: bool) -> None:
-    """Settings as in the paper do not make other pictures the paper's."""
+    """With the paper's settings but other images, the paper's numbers are not comparable."""
     spec = recipe.load("cifar10").run("sgd", 1, "cosine")
     RunDirectory(tmp_path / "run").prepare(spec, "0123456789abcdef", None, [], published=published)
     text = " ".join(narrative.notes(collect([tmp_path])[0]))

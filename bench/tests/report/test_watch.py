@@ -1,4 +1,4 @@
-"""A report that is written again while runs go on."""
+"""A report that is rewritten while its runs are training."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_ctrl_c_leaves_a_whole_report(recipe_file: Path, tmp_path: Path) -> None
     assert not list(out.glob("*.png")), "drawing would keep the user waiting"
 
 
-def test_a_damaged_run_is_told_once(
+def test_a_damaged_run_is_reported_once(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = recipe.load(str(recipe_file))

@@ -1,4 +1,4 @@
-"""What --diagnostics adds to a run, and that it changes nothing of it."""
+"""--diagnostics: the files that it adds to a run, and that training is unchanged."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def lines_of(directory: RunDirectory) -> dict[int, list[TensorDiagnostics]]:
 
 
 def test_a_run_is_the_same_with_it_and_without(recipe_file: Path, tmp_path: Path) -> None:
-    """Also stopped and resumed many times, sometimes without it: no line twice, none false."""
+    """Also if stopped and resumed many times, sometimes without it: no duplicate or wrong line."""
     spec = spec_of(recipe_file, "apollo")
     plain, task = prepared(tmp_path / "plain", spec)
     assert train(plain, spec, task) == "finished"
@@ -162,7 +162,7 @@ def invoke(*arguments: str) -> tuple[int, str]:
 
 @pytest.mark.slow
 def test_the_command_line(recipe_file: Path, tmp_path: Path) -> None:
-    """With a number and without; the same directory goes on, and the report shows the curves."""
+    """With a number and without; the run continues, and the report shows the curves."""
     recipe_file.write_text(TINY.replace("epochs = 2", "epochs = 3"))
     out = tmp_path / "out"
     command = ["train", str(recipe_file), "--optimizer", "apollo", "--out", str(out)]

@@ -105,10 +105,10 @@ def test_an_ended_run_is_recovered_from_its_checkpoint(
     assert_identical(result(directory), before)
 
 
-def test_an_earlier_checkpoint_goes_on_with_the_file(
+def test_a_checkpoint_of_an_earlier_version_continues_with_the_file(
     finished: Path, tmp_path: Path, never_stopped: dict[str, Any]
 ) -> None:
-    """It holds the size of the records and not their text."""
+    """It holds the size of the records instead of their text."""
     directory = RunDirectory(finished / "runs" / STOPPED)
     state = read_checkpoint(directory.checkpoint)
     state["metrics_bytes"] = len(state.pop("metrics"))
@@ -257,7 +257,7 @@ def test_the_report_says_which_run_it_leaves_out(
 def test_a_damaged_run_does_not_block_the_others(
     finished: Path, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An ended run of the same folder is skipped as ever, while another one is damaged."""
+    """A finished run of the folder is skipped as usual, although another run is damaged."""
     RunDirectory(finished / "runs" / STOPPED).manifest.write_text("")
     request = Request(
         [RunDirectory(finished / "runs" / ENDED).spec()],

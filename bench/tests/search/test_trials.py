@@ -67,7 +67,7 @@ def searched(searched_once: Path, tmp_path: Path) -> Path:
     return shutil.copytree(searched_once, tmp_path / "searched")
 
 
-def test_the_places_are_evenly_spaced_and_the_same_for_all(tuned_recipe: Path) -> None:
+def test_trials_are_evenly_spaced_and_equal_for_all_optimizers(tuned_recipe: Path) -> None:
     plan = load(tuned_recipe, "search.trials=7")
     found = {name: sorted(rates(plan, name)) for name in ("sgd", "apollo")}
     for name, (low, high) in {"sgd": (0.01, 1.0), "apollo": (0.1, 1e3)}.items():
@@ -182,7 +182,7 @@ def test_decay_that_is_coupled_stays_so(tuned_recipe: Path, tmp_path: Path) -> N
     assert only.optimizer == swept["adam"]
 
 
-def test_a_tuning_of_something_else_is_refused(searched: Path, tuned_recipe: Path) -> None:
+def test_a_search_of_another_experiment_is_refused(searched: Path, tuned_recipe: Path) -> None:
     names = ["sgd", "apollo"]
     for setting, what in (
         ("model.width=4", "model"),
@@ -241,7 +241,7 @@ def test_the_mean_over_seeds_decides(tuned_recipe: Path, tmp_path: Path) -> None
     assert best.lr == rates(plan, "sgd")[2]
 
 
-def test_a_try_never_sees_the_test_text(tmp_path: Path) -> None:
+def test_a_trial_never_sees_the_test_text(tmp_path: Path) -> None:
     plan = recipe.load(
         "wordnet",
         [

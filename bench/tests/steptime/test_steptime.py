@@ -1,4 +1,4 @@
-"""`apollo-bench steptime`: its parameter sets, its arithmetic, its files, and what stops it."""
+"""`apollo-bench steptime`: parameter sets, arithmetic, files and errors."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def test_the_language_model_is_scaled_by_its_vocabulary() -> None:
         ("one-tensor/0", "the scale must be a whole number"),
     ],
 )
-def test_sets_that_are_none(name: str, said: str) -> None:
+def test_unknown_parameter_sets(name: str, said: str) -> None:
     with pytest.raises(ExperimentError, match=said):
         parameter_sets.choose_sets([name])
 
 
-def test_the_peer_is_always_there() -> None:
+def test_the_reference_is_always_measured() -> None:
     assert [c.name for c in candidates.choose_candidates(["Apollo fused"])] == [
         PEER,
         "Apollo fused",
@@ -173,7 +173,7 @@ def test_a_candidate_that_cannot_be_made_is_shown_and_stops_nobody() -> None:
     assert peer.state_bytes == 2 * 2 * result.parameters + 4 * result.tensors
 
 
-def test_lots_that_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     (chosen,) = parameter_sets.choose_sets(["one-tensor"])
     every = candidates.choose_candidates(None)
     for gigabytes in (6, 8, 12, 1000):
@@ -262,6 +262,6 @@ def test_a_bad_option_is_one_line() -> None:
         ("cuda:99", r"--device is 'cuda:99', but torch .* sees \d+ GPUs here"),
     ],
 )
-def test_devices_that_are_none(device: str, said: str) -> None:
+def test_unknown_devices(device: str, said: str) -> None:
     with pytest.raises(ExperimentError, match=said):
         timing.timer_for(device)

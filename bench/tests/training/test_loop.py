@@ -132,7 +132,7 @@ def shown_by_tensorboard(directory: RunDirectory) -> dict[str, list[tuple[int, f
 
 
 def test_tensorboard_shows_the_metrics_once(recipe_file: Path, tmp_path: Path) -> None:
-    """Also of a run that was killed after it had written more than its checkpoint holds."""
+    """Also for a run that was killed after it had written more than its checkpoint holds."""
     spec = spec_of(recipe_file, "apollo")
     directory, task = prepared(tmp_path / "run", spec)
     train(directory, spec, task, stop_after(7))
@@ -175,7 +175,7 @@ def test_a_directory_with_another_recipe_is_refused(recipe_file: Path, tmp_path:
     assert directory.manifest.read_bytes() == before
 
 
-def test_a_setting_younger_than_the_run_has_its_default(recipe_file: Path, tmp_path: Path) -> None:
+def test_a_setting_added_after_the_run_has_its_default(recipe_file: Path, tmp_path: Path) -> None:
     spec = spec_of(recipe_file, "apollo")
     directory, task = prepared(tmp_path / "run", spec)
     manifest = directory.read()
@@ -269,7 +269,7 @@ def test_divergence_is_a_verdict(recipe_file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_told_in_one_line(recipe_file: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_reported_in_one_line(recipe_file: Path, tmp_path: Path) -> None:
     spec = spec_of(recipe_file, "sgd")
     directory, _ = prepared(tmp_path / "run", spec)
     directory.checkpoint.write_bytes(b"no checkpoint")

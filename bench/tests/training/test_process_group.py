@@ -1,4 +1,4 @@
-"""Processes that torchrun has started: the same training as in one, and what ends with one."""
+"""Processes that torchrun started: the same training as in one, and the loss of one."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def long_recipe(recipe_file: Path) -> RunSpec:
 def test_a_lost_process_ends_the_job_and_a_restart_resumes_it(
     recipe_file: Path, tmp_path: Path
 ) -> None:
-    """Killed, a process ends all with a clear message; started again they come to the same end."""
+    """A killed process ends all others with a clear message; restarted, the run ends the same."""
     spec = long_recipe(recipe_file)
     whole, _ = prepared(tmp_path / "whole", spec, Execution(devices=2))
     assert run("bench.tests.training.train_prepared", str(whole.path)).returncode == 0

@@ -1,4 +1,4 @@
-"""Models of a user, for the tests: a test copies this file into a folder of its own."""
+"""A user's models, for the tests: a test copies this file into its own folder."""
 
 from __future__ import annotations
 

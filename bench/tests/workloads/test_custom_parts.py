@@ -273,7 +273,7 @@ def test_what_cannot_train_is_refused_before_training(
     assert "\n" not in str(caught.value)
 
 
-def test_what_data_are_called(folder: Path) -> None:
+def test_the_task_is_named_after_the_data(folder: Path) -> None:
     for name, expected in (
         ("novel.txt.gz", "novel"),
         ("My data (2)", "My-data-2"),

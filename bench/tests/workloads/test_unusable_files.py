@@ -1,4 +1,4 @@
-"""Files that hang, explode or lose data unless they are refused, told or read right."""
+"""Files that would block, fill the memory or lose data if read carelessly."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def blank_png(side: int) -> bytes:
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [10_000, 20_000])
 def test_a_picture_of_too_many_pixels_is_not_decoded(side: int) -> None:
-    """Beside Pillow's limit it warns, beyond its double it refuses."""
+    """Pillow warns above its limit and refuses above twice the limit."""
     content = blank_png(side)
     error = image_error(content)
     assert error is not None
@@ -165,7 +165,7 @@ def test_files_that_are_not_used_are_counted(tree: Path) -> None:
     )
 
 
-def test_the_user_is_told_of_them_before_training(
+def test_unused_files_are_reported_before_training(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tree / "train" / WNIDS[0] / "1.bmp").write_bytes(b"an image too")

@@ -1,4 +1,4 @@
-"""What a task on images gives the engine: batches, their parts, loss and metrics."""
+"""The image workload: batches, their parts, loss and metrics."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_an_epoch_shows_every_training_image_once() -> None:
 
 
 class Recorder(torch.nn.Module):
-    """Keeps what it is shown and says class 0."""
+    """Records its inputs and always predicts class 0."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -148,14 +148,14 @@ def test_folders_that_are_missing(tree: Path) -> None:
 
 
 def spoil(path: Path, later: bool) -> None:
-    """Damage that no name and no size tells of, only the time where ``later``."""
+    """Damage a file without changing its name or size; with ``later`` its time changes."""
     status = path.stat()
     path.write_bytes(bytes(status.st_size))
     moment = status.st_mtime_ns + (1 if later else 0)
     os.utime(path, ns=(moment, moment))
 
 
-def test_good_files_are_remembered_until_they_change(tree: Path, tmp_path: Path) -> None:
+def test_valid_files_are_cached_until_they_change(tree: Path, tmp_path: Path) -> None:
     imagenet.load(tree)
     (validated,) = (tmp_path / "cache" / "apollo-bench").iterdir()
     path = tree / "train" / WNIDS[1] / f"{WNIDS[1]}_0.JPEG"
@@ -246,7 +246,7 @@ def test_evaluation_sees_the_centres_of_the_validation_images(tree: Path) -> Non
 
 
 class Noted:
-    """Notes which images are read."""
+    """Records which images are read."""
 
     def __init__(self, images: EncodedImages) -> None:
         self.labels = images.labels
@@ -318,7 +318,9 @@ def test_a_small_shared_memory_is_not_filled(tree: Path, monkeypatch: pytest.Mon
         assert all(map(torch.equal, one, other))
 
 
-def test_a_worker_that_hangs_or_dies_is_told(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_hangs_or_dies_is_reported(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def hang(self: object, index: int) -> bytes:
         time.sleep(1)  # it is waited for as long, and then killed
         return b""

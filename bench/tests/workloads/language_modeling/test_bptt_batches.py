@@ -1,4 +1,4 @@
-"""Parallel streams: every token in its place, a function of the step alone."""
+"""Parallel streams: positions of all tokens, as a function of the step alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ END = 7_000
 
 
 def corpus(count: int) -> TokenStream:
-    """Tokens 0, 1, 2, ..., so that each tells its place; in parts."""
+    """Tokens 0, 1, 2, ..., each equal to its position, in several parts."""
     whole = numpy.arange(count, dtype=numpy.int32)
     return TokenStream([whole[: count // 3], whole[count // 3 : count - 5], whole[count - 5 :]])
 
@@ -39,7 +39,7 @@ def same(one: list[InputTargetPair], other: list[InputTargetPair]) -> bool:
     )
 
 
-def test_streams_go_on_where_they_ended() -> None:
+def test_streams_continue_from_batch_to_batch() -> None:
     sequences = BPTTBatches(corpus(100), batch=4, steps=5)
     # 99 tokens have a next one: 24 for each stream, 4 whole pieces of 5
     assert sequences.batches == 4

@@ -1,4 +1,4 @@
-"""The tasks on text: what a loss is, whoever computes it, and runs that are stopped."""
+"""The tasks on text: losses, whatever the number of processes, and resumed runs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def spec_of(task: str, *settings: str, name: str = "apollo") -> RunSpec:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded texts with little to evaluate: whole they take too long for so many runs."""
+    """The embedded texts with small held-out sets, because there are many runs."""
     folder = tmp_path_factory.mktemp("texts")
     for split, count in (("train", 2000), ("valid", 70), ("test", 20)):
         sources = [wordnet.EMBEDDED / f"wordnet_{split}.txt.gz"]
@@ -167,7 +167,7 @@ def test_perplexity_counts_every_word_and_end(texts: Path) -> None:
     assert made.metrics(tally, final=True)["valid_perplexity"] == math.inf
 
 
-def test_the_state_is_carried_over(texts: Path) -> None:
+def test_the_hidden_state_is_passed_on(texts: Path) -> None:
     made = tasks.make(spec_of("wordnet", "model.dropout=0.0"), texts)
     torch.manual_seed(0)
     model = made.model()
@@ -228,7 +228,7 @@ def test_bleu_is_sacrebleus_in_any_division(texts: Path) -> None:
     assert str(metric.get_signature()) == signature("13a")
 
 
-def test_what_a_reader_must_know(tmp_path: Path) -> None:
+def test_remarks_for_the_report(tmp_path: Path) -> None:
     for task, expected in (
         ("wordnet", "A vocabulary of 23,916 words; perplexity is that of every word and every"),
         ("phrases", f"BLEU of sacrebleu, {signature('13a')}; 2 beams, length penalty 0.6."),

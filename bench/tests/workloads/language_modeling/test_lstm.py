@@ -68,7 +68,7 @@ def test_probabilities_of_all_words_add_up_to_1(cutoffs: list[int]) -> None:
 
 
 @SOFTMAXES
-def test_each_likelihood_stands_where_its_target_does(cutoffs: list[int]) -> None:
+def test_each_likelihood_has_the_position_of_its_target(cutoffs: list[int]) -> None:
     model = small(cutoffs)
     tokens, targets = words(3, 4), words(3, 4, seed=2)
     nats, _ = model(tokens, targets, model.begin(3))
@@ -93,7 +93,7 @@ def test_nothing_is_known_of_later_tokens(cutoffs: list[int]) -> None:
 
 
 @SOFTMAXES
-def test_pieces_with_the_state_carried_over_equal_one_long_pass(cutoffs: list[int]) -> None:
+def test_pieces_with_the_hidden_state_equal_one_long_pass(cutoffs: list[int]) -> None:
     model = small(cutoffs)
     tokens, targets = words(3, 12), words(3, 12, seed=2)
     whole, end = model(tokens, targets, model.begin(3))

@@ -65,7 +65,7 @@ def text(corpus: Corpus, tokens: TokenStream) -> str:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """All that depends on the text alone; what was checked is remembered with place and time."""
+    """The files that depend on the text alone; the validation cache also has paths and times."""
     files = (path for path in out.rglob("*") if path.is_file() and path.name != "checked.json")
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
@@ -124,7 +124,7 @@ def test_processes_make_the_same_files(tmp_path: Path) -> None:
 
 
 def test_vocabulary_from_the_text(tmp_path: Path) -> None:
-    """Of words in any shard that make up the least count together."""
+    """Words count if all shards together have enough of them."""
     raw = write_raw(tmp_path / "raw", {**LINES, "train/1": "b b a\nd a d\n", "train/2": "a b c\n"})
     for out, workers in ((tmp_path / "one", 1), (tmp_path / "two", 2)):
         prepare(raw, out, None, workers, lambda *news: None)
@@ -282,7 +282,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_killed_and_resumed(tmp_path: Path) -> None:
-    """SIGKILL in the midst of it: workers end too, whole shards stay, the rest is made."""
+    """After SIGKILL the workers end, finished shards stay, and the rest is prepared again."""
     generator = random.Random(0)
     lines = {
         f"{split}/{number}": "".join(

@@ -26,7 +26,7 @@ def write(path: Path, values: TokenIds = VALUES) -> Path:
     return path
 
 
-def test_there_and_back(tmp_path: Path) -> None:
+def test_written_and_read(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tokens")
     assert path.read_bytes() == VALUES.astype("<i4").tobytes()
     tokens = token_files.read(path, "digest")
@@ -82,7 +82,7 @@ def test_missing(tmp_path: Path, missing: str) -> None:
 
 
 def test_failed_writing_leaves_no_description(tmp_path: Path) -> None:
-    """What an earlier description says must not be believed of half a file."""
+    """The description of an earlier file must not stay beside half a new one."""
     path = write(tmp_path / "a.tokens")
 
     def blocks() -> Iterator[TokenIds]:

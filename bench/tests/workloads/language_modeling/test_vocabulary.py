@@ -13,7 +13,7 @@ from apollo_bench.workloads.language_modeling.vocabulary import Vocabulary
 WORDS = ("</S>", "<S>", "<UNK>", "the", ",", "Zürich")
 
 
-def test_numbers_are_places() -> None:
+def test_ids_are_indices() -> None:
     words = Vocabulary(WORDS)
     assert (len(words), words.end, words.unknown) == (6, 0, 2)
     assert words.encode(["Zürich", ",", "the", "zürich"]) == [5, 4, 3, 2, 0]
@@ -32,7 +32,7 @@ def test_digest_is_of_words_and_order() -> None:
     assert Vocabulary(list(WORDS)).digest == Vocabulary(WORDS).digest
 
 
-def test_file_there_and_back(tmp_path: Path) -> None:
+def test_a_file_written_and_read(tmp_path: Path) -> None:
     path = tmp_path / "words.txt"
     vocabulary.write(path, Vocabulary(WORDS))
     assert path.read_text("utf-8") == "</S>\n<S>\n<UNK>\nthe\n,\nZürich\n"

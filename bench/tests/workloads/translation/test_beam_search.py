@@ -1,4 +1,4 @@
-"""Beam search against searches that are too plain to be wrong."""
+"""Beam search against simple searches, written without any optimization."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def sources(n: int, time: int, seed: int = 1, vocabulary: int = VOCABULARY) -> T
 
 
 def chances(model: Transformer, source: Tensor, words: list[int]) -> list[list[float]]:
-    """Log probabilities of the word after each, by the decoder that keeps nothing."""
+    """Log probabilities of the word after each, by the decoder without a cache."""
     with torch.no_grad():
         logits = model.eval()(source[None], torch.tensor([[BEGIN, *words]]))
     rows: list[list[float]] = logits[0].log_softmax(-1).tolist()

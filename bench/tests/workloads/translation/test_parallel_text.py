@@ -1,4 +1,4 @@
-"""Two files line by line the same: what is read, what is left out, what is refused."""
+"""Aligned files: reading, filtering and errors."""
 
 from __future__ import annotations
 

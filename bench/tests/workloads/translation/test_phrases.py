@@ -69,7 +69,7 @@ def test_a_value_is_in_one_split(script: ModuleType) -> None:
     assert min(found.values()) > 0
 
 
-def test_samples_are_right() -> None:
+def test_samples_have_the_right_translation() -> None:
     # by hand: what every learner of German is told
     corpus = phrases.load()
     said = {

@@ -1,4 +1,4 @@
-"""Byte pair encoding: lossless, the same each time, its special tokens out of the text's reach."""
+"""Byte pair encoding: lossless, reproducible, and special tokens that no text can contain."""
 
 from __future__ import annotations
 

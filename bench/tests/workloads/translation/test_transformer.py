@@ -183,7 +183,7 @@ def test_padding_changes_nothing(model: Transformer, training: bool) -> None:
     assert (unmasked - logits).abs().amax(-1).min() > SEEN
 
 
-def test_sentences_of_a_batch_do_not_meet(model: Transformer) -> None:
+def test_sentences_of_a_batch_are_independent(model: Transformer) -> None:
     source, target = words(3, 5), words(3, 4, seed=2)
     source[1, 2:] = PAD
     target[1, 3:] = PAD
