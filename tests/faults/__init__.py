@@ -1,6 +1,6 @@
 """Deliberate faults, each of which a fast test must notice; ``python -m tests.faults`` tries them.
 
-``optimizer.py``, ``bench.py`` and ``custom_parts.py`` hold the tables.
+``optimizer.py``, ``bench.py``, ``workloads.py`` and ``custom_parts.py`` hold the tables.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.faults import Fault, bench, custom_parts, optimizer
+from tests.faults import Fault, bench, custom_parts, optimizer, workloads
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIES = 2
@@ -33,7 +33,7 @@ def main() -> int:
     words = sys.argv[1:]
     faults = [
         fault
-        for fault in (*optimizer.FAULTS, *bench.FAULTS, *custom_parts.FAULTS)
+        for fault in (*optimizer.FAULTS, *bench.FAULTS, *workloads.FAULTS, *custom_parts.FAULTS)
         if not words or any(word in f"{fault.what} {fault.where} {fault.tests}" for word in words)
     ]
     missed = {fault.what: why for fault in faults if (why := misfit(fault))}

@@ -70,7 +70,7 @@ def test_decay_and_schedule_of_its_own(kept: Path, tmp_path: Path) -> None:
             {"settings": ["train.batch_size=64"]},
             "(train.batch_size: 32 there, 64 asked for)",
         ),
-        ({"settings": ["model.width=4"]}, "others (model.width: 2 there, 4 asked for)"),
+        ({"settings": ["model.width=4"]}, "differ (model.width: 2 there, 4 asked for)"),
         ({"settings": ["seeds=[3, 9]"]}, "no run of the seed 9; there are 3, 4"),
         ({"task": "wordnet"}, "no runs of wordnet, only fashion-mnist"),
     ],

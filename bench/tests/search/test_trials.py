@@ -218,7 +218,7 @@ def test_what_is_not_finished_or_all_diverged_has_no_best(
     plan = recipe.load(str(tuned_recipe))
     for folder in (searched / "runs").glob("*-apollo-*-try2-*"):
         (folder / "result.json").unlink()
-    with pytest.raises(ExperimentError, match="apollo is not finished; the same command goes on"):
+    with pytest.raises(ExperimentError, match="apollo is not finished; run the same command"):
         best_trials.apply_best_settings(plan, searched, ["apollo"])
     for result in (searched / "runs").glob("*-sgd-*/result.json"):
         result.write_text('{"verdict": "diverged", "step": 3, "steps": 9, "time": {"seconds": 1}}')
