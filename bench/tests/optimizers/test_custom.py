@@ -112,7 +112,7 @@ def test_weight_decay_can_be_coupled_to_it_and_by_it() -> None:
         (of("NeedsLength") + "\ntotal = 9", ".lr is missing; NeedsLength has no number as its"),
         (of("WithoutRate"), f"is '{MODULE}:WithoutRate': WithoutRate has no argument lr, which"),
         (of("NoOptimizer"), "NoOptimizer is no torch.optim.Optimizer; a subclass of"),
-        (of("__doc__"), "it is 'Optimizers of a user"),
+        (of("__doc__"), "it is \"A user's optimizers"),
         (of("NeedsClosure"), "NeedsClosure.step needs a closure; training calls step()"),
         (of("Nothing"), f"{MODULE} has no Nothing; it has SignDescent, ScheduleFree, "),
         ('class = "no_such:X"', "is 'no_such:X': no module no_such in "),

@@ -136,7 +136,7 @@ def test_ctrl_c_ends_a_preparation_in_order(raw: Path, tmp_path: Path) -> None:
         command = ["prepare", "one-billion-word", "--raw", str(raw), "--out", str(tmp_path / "out")]
         done = CliRunner().invoke(app, command)
     assert done.exit_code == 130
-    assert done.stderr == "Stopped; the same command goes on.\n"
+    assert done.stderr == "Stopped; run the same command to continue.\n"
     assert signal.getsignal(signal.SIGINT) is before
 
 

@@ -194,4 +194,4 @@ def test_longer_than_the_model() -> None:
     assert str(caught.value).startswith(
         "model.max_length is 9, but line 2 of test.en has 10 subwords"
     )
-    assert str(caught.value).endswith("allowed is 11 or more")
+    assert str(caught.value).endswith("so set it to 11 or more")
