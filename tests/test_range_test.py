@@ -168,6 +168,20 @@ def test_the_best_rate_at_a_border_is_told(rates: list[float], what: str) -> Non
     assert len(told) == 1  # and nothing of small rates, which are tried on purpose
 
 
+def test_progress_within_the_noise_of_the_batches_is_told() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    batches = [torch.tensor(0.5), *map(torch.tensor, (-1.0, 1.0) * 10)]
+
+    def loss(model: Any, batch: Tensor) -> Tensor:
+        return model.weight.sum() * 0.1 + batch
+
+    with pytest.warns(ApolloWarning, match=r"lowered the loss by 0\.\d+ only.*more steps"):
+        lr_range_test(model, loss, batches, [0.001, 0.01, 0.1], steps=20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ApolloWarning)
+        lr_range_test(network(), loss_of, regression(), RATES_AROUND, steps=40)
+
+
 def test_the_schedule_of_a_run() -> None:
     """The rate rises over the warmup, is lr at its end, and falls to 0 at the end of the run."""
     used = []

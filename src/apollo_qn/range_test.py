@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import statistics
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -122,7 +123,8 @@ def lr_range_test(
         RuntimeError: there are several processes, whose runs would differ.
 
     Warns:
-        ApolloWarning: no run lowered the loss, or the best rate is the first or the last one.
+        ApolloWarning: no run lowered the loss, or none by more than it varies from batch to batch,
+            or the best rate is the first or the last one.
 
     Example:
         >>> model = torch.nn.Linear(4, 1)
@@ -164,7 +166,7 @@ def lr_range_test(
         snapshot.restore()
     losses = [_final(curve, steps) for curve in curves]
     proposal = propose(rates, losses, curves[0][0])
-    _warn(rates, losses, proposal)
+    _warn(rates, losses, proposal, curves)
     return RangeTest(tuple(rates), tuple(losses), proposal, tuple(map(tuple, curves)))
 
 
@@ -246,12 +248,24 @@ def _final(curve: Sequence[float], steps: int) -> float:
     return sum(last) / len(last)
 
 
-def _warn(rates: Sequence[float], losses: Sequence[float], proposal: float) -> None:
+def _warn(
+    rates: Sequence[float],
+    losses: Sequence[float],
+    proposal: float,
+    curves: Sequence[Sequence[float]],
+) -> None:
     best = losses.index(min(losses))
+    progress = curves[best][0] - losses[best]
+    last = curves[best][-max(2, len(curves[best]) // 4) :]
     if math.isnan(proposal):
         message = (
             f"no rate of {rates[0]:g} to {rates[-1]:g} lowered the loss: try smaller rates, more "
             "steps, or clip_norm=1"
+        )
+    elif progress < statistics.stdev(last):
+        message = (
+            f"the best run lowered the loss by {progress:.2g} only, less than the loss varies from "
+            "batch to batch, so that the proposal may be chance: give the runs more steps"
         )
     elif len(rates) > 1 and best in (0, len(rates) - 1):
         message = (

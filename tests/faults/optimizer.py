@@ -315,6 +315,13 @@ FAULTS = [
     ),
     # the range test
     Fault(
+        "a range test on a plateau proposes a rate without a warning",
+        QN,
+        "elif progress < statistics.stdev(last):",
+        "elif False:",
+        RANGE_TEST,
+    ),
+    Fault(
         "a range test does not restore the buffers that a module replaced",
         QN,
         "            module._buffers.update(buffers)\n",
