@@ -43,6 +43,17 @@ The optimizer works, but its steps on a CPU are slower. To get the kernel:
 """
 
 
+def description() -> str:
+    """Return README.md with links that also work outside the repository, as on a package index."""
+    here = Path(__file__).parent
+    project = (here / "pyproject.toml").read_text(encoding="utf-8")
+    address = re.search(r'^Repository = "(.+)"$', project, re.MULTILINE)
+    assert address is not None
+    readme = (here / "README.md").read_text(encoding="utf-8")
+    readme = re.sub(r"(!\[[^]]*\]\()(?!https?:)", rf"\1{address[1]}/raw/main/", readme)
+    return re.sub(r"(?<!!)(\[[^]]*\]\()(?!https?:|#)", rf"\1{address[1]}/blob/main/", readme)
+
+
 class NoKernelError(Exception):
     """The reason why the kernel cannot be built here."""
 
@@ -144,6 +155,8 @@ class Wheel(bdist_wheel):
 
 
 setup(
+    long_description=description(),
+    long_description_content_type="text/markdown",
     cmdclass={"build_ext": BuildKernel, "bdist_wheel": Wheel},
     ext_modules=[
         Extension(

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import venv
+import zipfile
 from pathlib import Path
 
 import torch
@@ -85,6 +87,9 @@ def try_out(folder: Path, kind: str, environment: dict[str, str]) -> str:
         sys.exit(f"the wheel of a {kind} build has the wrong tag: {qn.name}")
     if qn.stat().st_size > LARGEST:
         sys.exit(f"{qn.name} has {qn.stat().st_size:,} bytes, allowed are {LARGEST:,}")
+    for wheel in (qn, bench):
+        if links := relative_links(wheel):
+            sys.exit(f"a package index cannot follow these links of {wheel.name}: {links}")
     # the other packages are taken from this environment: only our own files are on trial
     venv.create(folder / "venv", with_pip=False)
     python = folder / "venv" / "bin" / "python"
@@ -119,6 +124,14 @@ def build(project: Path, out: Path, environment: dict[str, str]) -> Path:
     (wheel,) = out.glob("*.whl")
     (_,) = out.glob("*.tar.gz")
     return wheel
+
+
+def relative_links(wheel: Path) -> list[str]:
+    """Return the links in a wheel's description that lead nowhere outside the repository."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        links = re.findall(r"\]\(([^)]+)\)", archive.read(name).decode())
+    return [link for link in links if not link.startswith(("https://", "#"))]
 
 
 def install(wheel: Path, site: Path) -> None:

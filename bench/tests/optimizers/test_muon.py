@@ -142,3 +142,9 @@ def test_muon_is_not_sharded() -> None:
     spec = recipe.load("multi30k", ["optimizers.muon.method=muon", "optimizers.muon.lr=0.01"])
     with pytest.raises(ExperimentError, match=r"'muon' .* needs unsharded matrices"):
         Execution(devices=2, strategy="fsdp2").check(spec.run("muon", 1))
+
+
+def test_a_torch_without_muon_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ExperimentError, match=r"needs torch 2\.9 or newer, got torch"):
+        MuonAndAdamW(resnet(8, width=4), lr=0.01)

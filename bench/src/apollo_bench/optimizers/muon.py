@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apollo_bench.errors import ExperimentError
+
 
 class MuonAndAdamW(torch.optim.Optimizer):
     """torch.optim.Muon and torch.optim.AdamW under one learning rate.
@@ -24,6 +26,9 @@ class MuonAndAdamW(torch.optim.Optimizer):
         momentum: Nesterov momentum of Muon.
         betas: of AdamW.
         eps: of AdamW.
+
+    Raises:
+        ExperimentError: torch is older than 2.9, which brought Muon.
     """
 
     def __init__(
@@ -35,6 +40,10 @@ class MuonAndAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
+        if not hasattr(torch.optim, "Muon"):
+            raise ExperimentError(
+                f"method is 'muon', which needs torch 2.9 or newer, got torch {torch.__version__}"
+            )
         matrices, others = split(network)
         super().__init__(
             [{"params": group} for group in (matrices, others) if group],
