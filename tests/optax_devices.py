@@ -1,4 +1,4 @@
-"""Apollo in JAX on eight devices: what :mod:`tests.test_optax` starts in a process of its own.
+"""Apollo in JAX on eight devices: run by :mod:`tests.test_optax` in a separate process.
 
 XLA_FLAGS must hold --xla_force_host_platform_device_count=8 before JAX starts.
 """

@@ -1,13 +1,11 @@
-"""The class: interface, groups, state, and how it lives with the rest of PyTorch."""
+"""The class: steps, groups, state, schedules, autograd and the compiler."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import io
 import itertools
-import math
 import pickle
 from typing import Any
 
@@ -16,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import apollo_qn
 from apollo_qn import Apollo, ApolloW
 from tests import tolerances
 from tests.helpers import (
@@ -38,155 +35,6 @@ from tests.helpers import (
 )
 from tests.modes import GROUP_MODES, slow_except
 from tests.numpy_reference import Settings
-
-# the interface of DESIGN
-
-
-DEFAULTS: dict[str, Any] = {
-    "params": inspect.Parameter.empty,
-    "lr": 1.0,
-    "beta": 0.9,
-    "eps": 1e-4,
-    "sigma": 1.0,
-    "weight_decay": 0.0,
-    "decoupled_weight_decay": False,
-    "rebound": "constant",
-    "warmup_steps": 500,
-    "warmup_init_lr": None,
-    "foreach": None,
-    "fused": None,
-    "maximize": False,
-    "capturable": False,
-    "differentiable": False,
-    "rounding": None,
-    "state_dtype": None,
-    "seed": None,
-}
-POSITIONAL = ["params", "lr", "beta", "eps", "sigma", "weight_decay"]
-
-
-def test_signature() -> None:
-    found = inspect.signature(Apollo).parameters
-    assert {name: p.default for name, p in found.items()} == DEFAULTS
-    assert list(found)[: len(POSITIONAL)] == POSITIONAL
-    for name, p in found.items():
-        wanted = p.POSITIONAL_OR_KEYWORD if name in POSITIONAL else p.KEYWORD_ONLY
-        assert p.kind is wanted, name
-
-
-def test_apollow_is_apollo_with_decoupled_decay() -> None:
-    p = parameters([(3,)])
-    one, other = ApolloW(p, weight_decay=0.1, seed=0), Apollo(p, weight_decay=0.1, seed=0)
-    assert isinstance(one, Apollo)
-    assert one.defaults == {**other.defaults, "decoupled_weight_decay": True}
-    assert not ApolloW(p, decoupled_weight_decay=False).defaults["decoupled_weight_decay"]
-    positional = list(inspect.signature(ApolloW).parameters)[: len(POSITIONAL)]
-    assert positional == POSITIONAL
-    assert ApolloW(p, 0.1, 0.2, 0.3, 0.4, 0.5).defaults["weight_decay"] == 0.5
-
-
-def test_public_names() -> None:
-    assert set(apollo_qn.__all__) == {"Apollo", "ApolloW", "GradientRelease", "apollo"}
-    assert apollo_qn.__version__
-
-
-nan, inf = math.nan, math.inf
-BAD: list[tuple[str, Any, str]] = [
-    *[("lr", x, "a finite number >= 0") for x in (-0.1, nan, inf, "1", None, True)],
-    ("lr", torch.tensor(-1.0), "a finite number >= 0"),
-    ("lr", torch.ones(2), r"a tensor of one real element, got shape \(2,\)"),
-    ("lr", torch.ones((), dtype=torch.complex64), "a tensor of one real element"),
-    *[("beta", x, r"in \[0, 1\)") for x in (-0.1, 1.0, 1, 2.0, nan, (0.9, 0.99), None)],
-    *[("eps", x, "a finite number >= 0") for x in (-1e-9, nan, inf, None)],
-    *[("sigma", x, "a finite number > 0") for x in (0, 0.0, -1.0, nan, inf, None)],
-    *[("weight_decay", x, "a finite number >= 0") for x in (-1e-9, nan, inf, None)],
-    *[("warmup_steps", x, "a whole number >= 0") for x in (-1, 1.5, nan, None, "5")],
-    *[("warmup_init_lr", x, "None or a finite number >= 0") for x in (-1.0, nan, inf, "a")],
-    *[("rebound", x, "'constant' or 'belief'") for x in ("Constant", None, 1)],
-    *[("rounding", x, "None, 'nearest', 'stochastic' or 'kahan'") for x in ("Kahan", 1, True)],
-    *[
-        ("state_dtype", x, r"None \(float32 at least\) or torch.bfloat16")
-        for x in (torch.float16, torch.float32, "float16")
-    ],
-    *[("seed", x, r"a whole number in \[0, 2\*\*64\)") for x in (-1, 1 << 64, 1.0, "0", True)],
-]
-BAD_IDS = [f"{name}={value!r}" for name, value, _ in BAD]
-
-
-@pytest.mark.parametrize(("name", "value", "what"), BAD, ids=BAD_IDS)
-def test_bad_values_name_argument_value_and_range(name: str, value: Any, what: str) -> None:
-    a, b, c = parameters([(3,), (4,), (5,)])
-    message = f"{name} must be .*{what}"
-    with pytest.raises(ValueError, match=message) as raised:
-        Apollo([a], **{name: value})
-    if not isinstance(value, Tensor):
-        assert repr(value) in str(raised.value)
-    with pytest.raises(ValueError, match=message):
-        ApolloW([a], **{name: value})
-    with pytest.raises(ValueError, match=message):
-        Apollo([{"params": [a]}, {"params": [b], name: value}])
-    optimizer = Apollo([a, b])
-    run_steps(optimizer, range(2))
-    before, group = snapshot(optimizer), {"params": [c], name: value}
-    with pytest.raises(ValueError, match=message):
-        optimizer.add_param_group(group)
-    assert same(before, snapshot(optimizer))
-    assert len(optimizer.param_groups) == 1
-    assert set(group) == {"params", name}
-
-
-def test_values_that_do_not_go_together() -> None:
-    p = parameters([(3,)])
-    with pytest.raises(ValueError, match="eps must be > 0 with rebound='belief'"):
-        Apollo(p, eps=0.0, rebound="belief")
-    with pytest.raises(ValueError, match="warmup_init_lr must be None or 0 where lr is 0"):
-        Apollo(p, lr=0.0, warmup_init_lr=0.1)
-
-
-@pytest.mark.parametrize(
-    "good",
-    [
-        {"lr": 0},
-        {"lr": 0.0, "warmup_init_lr": 0.0},
-        {"beta": 0},
-        {"eps": 0},
-        {"warmup_steps": 10.0},
-        {"warmup_init_lr": 3.0},
-        {"weight_decay": 1},
-        {"lr": torch.tensor([0.5])},
-    ],
-    ids=str,
-)
-def test_values_at_the_border(good: dict[str, Any]) -> None:
-    params = parameters()
-    run_steps(Apollo(params, **good), range(3))
-    assert all(p.isfinite().all() for p in params)
-
-
-def test_back_ends_that_cannot_be() -> None:
-    p = parameters([(3,)])
-    with pytest.raises(RuntimeError, match="cannot both be True"):
-        Apollo(p, fused=True, foreach=True)
-    with pytest.raises(RuntimeError, match="foreach=True does not support differentiable=True"):
-        Apollo(p, foreach=True, differentiable=True)
-    with pytest.raises(RuntimeError, match="fused=True does not support differentiable=True"):
-        Apollo(p, fused=True, differentiable=True)
-    with pytest.raises(RuntimeError, match="cannot both be True"):
-        Apollo(p, foreach=True).add_param_group({"params": parameters([(4,)]), "fused": True})
-    run_steps(Apollo(p, fused=False), range(1))
-
-
-def test_what_torch_refuses_too() -> None:
-    p = parameters([(3,)])
-    with pytest.raises(ValueError, match="empty parameter list"):
-        Apollo([])
-    with pytest.raises(TypeError):
-        Apollo(p[0])
-    with pytest.raises(ValueError, match="more than one parameter group"):
-        Apollo(p).add_param_group({"params": p})
-    with pytest.raises(TypeError, match="must be a dict"):
-        Apollo(p).add_param_group(parameters([(3,)]))  # type: ignore[arg-type]
-
 
 # a step
 
@@ -370,65 +218,6 @@ def test_decay_that_forgets_the_parameter(
             assert p.isfinite().all()
             assert all(v.isfinite().all() for v in optimizer.state[p].values())
             assert p.numel() == 0 or p.abs().max() < 100
-
-
-def test_a_mode_chosen_in_mid_run() -> None:
-    """The scalars of the new mode are created; m and B are kept."""
-    params = parameters()
-    optimizer = Apollo(params, warmup_steps=0, lr=0.1)
-    run_steps(optimizer, range(3))
-    group = optimizer.param_groups[0]
-    group.update(rebound="belief", decoupled_weight_decay=True, weight_decay=0.1)
-    run_steps(optimizer, range(3, 6))
-    for p in params:
-        assert p.isfinite().all()
-        assert {"previous_lr", "threshold"} <= set(optimizer.state[p])
-
-
-@BACK_ENDS
-def test_another_way_of_storing_in_mid_run(back_end: dict[str, Any]) -> None:
-    """A compensation begins at 0, whatever there was before; the state changes its type."""
-    params = parameters([(3, 5), (300,)], torch.bfloat16)
-    optimizer = Apollo(params, warmup_steps=0, lr=0.1, rounding="kahan", **back_end)
-    group = optimizer.param_groups[0]
-    run_steps(optimizer, range(2))
-    first = [optimizer.state[p]["compensation"] for p in params]
-    assert all(low.any() and low.dtype is p.dtype for low, p in zip(first, params, strict=True))
-    group.update(rounding="nearest", state_dtype=torch.bfloat16)
-    run_steps(optimizer, range(2, 4))
-    for p in params:
-        assert set(optimizer.state[p]) == {"step", "exp_avg", "hessian_diag"}
-        assert optimizer.state[p]["hessian_diag"].dtype is torch.bfloat16
-    values = [p.detach().float() for p in params]
-    group.update(rounding="kahan", lr=0.0, state_dtype=None)
-    run_steps(optimizer, range(4, 5))
-    for p, value in zip(params, values, strict=True):
-        assert same(p.detach().float(), value)
-        assert optimizer.state[p]["compensation"].eq(0).all()
-        assert optimizer.state[p]["hessian_diag"].dtype is torch.float32
-
-
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
-def test_autograd_through_a_rounded_step(rounding: Any) -> None:
-    """Straight through the rounding: the derivative is that of the step in float32."""
-    results = []
-    for dtype in (torch.float32, torch.bfloat16):
-        start = torch.linspace(-1, 1, 8).bfloat16().to(dtype).requires_grad_()
-        p = start * 1
-        optimizer = Apollo([p], lr=0.25, warmup_steps=0, differentiable=True, rounding=rounding)
-        p.grad = p * 0.5
-        optimizer.step()
-        low = optimizer.state[p].get("compensation", torch.zeros_like(p))
-        (p.float() + low.float()).sum().backward()
-        assert start.grad is not None
-        results.append(start.grad.float())
-    torch.testing.assert_close(*results, rtol=2.0**-7, atol=0)
-
-
-def test_a_complex_state_cannot_be_bfloat16() -> None:
-    p = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))
-    with pytest.raises(ValueError, match="state_dtype must be None for complex parameters"):
-        Apollo([p], state_dtype=torch.bfloat16)
 
 
 # state
@@ -647,66 +436,3 @@ def test_maximize_is_the_negated_gradient() -> None:
         up.step()
         down.step()
     assert same([p.data for p in one_way], [p.data for p in other_way])
-
-
-# how numbers are stored, changed in mid-run
-
-
-def test_a_replaced_parameter_continues() -> None:
-    """For example an embedding that grows: the group gets another tensor with the same state."""
-    old = torch.nn.Parameter(torch.ones(4, device=DEVICE))
-    optimizer = Apollo([old], warmup_steps=0)
-    run_steps(optimizer, range(2))
-    new = torch.nn.Parameter(old.detach().clone())
-    optimizer.param_groups[0]["params"][0] = new
-    optimizer.state[new] = optimizer.state.pop(old)
-    run_steps(optimizer, range(2, 3))
-    assert optimizer.state[new]["step"] == 3
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("rounding", "bad"), ("state_dtype", torch.float16), ("seed", -1)]
-)
-def test_a_bad_way_of_storing_in_mid_run(name: str, value: Any) -> None:
-    optimizer = Apollo(parameters(dtype=torch.bfloat16))
-    run_steps(optimizer, range(2))
-    before = snapshot(optimizer)
-    good = optimizer.param_groups[0][name]
-    optimizer.param_groups[0][name] = value
-    with pytest.raises(ValueError, match=f"{name} must be"):
-        optimizer.step()
-    optimizer.param_groups[0][name] = good
-    assert same(before, snapshot(optimizer))
-
-
-def test_complex_state_is_not_cut() -> None:
-    p = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64, device=DEVICE))
-    optimizer = Apollo([p])
-    run_steps(optimizer, range(2))
-    before = snapshot(optimizer)
-    optimizer.param_groups[0]["state_dtype"] = torch.bfloat16
-    with pytest.raises(ValueError, match="state_dtype must be None for complex"):
-        optimizer.step()
-    optimizer.param_groups[0]["state_dtype"] = None
-    assert same(before, snapshot(optimizer))
-
-
-def test_a_compensation_is_of_the_parameters_type() -> None:
-    p = torch.nn.Parameter(torch.ones(40, dtype=torch.bfloat16, device=DEVICE))
-    optimizer = Apollo([p], rounding="kahan", warmup_steps=0)
-    run_steps(optimizer, range(3))
-    assert optimizer.state[p]["compensation"].dtype is torch.bfloat16
-    p.data = p.data.float()
-    run_steps(optimizer, range(3, 4))
-    assert "compensation" not in optimizer.state[p]
-    p.data = p.data.half()
-    run_steps(optimizer, range(4, 5))
-    assert optimizer.state[p]["compensation"].dtype is torch.float16
-
-
-def test_a_rate_of_one_element_may_have_a_dimension() -> None:
-    params = parameters([(3,)], torch.float64)
-    lr = torch.full((1,), 0.5, dtype=torch.float64)
-    optimizer = ApolloW(params, lr=lr, weight_decay=0.1, warmup_steps=0)
-    run_steps(optimizer, range(2))
-    assert optimizer.state[params[0]]["previous_lr"] == 0.5

@@ -1,4 +1,4 @@
-"""Runs a function of :mod:`tests.distributed.work` on several ranks, each a process of its own."""
+"""Run functions of ``work.py`` and ``models.py`` on several ranks, each a separate process."""
 
 from __future__ import annotations
 
@@ -73,10 +73,11 @@ def main() -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{os.environ['STORE']}", rank=rank, world_size=world
     )
-    work = importlib.import_module("tests.distributed.work")
+    modules = [importlib.import_module(f"tests.distributed.{name}") for name in ("work", "models")]
     for call in sys.argv[1:]:
         name, *arguments = call.split()
-        getattr(work, name)(*arguments)
+        function = next(found for one in modules if (found := getattr(one, name, None)))
+        function(*arguments)
         dist.barrier()
         if rank == 0:
             print(f"{DONE}{call}", flush=True)

@@ -1,4 +1,4 @@
-"""One process or many: the same trajectory. The work itself is in ``work.py``."""
+"""One process or many: the same trajectory. The work is in ``work.py`` and ``models.py``."""
 
 from __future__ import annotations
 

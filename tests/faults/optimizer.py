@@ -7,9 +7,9 @@ from tests.faults import Fault
 QN = "src/apollo_qn"
 RULE = ("tests/test_algorithm.py", "tests/test_golden.py")
 BACK_ENDS = ("tests/backends/test_backends.py",)
-OPTAX = ("tests/test_optax.py",)
+OPTAX = ("tests/test_optax.py", "tests/test_optax_interface.py")
 ROUNDING = ("tests/test_rounding.py",)
-DIAGNOSTICS = ("tests/test_diagnostics.py",)
+DIAGNOSTICS = ("tests/test_diagnostics.py", "tests/test_hessian.py")
 ADVICE = ("tests/test_advice.py",)
 RANGE_TEST = ("tests/test_range_test.py",)
 
