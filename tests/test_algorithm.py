@@ -41,7 +41,7 @@ def test_alpha_is_the_weight_of_eq_9() -> None:
     assert h.alpha(0) == pytest.approx(1.0)
     assert h.alpha(1) == pytest.approx(0.1 / (1 - 0.81))
     assert h.alpha(10_000) == pytest.approx(0.1)
-    # m is then the mean of the gradients, weighted by beta^age and normalised
+    # m is then the mean of the gradients, weighted by beta^age and normalized
     g = np.random.default_rng(0).normal(size=12)
     m = 0.0
     for t, value in enumerate(g):

@@ -45,7 +45,7 @@ def test_a_diagonal_hessian_is_found_exactly(at_once: int) -> None:
 
 
 class Net(nn.Module):
-    """Convolution, normalisation, attention, and a head."""
+    """Convolution, normalization, attention, and a head."""
 
     def __init__(self) -> None:
         super().__init__()

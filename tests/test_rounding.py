@@ -145,7 +145,7 @@ def test_the_mean_over_all_random_bits_is_the_value(dtype: torch.dtype) -> None:
         assert both[0] < x.double() < both[1]
         gap = float(both[1] - both[0])
         assert abs(float(found.double().mean() - x.double())) <= gap / (1 << dropped)
-        # neighbours: nothing lies between
+        # neighbors: nothing lies between
         middle = ((both[0] + both[1]) / 2).to(dtype).double()
         assert middle in both.tolist()
 

@@ -43,7 +43,7 @@ REBUILT_FROM_16_BIT = 0.5
 # roundings.
 COMPENSATED = {torch.bfloat16: 2**-17 + 5e-7, torch.float16: 2**-23 + 2**-25 + 5e-7}
 
-# A bfloat16 state after one step from the same bits: m to the nearest, B to one of both neighbours,
+# A bfloat16 state after one step from the same bits: m to the nearest, B to one of both neighbors,
 # in units of torch.finfo(dtype).eps; and float32's roundings, which may straddle a boundary.
 STORED_STATE = {"exp_avg": 0.502, "hessian_diag": 1.01}
 

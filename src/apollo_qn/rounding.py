@@ -84,9 +84,9 @@ def memory_offsets(tensor: Tensor) -> Tensor:
 
 
 def stochastic(x: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
-    """Round ``x`` at random to one of the two neighbouring numbers of ``dtype``.
+    """Round ``x`` at random to one of the two neighboring numbers of ``dtype``.
 
-    The nearer neighbour is the more likely one, so that the mean is ``x``. Probabilities are
+    The nearer neighbor is the more likely one, so that the mean is ``x``. Probabilities are
     multiples of 2^-16 (bfloat16) or 2^-13 (float16). Subnormal numbers of float16 are 2^-24 apart.
     Numbers that ``dtype`` holds exactly do not change. NaN, infinities and numbers beyond the
     largest finite one are rounded to nearest.

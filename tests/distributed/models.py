@@ -255,7 +255,7 @@ def batch_norm() -> None:
 
 
 def residual_network() -> None:
-    """DDP with it trains a network with batch normalisation as one process does."""
+    """DDP with it trains a network with batch normalization as one process does."""
     from torch.nn.parallel import DistributedDataParallel
 
     from apollo_bench.training.sync_batch_norm import convert_sync_batch_norm

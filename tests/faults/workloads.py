@@ -156,7 +156,7 @@ FAULTS = [
         (IMAGES,),
     ),
     Fault(
-        "weights are initialised by the fan in", BENCH, 'mode="fan_out"', 'mode="fan_in"', (IMAGES,)
+        "weights are initialized by the fan in", BENCH, 'mode="fan_out"', 'mode="fan_in"', (IMAGES,)
     ),
     # language
     Fault(

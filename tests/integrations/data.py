@@ -26,11 +26,11 @@ def batch(t: int, size: int = 32) -> tuple[Tensor, Tensor]:
     return inputs[at], labels[at]
 
 
-def network(normalised: bool = False) -> nn.Sequential:
+def network(normalized: bool = False) -> nn.Sequential:
     """The same at each call."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        middle = [nn.BatchNorm1d(16)] if normalised else []
+        middle = [nn.BatchNorm1d(16)] if normalized else []
         return nn.Sequential(nn.Linear(196, 16), *middle, nn.ReLU(), nn.Linear(16, 10))
 
 

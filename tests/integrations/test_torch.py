@@ -99,7 +99,7 @@ def test_a_scaler_with_clipping_is_the_plain_step() -> None:
 
 
 def test_averaged_weights_and_their_statistics() -> None:
-    model = network(normalised=True)
+    model = network(normalized=True)
     optimizer = Apollo(model.parameters(), lr=0.5, warmup_steps=2)
     averaged = swa_utils.AveragedModel(model)
     moving = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.5))
@@ -126,7 +126,7 @@ def test_averaged_weights_and_their_statistics() -> None:
     first = averaged.module[0](torch.cat(data))
     torch.testing.assert_close(averaged.module[1].running_mean, first.mean(0))
     # the training itself does not notice
-    alone = network(normalised=True)
+    alone = network(normalized=True)
     twin = Apollo(alone.parameters(), lr=0.5, warmup_steps=2)
     schedule = swa_utils.SWALR(twin, swa_lr=0.05, anneal_epochs=3, anneal_strategy="linear")
     for t in range(6):

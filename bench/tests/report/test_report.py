@@ -74,7 +74,7 @@ def test_the_same_runs_draw_the_same_bytes(finished: Path, tmp_path: Path) -> No
     assert len(written[0]) == 3 + 2 * len(PICTURES)
 
 
-def summarise(folder: Path, plan: recipe.Recipe, finals: dict[str, list[float]]) -> Summary:
+def summarize(folder: Path, plan: recipe.Recipe, finals: dict[str, list[float]]) -> Summary:
     for name, values in finals.items():
         for seed, value in enumerate(values):
             made_up(folder, plan.run(name, seed), [50.0, value])
@@ -103,7 +103,7 @@ def summarise(folder: Path, plan: recipe.Recipe, finals: dict[str, list[float]])
 def test_the_headline_names_the_winner(
     recipe_file: Path, tmp_path: Path, finals: dict[str, list[float]], expected: str
 ) -> None:
-    summary = summarise(tmp_path, recipe.load(str(recipe_file)), finals)
+    summary = summarize(tmp_path, recipe.load(str(recipe_file)), finals)
     assert narrative.headline(summary) == expected
 
 
@@ -119,7 +119,7 @@ def test_leads_are_paired_by_seed(recipe_file: Path, tmp_path: Path) -> None:
     plan = recipe.load(str(recipe_file))
     finals = {"sgd": [80.0, 85.0, 90.0, 95.0], "apollo": [81.0, 86.2, 91.1, 95.9]}
     finals["adam"] = [80.0, 85.0]  # two seeds are not there
-    summary = summarise(tmp_path, plan, finals)
+    summary = summarize(tmp_path, plan, finals)
     leads = cells(summary, "Apollo's lead [95 % interval]")
     assert leads["Apollo"] == "-"
     low, high = (float(text) for text in re.findall(r"[+-][0-9.]+", leads["SGD"])[1:])
@@ -431,7 +431,7 @@ def test_runs_that_do_not_compare(recipe_file: Path, tmp_path: Path) -> None:
         collect([base / "runs" / plan.run("sgd", 1).label / "checkpoint"])
 
 
-def test_colours_differ_and_belong_to_the_optimizer() -> None:
+def test_colors_differ_and_belong_to_the_optimizer() -> None:
     styles = STYLES.values()
     assert len({one.color for one in styles}) == len({one.marker for one in styles}) == len(styles)
     unknown = [f"mine-{i}" for i in range(3)]

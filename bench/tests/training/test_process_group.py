@@ -64,7 +64,7 @@ def test_two_processes_train_every_model_as_one(
     texts: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    """DDP, batch normalisation over all processes, sharded weights: the same loss curve."""
+    """DDP, batch normalization over all processes, sharded weights: the same loss curve."""
     text = TINY.replace("log_every = 5", "log_every = 1")
     recipe_file.write_text(text)
     specs = {"images": recipe.load(str(recipe_file)).run("apollo", 3)}

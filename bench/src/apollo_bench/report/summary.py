@@ -327,10 +327,10 @@ def collect(
         if only in (None, run.spec.task):
             by_task.setdefault(run.spec.task, []).append(run)
     known = [*TASKS, *sorted(by_task.keys() - TASKS.keys())]
-    return [_summarise(by_task[task], target) for task in sorted(by_task, key=known.index)]
+    return [_summarize(by_task[task], target) for task in sorted(by_task, key=known.index)]
 
 
-def _summarise(runs: list[Run], target: float | None) -> Summary:
+def _summarize(runs: list[Run], target: float | None) -> Summary:
     task = runs[0].spec.task
     curve, final = entry_of(runs[0].spec).curve, entry_of(runs[0].spec).final
     if runs[0].spec.is_trial:

@@ -30,7 +30,7 @@ TASKS = {
         image_workload.make_fashion_mnist,
         image_workload.ACCURACY,
         image_workload.ACCURACY,
-        "8000 + 2000 grey images 28 x 28, 10 classes (whole set: 60000 + 10000)",
+        "8000 + 2000 gray images 28 x 28, 10 classes (whole set: 60000 + 10000)",
         "embedded; whole set: --data /usr/share/datasets/fashion-mnist "
         "(Debian's dataset-fashion-mnist)",
     ),
@@ -38,7 +38,7 @@ TASKS = {
         image_workload.make_cifar10,
         image_workload.ACCURACY,
         image_workload.ACCURACY,
-        "50000 + 10000 colour images 32 x 32, 10 classes",
+        "50000 + 10000 color images 32 x 32, 10 classes",
         "Hugging Face hub (uoft-cs/cifar10), or --data with cifar-10-python.tar.gz, its folder, "
         "or parquet files",
     ),

@@ -69,7 +69,7 @@ def task_of(tree: Path, data: PhotographData = DATA, workers: int = 0) -> ImageC
 
 
 def pixels(images: torch.Tensor) -> torch.Tensor:
-    """From normalised images back to bytes."""
+    """From normalized images back to bytes."""
     mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (imagenet.MEAN, imagenet.STD))
     return ((images * std + mean) * 255).round().to(torch.uint8)
 
@@ -236,7 +236,7 @@ def test_the_parts_of_two_processes_are_the_batch_of_one(tree: Path) -> None:
         torch.testing.assert_close(sum(tallies), task.tally(model), rtol=1e-6, atol=0)
 
 
-def test_evaluation_sees_the_centres_of_the_validation_images(tree: Path) -> None:
+def test_evaluation_sees_the_centers_of_the_validation_images(tree: Path) -> None:
     images = imagenet.load(tree)
     ((batch, labels),) = source(tree).evaluation(0, 1)
     assert torch.equal(labels, images.test.labels)

@@ -1,4 +1,4 @@
-"""Sizes, shapes and initialisation of the residual networks."""
+"""Sizes, shapes and initialization of the residual networks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_block_adds_its_shortcut_before_the_last_relu(outputs: int, stride: in
     assert torch.equal(block(x), y.clamp(min=0))
 
 
-def test_initialisation_of_he() -> None:
+def test_initialization_of_he() -> None:
     torch.manual_seed(0)
     model = resnet(20)
     for module in model.modules():

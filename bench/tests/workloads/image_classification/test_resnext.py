@@ -1,4 +1,4 @@
-"""Size, layers and initialisation of ResNeXt."""
+"""Size, layers and initialization of ResNeXt."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_block_is_norm_after_every_convolution_and_relu_after_the_sum() -> Non
     assert bool((y == 0).any())
 
 
-def test_initialisation_of_he(resnext50: ResNeXt) -> None:
+def test_initialization_of_he(resnext50: ResNeXt) -> None:
     for module in resnext50.modules():
         if isinstance(module, nn.Conv2d):
             fan_out = module.out_channels * math.prod(module.kernel_size)

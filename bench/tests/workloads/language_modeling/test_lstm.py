@@ -45,7 +45,7 @@ def test_parameter_count_of_the_papers_model() -> None:
         for i, (low, high) in enumerate(zip(cutoffs, [*cutoffs[1:], vocabulary], strict=True), 1)
     )
     assert count(model) == vocabulary * embedding + lstm + head + tails == 509_636_788
-    # embedding; four tensors a layer; the head; two a cluster
+    # embedding; four tensors per layer; the head; two per cluster
     assert len(list(model.parameters())) == 1 + 2 * 4 + 1 + 3 * 2
 
 
@@ -161,7 +161,7 @@ def test_mixed_precision_gives_float32_near_the_same(cutoffs: list[int]) -> None
     assert torch.allclose(torch.cat([first, second], 1), nats, rtol=0, atol=0.05)
 
 
-def test_initialisation_of_the_release() -> None:
+def test_initialization_of_the_release() -> None:
     torch.manual_seed(0)
     model = LanguageModel(500, 24, 32, 2, 0.0, [], 4.0)
     assert model.embedding.weight.abs().max().item() == pytest.approx(math.sqrt(6 / 24), rel=0.01)

@@ -120,7 +120,7 @@ def marked(texts: list[str], kind: str) -> bytes:
     return f'<{kind} setid="x">\n<doc id="1">\n<p>\n{segments}\n</p></doc></{kind}>\n'.encode()
 
 
-def test_wmt14_as_the_organisers_pack_it(tmp_path: Path) -> None:
+def test_wmt14_as_the_organizers_pack_it(tmp_path: Path) -> None:
     first, rest = (TextPairs(*(side[part] for side in TRAIN)) for part in (slice(2), slice(2, 4)))
     write(tmp_path / "training", "europarl-v7.de-en", first)
     write(tmp_path / "training", "news-commentary-v9.de-en", rest, zipped=True)

@@ -64,7 +64,7 @@ def test_every_text_comes_back(text: str) -> None:
     assert subwords.decode(numbers) == normalize(text)
 
 
-def test_normalisation_is_the_one_stated(subwords: Subwords) -> None:
+def test_normalization_is_the_one_stated(subwords: Subwords) -> None:
     text = " \ta\u0308  5\u00a0000\u202f€\r\n"
     assert normalize(text) == "\u00e4 5 000 €"
     assert subwords.decode(subwords.encode(text)) == "\u00e4 5 000 €"

@@ -1,4 +1,4 @@
-"""The Transformer: size, masks, initialisation, and decoding word by word."""
+"""The Transformer: size, masks, initialization, and decoding word by word."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def test_longest_sentences(model: Transformer) -> None:
         model.step(words(1, 2), cache)
 
 
-def test_initialisation_of_fairseq() -> None:
+def test_initialization_of_fairseq() -> None:
     torch.manual_seed(0)
     model = Transformer(1000, 64, 128, 4, 1, padding=PAD)
     rows = model.embedding.weight

@@ -121,8 +121,8 @@ class DecodingImageSource:
             if error:
                 raise ExperimentError(error)
             batch = torch.as_tensor(pixels).to(self._device, non_blocking=True).permute(0, 3, 1, 2)
-            normalised = (batch.float().div(255) - self._mean) / self._std
-            yield normalised, torch.as_tensor(labels).to(self._device, non_blocking=True)
+            normalized = (batch.float().div(255) - self._mean) / self._std
+            yield normalized, torch.as_tensor(labels).to(self._device, non_blocking=True)
 
 
 def fits_shared_memory(size: int, workers: int) -> bool:
@@ -164,7 +164,7 @@ class _Request(NamedTuple):
     """Images to decode together."""
 
     images: list[int]
-    seed: tuple[int, ...] | None  # of the crops; None: their centres
+    seed: tuple[int, ...] | None  # of the crops; None: their centers
 
 
 class _Decoder(Dataset[_DecodedBatch]):

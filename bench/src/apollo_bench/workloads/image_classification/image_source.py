@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apollo_bench.workloads.image_classification.image_settings import ImageData
 
-ImageBatch = tuple[Tensor, Tensor]  # normalised images (n, channels, height, width), labels (n,)
+ImageBatch = tuple[Tensor, Tensor]  # normalized images (n, channels, height, width), labels (n,)
 
 
 class BatchRequest(NamedTuple):

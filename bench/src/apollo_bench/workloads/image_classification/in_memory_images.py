@@ -59,16 +59,16 @@ class InMemoryImageSource:
             shifts = draw_shifts(len(step.examples), self._padding, self._flip, generator)
             chosen = step.examples[step.part].to(device, non_blocking=True)
             cut = crop_and_flip(self._images[chosen], shifts.part(step.part, device), self._padding)
-            yield self._normalised(cut), self._labels[chosen]
+            yield self._normalized(cut), self._labels[chosen]
 
     def evaluation(self, rank: int, world: int) -> Iterator[ImageBatch]:
         """Yield the test set, or the held-out training images."""
         images, labels = (values[rank::world] for values in self._evaluated)
         for start in range(0, len(images), _EVALUATION_BATCH):
             part = slice(start, start + _EVALUATION_BATCH)
-            yield self._normalised(images[part]), labels[part]
+            yield self._normalized(images[part]), labels[part]
 
-    def _normalised(self, images: Tensor) -> Tensor:
+    def _normalized(self, images: Tensor) -> Tensor:
         pixels = (images.float().div(255) - self._mean) / self._std
         return pixels.contiguous(memory_format=torch.channels_last)
 
