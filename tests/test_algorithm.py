@@ -60,8 +60,8 @@ def test_rate_is_designs_formula(as_tensor: bool) -> None:
 
 
 def test_eps_is_divided_by_sigma_with_constant_alone() -> None:
-    assert hyperparameters(eps=1e-4, sigma=0.01).secant_eps == pytest.approx(1e-2)
-    assert hyperparameters(eps=1e-4, sigma=0.01, rebound="belief").secant_eps == 1e-4
+    assert hyperparameters(eps=1e-4, sigma=0.01).secant_eps() == pytest.approx(1e-2)
+    assert hyperparameters(eps=1e-4, sigma=0.01, rebound="belief").secant_eps() == 1e-4
 
 
 @pytest.mark.parametrize("lr", [0.1, 1.0, torch.tensor(0.1, dtype=torch.float64)])

@@ -42,7 +42,7 @@ def update(
     # B' = B - a d^2 with a = (<d, y> + <d, B d>) / (||d||_4 + eps)^4, eq. (8)
     sums = secant_sums(d, y, delta, B, h.belief) if sums is None else sums
     u = d / sums.scale.where(sums.scale != 0, 1).to(d.dtype)
-    B = B - correction(sums, h.secant_eps, m.dtype) * u**2
+    B = B - correction(sums, h.secant_eps(), m.dtype) * u**2
 
     # theta' = theta - lr d' with d' = m' / D', eq. (11)
     threshold: Scalar = h.sigma if sums.largest is None else sums.largest.to(m.dtype)

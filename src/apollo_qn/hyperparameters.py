@@ -61,8 +61,7 @@ class Hyperparameters(NamedTuple):
         """Return whether decay is added to the direction."""
         return self.decays and self.decoupled_weight_decay
 
-    @property
-    def secant_eps(self) -> float:
+    def secant_eps(self) -> float:  # Dynamo of torch 2.10 cannot read the number of a property
         """Return the number added to ||d||_4: eps with belief, else eps / sigma (Theorem 1)."""
         return self.eps if self.belief else self.eps / self.sigma
 

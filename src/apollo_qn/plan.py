@@ -55,7 +55,7 @@ class Part:
     @property
     def sharded(self) -> bool:
         """Return whether the batches consist of shards."""
-        return bool(self.batches) and bool(self.batches[0].tensors.rows)
+        return len(self.batches) > 0 and _is_sharded(self.batches[0])
 
     def run(self) -> bool:
         """Update the batches; return False as :meth:`Backend.step` does."""
@@ -159,9 +159,13 @@ def _hand_back(step: Step, part: Part) -> None:
     part.batches = kept
 
 
+def _is_sharded(batch: Batch) -> bool:
+    return len(batch.tensors.rows) > 0  # Dynamo of torch 2.10 cannot trace bool() of a list
+
+
 def _append(parts: list[Part], backend: Backend | None, batch: Batch) -> None:
     for part in parts:
-        if part.backend is backend and part.sharded == bool(batch.tensors.rows):
+        if part.backend is backend and part.sharded == _is_sharded(batch):
             part.batches.append(batch)
             return
     parts.append(Part(backend, [batch]))

@@ -121,7 +121,7 @@ def step_scalars(batch: Batch) -> tuple[Any, ...]:
     h, s = batch.h, batch.scalars
     return (
         *(s.alpha, s.rate, s.offset, h.sigma, s.previous_offset, s.kappa, s.omega),
-        *(h.sigma, h.secant_eps, -1.0 if h.maximize else 1.0),
+        *(h.sigma, h.secant_eps(), -1.0 if h.maximize else 1.0),
         *(h.weight_decay if h.l2 else 0.0, h.weight_decay if h.decoupled else 0.0),
         *(float(h.decays), float(h.belief), float(h.rounding == "stochastic"), s.t),
     )

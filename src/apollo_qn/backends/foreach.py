@@ -380,7 +380,7 @@ def _apply(
     spread = work.layout.spread
     work.m.add_(y)
     scale = sums.scale.to(sums.k.dtype)
-    c = secant_coefficient(scale, sums.q4, sums.k, h.secant_eps)
+    c = secant_coefficient(scale, sums.q4, sums.k, h.secant_eps())
     c = saturated(c, work.B.dtype)
     work.B.sub_(u2.mul_(spread(c)))
 

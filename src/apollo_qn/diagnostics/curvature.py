@@ -192,7 +192,7 @@ def coming_corrections(optimizer: Apollo) -> Corrections:
             sums = reduction.take(table, [part.row])
         assert sums is not None
         # B' - B = -c u^2 with sum u^4 = q4
-        c = correction(sums, part.h.secant_eps, part.m.dtype)
+        c = correction(sums, part.h.secant_eps(), part.m.dtype)
         size = sums.q4.to(accumulator(c.device)).sqrt() / math.sqrt(part.numel)
         result[part.p] = (-c * size).reshape(())
     return result
