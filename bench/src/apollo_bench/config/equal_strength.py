@@ -40,8 +40,8 @@ def coupled_decay(name: str, optimizers: Mapping[str, Any]) -> float | None:
     Example:
         >>> from apollo_bench.config.recipe import load
         >>> optimizers = load("fashion-mnist").optimizers
-        >>> round(coupled_decay("radam-adj", optimizers), 6)  # 5e-4 of Apollo, times 5.0 / 0.2
-        0.0125
+        >>> round(coupled_decay("radam-adj", optimizers), 6)  # 5e-4 of Apollo, times 10 / 0.2
+        0.025
 
     Args:
         name: name of an optimizer of the recipe.
