@@ -2,6 +2,9 @@
 
 :func:`prepare` validates all groups and chooses a back end for each tensor. :func:`execute` runs
 the batches and counts the step. Nothing is changed before all groups have been validated.
+
+The counters of a group are nearly always equal. The plan therefore reads only the first one for a
+back end that compares them, and reads all of them if that back end then refuses the batch.
 """
 
 from __future__ import annotations
@@ -111,7 +114,8 @@ def prepare(
             backend = None if traced else _fused_backend(local, h, backends)
             if backend is None:
                 check_tensors(local, describe)
-            for batch in _batches(local, h):
+            trusting = backend is not None and backend.counts
+            for batch in _batches(local, h, only_first=trusting):
                 if backend is None:
                     _split_homogeneous(step, batch)
                 else:
@@ -133,22 +137,33 @@ def execute(step: Step) -> None:
     for part in step.fused:
         if part.batches and not part.run():
             _hand_back(step, part)
-            if part.batches:
-                part.run()
+            if part.batches and not part.run():
+                raise RuntimeError(
+                    "a step counter or a previous_lr is not a number, or another thread changed it "
+                    "during the step: load a valid state, and step in one thread at a time"
+                )
         step.started = True
     step.started = True
     for part in step.others:
         part.run()
-    _count([batch for part in (*step.fused, *step.others) for batch in part.batches], step.traced)
+    for part in (*step.fused, *step.others):
+        if part.backend is None or not part.backend.counts:
+            _count(part.batches)
     if step.backends.reduction is not step.reduction:
         step.backends.reduction = step.reduction
 
 
 def _hand_back(step: Step, part: Part) -> None:
-    """Move tensors that a fused back end cannot take to other back ends; nothing is changed."""
+    """Move tensors that a fused back end cannot take to other back ends; nothing is changed.
+
+    The batches that remain have equal counters.
+    """
     kept = []
     assert part.backend is not None
-    for batch, taken in zip(part.batches, part.backend.takes(part.batches), strict=True):
+    batches = part.batches
+    if part.backend.counts:  # only the first counter of each batch has been read
+        batches = [exact for batch in batches for exact in _batches(batch.tensors, batch.h)]
+    for batch, taken in zip(batches, part.backend.takes(batches), strict=True):
         others = [i for i, on in enumerate(taken) if not on]
         if others:
             rest = batch.select(others)
@@ -235,17 +250,21 @@ def _real(batch: Batch) -> Batch:
     return batch if lists is batch.tensors else replace(batch, tensors=lists)
 
 
-def _batches(lists: TensorLists, h: Hyperparameters) -> list[Batch]:
-    """Split a group into tensors with equal counters that are all shards or all full tensors."""
+def _batches(lists: TensorLists, h: Hyperparameters, only_first: bool = False) -> list[Batch]:
+    """Split a group into tensors with equal counters that are all shards or all full tensors.
+
+    With ``only_first`` the counters and previous rates of all are taken to be those of the first.
+    """
     # in this order: while Dynamo of torch 2.15 traces, it cannot negate capturable
     on_host = not (torch.compiler.is_compiling() or h.capturable)
     shard = [row >= 0 for row in lists.rows] or [False]
-    steps = [x.item() for x in lists.state_steps] if on_host else [0.0]
+    read = slice(1 if only_first else None)
+    steps = [x.item() for x in lists.state_steps[read]] if on_host else [0.0]
     rates = [0.0]
     if (
         on_host and lists.previous_lrs and not h.differentiable
     ):  # otherwise autograd runs through the rate
-        rates = [x.item() for x in lists.previous_lrs]
+        rates = [x.item() for x in lists.previous_lrs[read]]
     columns: tuple[list[Any], ...] = (shard, steps, rates)
     indices: dict[Any, list[int] | None] = {}
     if all(column.count(column[0]) == len(column) for column in columns):
@@ -283,25 +302,12 @@ def _reduce(step: Step, reduction: Reduction) -> None:
         part.sums = [reduction.take(table, batch.tensors.rows) for batch in part.batches]
 
 
-def _count(batches: list[Batch], traced: bool) -> None:
-    """Count the step of each tensor and record its rate. No other function does either."""
-    on_host = not traced and cpu.why_not() is None
-    simple: list[Tensor] = []  # counters of tensors without a previous_lr
+def _count(batches: list[Batch]) -> None:
+    """Count the step of each tensor and record its rate, for back ends that do not count."""
     for batch in batches:
-        lists, rate = batch.tensors, batch.scalars.rate
-        steps, previous = lists.state_steps, lists.previous_lrs
-        may_count = on_host and not (batch.h.capturable or batch.h.differentiable)
-        if not previous:
-            simple += steps if may_count else []
-        elif may_count and isinstance(rate, float):
-            cpu.count(steps, previous, rate)
-            continue
-        if previous or not may_count:
-            torch._foreach_add_(steps, 1.0)
-        if previous:
-            _record(rate, previous)
-    if simple:
-        cpu.count(simple, [], 0.0)
+        torch._foreach_add_(batch.tensors.state_steps, 1.0)
+        if batch.tensors.previous_lrs:
+            _record(batch.scalars.rate, batch.tensors.previous_lrs)
 
 
 def _record(rate: Scalar, previous: list[Tensor]) -> None:

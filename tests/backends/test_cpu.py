@@ -40,6 +40,7 @@ pytestmark = [NEEDS_KERNEL, NEEDS_CPU]
 # of kernel.h and schedule.h, in elements
 BLOCK, CHUNK, SMALL, PORTION = 1024, 32 * 1024, 64 * 1024, 16 * 1024
 BORDERS = [n + i for n in (16, 256, BLOCK, PORTION, CHUNK, SMALL) for i in (-1, 0, 1)]
+STATE = ("step", "exp_avg", "hessian_diag")
 Train = Callable[[], list[Any]]
 
 
@@ -59,9 +60,10 @@ def done_by_the_operator(optimizer: Apollo) -> bool:
     """Do a step; return whether one call of the operator has done all of it."""
     with Watched() as watched:
         optimizer.step()
-    own = {name for name in watched.calls if name.startswith("apollo_qn::")}
-    others = watched.calls.keys() - own - TABLES
+    others = watched.calls.keys() - TABLES - {"apollo_qn::step_"}
     assert not others, others
+    # of each group the first counter and its rate
+    assert watched.calls["_local_scalar_dense"] <= 2 * len(optimizer.param_groups)
     return watched.calls["apollo_qn::step_"] == 1
 
 
@@ -349,6 +351,56 @@ def test_gradients_that_come_and_go() -> None:
             optimizer.step()
     for one, other in zip(*(o.param_groups[0]["params"] for o in optimizers), strict=True):
         torch.testing.assert_close(one, other)
+
+
+UNLIKE = {
+    "steps": ("step", torch.tensor(1.0)),
+    "type": ("step", torch.tensor(3.0, dtype=torch.float64)),
+    "rate": ("previous_lr", torch.tensor(0.05, dtype=torch.float64)),
+    "type of the rate": ("previous_lr", torch.tensor(0.08)),
+}
+
+
+@pytest.mark.parametrize("case", UNLIKE)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_counter_unlike_the_others(case: str, place: int) -> None:
+    name, value = UNLIKE[case]
+
+    def train(**back_end: Any) -> list[Any]:
+        params = parameters([(5,), (70,), (9,)], torch.float64)
+        optimizer = ApolloW(params, lr=0.1, warmup_steps=9, weight_decay=0.1, **back_end)
+        run_steps(optimizer, range(3))
+        optimizer.state[params[place]][name] = value.clone()
+        run_steps(optimizer, range(3, 6))
+        states = [optimizer.state[p] for p in params]
+        steps = [float(state["step"]) for state in states]
+        return [*(p.detach() for p in params), steps, [float(s["previous_lr"]) for s in states]]
+
+    *fused, steps, rates = train(fused=True)
+    *rule, wanted, wanted_rates = train(foreach=False, fused=False)
+    torch.testing.assert_close(fused, rule)
+    assert steps == wanted == [4.0 if case == "steps" and i == place else 6.0 for i in range(3)]
+    assert rates == pytest.approx(wanted_rates)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize(
+    "wrong",
+    [torch.tensor(float("nan")), torch.tensor(3.0, device="meta"), torch.full((2,), 3.0)],
+    ids=["no number", "elsewhere", "two"],
+)
+def test_a_counter_that_no_back_end_takes(wrong: Tensor, place: int) -> None:
+    params = parameters([(5,), (70,), (9,)], torch.float32)
+    optimizer = Apollo(params, fused=True)
+    run_steps(optimizer, range(3))
+    optimizer.state[params[place]]["step"] = wrong.clone()
+    give_gradients(params, 3)
+    columns = [params, *([optimizer.state[p][name] for p in params] for name in STATE)]
+    before = [x.detach().clone() for column in columns for x in column]
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    for x, y in zip((x for column in columns for x in column), before, strict=True):
+        assert x.is_meta or torch.equal(x.nan_to_num(-1), y.nan_to_num(-1))
 
 
 def test_shared_gradients_and_steps() -> None:

@@ -38,6 +38,7 @@ KINDS = [
 SCALARS = torch.tensor(
     [[0.1, 0.01, 0, 1, 0, 1, 0, 1, 1e-4, 1, 0, 0, 0, 0, 0, 5]], dtype=torch.float64
 )
+NONE: list[list[Tensor]] = [[], [], []]  # thresholds, compensations and previous_lrs
 Quadruple = list[Tensor]  # parameter, gradient, m and B
 
 
@@ -60,7 +61,9 @@ def replaced(place: int, x: Tensor) -> Quadruple:
 
 
 def lists(*quadruples: Quadruple) -> list[list[Tensor]]:
-    return [list(column) for column in zip(*quadruples, strict=True)]
+    """Columns of the tensors, and their counters at the step of SCALARS."""
+    steps = [torch.tensor(5.0) for _ in quadruples]
+    return [*(list(column) for column in zip(*quadruples, strict=True)), steps]
 
 
 def bits(columns: list[list[Tensor]]) -> list[bytes]:
@@ -110,8 +113,8 @@ BAD = {
 def refused(ops: Any, columns: list[list[Tensor]], *kept: list[Tensor]) -> list[int]:
     """What check says of tensors of which step_ takes none."""
     before = bits(columns)
-    kinds: list[int] = ops.check(*columns, *(kept or ([], []))).tolist()
-    assert ops.step_(*columns, *(kept or ([], [])), None, None, SCALARS, None) is False
+    kinds: list[int] = ops.check(*columns, *(kept or NONE)).tolist()
+    assert ops.step_(*columns, *(kept or NONE), None, None, SCALARS, None) is False
     assert bits(columns) == before
     return kinds
 
@@ -119,9 +122,9 @@ def refused(ops: Any, columns: list[list[Tensor]], *kept: list[Tensor]) -> list[
 @pytest.mark.parametrize("case", GOOD)
 def test_takes(ops: Any, case: str) -> None:
     columns = lists(GOOD[case](), make(7))
-    assert ops.check(*columns, [], []).tolist() == [0, 0]
+    assert ops.check(*columns, *NONE).tolist() == [0, 0]
     before = [x.clone() for x in columns[0]]
-    assert ops.step_(*columns, [], [], None, None, SCALARS, None) is True
+    assert ops.step_(*columns, *NONE, None, None, SCALARS, None) is True
     assert all((x != y).all() for x, y in zip(before, columns[0], strict=True))
 
 
@@ -133,14 +136,14 @@ def test_leaves(ops: Any, case: str) -> None:
 def test_leaves_what_has_no_memory(ops: Any) -> None:
     columns = lists(replaced(0, torch.randn(5)), make(7))
     columns[0][0] = freed(5)
-    assert ops.check(*columns, [], []).tolist() == [-1, 0]
-    assert ops.step_(*columns, [], [], None, None, SCALARS, None) is False
+    assert ops.check(*columns, *NONE).tolist() == [-1, 0]
+    assert ops.step_(*columns, *NONE, None, None, SCALARS, None) is False
 
 
 def test_overlaps(ops: Any) -> None:
     memory = torch.randn(20)
     apart = lists(replaced(0, memory[:10]), replaced(2, memory[10:]))
-    assert ops.check(*apart, [], []).tolist() == [0, 0]
+    assert ops.check(*apart, *NONE).tolist() == [0, 0]
     assert refused(ops, lists(replaced(0, memory[:11]), replaced(2, memory[10:]), make(3))) == [
         *(-1, -1),
         0,
@@ -157,33 +160,82 @@ def test_thresholds_and_compensations(ops: Any) -> None:
     none = torch.empty(0)
     columns = lists(make(9, kind=2), make(9, kind=2))
     low = torch.zeros(9, dtype=bf16)
-    assert ops.check(*columns, [torch.tensor(1.0), none], [low, none]).tolist() == [2, 2]
+    assert ops.check(*columns, [torch.tensor(1.0), none], [low, none], []).tolist() == [2, 2]
     wrong = torch.tensor(1.0, dtype=torch.float64)
-    assert refused(ops, columns, [wrong, none], []) == [-1, 2]
-    assert refused(ops, columns, [], [low.float(), none]) == [-1, 2]
-    assert refused(ops, columns, [], [low[:8], none]) == [-1, 2]
-    assert refused(ops, columns, [], [low, low]) == [-1, -1]
+    assert refused(ops, columns, [wrong, none], [], []) == [-1, 2]
+    assert refused(ops, columns, [], [low.float(), none], []) == [-1, 2]
+    assert refused(ops, columns, [], [low[:8], none], []) == [-1, 2]
+    assert refused(ops, columns, [], [low, low], []) == [-1, -1]
 
 
 def test_errors(ops: Any) -> None:
     columns = lists(make(3))
     with pytest.raises(RuntimeError, match="different lengths"):
-        ops.check(columns[0], [], *columns[2:], [], [])
+        ops.check(columns[0], [], *columns[2:], *NONE)
     with pytest.raises(RuntimeError, match="a row that scalars do not have"):
-        ops.step_(*columns, [], [], torch.tensor([1]), None, SCALARS, None)
+        ops.step_(*columns, *NONE, torch.tensor([1]), None, SCALARS, None)
     belief = SCALARS.clone()
     belief[0, 13] = 1
     with pytest.raises(RuntimeError, match="belief needs a threshold"):
-        ops.step_(*columns, [], [], None, None, belief, None)
+        ops.step_(*columns, *NONE, None, None, belief, None)
 
 
-def test_counts(ops: Any) -> None:
-    steps = [torch.tensor(float(i)) for i in range(3)]
-    rates = [torch.tensor(0.0, dtype=torch.float64) for _ in steps]
-    ops.count_(steps, rates, 0.5)
-    ops.count_(steps, [], 0.0)
-    assert torch.stack(steps).tolist() == [2, 3, 4]
-    assert torch.stack(rates).tolist() == [0.5] * 3
+def rates_of(columns: list[list[Tensor]]) -> list[Tensor]:
+    return [torch.tensor(0.1, dtype=torch.float64) for _ in columns[0]]
+
+
+def test_the_step_is_counted_and_its_rate_recorded(ops: Any) -> None:
+    """Each row of scalars has its own counter, rate and rate of the step before."""
+    columns = lists(make(3), make(4), make(5))
+    rates = [*rates_of(columns)[:2], torch.tensor(0.3, dtype=torch.float64)]
+    columns[4][2].fill_(9)
+    scalars = SCALARS.repeat(2, 1)
+    scalars[1, 1], scalars[1, 15] = 0.02, 9
+    rows = torch.tensor([0, 0, 1])
+    assert ops.step_(*columns, [], [], rates, rows, None, scalars, None) is True
+    assert torch.stack(columns[4]).tolist() == [6, 6, 10]
+    assert torch.stack(rates).tolist() == [0.01, 0.01, 0.02]
+
+
+def test_a_rate_is_recorded_only_where_there_is_one(ops: Any) -> None:
+    columns = lists(make(3), make(4), make(5))
+    rates = rates_of(columns)
+    rates[1] = torch.empty(0)
+    scalars, rows = SCALARS.repeat(2, 1), torch.tensor([0, 1, 0])
+    assert ops.step_(*columns, [], [], rates, rows, None, scalars, None) is True
+    assert [x.tolist() for x in rates] == [0.01, [], 0.01]
+
+
+UNEQUAL = {
+    "steps": (4, torch.tensor(4.0)),
+    "no number": (4, torch.tensor(float("nan"))),
+    "rate": (5, torch.tensor(0.2, dtype=torch.float64)),
+}
+UNKNOWN = {
+    "steps in float64": (4, torch.tensor(5.0, dtype=torch.float64)),
+    "two counters": (4, torch.full((2,), 5.0)),
+    "a counter elsewhere": (4, torch.tensor(5.0, device="meta")),
+    "rate in float32": (5, torch.tensor(0.1)),
+}
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("case", [*UNEQUAL, *UNKNOWN])
+def test_nothing_is_done_where_one_counter_is_unlike_the_others(
+    ops: Any, case: str, place: int
+) -> None:
+    columns = lists(make(3), make(4), make(5))
+    columns.append(rates_of(columns))
+    which, wrong = {**UNEQUAL, **UNKNOWN}[case]
+    columns[which][place] = wrong.clone()
+    before = bits(columns)
+    given = (*columns[:5], [], [], columns[5])
+    assert ops.step_(*given, None, None, SCALARS, None) is False
+    assert bits(columns) == before
+    fits = [0, 0, 0]
+    if case in UNKNOWN:
+        fits[place] = -1
+    assert ops.check(*given).tolist() == fits
 
 
 BITS = """
@@ -203,9 +255,9 @@ def stepped(threads, mode):
     thresholds = [torch.tensor(0.5, dtype=dtype) for dtype in types]
     low = [torch.zeros_like(p) if kahan and p.dtype is torch.bfloat16 else none for p in columns[0]]
     scalars = torch.tensor([[0.1, 0.01, 0.1, 0.01, 0.1, 1.001, 0.01 * decay, 0.01, 1e-4, -1,
-        0.01 * decay, 0.02 * decay, decay, belief, stochastic, 7]], dtype=torch.float64)
+        0.01 * decay, 0.02 * decay, decay, belief, stochastic, 5]], dtype=torch.float64)
     rng_keys = torch.arange(len(sizes)) * 1000003
-    given = (*columns, thresholds, low, None, rng_keys, scalars)
+    given = (*columns, thresholds, low, [], None, rng_keys, scalars)
     sums = ops.measure(*given)
     sums[::2, 0] = -1
     assert ops.step_(*given, sums) is True

@@ -57,6 +57,7 @@ class Shards:
     def step(self, back_end: Backend, gradients: list[Tensor]) -> None:
         s = StepScalars.at(float(self.t), self.h, self.previous_lr)
         lists = TensorLists(self.theta, gradients, self.m, self.B, thresholds=self.thresholds)
+        lists.state_steps = [torch.tensor(float(self.t)) for _ in self.theta]
         # one batch per shard and one batch of them all must be the same
         batches = [Batch(lists.select([i]), self.h, s) for i in range(len(lists))]
         if self.t % 2:

@@ -7,6 +7,8 @@ from tests.faults import Fault
 QN = "src/apollo_qn"
 RULE = ("tests/test_algorithm.py", "tests/test_golden.py")
 BACK_ENDS = ("tests/backends/test_backends.py",)
+CPU = ("tests/backends/test_cpu.py",)
+OPERATORS = ("tests/backends/test_operators.py",)
 OPTAX = ("tests/test_optax.py", "tests/test_optax_interface.py")
 ROUNDING = ("tests/test_rounding.py",)
 DIAGNOSTICS = ("tests/test_diagnostics.py", "tests/test_hessian.py")
@@ -137,6 +139,41 @@ FAULTS = [
         "c = share * share * share *",
         "c = share * share *",
         BACK_ENDS,
+    ),
+    Fault(
+        "a counter unlike that of the first tensor is not noticed",
+        f"{QN}/backends/cpu",
+        "if (*counters[i].step != (float)items[i].scalars->t) return false;",
+        "",
+        OPERATORS,
+    ),
+    Fault(
+        "a previous rate unlike that of the first tensor is not noticed",
+        f"{QN}/backends/cpu",
+        "if (same_row && previous_lr(i) != previous_lr(i - 1)) return false;",
+        "(void)same_row;",
+        OPERATORS,
+    ),
+    Fault(
+        "counters are counted before they are compared",
+        f"{QN}/backends/cpu",
+        "bool taken = tensors.all_fit();",
+        "bool taken = tensors.all_fit();\n    if (taken) *tensors.counters[0].step += 1;",
+        OPERATORS,
+    ),
+    Fault(
+        "unequal counters are not read after the operator has refused them",
+        f"{QN}/plan.py",
+        "_batches(batch.tensors, batch.h)]",
+        "_batches(batch.tensors, batch.h, True)]",
+        CPU,
+    ),
+    Fault(
+        "the plan counts what the operator has counted",
+        f"{QN}/plan.py",
+        "if part.backend is None or not part.backend.counts:",
+        "if True:",
+        CPU,
     ),
     # 16 bits
     Fault(

@@ -91,9 +91,13 @@ class Backend:
     """Interface of a back end, which applies :func:`apollo_qn.algorithm.update` to many tensors.
 
     A back end gets plain local tensors and changes them in place. It knows nothing of groups, state
-    dicts or meshes, and does not count steps. Each optimizer has its own instance, because an
-    instance keeps working memory.
+    dicts or meshes. Each optimizer has its own instance, because an instance keeps working memory.
+
+    ``counts`` says who counts steps and records rates. If it is True, :meth:`step` does, and checks
+    first that the counters and previous rates of a batch are equal. Otherwise the plan does.
     """
+
+    counts = False
 
     def takes(self, batches: list[Batch]) -> list[list[bool]]:
         """Return for each tensor of each batch whether this back end can update it."""
@@ -111,7 +115,8 @@ class Backend:
             sums: sums over the full tensors, needed if the batches consist of shards.
 
         Returns:
-            True, or False if :meth:`takes` refuses a tensor; then nothing has been changed.
+            True, or False if :meth:`takes` refuses a tensor, or if ``counts`` is True and the
+            counters or previous rates of a batch differ; then nothing has been changed.
         """
         raise NotImplementedError
 

@@ -38,7 +38,13 @@ def why_not() -> str | None:
 
 
 class CPU(Backend):
-    """Back end that updates all tensors of all batches in one call."""
+    """Back end that updates all tensors of all batches, and counts their steps, in one call.
+
+    The call checks all counters before it changes anything. Two more calls, which read and count,
+    would each receive and check the same tensors again.
+    """
+
+    counts = True
 
     def takes(self, batches: list[Batch]) -> list[list[bool]]:
         """Return for each tensor whether the operator can update it."""
@@ -68,7 +74,10 @@ class CPU(Backend):
         ]
 
     def step(self, batches: list[Batch], sums: list[Sums] | None = None) -> bool:
-        """Update all tensors, or return False and change none if one cannot be taken."""
+        """Update and count all tensors, or return False and change none if one cannot be taken.
+
+        It is also False if the counters or the previous rates of a batch differ.
+        """
         arguments = _Arguments(batches)
         if not arguments.plain:
             return False
@@ -80,21 +89,17 @@ class CPU(Backend):
         return True
 
 
-def count(state_steps: list[Tensor], previous_lrs: list[Tensor], rate: float) -> None:
-    """Add 1 to each step counter, and write the rate of this step into each previous_lr."""
-    torch.ops.apollo_qn.count_(state_steps, previous_lrs, rate)
-
-
 class _Arguments:
     """Arguments of the operator for all batches: lists of tensors, and a table of scalars."""
 
     def __init__(self, batches: list[Batch]) -> None:
         self._batches = batches
         lists = [batch.tensors for batch in batches]
+        needed = ("params", "grads", "exp_avgs", "hessian_diags", "state_steps")
+        optional = ("thresholds", "compensations", "previous_lrs")
         self.tensors = [
-            *(_joined(lists, name) for name in ("params", "grads", "exp_avgs", "hessian_diags")),
-            _filled(lists, "thresholds"),
-            _filled(lists, "compensations"),
+            *(_joined(lists, name) for name in needed),
+            *(_filled(lists, name) for name in optional),
         ]
         self.plain = all(map(is_plain, self.tensors))
 
@@ -134,9 +139,12 @@ def _filled(lists: list[TensorLists], name: str) -> list[Tensor]:
 
 
 def _plain_members(batch: Batch) -> list[bool]:
-    columns = [*batch.tensors.large, batch.tensors.thresholds]
+    lists = batch.tensors
+    columns = [*lists.large, lists.state_steps]
+    columns += [lists.thresholds, lists.compensations, lists.previous_lrs]
     return [
-        is_plain([column[i] for column in columns if column]) for i in range(len(batch.tensors))
+        is_plain([column[i] for column in columns if column and column[i] is not None])
+        for i in range(len(lists))
     ]
 
 

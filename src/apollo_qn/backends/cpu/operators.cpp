@@ -1,5 +1,5 @@
-// The torch operators apollo_qn::check, step_, measure and count_, through PyTorch's stable ABI. The
-// library needs no headers of Python and runs with every torch from 2.10 on.
+// The torch operators apollo_qn::check, step_ and measure, through PyTorch's stable ABI. The library
+// needs no headers of Python and runs with every torch from 2.10 on.
 //
 // Nothing outlives a call. A call owns its lists, and so keeps the tensors alive whose memory it uses.
 
@@ -18,14 +18,22 @@ struct Range {
     size_t owner;
 };
 
+// The number of steps that a tensor has taken, and its rate of the last one, or null if not needed.
+struct Counter {
+    float *step;
+    double *previous_lr;
+};
+
 // All tensors of a call, their addresses, and which of them the kernel can take.
 class Tensors {
   public:
-    const TensorList params, grads, exp_avgs, hessian_diags, thresholds, compensations;
+    static constexpr size_t ARGUMENTS = 8; // arguments of an operator that this class reads
+    const TensorList params, grads, exp_avgs, hessian_diags, state_steps;
+    const TensorList thresholds, compensations, previous_lrs; // empty if no tensor needs them
 
     explicit Tensors(const StableIValue *stack)
         : params(stack[0]), grads(stack[1]), exp_avgs(stack[2]), hessian_diags(stack[3]),
-          thresholds(stack[4]), compensations(stack[5])
+          state_steps(stack[4]), thresholds(stack[5]), compensations(stack[6]), previous_lrs(stack[7])
     {
     }
 
@@ -35,9 +43,9 @@ class Tensors {
     {
         const size_t n = size();
         const auto fits = [n](const TensorList &x) { return x.size() == n; };
-        if (!fits(grads) || !fits(exp_avgs) || !fits(hessian_diags) ||
-            (thresholds.size() && !fits(thresholds)) ||
-            (compensations.size() && !fits(compensations)))
+        const auto fits_or_empty = [&](const TensorList &x) { return !x.size() || fits(x); };
+        if (!fits(grads) || !fits(exp_avgs) || !fits(hessian_diags) || !fits(state_steps) ||
+            !fits_or_empty(thresholds) || !fits_or_empty(compensations) || !fits_or_empty(previous_lrs))
             refuse("apollo_qn: lists of different lengths");
     }
 
@@ -48,6 +56,7 @@ class Tensors {
         const size_t n = size();
         kinds.assign(n, -1);
         items.assign(n, Item{});
+        counters.assign(n, Counter{});
         std::vector<Range> writes, reads;
         writes.reserve(5 * n);
         reads.reserve(n);
@@ -60,10 +69,34 @@ class Tensors {
         return std::find(kinds.begin(), kinds.end(), -1) == kinds.end();
     }
 
+    // Returns whether all counters are those of the scalars, and all tensors of a row of scalars had the
+    // same rate before. The caller read only the first of them.
+    bool agree() const
+    {
+        for (size_t i = 0; i < size(); i++) {
+            if (*counters[i].step != (float)items[i].scalars->t) return false;
+            const bool same_row = i && items[i].scalars == items[i - 1].scalars;
+            if (same_row && previous_lr(i) != previous_lr(i - 1)) return false;
+        }
+        return true;
+    }
+
+    // Counts the step of each tensor and records its rate.
+    void count() const
+    {
+        for (size_t i = 0; i < size(); i++) {
+            *counters[i].step += 1;
+            if (counters[i].previous_lr) *counters[i].previous_lr = items[i].scalars->rate;
+        }
+    }
+
     std::vector<int8_t> kinds;
     std::vector<Item> items;
+    std::vector<Counter> counters;
 
   private:
+    double previous_lr(size_t i) const { return counters[i].previous_lr ? *counters[i].previous_lr : 0; }
+
     void inspect(size_t i, bool written, std::vector<Range> &writes, std::vector<Range> &reads)
     {
         const Dtypes &known = dtypes();
@@ -102,6 +135,15 @@ class Tensors {
             }
         }
         fits = fits && (contiguous || (dense && p.dense()));
+        counters[i].step = number<float>(state_steps[i], written);
+        fits = fits && counters[i].step;
+        if (previous_lrs.size()) {
+            must(aoti_torch_get_numel(previous_lrs[i], &numel));
+            if (numel) {
+                counters[i].previous_lr = number<double>(previous_lrs[i], written);
+                fits = fits && counters[i].previous_lr;
+            }
+        }
         kinds[i] = fits ? (int8_t)kind : -1;
         item.p = p.data, item.g = g.data, item.m = m.data, item.B = B.data;
         item.n = (size_t)p.n;
@@ -148,10 +190,11 @@ template <class T> const T *numbers(const Tensor &x, ScalarType dtype, int64_t c
 class Numbers {
   public:
     Numbers(const StableIValue *stack, bool with_sums)
-        : rows_(take<std::optional<Tensor>>(stack[6])), rng_keys_(take<std::optional<Tensor>>(stack[7])),
-          scalars_(take<Tensor>(stack[8]))
+        : rows_(take<std::optional<Tensor>>(stack[Tensors::ARGUMENTS])),
+          rng_keys_(take<std::optional<Tensor>>(stack[Tensors::ARGUMENTS + 1])),
+          scalars_(take<Tensor>(stack[Tensors::ARGUMENTS + 2]))
     {
-        if (with_sums) sums_ = take<std::optional<Tensor>>(stack[9]);
+        if (with_sums) sums_ = take<std::optional<Tensor>>(stack[Tensors::ARGUMENTS + 3]);
     }
 
     void fill(Tensors &tensors) const
@@ -211,12 +254,16 @@ void step_(StableIValue *stack, uint64_t, uint64_t)
     Tensors tensors(stack);
     const Numbers numbers(stack, true);
     tensors.inspect(true);
-    const bool fits = tensors.all_fit();
-    if (fits) {
+    bool taken = tensors.all_fit();
+    if (taken) {
         numbers.fill(tensors);
-        Schedule(tensors.items, kernel()).step(Parallel{}, torch::stable::get_num_threads());
+        taken = tensors.agree();
     }
-    stack[0] = torch::stable::detail::from(fits);
+    if (taken) {
+        Schedule(tensors.items, kernel()).step(Parallel{}, torch::stable::get_num_threads());
+        tensors.count();
+    }
+    stack[0] = torch::stable::detail::from(taken);
 }
 
 void measure(StableIValue *stack, uint64_t, uint64_t)
@@ -230,28 +277,6 @@ void measure(StableIValue *stack, uint64_t, uint64_t)
     Schedule(tensors.items, kernel())
         .measure(Parallel{}, torch::stable::get_num_threads(), (ShardSums *)result.mutable_data_ptr());
     stack[0] = torch::stable::detail::from(result);
-}
-
-// Returns the address of the single number in a CPU tensor.
-template <class T> T *number(AtenTensorHandle x, int32_t dtype, bool written)
-{
-    const View view(x, written);
-    if (!view.usable || view.n != 1 || view.dtype != dtype)
-        refuse("apollo_qn: a step must be one float32 number in CPU memory, a rate one float64");
-    return (T *)view.data;
-}
-
-void count_(StableIValue *stack, uint64_t, uint64_t)
-{
-    const TensorList steps(stack[0]), rates(stack[1]);
-    const double rate = take<double>(stack[2]);
-    if (rates.size() && rates.size() != steps.size()) refuse("apollo_qn: lists of different lengths");
-    std::vector<float *> step(steps.size());
-    std::vector<double *> written(rates.size());
-    for (size_t i = 0; i < steps.size(); i++) step[i] = number<float>(steps[i], dtypes().f32, true);
-    for (size_t i = 0; i < rates.size(); i++) written[i] = number<double>(rates[i], dtypes().f64, true);
-    for (float *x : step) *x += 1;
-    for (double *x : written) *x = rate;
 }
 
 // Returns whether a tensor is a lazy negation or conjugate. For such a tensor torch would pass a copy
@@ -275,7 +300,8 @@ void check_lazy(StableIValue *stack, uint64_t, uint64_t)
     const Tensor result = empty({(int64_t)tensors.size()}, ScalarType::Char);
     const TensorList *const lists[] = {&tensors.params,        &tensors.grads,
                                        &tensors.exp_avgs,      &tensors.hessian_diags,
-                                       &tensors.compensations, &tensors.thresholds};
+                                       &tensors.state_steps,   &tensors.thresholds,
+                                       &tensors.compensations, &tensors.previous_lrs};
     for (const TensorList *list : lists)
         for (size_t i = 0; i < list->size(); i++)
             if (lazy((*list)[i])) tensors.kinds[i] = -1;
@@ -292,18 +318,18 @@ void step_lazy(StableIValue *stack, uint64_t, uint64_t)
 
 } // namespace
 
-#define LISTS(p, m, B, t, c)                                                                       \
+#define LISTS(p, m, B, s, t, c, r)                                                                 \
     "(Tensor" p "[] params, Tensor[] grads, Tensor" m "[] exp_avgs, Tensor" B "[] hessian_diags, "  \
-    "Tensor" t "[] thresholds, Tensor" c "[] compensations"
+    "Tensor" s "[] state_steps, Tensor" t "[] thresholds, Tensor" c "[] compensations, "            \
+    "Tensor" r "[] previous_lrs"
 #define NUMBERS ", Tensor? rows, Tensor? rng_keys, Tensor scalars"
 
 STABLE_TORCH_LIBRARY(apollo_qn, library)
 {
-    library.def("check" LISTS("", "", "", "", "") ") -> Tensor");
-    library.def("step_" LISTS("(a!)", "(b!)", "(c!)", "(d!)", "(e!)") NUMBERS
+    library.def("check" LISTS("", "", "", "", "", "", "") ") -> Tensor");
+    library.def("step_" LISTS("(a!)", "(b!)", "(c!)", "(d!)", "(e!)", "(f!)", "(g!)") NUMBERS
                 ", Tensor? sums) -> bool");
-    library.def("measure" LISTS("", "", "", "", "") NUMBERS ") -> Tensor");
-    library.def("count_(Tensor(a!)[] state_steps, Tensor(b!)[] previous_lrs, float rate) -> ()");
+    library.def("measure" LISTS("", "", "", "", "", "", "") NUMBERS ") -> Tensor");
 }
 
 // Registered for every device and layout, so that check() can refuse any tensor.
@@ -312,7 +338,6 @@ STABLE_TORCH_LIBRARY_IMPL(apollo_qn, CompositeExplicitAutograd, library)
     library.impl("check", check);
     library.impl("step_", step_);
     library.impl("measure", measure);
-    library.impl("count_", count_);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(apollo_qn, Negative, library)

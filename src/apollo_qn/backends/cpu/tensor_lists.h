@@ -159,4 +159,11 @@ struct View {
     }
 };
 
+// Returns the address of the single number in a CPU tensor, or null if the tensor is anything else.
+template <class T> T *number(AtenTensorHandle x, bool written)
+{
+    const View view(x, written);
+    return view.usable && view.n == 1 && view.dtype == dtypes().of<T>() ? (T *)view.data : nullptr;
+}
+
 } // namespace apollo
