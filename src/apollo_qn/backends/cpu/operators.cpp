@@ -60,7 +60,12 @@ class Tensors {
         std::vector<Range> writes, reads;
         writes.reserve(5 * n);
         reads.reserve(n);
-        for (size_t i = 0; i < n; i++) inspect(i, written, writes, reads);
+        for (size_t i = 0; i < n; i++) {
+            if (i % AT_ONCE == 0)
+                for (const TensorList *list : {&params, &grads, &exp_avgs, &hessian_diags, &state_steps})
+                    list->prefetch(i);
+            inspect(i, written, writes, reads);
+        }
         forbid_overlaps(writes, reads);
     }
 

@@ -2,6 +2,7 @@
 // They are read through the C interface, because torch::stable::Tensor allocates memory for each tensor.
 #pragma once
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -25,36 +26,6 @@ inline void must(AOTITorchError error)
 {
     if (error != AOTI_TORCH_SUCCESS) refuse("apollo_qn: a function of libtorch failed");
 }
-
-// A list of tensors, owned by the call.
-class TensorList {
-  public:
-    explicit TensorList(StableIValue value) : list_(take<StableListHandle>(value))
-    {
-        size_t size = 0;
-        must(torch_list_size(list_, &size));
-        tensors_.reserve(size);
-        for (size_t i = 0; i < size; i++) {
-            StableIValue item{};
-            must(torch_list_get_item(list_, i, &item));
-            tensors_.push_back(take<AtenTensorHandle>(item));
-        }
-    }
-    TensorList(const TensorList &) = delete;
-    TensorList &operator=(const TensorList &) = delete;
-    ~TensorList()
-    {
-        for (AtenTensorHandle tensor : tensors_) (void)aoti_torch_delete_tensor_object(tensor);
-        (void)torch_delete_list(list_);
-    }
-
-    size_t size() const { return tensors_.size(); }
-    AtenTensorHandle operator[](size_t i) const { return tensors_[i]; }
-
-  private:
-    StableListHandle list_;
-    std::vector<AtenTensorHandle> tensors_;
-};
 
 struct Dtypes {
     int32_t f32 = aoti_torch_dtype_float32(), f64 = aoti_torch_dtype_float64();
@@ -82,6 +53,53 @@ inline const Dtypes &dtypes()
     static const Dtypes found;
     return found;
 }
+
+constexpr size_t AT_ONCE = 32; // tensors that TensorList::prefetch reads
+
+// A list of tensors, owned by the call.
+class TensorList {
+  public:
+    explicit TensorList(StableIValue value) : list_(take<StableListHandle>(value))
+    {
+        size_t size = 0;
+        must(torch_list_size(list_, &size));
+        tensors_.reserve(size);
+        for (size_t i = 0; i < size; i++) {
+            StableIValue item{};
+            must(torch_list_get_item(list_, i, &item));
+            tensors_.push_back(take<AtenTensorHandle>(item));
+        }
+    }
+    TensorList(const TensorList &) = delete;
+    TensorList &operator=(const TensorList &) = delete;
+    ~TensorList()
+    {
+        for (size_t i = 0; i < size(); i++) {
+            if (i % AT_ONCE == 0) prefetch(i);
+            (void)aoti_torch_delete_tensor_object(tensors_[i]);
+        }
+        (void)torch_delete_list(list_);
+    }
+
+    size_t size() const { return tensors_.size(); }
+    AtenTensorHandle operator[](size_t i) const { return tensors_[i]; }
+
+    // Reads layout and storage size of the tensors from `begin` on, to bring their descriptions into the
+    // cache. The elements of all tensors have displaced them since the last step. In a loop as short as
+    // this one the processor waits for many cache misses at the same time.
+    void prefetch(size_t begin) const
+    {
+        int32_t layout = 0;
+        int64_t storage = 0;
+        for (size_t i = begin; i < std::min(begin + AT_ONCE, size()); i++)
+            if (!aoti_torch_get_layout(tensors_[i], &layout) && layout == dtypes().strided)
+                (void)aoti_torch_get_storage_size(tensors_[i], &storage);
+    }
+
+  private:
+    StableListHandle list_;
+    std::vector<AtenTensorHandle> tensors_;
+};
 
 // Type, shape and memory of a tensor. `usable` is true for a strided tensor in allocated CPU memory.
 struct View {
