@@ -138,7 +138,8 @@ def run_tests(root: Path, tests: object, *options: str, limit: int = LIMIT) -> t
         "PYTHONDONTWRITEBYTECODE": "1",  # a change within a second would keep the old bytecode
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "pytest", "-m", "not slow", "--tb=line", "-rf"]
+    # a fast test needs 2 seconds: one that needs 60 hangs, which is a failure
+    command = [sys.executable, "-m", "pytest", "-m", "not slow", "--timeout=60", "--tb=line", "-rf"]
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider", *options, *tests],
         cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=limit,

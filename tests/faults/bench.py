@@ -211,7 +211,7 @@ FAULTS = [
         BENCH,
         "gradients = [p.grad for p in network.parameters() if p.grad is not None]",
         "gradients = [p.grad for p in network.parameters() if p.grad is not None][:1]",
-        LOOP,
+        (f"{TESTS}/training/test_gradient_norm.py",),
     ),
     Fault(
         "the commit is that of another checkout",
@@ -299,7 +299,7 @@ FAULTS = [
         BENCH,
         "max([sum(rest) / jobs, *rest], default=0.0)",
         "sum(rest)",
-        (f"{TESTS}/cli",),
+        (f"{TESTS}/launch/test_progress.py",),
     ),
     Fault(
         "a step's ratio is of the means",
