@@ -141,6 +141,11 @@ class StepScalars(NamedTuple):
         """Return the scalars of some of n tensors; ``which`` indexes a tensor of shape (n,)."""
         return StepScalars(*(x[which] if isinstance(x, Tensor) and x.dim() else x for x in self))
 
+    def with_threshold(self, before: Tensor) -> StepScalars:
+        """Return the scalars with another ``previous_threshold``."""
+        t, alpha, rate, offset, _, *others = self  # Dynamo of torch 2.8 cannot trace _replace
+        return StepScalars(t, alpha, rate, offset, before, *others)
+
     def to(self, dtype: torch.dtype) -> StepScalars:
         """Return the scalars with all tensors except ``t`` in ``dtype``."""
         t, *others = self

@@ -267,7 +267,7 @@ def _batches(lists: TensorLists, h: Hyperparameters, only_first: bool = False) -
         rates = [x.item() for x in lists.previous_lrs[read]]
     columns: tuple[list[Any], ...] = (shard, steps, rates)
     indices: dict[Any, list[int] | None] = {}
-    if all(column.count(column[0]) == len(column) for column in columns):
+    if all(len(set(column)) == 1 for column in columns):
         indices[shard[0], steps[0], rates[0]] = None
     else:
         long = (column * len(lists) if len(column) == 1 else column for column in columns)

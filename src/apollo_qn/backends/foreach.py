@@ -299,7 +299,7 @@ def _terms(work: _Work, h: Hyperparameters, s: StepScalars, sums: Sums) -> tuple
 def _scalars(batch: Batch) -> StepScalars:
     if not batch.tensors.thresholds:
         return batch.scalars
-    return batch.scalars._replace(previous_threshold=torch.stack(batch.tensors.thresholds))
+    return batch.scalars.with_threshold(torch.stack(batch.tensors.thresholds))
 
 
 def _keep_thresholds(batch: Batch, sums: Sums) -> None:

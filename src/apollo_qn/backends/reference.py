@@ -71,7 +71,7 @@ def _scalars(batch: Batch, i: int, dtype: torch.dtype) -> StepScalars:
     s = batch.scalars.select(i)
     if batch.tensors.thresholds:
         # clone, because the step overwrites it and autograd may still need it
-        s = s._replace(previous_threshold=batch.tensors.thresholds[i].clone())
+        s = s.with_threshold(batch.tensors.thresholds[i].clone())
     return s.to(dtype)
 
 
