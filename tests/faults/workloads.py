@@ -281,7 +281,7 @@ FAULTS = [
         (f"{LANGUAGE}/test_language_workload.py",),
     ),
     Fault(
-        "the test text is the validation text",
+        "the shards of test and validation are swapped",
         f"{BENCH}/workloads/language_modeling/one_billion_word.py",
         'return "test" if file == f"{TEST:05}.tokens" else "valid"',
         'return "valid" if file == f"{TEST:05}.tokens" else "test"',
