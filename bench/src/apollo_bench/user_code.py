@@ -23,6 +23,10 @@ _MAX_NAMED = 8  # names of a module that an error lists
 
 def checked_object_path(path: str) -> str:
     """Return ``path``; raise ValueError if it is not ``module:name``."""
+    module_name, _, name = path.partition(":")
+    if module_name.endswith(".py"):
+        module_name = Path(module_name).stem
+        raise ValueError(f"{path!r} names a file; leave out `.py`: {module_name}:{name}")
     if not _OBJECT_PATH.fullmatch(path):
         raise ValueError(f"{path!r} is not module:name, as my_module:MyOptimizer")
     return path

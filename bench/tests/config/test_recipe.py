@@ -14,6 +14,7 @@ from apollo_bench.config.optimizer_settings import ApolloSettings, SGDSettings
 from apollo_bench.config.schema import LRShape, Schedule, SweepKind
 from apollo_bench.errors import ExperimentError
 from apollo_bench.optimizers.registry import build_optimizer, lr_factor
+from apollo_bench.seeds import MAX_SEED
 from apollo_qn import Apollo
 from bench.tests.conftest import TINY
 
@@ -219,6 +220,13 @@ def test_the_rate_falls_at_the_end_of_an_epoch() -> None:
     factor = lr_factor(schedule, "sgd", 164 * 390)
     assert [factor(80 * 390 - 1), factor(80 * 390)] == pytest.approx([1.0, 0.1])
     assert [factor(120 * 390 - 1), factor(120 * 390)] == pytest.approx([0.1, 0.01])
+
+
+def test_seeds_beyond_the_largest_are_refused(recipe_file: Path) -> None:
+    plan = recipe.load(str(recipe_file), [f"seeds=[{MAX_SEED - 1}]"])
+    assert [spec.seed for spec in plan.runs(["sgd"], 2)] == [MAX_SEED - 1, MAX_SEED]
+    with pytest.raises(ExperimentError, match=rf"--seeds is 3: 2 more seeds follow {MAX_SEED - 1}"):
+        plan.runs(["sgd"], 3)
 
 
 def test_runs_are_optimizers_times_seeds(recipe_file: Path) -> None:

@@ -128,6 +128,8 @@ def test_weight_decay_can_be_coupled_to_it_and_by_it() -> None:
         ),
         ('class = "SignDescent"', "'SignDescent' is not module:name, as my_module:MyOptimizer"),
         ('class = "../x:Y"', "'../x:Y' is not module:name"),
+        ('class = "my_module.py:X"', "names a file; leave out `.py`: my_module:X"),
+        ('class = "./my_module.py:X"', "names a file; leave out `.py`: my_module:X"),
     ],
 )
 def test_mistakes_name_argument_value_and_what_is_right(

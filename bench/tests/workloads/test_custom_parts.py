@@ -196,6 +196,18 @@ def test_characters_and_a_file_per_split(folder: Path) -> None:
         custom_text.load(folder / "nowhere", TextFileData(kind="text-file"))
 
 
+def test_indentation_is_part_of_a_text_of_characters(folder: Path) -> None:
+    path = folder / "program.txt"
+    path.write_bytes(b"if x:\r\n\ty()  \n    \n" * 10)
+    corpus = custom_text.load(path, TextFileData(kind="text-file", unit="character"))
+    assert set(corpus.vocabulary.words[2:]) == set("if x:\ty()")
+    text = "".join(corpus.vocabulary.decode(corpus.train[: 6 + 7 + 5].tolist()))
+    end = corpus.vocabulary.words[corpus.vocabulary.end]
+    assert text == f"if x:{end}\ty()  {end}    {end}"
+    words = custom_text.load(path, TextFileData(kind="text-file"))
+    assert set(words.vocabulary.words[2:]) == {"if", "x:", "y()"}
+
+
 def test_two_aligned_files(folder: Path) -> None:
     root = pairs(folder)
     corpus = custom_pairs.load(root, ("fr", "it"), 0.1)

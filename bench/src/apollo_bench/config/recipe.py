@@ -35,6 +35,7 @@ from apollo_bench.config.schema import (
 from apollo_bench.config_section import ConfigSection, EqualStrength, Name, Seed, check_name
 from apollo_bench.errors import ExperimentError
 from apollo_bench.regular_files import read_regular
+from apollo_bench.seeds import MAX_SEED
 from apollo_bench.workloads.custom_model import CustomModel, complete_model
 from apollo_bench.workloads.workload_settings import CUSTOM_KINDS, DEFAULT_DATA, Data, Model
 
@@ -336,9 +337,14 @@ class Recipe(ConfigSection):
 
     def _chosen_seeds(self, count: int | None) -> list[int]:
         chosen = list(self.seeds if count is None else self.seeds[:count])
-        while count is not None and len(chosen) < count:
-            chosen.append(max(chosen) + 1)
-        return chosen
+        missing = 0 if count is None else count - len(chosen)
+        largest = max(chosen)
+        if missing > MAX_SEED - largest:
+            raise ExperimentError(
+                f"--seeds is {count}: {missing} more seeds follow {largest}, the largest of the "
+                f"recipe, but seeds end at {MAX_SEED}; give smaller seeds"
+            )
+        return [*chosen, *range(largest + 1, largest + 1 + missing)]
 
     def with_quick_settings(self) -> Recipe:
         """Return the recipe with its table [quick] applied."""

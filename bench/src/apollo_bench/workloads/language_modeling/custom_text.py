@@ -85,7 +85,10 @@ def _one_file(path: Path, data: TextFileData) -> list[Lines]:
 
 def _read(path: Path, unit: str) -> Lines:
     lines = read_text(path, NEEDED)
-    return [line.split() if unit == "word" else list(line.strip()) for line in lines]
+    if unit == "word":
+        return [line.split() for line in lines]
+    # indentation is part of the text; a carriage return before the line feed is not
+    return [list(line.removesuffix("\r")) for line in lines]
 
 
 def _encode(lines: Lines, words: Vocabulary) -> TokenStream:
