@@ -25,7 +25,7 @@ def small_rate_warnings(recorded: pytest.WarningsRecorder) -> list[warnings.Warn
 
 @pytest.mark.parametrize("kind", [Apollo, ApolloW])
 @pytest.mark.parametrize("lr", [3e-4, torch.tensor(3e-4)], ids=["number", "tensor"])
-def test_a_rate_for_adam_is_told_where_it_is_given(kind: type[Apollo], lr: Any) -> None:
+def test_the_warning_of_a_rate_for_adam_points_at_the_caller(kind: type[Apollo], lr: Any) -> None:
     with pytest.warns(
         LearningRateWarning, match=r"lr=0\.0003 is a rate for Adam.*group 0.*usual rates are 0\.5"
     ) as told:

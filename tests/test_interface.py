@@ -135,7 +135,7 @@ def test_values_at_the_border(good: dict[str, Any]) -> None:
     assert all(p.isfinite().all() for p in params)
 
 
-def test_back_ends_that_cannot_be() -> None:
+def test_contradictory_back_end_choices_are_refused() -> None:
     p = parameters([(3,)])
     with pytest.raises(RuntimeError, match="cannot both be True"):
         Apollo(p, fused=True, foreach=True)

@@ -280,7 +280,7 @@ def test_what_is_an_argument_gets_no_advice() -> None:
         apollo(sigmaa=1.0)
 
 
-def test_a_rate_for_adam_is_told(recwarn: pytest.WarningsRecorder) -> None:
+def test_a_rate_for_adam_gives_a_warning(recwarn: pytest.WarningsRecorder) -> None:
     with pytest.warns(
         LearningRateWarning, match=r"^learning_rate=0\.0003 is a rate for Adam.*moves\. "
     ) as told:

@@ -1,4 +1,4 @@
-"""Other people's entries, replaced and reshaped parameters, errors that change nothing."""
+"""Entries of wrappers in the state, replaced parameters, and errors that change nothing."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_wrapper_s_entries_move_with_the_parameter() -> None:
 @BACK_ENDS
 @pytest.mark.parametrize("first", [False, True], ids=["later", "first step"])
 def test_an_error_changes_nothing(first: bool, back_end: dict[str, Any]) -> None:
-    """Neither tensors nor state, of whatever group; the message names the parameter."""
+    """No tensor or state of any group changes; the message names the parameter."""
     a, b, c = parameters([(3,), (4,), (2, 2)])
     optimizer = Apollo(
         [{"params": [("a", a), ("b", b)]}, {"params": [("c", c)]}], lr=0.1, warmup_steps=0,

@@ -28,7 +28,7 @@ def lengths() -> ModuleType:
 
 
 def trial_of(spec: Any, value: float | None) -> SimpleNamespace:
-    """Return a run as loading.find does, with this validation perplexity; None: diverged."""
+    """Return a run as load_runs does, with this validation perplexity; None: diverged."""
     return SimpleNamespace(
         spec=spec,
         verdict="diverged" if value is None else "finished",

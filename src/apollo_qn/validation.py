@@ -198,7 +198,7 @@ def dtype_name(dtype: Any) -> Any:
 
 
 def check_settings(given: dict[str, Any]) -> None:
-    """Raise what is wrong with the settings of a group."""
+    """Raise ValueError for the first invalid setting of a group."""
     numbers = dict(given)
     for name in ("lr", "beta", "weight_decay"):
         value = given[name]

@@ -1,4 +1,4 @@
-"""A tensor in shards, each measured and stepped by itself, is the tensor as a whole."""
+"""Shards of a tensor, each measured and stepped by itself, step as the unsharded tensor does."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ class Shards:
             batches = [Batch(lists, self.h, s)]
         sums = Sums.joined(back_end.measure(batches), torch.cat).merged()
         assert sums.largest is None or self.h.belief
-        whole = [
+        added = [
             Sums.from_table(self.power_of_2(sums).expand(len(batch.tensors), 4), self.h.belief)
             for batch in batches
         ]
-        assert back_end.step(batches, whole)
+        assert back_end.step(batches, added)
         self.t += 1
         self.previous_lr = float(s.rate)
 
@@ -88,7 +88,7 @@ class Shards:
     [Reference, Foreach, pytest.param(Triton if ON_GPU else CPU, marks=NEEDS_FUSED)],
     ids=["reference", "foreach", "fused"],
 )
-def test_shards_are_the_whole(
+def test_shards_step_as_the_unsharded_tensor(
     back_end: type[Backend], mode: dict[str, Any], size: int, set_block: SetBlock
 ) -> None:
     set_block(1 << 14)
@@ -96,7 +96,7 @@ def test_shards_are_the_whole(
 
 
 def check_shards(back_end: Backend, mode: dict[str, Any], size: int, steps: int) -> None:
-    """A trajectory in shards against that of the whole tensor."""
+    """Compare the trajectory of shards with that of the unsharded tensor."""
     settings = Settings(lr=0.1, warmup_steps=3, **mode)
     theta = normal((size,), "theta")
     wanted, shards = ReferenceApollo(as_numpy(theta), settings), Shards(theta, settings)

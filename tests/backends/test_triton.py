@@ -341,7 +341,9 @@ def test_extreme_gradients(
 
 @pytest.mark.parametrize("size", [1, 100, 3000])
 @pytest.mark.parametrize("mode", MODES_OF_SHARDS, ids=["plain", "decoupled", "belief"])
-def test_shards_are_the_whole(mode: dict[str, Any], size: int, interpreted: SetSizes) -> None:
+def test_shards_step_as_the_unsharded_tensor(
+    mode: dict[str, Any], size: int, interpreted: SetSizes
+) -> None:
     check_shards(triton.Triton(), mode, size, steps=4)
 
 

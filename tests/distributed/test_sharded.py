@@ -10,10 +10,10 @@ import pytest
 from tests.distributed.ranks import on_ranks
 
 WORK = (
-    "sharded_as_whole float32",
-    "sharded_as_whole float64 10",
+    "sharded_as_unsharded float32",
+    "sharded_as_unsharded float64 10",
     "sixteen_bits",
-    "one_all_reduce_a_mesh",
+    "one_all_reduce_per_mesh",
     "compiled",
     "extreme_values",
     "gradients_placed_otherwise",
@@ -32,7 +32,7 @@ _on_four_ranks = cache(lambda: on_ranks(4, *WORK))
 
 def test_on_two_ranks() -> None:
     """The one fast test that starts processes: all modes and back ends, two steps."""
-    calls = ["sharded_as_whole float32 2", "gradients_placed_otherwise", "gradient_release"]
+    calls = ["sharded_as_unsharded float32 2", "gradients_placed_otherwise", "gradient_release"]
     done, failures = on_ranks(2, *calls)
     assert done == calls, failures
 

@@ -48,23 +48,23 @@ def counted() -> Iterator[list[str]]:
     calls += [event.name for event in profile.events() if event.name.startswith("c10d::")]
 
 
-def whole(x: Any) -> Tensor:
-    full: Tensor = x.full_tensor() if isinstance(x, DTensor) else x
-    return full.detach()
+def full(x: Any) -> Tensor:
+    tensor: Tensor = x.full_tensor() if isinstance(x, DTensor) else x
+    return tensor.detach()
 
 
 def distance(x: Any, y: Tensor) -> float:
     """The largest difference, relative to the largest value."""
     y = y.detach()
-    return float((whole(x) - y).abs().max() / y.abs().max().clamp(min=1e-30))
+    return float((full(x) - y).abs().max() / y.abs().max().clamp(min=1e-30))
 
 
 def placed(x: Tensor, mesh: Any, placements: Any) -> DTensor:
     return distribute_tensor(x.clone(), mesh, placements, src_data_rank=None)
 
 
-def sharded_as_whole(dtype_name: str, steps_given: str = "50") -> None:
-    """Trajectories of sharded tensors, of every placement, mode and back end, equal whole ones."""
+def sharded_as_unsharded(dtype_name: str, steps_given: str = "50") -> None:
+    """Trajectories of sharded tensors equal unsharded ones, per placement, mode and back end."""
     dtype = getattr(torch, dtype_name)
     world = dist.get_world_size()
     line = init_device_mesh("cpu", (world,))
@@ -96,7 +96,7 @@ def sharded_as_whole(dtype_name: str, steps_given: str = "50") -> None:
     for mode, settings in MODES.items():
         for name, back_end in BACK_ENDS.items():
             if name == "rule" and mode not in ("l2", "belief-decoupled"):
-                continue  # it is slow, and test_parts.py knows it
+                continue  # it is slow, and two modes suffice
             alone = [
                 nn.Parameter(normal(shape, "theta", i, dtype=dtype))
                 for i, (shape, _, _) in enumerate(chosen)
@@ -160,10 +160,10 @@ def sixteen_bits() -> None:
                 if rounding == "kahan":
                     assert state["compensation"].placements == q.placements
                     low = optimizers[0].state[p]["compensation"]
-                    assert torch.equal(whole(q), p)
-                    assert torch.equal(whole(state["compensation"]), low)
+                    assert torch.equal(full(q), p)
+                    assert torch.equal(full(state["compensation"]), low)
                 else:
-                    assert 0 < float((whole(q) - 1).abs().max()) < 2.0**-6
+                    assert 0 < float((full(q) - 1).abs().max()) < 2.0**-6
             if rounding == "kahan":
                 continue
             parts = [_everywhere(q.to_local().detach()) for q in spread]
@@ -175,7 +175,7 @@ def sixteen_bits() -> None:
                 assert torch.equal(parts[1][rank], parts[1][other]) == both
                 assert torch.equal(parts[2][rank], parts[2][other]) == (other == rank)
                 assert torch.equal(parts[3][rank], parts[3][other])
-            assert torch.equal(whole(spread[3]), alone[3])  # a replicated one is whole
+            assert torch.equal(full(spread[3]), alone[3])  # replicated
 
 
 def _everywhere(x: Tensor) -> list[Tensor]:
@@ -184,8 +184,8 @@ def _everywhere(x: Tensor) -> list[Tensor]:
     return found
 
 
-def one_all_reduce_a_mesh() -> None:
-    """However many tensors and groups there are, a step needs one all-reduce for each mesh."""
+def one_all_reduce_per_mesh() -> None:
+    """A step needs one all-reduce per mesh, for any number of tensors and groups."""
     world = dist.get_world_size()
     line = init_device_mesh("cpu", (world,))
     grid = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
@@ -220,7 +220,7 @@ def compiled() -> None:
             for i, p in enumerate(params):
                 p.grad = placed(gradient(torch.Size((6, 4)), torch.float64, i, t), mesh, [Shard(0)])
             step()
-        found.append([whole(p) for p in params])
+        found.append([full(p) for p in params])
     for one, other in zip(*found, strict=True):
         assert distance(other, one) <= tolerances.COMPILED
 
@@ -253,7 +253,7 @@ def extreme_values() -> None:
 
 
 def gradients_placed_otherwise() -> None:
-    """Whatever the placements of gradient and parameter: the redistributed gradient is held."""
+    """Gradients of any placement are redistributed to the placement of their parameter."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for n in (6, 3000):
         for of_p, of_g in itertools.product(
@@ -314,13 +314,14 @@ def refusals() -> None:
     partial.grad = DTensor.from_local(torch.ones(2), mesh, [Partial()])
     with pytest.raises(RuntimeError, match="must be sharded or replicated"):
         Apollo([partial]).step()
-    assert torch.equal(whole(p), torch.ones(8, 2))
+    assert torch.equal(full(p), torch.ones(8, 2))
 
 
 def diagnostics_of_shards() -> None:
-    """Every rank says of the whole tensors what one process says; replicas are not counted twice.
+    """Every rank measures what one process measures of the full tensors.
 
-    Some ranks hold nothing of the smallest tensors, one parameter is a plain tensor.
+    Replicas are not counted twice. Some ranks hold nothing of the smallest tensors, and one
+    parameter is a plain tensor.
     """
     world = dist.get_world_size()
     line = init_device_mesh("cpu", (world,))
@@ -365,12 +366,12 @@ def diagnostics_of_shards() -> None:
         for one, other in zip(alone, spread, strict=True):
             assert other.pop("name") == one.pop("name")
             tolerance = tolerances.SHARDED_B[torch.float64]
-            # means and corrections are as exact as the B's that they are of
+            # a mean or a correction is as exact as the B that it is computed from
             assert other == pytest.approx(one, rel=tolerance, abs=tolerance * one["curvature_rms"])
 
 
 def gradient_release() -> None:
-    """Refused: DTensors, and several processes whenever they came."""
+    """DTensors and several processes are refused, also processes that join later."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     p = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
     net = nn.Linear(3, 2)

@@ -33,7 +33,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 def _is_increasing(interval: list[float]) -> list[float]:
     low, high = interval
     if low >= high:
-        raise ValueError("the first is to be less than the second")
+        raise ValueError(f"[low, high] must have low < high, got {interval}")
     return interval
 
 

@@ -38,8 +38,8 @@ def complete_arguments(
     for name, value in given.items():
         if not _is_plain(value):
             raise ExperimentError(
-                f"{key}.{name} is {value!r}; finite numbers, true or false, texts, and lists or "
-                "tables of them are right"
+                f"{key}.{name} must be a finite number, true, false, a text, or a list or table of "
+                f"these, got {value!r}"
             )
     parameters = _parameters(target)
     if parameters is None:  # a class in C has no signature; its own check must do
@@ -135,7 +135,7 @@ def _checked(value: Any, parameter: inspect.Parameter, key: str) -> Any:
     default = parameter.default
     if isinstance(default, list | tuple) and default:
         if not isinstance(value, list):
-            raise ExperimentError(f"{key} is {value!r}; a list is right, as {_as_json(default)!r}")
+            raise ExperimentError(f"{key} must be a list, as {_as_json(default)!r}, got {value!r}")
         like = parameter.replace(default=default[0], annotation=inspect.Parameter.empty)
         return [_checked(one, like, f"{key}.{index}") for index, one in enumerate(value)]
     numbers = isinstance(value, int | float) and not isinstance(value, bool)
@@ -147,6 +147,6 @@ def _checked(value: Any, parameter: inspect.Parameter, key: str) -> Any:
         right = not isinstance(default, str) or isinstance(value, str)
     # of an annotation such as "float | str" the class itself knows what it takes
     if not right and parameter.annotation in _PLAIN:
-        raise ExperimentError(f"{key} is {value!r}; {_KINDS[type(default)]} is right")
+        raise ExperimentError(f"{key} must be {_KINDS[type(default)]}, got {value!r}")
     is_float = type(default) is float or parameter.annotation in (float, "float")
     return float(value) if numbers and is_float else value

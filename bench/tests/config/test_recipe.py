@@ -108,7 +108,7 @@ def error_of(text: str, path: Path) -> str:
             "optimizers.adam.weight_decay.equal_strength_to: missing; "
             "optimizers.adam.weight_decay.equal: unknown key, allowed are equal_strength_to",
         ),
-        ("[3, 4]", "[3, 3]", "seeds: the same seed twice"),
+        ("[3, 4]", "[3, 3]", "seeds must be distinct, got [3, 3]"),
         ("[3, 4]", "[]", "seeds: is []: List should have at least 1 item"),
         (
             'equal_strength_to = "apollo"',

@@ -52,7 +52,7 @@ def test_runs_of_a_folder(finished: Path) -> None:
         runs.append(RunState(directory, directory.spec(), 24, ACCURACY, "images", 32.0))
         runs[-1].read_progress()
         runs[-1].update_status()
-    assert [run.done for run in runs] == [f"{n}/2 epochs" for n in (2, 1, 2, 2)]
+    assert [run.progress for run in runs] == [f"{n} of 2 epochs" for n in (2, 1, 2, 2)]
     runs[1].status = "running"
     title, head, *rows = drawn(runs)[:6]
     assert title == ("fashion-mnist: done in epochs, score is test accuracy (%), speed in images/s")
@@ -60,7 +60,7 @@ def test_runs_of_a_folder(finished: Path) -> None:
     for run, row in zip(runs, rows, strict=True):
         name, done, loss, score, speed, time, left, status = row.split()
         assert name == f"{run.spec.name}-seed{run.spec.seed}"
-        assert done == run.done.removesuffix(" epochs")
+        assert done == f"{run.done:g}/2"
         assert run.loss is not None
         assert run.score is not None
         assert run.speed is not None
@@ -87,7 +87,7 @@ def test_no_number_is_cut(width: int) -> None:
     assert max(map(len, lines)) <= width
     for run, line in zip(runs, (line for line in lines if "ed12" in line), strict=True):
         words = line.split()
-        assert words[1] == run.done.partition(" ")[0]
+        assert words[1] == f"{run.done:g}/{run.spec.train.schedule.length}"
         assert words[2] == ("3e+38" if run is runs[-1] else "123456.7891")
         assert words[3] == "123456.79"
         assert words[-1] == "running"

@@ -176,7 +176,7 @@ def test_decay_that_is_coupled_stays_so(tuned_recipe: Path, tmp_path: Path) -> N
     swept = {spec.name: spec.optimizer for spec in made.sweep("weight-decay", ["adam", "apollo"])}
     assert swept["apollo"].weight_decay == 1e-3
     assert swept["adam"].weight_decay == pytest.approx(1e-3 * apollo.lr / adam.lr)
-    # its reference is tuned along, whoever is asked for
+    # the optimizer that decay is coupled to is tuned too, even if it is not selected
     alone = best_trials.apply_best_settings(plan, out, ["adam"], coupled=True)
     [only] = alone.sweep("weight-decay", ["adam"], seeds=1)
     assert only.optimizer == swept["adam"]
@@ -185,16 +185,18 @@ def test_decay_that_is_coupled_stays_so(tuned_recipe: Path, tmp_path: Path) -> N
 def test_a_search_of_another_experiment_is_refused(searched: Path, tuned_recipe: Path) -> None:
     names = ["sgd", "apollo"]
     for setting, what in (
-        ("model.width=4", "model"),
-        ("train.batch_size=64", "train"),
-        ("schedules.cosine.epochs=3", "train"),
-        ("data.train_examples=320", "data"),
+        ("model.width=4", "model.width"),
+        ("train.batch_size=64", "train.batch_size"),
+        ("schedules.cosine.epochs=3", "train.schedule.epochs"),
+        ("data.train_examples=320", "data.train_examples"),
     ):
-        with pytest.raises(ExperimentError, match=f"its {what} differs"):
+        with pytest.raises(
+            ExperimentError, match=f"the search differs in {what}: .* there, .* asked for"
+        ):
             best_trials.apply_best_settings(
                 recipe.load(str(tuned_recipe), [setting]), searched, names
             )
-    # how often is evaluated is none of its business
+    # the interval between evaluations does not change the weights
     best_trials.apply_best_settings(
         recipe.load(str(tuned_recipe), ["train.evaluate_every=3"]), searched, names
     )

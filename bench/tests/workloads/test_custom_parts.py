@@ -118,7 +118,7 @@ def test_a_resumed_run_keeps_the_state_of_a_custom_model(folder: Path) -> None:
         while train(directory, spec, workload, lambda left=left: next(left, True)) == "stopped":  # type: ignore[misc]
             left = iter([False] * 99)
         runs.append(result(directory))
-    assert len(runs[0]["processes"][0]) > 3  # with the carried state
+    assert len(runs[0]["processes"][0]) > 3  # with the hidden state
     assert_identical(runs[0], runs[1])
 
 
@@ -127,8 +127,8 @@ def test_images_without_splits(folder: Path) -> None:
     remarks = found.remarks
     assert (len(found.train.labels), len(found.test.labels), found.classes) == (9, 6, 3)
     assert found.train.labels.bincount().tolist() == [3, 3, 3]
-    together = {*names(found.train), *names(found.test)}
-    assert len(together) == 15
+    found_names = {*names(found.train), *names(found.test)}
+    assert len(found_names) == 15
     assert remarks[0] == "9 + 6 images of 3 classes."
     assert "40 % of each class's images" in remarks[1]
     # the same wherever the folder lies
@@ -252,11 +252,11 @@ def test_two_aligned_files(folder: Path) -> None:
             custom("Nix"),
             "model.factory is 'custom_models:Nix': custom_models has no Nix",
         ),
-        ("image-folder", custom("make_nothing"), "returns a NoneType, an nn.Module is right"),
+        ("image-folder", custom("make_nothing"), "must return an nn.Module, got a NoneType"),
         ("image-folder", custom("make_error"), "raised RuntimeError: no such layer"),
         ("image-folder", custom("Pixels", "size = 9"), "a training step raised RuntimeError: mat1"),
         ("image-folder", custom("Words"), "model.vocabulary is missing; Words needs it"),
-        ("text-file", custom("Words", "extra = 2"), ", 14), logits of the shape "),
+        ("text-file", custom("Words", "extra = 2"), "must return logits of shape "),
         ("aligned-text", ["data.languages=fr"], "data.languages: is ['fr']: List should have at"),
         ("aligned-text", ["data.languages=fr,fr"], "languages are ['fr', 'fr'], allowed are two"),
         ("aligned-text", ["data.languages=fr,../x"], "allowed are two codes, the endings of"),

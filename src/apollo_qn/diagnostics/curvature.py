@@ -73,7 +73,7 @@ class TensorDiagnostics:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _LocalTensors:
     """Local tensors of one parameter, as real tensors; shards if the parameter is sharded."""
 
     p: Tensor
@@ -300,7 +300,7 @@ def _number(x: Scalar) -> Scalar:
 
 def _parts(
     optimizer: Apollo, names: Names | None, coming: bool
-) -> tuple[list[_Part], Reduction | None]:
+) -> tuple[list[_LocalTensors], Reduction | None]:
     check_apollo(optimizer)
     groups, members = [], []
     for settings, named_params in named(optimizer, names):
@@ -334,7 +334,7 @@ def _parts(
                 continue  # all of the parameter lies on ranks of another mesh
             state = optimizer.state[p]
             parts.append(
-                _Part(
+                _LocalTensors(
                     p, name, h, _number(state["step"]), _coming_scalars(state, h),
                     _last_rate(state, h), theta, g, m, B, row,
                 )
@@ -353,7 +353,7 @@ def _real(x: Tensor) -> Tensor:
 _ADDED, _LARGEST = 6, 4
 
 
-def _sums(part: _Part) -> tuple[Tensor, Tensor]:
+def _sums(part: _LocalTensors) -> tuple[Tensor, Tensor]:
     """Return the values to add up over the shards of a tensor, and those to take the maximum of."""
     B, s = part.B, part.s
     wide = accumulator(B.device)
@@ -372,7 +372,9 @@ def _sums(part: _Part) -> tuple[Tensor, Tensor]:
     return torch.stack([x.to(wide) for x in added]), torch.stack(largest).to(wide)
 
 
-def _complete(parts: list[_Part], sums: list[tuple[Tensor, Tensor]], reduction: Reduction) -> None:
+def _complete(
+    parts: list[_LocalTensors], sums: list[tuple[Tensor, Tensor]], reduction: Reduction
+) -> None:
     """Replace the sums over shards in ``sums`` by those of the full tensors."""
     rows = [i for i, part in enumerate(parts) if part.row >= 0]
     ordered = sorted(rows, key=lambda i: parts[i].row)
@@ -398,7 +400,7 @@ def _on_host(rows: list[list[Scalar]]) -> list[list[float]]:
     return result
 
 
-def _diagnostics(part: _Part, row: list[float], corrected: bool) -> TensorDiagnostics:
+def _diagnostics(part: _LocalTensors, row: list[float], corrected: bool) -> TensorDiagnostics:
     t, rate, threshold, change, negative, rectified, total, *squares, high, low, far, near = row
     curvature, parameter, step = (math.sqrt(x) for x in squares)
     step *= abs(rate)

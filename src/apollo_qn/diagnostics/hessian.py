@@ -173,9 +173,9 @@ def _checked(params: Mapping[str, Tensor]) -> Tensors:
     return {name: p.detach() for name, p in params.items()}
 
 
-def _check_count(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
+def _check_count(name: str, value: int, smallest: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+        raise ValueError(f"{name} must be a whole number >= {smallest}, got {value!r}")
 
 
 @dataclass(frozen=True)

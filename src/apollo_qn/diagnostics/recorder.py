@@ -73,9 +73,9 @@ class Recorder:
         step: int = 0,
     ) -> None:
         check_apollo(optimizer)
-        for name, value, least in (("every", every, 1), ("step", step, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
+        for name, value, smallest in (("every", every, 1), ("step", step, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+                raise ValueError(f"{name} must be a whole number >= {smallest}, got {value!r}")
         add_scalar = getattr(to, "add_scalar", None)
         if to is not None and add_scalar is None and not callable(to):
             raise TypeError(

@@ -1,4 +1,4 @@
-"""The options that several commands share, and the commands that take all of them."""
+"""Options shared by several commands, and the decorator that adds them."""
 
 from __future__ import annotations
 

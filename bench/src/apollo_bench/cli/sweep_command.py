@@ -28,11 +28,11 @@ def sweep(
 ) -> None:
     """Train a task at several values of a setting, and write a report.
 
-    lr-robustness multiplies the learning rates by the recipe's factors and divides weight decay by
-    them (figure 2 of the paper). weight-decay takes the recipe's values, coupled by eq. (14)
-    (figure 4). tuning draws the same number of trials per optimizer from the recipe's ranges and
-    scores them on held-out data; --tuned then uses the best. Stop it with Ctrl-C; the same command
-    continues.
+    lr-robustness multiplies learning rates by the recipe's factors and divides weight decay by them
+    (figure 2 of the paper). weight-decay tries the recipe's values of weight decay, coupled by eq.
+    (14) (figure 4). tuning searches the recipe's ranges with the same number of trials per
+    optimizer, scored on held-out data. --tuned of other commands uses the best trial. Stop with
+    Ctrl-C; the same command continues.
     """
     with runtime.one_line_errors():
         from apollo_bench.search import trials

@@ -64,7 +64,7 @@ def train(
         chosen = selection.select(task, settings, optimizer, schedule, data=data)
         seed = chosen.recipe.seeds[0] if seed is None else seed
         if chosen.optimizers is None or len(chosen.optimizers) != 1:
-            raise ExperimentError(f"--optimizer is {optimizer!r}, one name or class is right")
+            raise ExperimentError(f"--optimizer must be one name or class, got {optimizer!r}")
         spec = chosen.recipe.run(chosen.optimizers[0], seed, schedule or chosen.schedules[0])
         every = diagnose_every or (_DIAGNOSE_EVERY if diagnostics else None)
         machines = Machines(accelerator, devices, 1, threads, strategy)

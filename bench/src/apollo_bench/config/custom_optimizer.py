@@ -131,8 +131,8 @@ def import_optimizer(settings: CustomSettings, key: str) -> Any:
         fault = f"{name_of(target)} is no torch.optim.Optimizer"
     if fault is not None:
         raise ExperimentError(
-            f"{key}.class is {settings.class_path!r}: {fault}; a subclass of "
-            "torch.optim.Optimizer is right, or a function that returns one"
+            f"{key}.class must be a subclass of torch.optim.Optimizer or a function that returns "
+            f"one, got {settings.class_path!r}: {fault}"
         )
     if inspect.isclass(target) and not _steps_without_closure(target):
         raise ExperimentError(

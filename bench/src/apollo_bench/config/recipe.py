@@ -130,13 +130,17 @@ class Recipe(ConfigSection):
         return self
 
     @model_validator(mode="after")
-    def _check_coupled_decay(self) -> Recipe:
+    def _check_seeds(self) -> Recipe:
         if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError("seeds: the same seed twice")
+            raise ValueError(f"seeds must be distinct, got {self.seeds}")
         if self.search is not None and self.search.seed in self.seeds:
             raise ValueError(
                 f"search.seed is {self.search.seed}, allowed are seeds that no comparison has"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_coupled_decay(self) -> Recipe:
         for name in self.optimizers:
             coupled_decay(name, self.optimizers)
         return self

@@ -25,9 +25,8 @@ class LRShape(ConfigSection):
     kind: Literal["constant", "cosine", "milestone", "inverse-sqrt"]
     milestones: list[Positive] = Field(default_factory=list)  # in the schedule's unit
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.1  # multiplies the rate at every milestone
-    warmup_steps: PositiveInt | None = (
-        None  # updates in which the rate rises to it, for those without one
-    )
+    # updates of linear warmup, for optimizers without a warmup of their own
+    warmup_steps: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _check_kind(self) -> LRShape:
@@ -60,9 +59,13 @@ class Schedule(LRShape):
     overrides: dict[str, LRShape] = Field(default_factory=dict)  # by optimizer
 
     @model_validator(mode="after")
-    def _check_milestones(self) -> Schedule:
+    def _check_length(self) -> Schedule:
         if (self.epochs is None) == (self.updates is None):
             raise ValueError("epochs or updates are needed, and not both")
+        return self
+
+    @model_validator(mode="after")
+    def _check_milestones(self) -> Schedule:
         for shape in (self, *self.overrides.values()):
             edges = [0.0, *shape.milestones, float(self.length)]
             if any(left >= right for left, right in itertools.pairwise(edges)):

@@ -128,7 +128,7 @@ class PlainLines:
                     duration(time.monotonic() - self._started),
                     run.name,
                     run.status,
-                    run.done,
+                    run.progress,
                     f"loss {_number(run.loss, 4)}",
                     f"{run.metric.label} {_number(run.score, 2)} {run.metric.unit}".rstrip(),
                     _number(run.speed, 0, f" {run.unit}/s"),
@@ -228,7 +228,7 @@ def _columns(runs: list[RunState]) -> dict[str, list[str]]:
     for run in runs:
         running = run.status == "running"
         texts = (
-            run.done.partition(" ")[0],
+            f"{run.done:g}/{run.spec.train.schedule.length}",
             _number(run.loss, 4),
             _number(run.score, 2),
             _number(run.speed if running else None, 0),

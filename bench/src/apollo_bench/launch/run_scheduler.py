@@ -51,11 +51,14 @@ class RunState:
         return self.directory.path.name
 
     @property
-    def done(self) -> str:
-        """How much has been evaluated, for example "3/8 epochs"."""
-        schedule = self.spec.train.schedule
-        done = self.evaluated * schedule.length / self.steps
-        return f"{round(done, 2):g}/{schedule}"
+    def done(self) -> float:
+        """Length that has been evaluated, in the schedule's unit."""
+        return round(self.evaluated * self.spec.train.schedule.length / self.steps, 2)
+
+    @property
+    def progress(self) -> str:
+        """How far the run is, for example "3 of 8 epochs"."""
+        return f"{self.done:g} of {self.spec.train.schedule}"
 
     @property
     def seconds_left(self) -> float | None:

@@ -52,8 +52,8 @@ def build_custom(
         raise _refused(key, settings, f"making {name_of(target)}", error) from error
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ExperimentError(
-            f"{key}.class is {settings.class_path!r}: it returns a {type(optimizer).__name__}, a "
-            "torch.optim.Optimizer is right"
+            f"{key}.class is {settings.class_path!r}: it must return a torch.optim.Optimizer, got a "
+            f"{type(optimizer).__name__}"
         )
     return optimizer
 
@@ -107,8 +107,8 @@ def try_steps(
             raise
         except pickle.UnpicklingError:
             raise ExperimentError(
-                f"{key}.class is {settings.class_path!r}: the state dict of {name} holds other "
-                "objects than a checkpoint; tensors, numbers, strings, lists and dicts are right"
+                f"{key}.class is {settings.class_path!r}: the state dict of {name} must hold "
+                "tensors, numbers, strings, lists and dicts only, got other objects"
             ) from None
         except Exception as error:
             raise _refused(key, settings, f"saving the state of {name}", error) from error

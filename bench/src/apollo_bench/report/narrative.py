@@ -146,8 +146,8 @@ def notes(summary: Summary) -> list[str]:
     found = [
         f"{spec.task}{part}; {spec.model}; batch {spec.train.batch_size}; "
         f"schedule {schedules}; {_seeds(summary)}.",
-        "Values are mean ± standard deviation over the seeds of the finished runs, of the trained "
-        "model. An optimizer with diverged runs is best only if all optimizers have some. "
+        "Values are mean ± standard deviation of the trained model over the finished seeds. "
+        "An optimizer with diverged runs is best only if all optimizers have some. "
         "Wall time covers training and evaluation; other runs may have shared the machine. "
         "Optimizer step is the median time of optimizer.step(), and its share of forward pass, "
         "backward pass and step.",
@@ -228,9 +228,8 @@ def describe_execution(run: Run) -> str:
 
 def _on_differences(summary: Summary) -> str:
     text = (
-        "Apollo's lead is by how much its metric is better, paired by seed, with Student's 95 % "
-        "interval and the p-value of a two-sided paired t-test, not corrected for the number of "
-        "rows."
+        "Apollo's lead is the mean paired difference over seeds. Brackets give Student's 95 % "
+        "interval. p is from a two-sided paired t-test, without correction for multiple rows."
     )
     targets = [
         f"{section.target:.2f}" + (f" ({section.schedule})" if len(summary.sections) > 1 else "")

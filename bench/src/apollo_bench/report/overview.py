@@ -124,7 +124,9 @@ def _draw(axes: Any, found: Profiles, unit: Unit, ratios: list[float]) -> None:
 
 def _notes(found: Profiles | None, units: list[Unit]) -> list[str]:
     if found is None:
-        return ["There is no score over the tasks: less than two optimizers ended all their runs."]
+        return [
+            "There is no score over the tasks: fewer than two optimizers have finished all runs."
+        ]
     targets = ", ".join(
         f"{section.target:.2f} ({found.title(index)})"
         for index, (_, section) in enumerate(found.sections)

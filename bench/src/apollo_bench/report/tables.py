@@ -1,8 +1,8 @@
 """The tables of a report as cells, and their form in Markdown and in CSV.
 
-Results per run are a pandas table (``run_table``). The tables of a report are not: a cell carries
-emphasis and a color beside its text, which only pandas' HTML knows, and ``DataFrame.to_markdown``
-pads the columns, so that a longer number would change every line of a committed table.
+Results per run are a pandas table (``run_table``). The tables of a report are not, because a cell
+has emphasis and a color, which only pandas' HTML can show. ``DataFrame.to_markdown`` also pads the
+columns, so that a longer number would change every line of a committed table.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ class Baseline:
             raise ExperimentError(f"--against is {str(folder)!r}: no runs of {task}, only {tasks}")
         if self.runs[0].spec.sweep is not None:
             raise ExperimentError(
-                f"--against is {str(folder)!r}: holds the analysis {self.runs[0].spec.sweep.kind}; "
-                "a comparison is right"
+                f"--against must be a comparison, got {str(folder)!r}: it holds the analysis "
+                f"{self.runs[0].spec.sweep.kind}"
             )
 
     @property

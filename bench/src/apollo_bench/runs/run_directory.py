@@ -1,8 +1,8 @@
 """A run is a directory: ``run.json``, ``metrics.jsonl``, ``checkpoint/``, ``result.json``.
 
-``checkpoint/newest.pt`` holds everything that training continues from, also the records so far: a
-resumed run writes them again. ``checkpoint/best.pt`` holds the weights of the best evaluation, for
-use elsewhere; no table uses them.
+``checkpoint/newest.pt`` holds everything needed to resume, including the records, which a resumed
+run rewrites. ``checkpoint/best.pt`` holds the weights of the best evaluation, for use elsewhere; no
+table uses them.
 ``checkpoint/averaged.pt`` holds the mean of the last weights, if the recipe averages.
 ``diagnostics.jsonl`` exists with ``--diagnostics``. ``tensorboard/`` shows metrics and diagnostics.
 """

@@ -12,7 +12,7 @@ from apollo_bench.config.recipe import Recipe, RunSpec
 from apollo_bench.config_section import EqualStrength
 from apollo_bench.errors import ExperimentError
 from apollo_bench.runs import loading
-from apollo_bench.runs.run_directory import Record
+from apollo_bench.runs.run_directory import Record, differences
 from apollo_bench.workloads.tasks import entry_of
 
 
@@ -171,14 +171,20 @@ def mean_score(runs: list[loading.Run]) -> float | None:
 def _check_same(recipe: Recipe, spec: RunSpec, folder: Path) -> None:
     expected = recipe.run(spec.name, spec.seed, spec.schedule)
     data = expected.data.holding_out(spec.data.held_out)
-    for what, one, other in (
-        ("task", spec.task, expected.task),
-        ("model", spec.model, expected.model),
-        ("data", spec.data, data),
-        ("train", _train_settings(spec), _train_settings(expected)),
-    ):
-        if one != other:
-            raise ExperimentError(f"{folder}: its {what} differs: {one} there, {other} asked for")
+    there = {
+        "task": spec.task,
+        "model": spec.model.model_dump(),
+        "data": spec.data.model_dump(),
+        "train": _train_settings(spec),
+    }
+    asked = {
+        "task": expected.task,
+        "model": expected.model.model_dump(),
+        "data": data.model_dump(),
+        "train": _train_settings(expected),
+    }
+    if found := differences(there, asked):
+        raise ExperimentError(f"{folder}: the search differs in {', '.join(found)}")
 
 
 def _train_settings(spec: RunSpec) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The norm of all gradients together."""
+"""The norm of all gradients of a network."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ def gradient_norm(network: nn.Module) -> Tensor:
 
 
 def full_norm(norm: Any) -> Tensor:
-    """Return a norm that clipping returned; that of sharded gradients is not added up yet."""
-    whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    return whole
+    """Return the norm over all shards, from what clipping returned."""
+    full: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return full

@@ -132,7 +132,7 @@ class TrainingState:
     def seconds(self) -> float:
         """Return the training time so far, over all processes that trained the run in turn.
 
-        It has milliseconds, as an archive has: the report of an archive is that of its runs.
+        Round to milliseconds, as archives do, so that both reports agree.
         """
         return round(self.seconds_before + time.perf_counter() - self.started, 3)
 

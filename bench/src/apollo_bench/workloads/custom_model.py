@@ -80,8 +80,8 @@ def make_model(model: CustomModel, **given_by_task: Any) -> nn.Module:
         ) from error
     if not isinstance(made, nn.Module):
         raise ExperimentError(
-            f"model.factory is {model.factory!r}: {call} returns a {type(made).__name__}, an "
-            "nn.Module is right"
+            f"model.factory is {model.factory!r}: {call} must return an nn.Module, got a "
+            f"{type(made).__name__}"
         )
     return made
 
@@ -90,7 +90,7 @@ def _import_factory(model: CustomModel) -> Any:
     factory = import_object(model.factory, "model.factory")
     if not callable(factory):
         raise ExperimentError(
-            f"model.factory is {model.factory!r}: it is {factory!r}; a function or class that "
-            "returns an nn.Module is right"
+            "model.factory must be a function or class that returns an nn.Module, got "
+            f"{model.factory!r}: it is {factory!r}"
         )
     return factory

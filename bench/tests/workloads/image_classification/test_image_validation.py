@@ -75,7 +75,7 @@ def test_damage_inside(tmp_path: Path) -> None:
     assert str(image_file_error(path)).startswith("not a")
 
 
-def test_what_is_said(tmp_path: Path) -> None:
+def test_messages_name_the_fault_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "image.JPEG"
     assert image_file_error(path) == "cannot be read (No such file or directory)"
     path.write_bytes(b"")

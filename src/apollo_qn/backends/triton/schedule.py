@@ -265,8 +265,8 @@ def _budget(device: torch.device) -> float:
     properties = torch.cuda.get_device_properties(device)
     window = WINDOW * (getattr(properties, "L2_cache_size", 0) or _L2)
     # one window for all, if smaller ones would leave multiprocessors idle
-    least = properties.multi_processor_count * _PROGRAMS * RUN * 12
-    return window if window >= least else math.inf
+    smallest = properties.multi_processor_count * _PROGRAMS * RUN * 12
+    return window if window >= smallest else math.inf
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

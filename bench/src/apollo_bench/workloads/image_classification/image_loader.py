@@ -26,7 +26,7 @@ from apollo_bench.workloads.image_classification.image_settings import Photograp
 from apollo_bench.workloads.image_classification.image_source import (
     BatchRequest,
     ImageBatch,
-    rank_part,
+    split_bounds,
 )
 
 _EVALUATION_PIXELS = 1 << 23  # per batch: 167 images of 224 x 224
@@ -65,7 +65,7 @@ class DecodingImageSource:
         workers: int,
     ) -> None:
         count = len(images.train.labels)
-        self.train_size, held_out = rank_part(count, data)
+        self.train_size, held_out = split_bounds(count, data)
         self.fingerprint = images.fingerprint
         self.classes = images.classes
         self._data, self._device, self._workers = data, device, workers

@@ -35,7 +35,12 @@ class ImageSource(Protocol):
         """Yield every ``world``-th image to evaluate on, from the ``rank``-th on, unaugmented."""
 
 
-def rank_part(images: int, examples: ImageData) -> tuple[int, int]:
-    """Return the number of training images, and the index of the first held-out image."""
+def split_bounds(images: int, examples: ImageData) -> tuple[int, int]:
+    """Return the number of training images, and the index of the first held-out image.
+
+    Args:
+        images: number of labelled images outside the test data.
+        examples: how many of them to train on and to hold out.
+    """
     held_out = images - examples.validation
     return max(0, min(held_out, examples.train_examples or held_out)), held_out

@@ -126,21 +126,21 @@ class ImageClassification:
 
 
 def make_fashion_mnist(spec: WorkloadSpec, resources: Resources) -> ImageClassification:
-    """Make Fashion-MNIST, embedded or from a folder; raise ExperimentError for bad files."""
+    """Return the Fashion-MNIST workload; raise ExperimentError for bad files."""
     data = _small_images(spec)
     images = fashion_mnist.load(resources.folder)
     return _in_memory(images, len(fashion_mnist.CLASSES), spec, data, resources)
 
 
 def make_cifar10(spec: WorkloadSpec, resources: Resources) -> ImageClassification:
-    """Make CIFAR-10 from local files or the hub; raise ExperimentError for bad files."""
+    """Return the CIFAR-10 workload; raise ExperimentError for bad files."""
     data = _small_images(spec)
     images = cifar10.load(resources.folder)
     return _in_memory(images, len(cifar10.CLASSES), spec, data, resources)
 
 
 def make_imagenet(spec: WorkloadSpec, resources: Resources) -> ImageClassification:
-    """Make ImageNet from a folder tree or the hub; raise ExperimentError for bad files."""
+    """Return the ImageNet workload; raise ExperimentError for bad files."""
     if not isinstance(spec.data, PhotographData):
         raise _wrong_kind(spec, "photographs")
     return _decoded(imagenet.load(resources.folder), spec, spec.data, resources)

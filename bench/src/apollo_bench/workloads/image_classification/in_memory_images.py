@@ -14,7 +14,7 @@ from apollo_bench.workloads.image_classification.image_settings import SmallImag
 from apollo_bench.workloads.image_classification.image_source import (
     BatchRequest,
     ImageBatch,
-    rank_part,
+    split_bounds,
 )
 
 _EVALUATION_BATCH = 500
@@ -33,7 +33,7 @@ class InMemoryImageSource:
     def __init__(
         self, images: ImageSet, classes: int, data: SmallImageData, device: torch.device
     ) -> None:
-        self.train_size, held_out = rank_part(len(images.train_images), data)
+        self.train_size, held_out = split_bounds(len(images.train_images), data)
         self.fingerprint = images.fingerprint
         self.classes = classes
         self.channels = images.train_images.shape[1]

@@ -34,9 +34,9 @@ _ROWS = 64  # streams of an evaluation
 
 
 class LanguageModeling:
-    """Language modeling by truncated back-propagation through time, with a hidden state
-    carried from batch to batch.
+    """Language modeling by truncated back-propagation through time.
 
+    The hidden state after a batch is the initial state of the next batch of the same streams.
     Perplexity counts every token, ends of sentences included. During training it is measured on the
     validation text, at the end also on the test text.
 

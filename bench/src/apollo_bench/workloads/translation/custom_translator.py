@@ -53,7 +53,7 @@ class CustomTranslator(nn.Module):
         if not isinstance(logits, Tensor) or logits.shape != shape:
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ExperimentError(
-                f"model.factory: its network returns {found}, logits of the shape {shape} are right"
+                f"model.factory: its network must return logits of shape {shape}, got {found}"
             )
         return logits
 

@@ -226,17 +226,17 @@ class Translation:
 
 
 def make_phrases(spec: WorkloadSpec, resources: Resources) -> Translation:
-    """Make the embedded phrases; raise ExperimentError for bad files."""
+    """Return the workload of the embedded phrases; raise ExperimentError for bad files."""
     return _make_workload(spec, resources, phrases.load, clean=False)
 
 
 def make_multi30k(spec: WorkloadSpec, resources: Resources) -> Translation:
-    """Make Multi30k from local files or the hub; raise ExperimentError for bad files."""
+    """Return the Multi30k workload; raise ExperimentError for bad files."""
     return _make_workload(spec, resources, multi30k.load)
 
 
 def make_wmt14(spec: WorkloadSpec, resources: Resources) -> Translation:
-    """Make WMT14, prepared or raw, or from the hub; raise ExperimentError for bad files."""
+    """Return the WMT14 workload; raise ExperimentError for bad files."""
     return _make_workload(spec, resources, wmt14.load)
 
 
