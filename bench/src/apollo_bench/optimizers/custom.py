@@ -52,8 +52,8 @@ def build_custom(
         raise _refused(key, settings, f"making {name_of(target)}", error) from error
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ExperimentError(
-            f"{key}.class is {settings.class_path!r}: it must return a torch.optim.Optimizer, got a "
-            f"{type(optimizer).__name__}"
+            f"{key}.class is {settings.class_path!r}: it must return a torch.optim.Optimizer, "
+            f"got a {type(optimizer).__name__}"
         )
     return optimizer
 
