@@ -7,7 +7,7 @@ installs nothing and writes to FOLDER only. Each part is a process with its own 
 writes its results to FOLDER as soon as it has them; if one part fails, the others still run:
 
     about        versions and device
-    tests        tests/test_cuda.py, then tests/backends/test_backends.py with the fused back end
+    tests        tests/test_cuda*.py, then tests/backends/test_backends.py with the fused back end
     bench:SET    median step times of the optimizers, which alternate
     sweep:SET    the same of Apollo with other tunables, beside fused AdamW
     compiled:SET AdamW compiled, last because compiling takes long
@@ -222,8 +222,13 @@ def parts(device: str, quick: bool, out: Path) -> Iterator[Part]:
         selected = ["tests/test_functional.py", "-k", "lists"]
         yield Part("tests:quick", 60, [*pytest, *selected])
     else:
-        yield Part("tests:cuda", 110, [*pytest, "tests/test_cuda.py"])
-        fused = ["tests/backends/test_backends.py", "-k", "fused"]
+        yield Part("tests:cuda", 110, [*pytest, "tests/test_cuda.py", "tests/test_cuda_compile.py"])
+        fused = [
+            "tests/backends/test_backends.py",
+            "tests/backends/test_device_waits.py",
+            "-k",
+            "fused",
+        ]
         yield Part("tests:back ends", 70, [*pytest, *fused])
     for name in QUICK if quick else SETS:
         yield part(f"bench:{name}", 40)

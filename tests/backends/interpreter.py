@@ -14,7 +14,9 @@ import torch
 AVAILABLE = find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
 REASON = "Triton's interpreter is for machines without a GPU, and needs Triton"
 
-# a block, the least run, the most runs of a tensor: borders come early
+SetSizes = Callable[..., None]
+
+# a block, the smallest run, the most runs of a tensor: borders come early
 BLOCK, RUN, RUNS = 64, 128, 4
 
 

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import apollo_qn
-from apollo_qn import Apollo, rounding
+from apollo_qn import Apollo
 from apollo_qn.backends import cpu, triton
 from apollo_qn.backends.base import Batch
 from apollo_qn.hyperparameters import StepScalars
 from tests import tolerances
-from tests.backends import interpreter
-from tests.backends.interpreter import BLOCK, RUN, RUNS
-from tests.backends.test_backends import check_sixteen_bits, stored_bits
+from tests.backends.interpreter import BLOCK, RUN, RUNS, SetSizes
 from tests.backends.test_shards import MODES as MODES_OF_SHARDS
 from tests.backends.test_shards import check_shards
 from tests.helpers import (
     DEVICE,
-    ON_GPU,
     Comparison,
     as_numpy,
     follow,
@@ -40,26 +32,14 @@ from tests.helpers import (
     snapshot,
     step_references,
 )
-from tests.modes import MODES, STORING, slow_except
+from tests.modes import MODES, slow_except
 from tests.numpy_reference import ReferenceApollo, Settings
 from tests.test_algorithm import EXTREMES
 from tests.test_algorithm import follow as follow_extremes
 
-SetSizes = Callable[..., None]
-
 # one element, around a block and a run, of several runs, of more runs than there may be of a block
 SHAPES: list[tuple[int, ...]] = [(), (0,), (63,), (2, 3, 4, 5), (RUN + 1,), (11, 30), (2, 301)]
 FUSED = {"fused": True}
-
-
-@pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> SetSizes:
-    """Fused means the Triton kernel, interpreted where there is no GPU; sets sizes."""
-    if ON_GPU and triton.why_not() is None:
-        return interpreter.set_sizes(monkeypatch)
-    if not interpreter.AVAILABLE:
-        pytest.skip(interpreter.REASON)
-    return interpreter.interpret(monkeypatch)
 
 
 def tables(optimizer: Apollo) -> Any:
@@ -109,91 +89,6 @@ def test_every_mode_follows_the_reference(
         step_references(params, wanted)
         compare.check_all(optimizer, params, wanted, dtype, capturable)
     check_all_taken(optimizer)
-
-
-@pytest.mark.parametrize("capturable", [False, True], ids=["host", "capturable"])
-@pytest.mark.parametrize(
-    ("of_parameter", "of_gradient"),
-    [
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float16),
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.float32),
-        (torch.float32, torch.bfloat16),
-        (torch.float32, torch.float16),
-    ],
-    ids=str,
-)
-def test_types(
-    of_parameter: torch.dtype, of_gradient: torch.dtype, capturable: bool, interpreted: SetSizes
-) -> None:
-    """One step after the other from the same rounded parameter, state in float32."""
-    settings = Settings(lr=0.3, warmup_steps=0, rebound="belief", eps=0.1, weight_decay=0.05)
-    theta = [normal(shape, "theta", shape).to(of_parameter) for shape in [(5,), (300,)]]
-    wanted = references(theta, settings)
-    m, B = ([torch.zeros_like(x, dtype=torch.float32) for x in theta] for _ in range(2))
-    home = DEVICE if capturable else "cpu"
-    steps = [torch.zeros((), device=home) for _ in theta]
-    thresholds = [torch.zeros((), device=DEVICE) for _ in theta]
-    limit_m, limit_B = tolerances.STATE_OF_16_BIT[capturable]
-    compare, ulp = Comparison(), torch.finfo(of_parameter).eps
-    for t in range(3):
-        grads = [(normal(x.shape, "g", t, x.shape) + 2).to(of_gradient) for x in theta]
-        apollo_qn.apollo(
-            theta,
-            grads,
-            m,
-            B,
-            steps,
-            thresholds=thresholds,
-            capturable=capturable,
-            **FUSED,
-            **{k: v for k, v in vars(settings).items() if k != "warmup_init_lr"},
-        )
-        for i, reference in enumerate(wanted):
-            reference.step(as_numpy(grads[i]))
-            tolerance = tolerances.ROUNDED_PARAMETER * ulp
-            if of_parameter is torch.float32:
-                tolerance = tolerances.TRAJECTORY[of_parameter]
-            compare.check((i, "theta"), theta[i], reference.theta, tolerance)
-            reference.theta = as_numpy(theta[i])
-            compare.check((i, "m"), m[i], reference.m, limit_m)
-            compare.check((i, "B"), B[i], reference.B, limit_B)
-
-
-@slow_except(
-    "mode, storing",
-    (rows := list(itertools.product([MODES[2], MODES[-1]], STORING))),
-    [rows[i] for i in (1, 12)],
-)
-def test_sixteen_bits_follow_the_reference(
-    mode: dict[str, Any], storing: Any, interpreted: SetSizes
-) -> None:
-    check_sixteen_bits(mode, False, storing, FUSED, SHAPES, steps=3)
-
-
-@slow_except("storing", [(x,) for x in STORING], [(x,) for x in STORING[1:3]])
-def test_what_is_stored_has_the_bits_of_the_rule(storing: Any, interpreted: SetSizes) -> None:
-    bits = [stored_bits(storing, end, SHAPES) for end in (FUSED, {"foreach": False})]
-    assert same(*bits)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_random_rounding_has_the_bits_of_the_rule(
-    dtype: torch.dtype, interpreted: SetSizes
-) -> None:
-    """For every kind of finite number: subnormal, the largest, and beyond the target's range."""
-    largest = torch.finfo(dtype).max
-    numbers = [0.0, -0.0, 1.0, 0.3, -7e-3, largest, 1.0001 * largest]
-    numbers += [2.0**-14, 2.0**-14 * 0.999, 1e-7, -3e-8, 1e-40, 2.0**-24, 65504.0, 65519.0, -1e-45]
-    theta = torch.tensor(numbers * 60, device=DEVICE)
-    p = torch.zeros_like(theta, dtype=dtype)
-    m, B = torch.zeros_like(theta), torch.zeros_like(theta)
-    # theta' = 0 - 1 * m' / max(|B'|, 1) with m' = g
-    apollo_qn.apollo([p], [-theta], [m], [B], [torch.zeros(())], warmup_steps=0, seed=3, **FUSED)
-    first, second = rounding.keys(rounding.rng_key(3, 0), 0)
-    random = rounding.random_bits(rounding.memory_offsets(p), first, second)
-    assert same(p, rounding.stochastic(0 - -theta, dtype, random))
 
 
 @pytest.mark.parametrize("mode", [MODES[0], MODES[-1]], ids=["plain", "belief-decoupled"])
@@ -439,64 +334,6 @@ def test_a_schedule_beyond_warmup(interpreted: SetSizes) -> None:
         reference.step(as_numpy(p.grad))  # type: ignore[arg-type]
         scheduler.step()
         compare.check("theta", p, reference.theta, tolerances.TRAJECTORY[torch.float32])
-
-
-COMPILE = """
-import re, subprocess, tempfile
-from pathlib import Path
-import triton
-import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
-from apollo_qn.backends.triton import kernel
-
-f32, f64, bf16 = tl.float32, tl.float64, tl.bfloat16
-pointers = {"tensors": "*i64", "work": "*i64", "gradients": "*i64"}
-pointers |= {name: "*fp64" for name in ("scalars", "rows", "full_sums")}
-order = list(kernel.step.arg_names)
-
-def made(target, P, G, M, S, belief, aligned):
-    constants = dict(P=P, G=G, M=M, S=S, BELIEF=belief, ALIGNED=aligned, KAHAN=False)
-    constants["DRAWS"] = bf16 in (P, M)
-    constants |= dict(BLOCK=kernel.BLOCK, RUNS=kernel.RUNS)
-    signature = {n: pointers.get(n, "constexpr" if n in constants else "i32") for n in order}
-    divisible = {(order.index(name),): [["tt.divisibility", 16]] for name in pointers}
-    source = ASTSource(kernel.step, signature, constexprs=constants, attrs=divisible)
-    options = {"num_warps": kernel.WARPS, "enable_fp_fusion": True}  # as schedule.py
-    return triton.compile(source, target=target, options=options).asm
-
-for types, belief in (((f32,) * 4, False), ((bf16, bf16, bf16, f32), True)):
-    ptx = made(GPUTarget("cuda", 90, 32), *types, belief, True)["ptx"]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.ptx")
-        path.write_text(ptx)
-        ptxas = (get_ptxas(90) if get_ptxas.__code__.co_argcount else get_ptxas()).path
-        command = [ptxas, "-v", "--gpu-name=sm_90a", path, "-o", Path(folder, "kernel.cubin")]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    assert "0 bytes spill" in told or "spill" not in told, told
-    assert int(re.search(r"Used (\\d+) registers", told)[1]) <= 128, told
-    wide = len(re.findall(r"ld\\.global\\.v4\\.b32", ptx))
-    print("loads of 16 bytes:", wide)
-    assert wide >= 4 or bf16 in types, wide  # in both passes
-made(GPUTarget("cuda", 80, 32), *(f64,) * 4, True, False)
-try:
-    assert made(GPUTarget("hip", "gfx942", 64), *(f32,) * 4, False, True)["amdgcn"]
-except Exception as error:
-    if "ROCm linker" not in str(error):  # Triton 3.4 comes without one
-        raise
-print("compiled")
-"""
-
-
-def test_compiles_for_gpus_that_are_not_here() -> None:
-    """NVIDIA and AMD: no register is spilt, and 16 bytes are loaded at once."""
-    pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("compiled\n")
 
 
 def test_a_gpus_tensors_are_not_the_interpreters(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,7 +140,7 @@ FAULTS = [
         BENCH,
         'if not one.get("published")',
         "if False",
-        (f"{TESTS}/report/test_report.py",),
+        (f"{TESTS}/report/test_report.py", f"{TESTS}/report/test_report_sweeps.py"),
     ),
     # workers, progress and the page
     Fault(

@@ -6,8 +6,8 @@ from tests.faults import Fault
 
 QN = "src/apollo_qn"
 RULE = ("tests/test_algorithm.py", "tests/test_golden.py")
-BACK_ENDS = ("tests/backends/test_backends.py",)
-CPU = ("tests/backends/test_cpu.py",)
+BACK_ENDS = ("tests/backends/test_backends.py", "tests/backends/test_device_waits.py")
+CPU = tuple(f"tests/backends/test_cpu{part}.py" for part in ("", "_changes", "_operands"))
 OPERATORS = ("tests/backends/test_operators.py",)
 OPTAX = ("tests/test_optax.py", "tests/test_optax_interface.py")
 ROUNDING = ("tests/test_rounding.py",)
@@ -131,7 +131,7 @@ FAULTS = [
         QN,
         "tl.sum(u * (alpha * delta + b * d), 0)",
         "tl.sum(u * (b * d - alpha * delta), 0)",
-        ("tests/backends/test_triton.py",),
+        ("tests/backends/test_triton.py", "tests/backends/test_triton_dtypes.py"),
     ),
     Fault(
         "the kernel: the coefficient lacks a factor",
@@ -211,35 +211,35 @@ FAULTS = [
         QN,
         "    if first:\n        return _SIGMAS[0]",
         "    if first:\n        return _SIGMAS[1]",
-        ("tests/test_checkpoint.py",),
+        ("tests/test_checkpoint.py", "tests/test_migrate.py"),
     ),
     Fault(
         "a state of the authors' release before its first step is taken for one of Apollo",
         QN,
         '_FOREIGN & set(saved) and "warmup_init_lr" not in saved',
         "False",
-        ("tests/test_checkpoint.py",),
+        ("tests/test_checkpoint.py", "tests/test_migrate.py"),
     ),
     Fault(
         "a loaded state shares the saved tensors",
         QN,
         "kept = value.detach().clone(memory_format=torch.preserve_format)",
         "kept = value.detach()",
-        ("tests/test_checkpoint.py",),
+        ("tests/test_checkpoint.py", "tests/test_migrate.py"),
     ),
     Fault(
         "the authors' D is taken without its offset",
         QN,
         "(D.min() - offset).clamp(min=0)",
         "D.min().clamp(min=0)",
-        ("tests/test_checkpoint.py",),
+        ("tests/test_checkpoint.py", "tests/test_migrate.py"),
     ),
     Fault(
         "a released gradient's step is taken twice",
         QN,
         "        self._released.add(p)\n",
         "",
-        ("tests/test_gradient_release.py",),
+        ("tests/test_gradient_release.py", "tests/test_gradient_release_errors.py"),
     ),
     # JAX
     Fault(

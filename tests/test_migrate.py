@@ -1,0 +1,260 @@
+"""States of the authors' released optimizer."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from apollo_qn import Apollo
+from tests import tolerances
+from tests.helpers import (
+    BACK_ENDS,
+    DEVICE,
+    Comparison,
+    as_numpy,
+    gradient,
+    normal,
+    parameters,
+    run_steps,
+    same,
+    snapshot,
+)
+from tests.numpy_reference import ReleasedApollo
+from tests.test_checkpoint import dtypes, through_a_file
+
+
+def released_state_dict(released: ReleasedApollo, dtype: torch.dtype) -> dict[str, Any]:
+    """As ``torch.save`` of the release's state dict has it: ``step`` is a Python int."""
+    return {
+        "state": {
+            i: {k: v if k == "step" else torch.tensor(v, dtype=dtype) for k, v in state.items()}
+            for i, state in enumerate(released.state)
+        },
+        "param_groups": [{**released.group, "params": list(range(len(released.thetas)))}],
+    }
+
+
+RELEASED_SHAPES = [(), (7,), (3, 5), (300,)]
+
+
+@BACK_ENDS
+@pytest.mark.parametrize("saved_at", [0, 1, 3, 9])
+@pytest.mark.parametrize(
+    ("decay", "wd"), [("L2", 0.0), ("L2", 0.05), ("decoupled", 0.05), ("decoupled", 0.0)]
+)
+@pytest.mark.parametrize("rebound", ["constant", "belief"])
+def test_the_released_state_continues_as_there(
+    rebound: str, decay: str, wd: float, saved_at: int, back_end: dict[str, Any]
+) -> None:
+    start = parameters(RELEASED_SHAPES, torch.float64)
+    lr, eps = (0.01, 1e-4) if rebound == "constant" else (0.3, 0.1)
+    released = ReleasedApollo(
+        [as_numpy(p) for p in start],
+        lr=lr,
+        eps=eps,
+        rebound=rebound,
+        warmup=5,
+        init_lr=lr / 50,
+        weight_decay=wd,
+        weight_decay_type=decay,
+    )
+
+    def gradients(t: int) -> list[Any]:
+        return [as_numpy(gradient(p.shape, p.dtype, i, t)) for i, p in enumerate(start)]
+
+    for t in range(saved_at):
+        released.step(gradients(t))
+    params = [torch.nn.Parameter(torch.tensor(theta, device=DEVICE)) for theta in released.thetas]
+    optimizer = Apollo(params, lr=123.0, **back_end)
+    saved = through_a_file(released_state_dict(released, torch.float64))
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["sigma"] == 0.01
+    assert back_end.items() <= optimizer.param_groups[0].items()
+    compare = Comparison()
+    for t in range(saved_at, saved_at + 10):
+        for p, g in zip(params, gradients(t), strict=True):
+            p.grad = torch.tensor(g, device=DEVICE)
+        optimizer.step()
+        released.step(gradients(t))
+        for i, p in enumerate(params):
+            compare.check((i, "theta"), p, released.thetas[i], tolerances.RELEASED)
+            wanted = released.state[i]["approx_hessian"]
+            compare.check((i, "B"), optimizer.state[p]["hessian_diag"], wanted, tolerances.RELEASED)
+            # no third tensor has come with it
+            shaped = {k for k, v in optimizer.state[p].items() if v.numel() == p.numel() != 1}
+            assert shaped <= {"exp_avg", "hessian_diag"}
+
+
+def test_released_state_of_float32_in_a_scheduled_run() -> None:
+    """lr differs from base_lr when a scheduler has been at work; initial_lr comes along."""
+    released = ReleasedApollo([np.ones(5)], lr=0.01, warmup=2)
+    for t in range(4):
+        released.step([np.arange(1.0, 6.0) + t])
+    saved = released_state_dict(released, torch.float32)
+    saved["param_groups"][0].update(lr=0.001, initial_lr=0.01)
+    p = torch.nn.Parameter(torch.tensor(released.thetas[0], dtype=torch.float32))
+    optimizer = Apollo([p])
+    optimizer.load_state_dict(saved)
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["initial_lr"], group["warmup_base_lr"]) == (0.001, 0.01, 0.01)
+    assert optimizer.state[p]["exp_avg"].dtype is torch.float32
+    torch.optim.lr_scheduler.StepLR(optimizer, 2, last_epoch=3)
+
+
+def test_the_first_release_had_a_sigma_of_1() -> None:
+    released = ReleasedApollo([np.ones(5)], lr=0.5)
+    released.step([np.arange(1.0, 6.0)])
+    saved = released_state_dict(released, torch.float64)
+    del saved["param_groups"][0]["rebound"]
+    optimizer = Apollo([torch.nn.Parameter(torch.ones(5, dtype=torch.float64, device=DEVICE))])
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["sigma"] == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("decay", ["L2", "decoupled"])
+@pytest.mark.parametrize("sigma", [1.0, 0.01])
+def test_sigma_is_recovered_from_the_stored_update(
+    sigma: float, decay: str, dtype: torch.dtype
+) -> None:
+    """The second and the third release have the same keys; m / update tells them apart."""
+    start = [normal((40,), "theta", i) for i in range(2)]
+    released = ReleasedApollo(
+        [as_numpy(p) for p in start], lr=0.1 * sigma, warmup=2, weight_decay=0.05,
+        weight_decay_type=decay, sigma=sigma,
+    )  # fmt: skip
+    for t in range(4):
+        released.step([as_numpy(normal((40,), "g", i, t)) for i in range(2)])
+    params = [
+        torch.nn.Parameter(torch.tensor(theta, dtype=dtype, device=DEVICE))
+        for theta in released.thetas
+    ]
+    optimizer = Apollo(params)
+    optimizer.load_state_dict(released_state_dict(released, dtype))
+    assert optimizer.param_groups[0]["sigma"] == sigma
+
+
+def unstarted(**group: Any) -> dict[str, Any]:
+    """Return the state of a released optimizer that has taken no step."""
+    saved = released_state_dict(ReleasedApollo([np.ones(5)], lr=0.5, warmup=7), torch.float32)
+    saved["param_groups"][0].update(group)
+    return {**saved, "state": {}}
+
+
+def test_a_released_state_before_its_first_step_is_recognized() -> None:
+    saved = unstarted(init_lr=0.125, weight_decay=0.25, weight_decay_type="decoupled")
+    del saved["param_groups"][0]["rebound"]  # the first release
+    optimizer = Apollo(parameters([(5,)]), lr=123.0, beta=0.5, sigma=3.0)
+    optimizer.load_state_dict(saved)
+    (group,) = optimizer.param_groups
+    wanted = {
+        "lr": 0.5,
+        "beta": 0.9,
+        "sigma": 1.0,
+        "rebound": "constant",
+        "weight_decay": 0.25,
+        "decoupled_weight_decay": True,
+        "warmup_steps": 7,
+        "warmup_init_lr": 0.125,
+        "warmup_base_lr": 0.5,
+    }
+    assert {name: group[name] for name in wanted} == wanted
+    assert not {"warmup", "init_lr", "base_lr", "weight_decay_type"} & group.keys()
+    run_steps(optimizer, range(1))
+
+    optimizer = Apollo(parameters([(5,)]))
+    optimizer.load_state_dict(unstarted(rebound="belief"))  # belief has no sigma
+    assert optimizer.param_groups[0]["rebound"] == "belief"
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({}, r"before its first step.*whether sigma was 1 .* or 0\.01.*lr=0\.5, warmup_steps=7"),
+        ({"weight_decay_type": "stable"}, "weight_decay_type must be .*got 'stable'"),
+    ],
+    ids=["sigma", "stable"],
+)
+def test_a_released_state_before_its_first_step_that_cannot_be_loaded(
+    group: dict[str, Any], message: str
+) -> None:
+    optimizer = Apollo(parameters([(5,)]))
+    run_steps(optimizer, range(1))
+    before, groups = snapshot(optimizer), copy.deepcopy(optimizer.param_groups)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(unstarted(**group))
+    assert same(before, snapshot(optimizer))
+    assert all(a.keys() == b.keys() for a, b in zip(groups, optimizer.param_groups, strict=True))
+
+
+def test_groups_of_a_released_state_have_the_same_sigma() -> None:
+    """A group of frozen parameters does not tell it; the other one does."""
+    released = ReleasedApollo([np.ones(5)], lr=0.5, sigma=1.0)
+    released.step([np.arange(1.0, 6.0)])
+    saved = released_state_dict(released, torch.float32)
+    saved["param_groups"].insert(0, {**saved["param_groups"][0], "params": [1]})
+    frozen, trained = parameters([(3,), (5,)])
+    optimizer = Apollo([{"params": [frozen]}, {"params": [trained]}])
+    optimizer.load_state_dict(saved)
+    assert [group["sigma"] for group in optimizer.param_groups] == [1.0, 1.0]
+
+
+def test_groups_and_keys_of_a_released_state_are_named() -> None:
+    released = ReleasedApollo([np.ones(5)], lr=0.01)
+    released.step([np.arange(1.0, 6.0)])
+    saved = released_state_dict(released, torch.float64)
+    optimizer = Apollo([torch.nn.Parameter(torch.ones(5, dtype=torch.float64, device=DEVICE))])
+    two = {**saved, "param_groups": saved["param_groups"] * 2}
+    with pytest.raises(ValueError, match=r"groups of \[1, 1\] parameters, this optimizer of \[1\]"):
+        optimizer.load_state_dict(two)
+    del saved["param_groups"][0]["warmup"]
+    with pytest.raises(ValueError, match="a parameter group lacks 'warmup'"):
+        optimizer.load_state_dict(saved)
+    assert not optimizer.state
+
+
+def test_released_stable_decay_is_refused() -> None:
+    released = ReleasedApollo([np.ones(5)], lr=0.01, weight_decay=0.1, weight_decay_type="stable")
+    p = torch.nn.Parameter(torch.ones(5, dtype=torch.float64, device=DEVICE))
+    optimizer = Apollo([p])
+    run_steps(optimizer, range(1))
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"weight_decay_type must be .*got 'stable'"):
+        optimizer.load_state_dict(released_state_dict(released, torch.float64))
+    assert same(before, snapshot(optimizer))
+
+
+@pytest.mark.parametrize("rebound", ["constant", "belief"])
+def test_released_state_of_a_wrong_shape_or_size(rebound: str) -> None:
+    released = ReleasedApollo([np.ones(5)], lr=0.01, rebound=rebound)
+    released.step([np.ones(5)])
+    for params in ([torch.ones(4)], [torch.ones(5), torch.ones(5)]):
+        optimizer = Apollo([torch.nn.Parameter(p) for p in params])
+        before = snapshot(optimizer)
+        with pytest.raises(ValueError):  # noqa: PT011  # which of two messages is not the point
+            optimizer.load_state_dict(released_state_dict(released, torch.float64))
+        assert same(before, snapshot(optimizer))
+
+
+def test_the_released_state_in_16_bits() -> None:
+    released = ReleasedApollo([np.ones((3, 5)), np.ones(7)], lr=0.01, warmup=0)
+    for t in range(3):
+        released.step([np.full((3, 5), 1.0 + t), np.full(7, 2.0 - t)])
+    state = {
+        i: {k: v if k == "step" else torch.tensor(v) for k, v in one.items()}
+        for i, one in enumerate(released.state)
+    }
+    saved = {"state": state, "param_groups": [{**released.group, "params": [0, 1]}]}
+    params = [torch.nn.Parameter(torch.tensor(x).bfloat16()) for x in released.thetas]
+    optimizer = Apollo(params, rounding="kahan", state_dtype=torch.bfloat16)
+    optimizer.load_state_dict(saved)
+    assert dtypes(optimizer) == {torch.bfloat16}
+    for p, one in zip(params, released.state, strict=True):
+        wanted = torch.tensor(one["approx_hessian"]).bfloat16()
+        assert same(optimizer.state[p]["hessian_diag"], wanted)
+    run_steps(optimizer, range(3, 5))
+    assert all("compensation" in optimizer.state[p] for p in params)
