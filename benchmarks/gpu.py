@@ -53,7 +53,7 @@ MIN_SPEEDUP = 10.0  # over the Python loop of the rule
 
 @dataclass(frozen=True)
 class Tunables:
-    """Constants of ``schedule`` and ``kernel`` that the speed depends on."""
+    """Constants of ``launch_schedule`` and ``kernel`` that the speed depends on."""
 
     run: int
     window: float  # 1e9: one window
@@ -154,7 +154,7 @@ def sweep(device: str, name: str, out: Path) -> None:
     from apollo_bench.steptime import parameter_sets, timing
     from apollo_qn import Apollo
     from apollo_qn.backends.triton import kernel as kernel
-    from apollo_qn.backends.triton import schedule as launch
+    from apollo_qn.backends.triton import launch_schedule as launch
 
     where = timing.timer_for(device)
     (chosen,) = parameter_sets.choose_sets([name], where.device.type)
@@ -223,12 +223,8 @@ def parts(device: str, quick: bool, out: Path) -> Iterator[Part]:
         yield Part("tests:quick", 60, [*pytest, *selected])
     else:
         yield Part("tests:cuda", 110, [*pytest, "tests/test_cuda.py", "tests/test_cuda_compile.py"])
-        fused = [
-            "tests/backends/test_backends.py",
-            "tests/backends/test_device_waits.py",
-            "-k",
-            "fused",
-        ]
+        both = ["tests/backends/test_backends.py", "tests/backends/test_device_waits.py"]
+        fused = [*both, "-k", "fused"]
         yield Part("tests:back ends", 70, [*pytest, *fused])
     for name in QUICK if quick else SETS:
         yield part(f"bench:{name}", 40)

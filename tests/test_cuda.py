@@ -268,11 +268,11 @@ def test_the_same_bits_whatever_else_runs(
     mode: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over runs, beside other work on the device, and whatever the windows are."""
-    from apollo_qn.backends.triton import schedule
+    from apollo_qn.backends.triton import launch_schedule
 
     results = []
     for busy, window in ((False, 0.6), (False, 0.6), (True, 0.6), (False, 0.05), (False, 1e9)):
-        monkeypatch.setattr(schedule, "WINDOW", window)
+        monkeypatch.setattr(launch_schedule, "WINDOW", window)
         params = parameters(LARGE)
         optimizer = make(params, settled(**mode), fused=True)
         side = torch.cuda.Stream()

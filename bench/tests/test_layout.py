@@ -14,9 +14,7 @@ ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "bench" / "src" / "apollo_bench"
 OPTIMIZER = ROOT / "src" / "apollo_qn"
 SOURCES = {package: sorted(package.rglob("*.py")) for package in (BENCH, OPTIMIZER)}
-TESTS = [
-    path for folder in ("tests", "bench/tests") for path in sorted((ROOT / folder).rglob("*.py"))
-]
+TESTS = [path for name in ("tests", "bench/tests") for path in (ROOT / name).rglob("*.py")]
 MAX_LINES = 450
 ROOMS = (
     *("cli", "report", "search", "steptime", "launch"),
@@ -26,21 +24,20 @@ ROOMS = (
 
 def imported(path: Path, package: Path) -> Iterator[str]:
     """Yield the modules of a package that a module imports, also inside functions."""
+    modules = {module_name(other, package) for other in SOURCES[package]}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            # "from package import module" needs the module, "from package import name" the face
+            yield from {name if name in modules else node.module for name in names} & modules
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
-            continue
-        yield from (name for name in names if name.split(".")[0] == package.name)
+            yield from {alias.name for alias in node.names} & modules
 
 
 def module_name(path: Path, package: Path) -> str:
     """Return the name under which other modules import this one."""
-    return ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(
-        ".__init__"
-    )
+    name = ".".join(path.relative_to(package.parent).with_suffix("").parts)
+    return name.removesuffix(".__init__")
 
 
 def test_imports_between_rooms_point_one_way() -> None:
@@ -60,10 +57,7 @@ def test_imports_between_rooms_point_one_way() -> None:
 @pytest.mark.parametrize("package", SOURCES, ids=lambda package: package.name)
 def test_no_import_is_circular(package: Path) -> None:
     modules = {module_name(path, package): path for path in SOURCES[package]}
-    graph = {
-        name: {other for other in imported(path, package) if other in modules} - {name}
-        for name, path in modules.items()
-    }
+    graph = {name: {*imported(path, package)} - {name} for name, path in modules.items()}
     list(graphlib.TopologicalSorter(graph).static_order())
 
 

@@ -38,6 +38,17 @@ def _is_internal(module: str) -> bool:
     return module.partition(".")[0] in ("apollo_qn", "torch")
 
 
+# parameters that a wrapper has replaced
+
+FLATTENED = (
+    "takes its first step, but no parameter of that shape was given to this optimizer. Apollo's "
+    "sums run over each tensor: where a wrapper has flattened or sharded the parameters (FSDP1, "
+    "DeepSpeed ZeRO, apex), the trajectory is another one. Shard with "
+    "torch.distributed.fsdp.fully_shard (FSDP2), or give the optimizer the parameters after they "
+    "have been changed"
+)
+
+
 # keywords of other optimizers
 
 _NOTHING = "leave it out, because nothing in Apollo corresponds to it"

@@ -12,20 +12,9 @@ from torch.optim.optimizer import StateDict
 from apollo_qn import migrate
 from apollo_qn.advice import check_origin
 from apollo_qn.distributed import is_sharded, placed_as
+from apollo_qn.state import SCALARS, TENSORS, state_dtype, stored_dtype
 
-TENSORS = ("exp_avg", "hessian_diag")
-SCALARS = ("step", "previous_lr", "threshold")
 _STORAGE = ("rounding", "state_dtype", "seed")
-
-
-def state_dtype(p: Tensor) -> torch.dtype:
-    """Return the default type of m and B: the parameter's type, float32 or wider."""
-    return torch.promote_types(p.dtype, torch.float32)
-
-
-def stored_dtype(found: torch.dtype, p: Tensor, asked: torch.dtype | None) -> torch.dtype:
-    """Return the type to store m or B in; precision is only reduced if ``asked`` says so."""
-    return torch.promote_types(found, state_dtype(p)) if asked is None else asked
 
 
 def prepared(state_dict: StateDict, groups: list[dict[str, Any]]) -> StateDict:

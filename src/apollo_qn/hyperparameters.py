@@ -169,6 +169,11 @@ def _displacement_weights(t: Scalar, lr: Scalar, weight_decay: Scalar) -> tuple[
     return 1 / kept, weight_decay / kept
 
 
+def number(x: Scalar) -> float:
+    """Return a scalar as a float."""
+    return float(x.detach() if isinstance(x, Tensor) else x)
+
+
 def warmup_start(warmup_init_lr: float | None, base_lr: Scalar) -> float:
     """Return ``warmup_init_lr`` divided by the initial learning rate, or 1 / 1000 for None."""
     if warmup_init_lr is None:

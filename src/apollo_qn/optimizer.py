@@ -13,16 +13,16 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from apollo_qn import advice, checkpoint, distributed, plan, summary, validation
 from apollo_qn import rounding as storage
-from apollo_qn.advice import ApolloWarning
 from apollo_qn.backends.base import TensorLists
 from apollo_qn.distributed import Group
-from apollo_qn.hyperparameters import Rebound, Scalar
+from apollo_qn.hyperparameters import Rebound, Scalar, number
 from apollo_qn.rounding import Rounding
 from apollo_qn.seeds import DefaultSeed
 from apollo_qn.state import (
     NewState,
     compensations_of,
     complete,
+    dtype_name,
     follow_state_dtype,
     hyperparameters,
     rate_of_next_step,
@@ -169,7 +169,7 @@ class Apollo(Optimizer):
             "capturable": capturable,
             "differentiable": differentiable,
             "rounding": rounding,
-            "state_dtype": validation.dtype_name(state_dtype),
+            "state_dtype": dtype_name(state_dtype),
             "seed": seed,
         }
         validation.check_settings(defaults)
@@ -180,7 +180,7 @@ class Apollo(Optimizer):
         if isinstance(param_group, dict):
             advice.check_keywords(param_group)
             if "state_dtype" in param_group:
-                param_group["state_dtype"] = validation.dtype_name(param_group["state_dtype"])
+                param_group["state_dtype"] = dtype_name(param_group["state_dtype"])
             settings = {**self.defaults, **param_group}
             validation.check_settings(settings)
             if settings["differentiable"] != self.defaults["differentiable"]:
@@ -190,7 +190,7 @@ class Apollo(Optimizer):
                     f"{self.defaults['differentiable']!r}: give the constructor the value"
                 )
             # the warmup divides warmup_init_lr by this, even after a scheduler has changed lr
-            settings.setdefault("warmup_base_lr", validation.number(settings["lr"]))
+            settings.setdefault("warmup_base_lr", number(settings["lr"]))
             if not self._has_warned_of_rate:
                 position = len(self.param_groups)
                 self._has_warned_of_rate = advice.warn_if_small_rate(settings, position)
@@ -212,8 +212,8 @@ class Apollo(Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-            group.setdefault("warmup_base_lr", validation.number(group["lr"]))
-            group["state_dtype"] = validation.dtype_name(group["state_dtype"])
+            group.setdefault("warmup_base_lr", number(group["lr"]))
+            group["state_dtype"] = dtype_name(group["state_dtype"])
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state of this optimizer or of the authors' released optimizer.
@@ -317,7 +317,7 @@ class Apollo(Optimizer):
             if self._backends is None:
                 self._backends = plan.Backends()
             step, new = None, NewState()
-            describe = partial(validation.parameter_name, self.param_groups)
+            describe = partial(summary.parameter_name, self.param_groups)
             try:
                 lists = [self._tensor_lists(*group, new) for group in groups]
                 step = plan.prepare(lists, self._backends, describe)
@@ -330,7 +330,7 @@ class Apollo(Optimizer):
                 others = [p for p in new.parameters if p.shape not in self._given_shapes]
                 if others:
                     self._has_warned_of_shapes = True
-                    advice.warn(f"{describe(others[0])} {validation.FLATTENED}", ApolloWarning)
+                    advice.warn(f"{describe(others[0])} {advice.FLATTENED}", advice.ApolloWarning)
 
     def _tensor_lists(
         self,
@@ -371,7 +371,7 @@ class Apollo(Optimizer):
             among: parameters that take part. None means all of the group.
             new: record of the state that was created, so that it can be removed again.
         """
-        group["state_dtype"] = validation.dtype_name(group["state_dtype"])
+        group["state_dtype"] = dtype_name(group["state_dtype"])
         validation.check_storage(group, group["params"])
         members = group["params"] if among is None else among
         every = [p.grad for p in members]

@@ -27,7 +27,8 @@ from apollo_qn.backends.reference import Reference
 from apollo_qn.distributed import Group, Reduction
 from apollo_qn.hyperparameters import Hyperparameters, Scalar, StepScalars
 from apollo_qn.secant import Sums
-from apollo_qn.validation import check_shapes, check_tensors, checked_group, is_traced
+from apollo_qn.tracing import is_traced
+from apollo_qn.validation import check_shapes, check_tensors, checked_group
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from apollo_qn.validation import is_traced
+from apollo_qn.tracing import is_traced
 
 _count = itertools.count()  # number of seeds drawn in this process
 

@@ -8,9 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apollo_qn import checkpoint
 from apollo_qn import rounding as storage
 from apollo_qn.hyperparameters import Hyperparameters, warmup_start
+
+TENSORS = ("exp_avg", "hessian_diag")
+SCALARS = ("step", "previous_lr", "threshold")
+
+
+def state_dtype(p: Tensor) -> torch.dtype:
+    """Return the default type of m and B: the parameter's type, float32 or wider."""
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def stored_dtype(found: torch.dtype, p: Tensor, asked: torch.dtype | None) -> torch.dtype:
+    """Return the type to store m or B in; precision is only reduced if ``asked`` says so."""
+    return torch.promote_types(found, state_dtype(p)) if asked is None else asked
 
 
 def hyperparameters(group: dict[str, Any]) -> Hyperparameters:
@@ -72,10 +84,10 @@ class NewState:
 def complete(state: dict[str, Any], p: Tensor, group: dict[str, Any], new: NewState | None) -> None:
     """Add the missing entries to a parameter's state; leave the others unchanged."""
     before = set(state)
-    if not before.issuperset(("step", *checkpoint.TENSORS)):
+    if not before.issuperset(("step", *TENSORS)):
         state["step"] = _scalar(p, group["capturable"])
-        dtype = _dtype(group["state_dtype"]) or checkpoint.state_dtype(p)
-        for name in checkpoint.TENSORS:
+        dtype = _dtype(group["state_dtype"]) or state_dtype(p)
+        for name in TENSORS:
             state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
     if group["decoupled_weight_decay"] and "previous_lr" not in state:
         # the mode was turned on during training: assume that the rate has not changed
@@ -83,7 +95,7 @@ def complete(state: dict[str, Any], p: Tensor, group: dict[str, Any], new: NewSt
         state["previous_lr"] = _scalar(p, group["capturable"], torch.float64)
         state["previous_lr"] += lr
     if group["rebound"] == "belief" and "threshold" not in state:
-        real = checkpoint.state_dtype(p).to_real()
+        real = state_dtype(p).to_real()
         state["threshold"] = torch.full((), group["sigma"], dtype=real, device=p.device)
     if new is not None:
         new.entries += [(state, name) for name in state.keys() - before]
@@ -118,8 +130,8 @@ def follow_state_dtype(
     if all(dtype is asked or (asked is None and dtype.itemsize >= 4) for dtype in found):
         return
     for p, state in zip(params, states, strict=True):
-        for name in checkpoint.TENSORS:
-            dtype = checkpoint.stored_dtype(state[name].dtype, p, asked)
+        for name in TENSORS:
+            dtype = stored_dtype(state[name].dtype, p, asked)
             state[name] = state[name].to(dtype)
     exp_avgs[:] = [state["exp_avg"] for state in states]
     hessian_diags[:] = [state["hessian_diag"] for state in states]
@@ -130,6 +142,11 @@ def _scalar(p: Tensor, capturable: bool, dtype: torch.dtype = torch.float32) -> 
         return torch.zeros((), dtype=torch.float32, device=p.device)
     # on the host even under torch.set_default_device, because the step reads it there
     return torch.zeros((), dtype=dtype, device="cpu")
+
+
+def dtype_name(dtype: Any) -> Any:
+    """Return a state's type as a group stores it: a saved group holds no torch.dtype."""
+    return "bfloat16" if dtype is torch.bfloat16 else dtype
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

@@ -1,10 +1,14 @@
-"""The text of ``repr(optimizer)``: the settings that differ from the defaults come first."""
+"""How an optimizer and its parameters are shown: ``repr(optimizer)``, and names in messages.
+
+``repr`` gives the settings that differ from the defaults first.
+"""
 
 from __future__ import annotations
 
 import inspect
 from typing import Any
 
+from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 
@@ -40,3 +44,12 @@ def _defaults(kind: type) -> dict[str, Any]:
 
 def _differs(name: str, group: dict[str, Any], expected: dict[str, Any]) -> bool:
     return name not in expected or bool(group[name] != expected[name])
+
+
+def parameter_name(groups: list[dict[str, Any]], p: Tensor) -> str:
+    """Return how a message names a parameter of the groups."""
+    for group in groups:
+        for name, q in zip(group.get("param_names", ()), group["params"], strict=False):
+            if q is p:
+                return f"the parameter {name!r} of shape {tuple(p.shape)}"
+    return f"a parameter of shape {tuple(p.shape)}"

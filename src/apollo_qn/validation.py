@@ -13,25 +13,9 @@ from apollo_qn import rounding as storage
 from apollo_qn.backends import cpu, triton
 from apollo_qn.backends.base import TensorLists
 from apollo_qn.distributed import Group
-from apollo_qn.hyperparameters import Hyperparameters, Scalar, check_ranges
+from apollo_qn.hyperparameters import Hyperparameters, check_ranges, number
 from apollo_qn.rounding import Rounding
-
-FLATTENED = (
-    "takes its first step, but no parameter of that shape was given to this optimizer. Apollo's "
-    "sums run over each tensor: where a wrapper has flattened or sharded the parameters (FSDP1, "
-    "DeepSpeed ZeRO, apex), the trajectory is another one. Shard with "
-    "torch.distributed.fsdp.fully_shard (FSDP2), or give the optimizer the parameters after they "
-    "have been changed"
-)
-
-
-def parameter_name(groups: list[dict[str, Any]], p: Tensor) -> str:
-    """Return how a message names a parameter of the groups."""
-    for group in groups:
-        for name, q in zip(group.get("param_names", ()), group["params"], strict=False):
-            if q is p:
-                return f"the parameter {name!r} of shape {tuple(p.shape)}"
-    return f"a parameter of shape {tuple(p.shape)}"
+from apollo_qn.state import dtype_name
 
 
 def needed_list(
@@ -44,19 +28,6 @@ def needed_list(
         raise ValueError(f"{name} must be a list of 0-dim tensors with {mode}, got None")
     check_length(name, tensors, params)
     return list(tensors)
-
-
-def is_traced() -> bool:
-    """Return whether a tracer or a transform of torch.func sees the operations of this step."""
-    if torch.compiler.is_compiling():
-        return True
-    mode, key = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
-    return (
-        mode(key.PROXY) is not None
-        or mode(key.FAKE) is not None
-        or mode(key.FUNCTIONAL) is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
 
 
 def checked_group(lists: TensorLists, h: Hyperparameters, traced: bool) -> Group:
@@ -185,16 +156,6 @@ def check_rounding(rounding: Rounding | None, seed: int) -> None:
     is_integer = isinstance(seed, int) and not isinstance(seed, bool)
     if not is_integer or not 0 <= seed < 1 << 64:
         raise ValueError(f"seed must be a whole number in [0, 2**64), got {seed!r}")
-
-
-def number(x: Scalar) -> float:
-    """Return a scalar as a float."""
-    return float(x.detach() if isinstance(x, Tensor) else x)
-
-
-def dtype_name(dtype: Any) -> Any:
-    """Return a state's type as a group stores it: a saved group holds no torch.dtype."""
-    return "bfloat16" if dtype is torch.bfloat16 else dtype
 
 
 def check_settings(given: dict[str, Any]) -> None:

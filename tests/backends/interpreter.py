@@ -62,13 +62,13 @@ def interpret(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def set_sizes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Small blocks and runs; returns what sets others."""
-    from apollo_qn.backends.triton import kernel, schedule
+    from apollo_qn.backends.triton import kernel, launch_schedule
 
     def sizes(block: int = BLOCK, run: int = RUN, runs: int = RUNS, cache: int = 1 << 20) -> None:
         monkeypatch.setattr(kernel, "BLOCK", block)
         monkeypatch.setattr(kernel, "RUNS", runs)
-        monkeypatch.setattr(schedule, "RUN", run)
-        monkeypatch.setattr(schedule, "_budget", lambda _: schedule.WINDOW * cache)
+        monkeypatch.setattr(launch_schedule, "RUN", run)
+        monkeypatch.setattr(launch_schedule, "_budget", lambda _: launch_schedule.WINDOW * cache)
 
     sizes()
     return sizes

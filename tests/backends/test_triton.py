@@ -129,12 +129,12 @@ def test_windows_change_no_bit(mode: dict[str, Any], interpreted: SetSizes) -> N
 
 def test_schedule(interpreted: SetSizes) -> None:
     """Every run is measured and then updated, once, in launches that follow each other."""
-    from apollo_qn.backends.triton import kernel, schedule
+    from apollo_qn.backends.triton import kernel, launch_schedule
 
     n = [5, 4 * RUN, 3 * RUN + 1, 100 * RUN, 128, 129]
-    interpreted(cache=int(20 * RUN * 12 / schedule.WINDOW))
+    interpreted(cache=int(20 * RUN * 12 / launch_schedule.WINDOW))
     types = [(torch.float32,) * 3] * 6
-    tables = schedule.Tables(torch.device("cpu"), [[0] * 6] * 5, n, types, [-1] * 6, [0] * 6)
+    tables = launch_schedule.Tables(torch.device("cpu"), [[0] * 6] * 5, n, types, [-1] * 6, [0] * 6)
     tables._schedule([True] * 6)
     (one,) = tables._sets
     seen: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
@@ -163,12 +163,12 @@ def test_schedule(interpreted: SetSizes) -> None:
 
 
 def test_offsets_beyond_32_bits(interpreted: SetSizes) -> None:
-    from apollo_qn.backends.triton import kernel, schedule
+    from apollo_qn.backends.triton import kernel, launch_schedule
 
     interpreted(block=1024, run=4096, runs=512)
     n = 2**33 + 5
     types = [(torch.bfloat16, torch.bfloat16, torch.float32)]
-    tables = schedule.Tables(torch.device("cpu"), [[0]] * 5, [n], types, [-1], [0])
+    tables = launch_schedule.Tables(torch.device("cpu"), [[0]] * 5, [n], types, [-1], [0])
     tables._schedule([True])
     last = tables._work[kernel.RUNS - 1].tolist()
     assert last[2] + last[3] == n

@@ -30,7 +30,7 @@ def made(target, P, G, M, S, belief, aligned):
     signature = {n: pointers.get(n, "constexpr" if n in constants else "i32") for n in order}
     divisible = {(order.index(name),): [["tt.divisibility", 16]] for name in pointers}
     source = ASTSource(kernel.step, signature, constexprs=constants, attrs=divisible)
-    options = {"num_warps": kernel.WARPS, "enable_fp_fusion": True}  # as schedule.py
+    options = {"num_warps": kernel.WARPS, "enable_fp_fusion": True}  # as launch_schedule.py
     return triton.compile(source, target=target, options=options).asm
 
 for types, belief in (((f32,) * 4, False), ((bf16, bf16, bf16, f32), True)):

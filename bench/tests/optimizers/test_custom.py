@@ -22,7 +22,7 @@ from apollo_bench.config.execution import Execution
 from apollo_bench.config.optimizer_settings import METHODS
 from apollo_bench.config.recipe import RunSpec
 from apollo_bench.errors import ExperimentError
-from apollo_bench.launch import custom_runs
+from apollo_bench.launch import custom_code_checks
 from apollo_bench.optimizers.custom import Abilities, try_steps
 from apollo_bench.optimizers.registry import build_optimizer
 from apollo_bench.runs.run_directory import RunDirectory
@@ -281,7 +281,7 @@ def invoke(*arguments: str) -> Any:
 def test_an_archive_and_its_report_need_no_module(folder: Path, tmp_path: Path) -> None:
     spec = spec_of(f"{of('SignDescent')}\nmomentum = 0.8")
     directory = RunDirectory(tmp_path / "out" / "runs" / spec.label)
-    workload, code = tasks.make(spec), custom_runs.code_of(spec)
+    workload, code = tasks.make(spec), custom_code_checks.code_of(spec)
     directory.prepare(spec, workload.fingerprint, None, ["test"], code=code)
     train(directory, spec, workload)
     [source] = directory.read()["code"]
@@ -290,7 +290,7 @@ def test_an_archive_and_its_report_need_no_module(folder: Path, tmp_path: Path) 
     module = folder / f"{MODULE}.py"
     module.write_text(module.read_text() + "\n# changed\n")
     with pytest.raises(ExperimentError, match=f"other settings .the code of {MODULE}:SignDescent"):
-        directory.check(spec, workload.fingerprint, Execution(), custom_runs.code_of(spec))
+        directory.check(spec, workload.fingerprint, Execution(), custom_code_checks.code_of(spec))
     module.unlink()
     sys.modules.pop(MODULE)
     done = invoke("archive", str(tmp_path / "out"), "--out", str(tmp_path / "kept"))

@@ -17,7 +17,7 @@ from apollo_bench.cli import selection
 from apollo_bench.config.execution import Execution
 from apollo_bench.config.recipe import RunSpec
 from apollo_bench.errors import ExperimentError
-from apollo_bench.launch import custom_runs
+from apollo_bench.launch import custom_code_checks
 from apollo_bench.report import page
 from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.training.loop import train
@@ -277,7 +277,7 @@ def test_what_cannot_train_is_refused_before_training(
     def prepare() -> None:
         spec = spec_of(kind, data, *settings)
         workload = tasks.make(spec, data, workers=0)
-        custom_runs.check([spec], {spec.task: workload}, Execution())
+        custom_code_checks.check([spec], {spec.task: workload}, Execution())
 
     with pytest.raises(ExperimentError) as caught:
         prepare()
@@ -298,6 +298,6 @@ def test_the_task_is_named_after_the_data(folder: Path) -> None:
 
 def test_the_code_of_a_custom_model_is_recorded(folder: Path) -> None:
     spec = spec_of("image-folder", images(folder), *custom("make", "width = 3"))
-    [source] = custom_runs.code_of(spec)
+    [source] = custom_code_checks.code_of(spec)
     assert (source["path"], source["folder"]) == (f"{MODULE}:make", str(folder))
     assert spec.model.model_dump()["width"] == 3

@@ -15,7 +15,7 @@ from rich.console import Console
 from apollo_bench.config.execution import Execution, plan_execution
 from apollo_bench.config.recipe import RunSpec
 from apollo_bench.errors import ExperimentError
-from apollo_bench.launch import custom_runs, ray_cluster, run_scheduler, torchrun
+from apollo_bench.launch import custom_code_checks, ray_cluster, run_scheduler, torchrun
 from apollo_bench.launch.progress import display
 from apollo_bench.launch.run_scheduler import RunState
 from apollo_bench.runs import compatibility, curvature_log
@@ -163,11 +163,11 @@ def _prepare(request: Request, execution: Execution, warn: Callable[[str], None]
                 warn(remark)
     for check_data in request.data_checks:
         check_data({name: made.fingerprint for name, made in workloads.items()})
-    remarks = custom_runs.check(specs, workloads, execution)
+    remarks = custom_code_checks.check(specs, workloads, execution)
     new = {}
     for spec in specs:
         directory = RunDirectory(run_folder(request.out, spec))
-        fingerprint, code = workloads[spec.task].fingerprint, custom_runs.code_of(spec)
+        fingerprint, code = workloads[spec.task].fingerprint, custom_code_checks.code_of(spec)
         directory.check(spec, fingerprint, execution, code)
         new[directory.path.resolve()] = compatibility.RunIdentity(
             directory.path, spec, fingerprint, compatibility.code_versions(code)
@@ -214,7 +214,7 @@ def _prepare_run(
         keep_threads=request.machines.threads is None,
         diagnose_every=request.diagnose_every,
         published=workload.published or request.data is None,
-        code=custom_runs.code_of(spec),
+        code=custom_code_checks.code_of(spec),
         search=request.search_costs.get((spec.task, spec.schedule, spec.name)),
     )
     return RunState(

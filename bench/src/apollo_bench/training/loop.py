@@ -26,8 +26,8 @@ from apollo_bench.training import process_group
 from apollo_bench.training.fabric_setup import launch_fabric
 from apollo_bench.training.full_state_dict import is_sharded
 from apollo_bench.training.gradient_norm import full_norm, gradient_norm
-from apollo_bench.training.run_state import TrainingState
 from apollo_bench.training.step_timer import StepTimer
+from apollo_bench.training.training_state import TrainingState
 from apollo_bench.workloads.workload import Batch, Workload
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """The fused back end for CUDA and ROCm: all tensors in a few launches of one Triton kernel.
 
 This module decides which tensors the kernel can take, and collects the scalars of a step.
-``schedule.py`` assigns runs of elements to programs and launches. ``kernel.py`` is the kernel.
+``launch_schedule.py`` assigns runs of elements to programs and launches; ``kernel.py`` computes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def why_not() -> str | None:
     if find_spec("triton") is None:
         return "Triton is not installed (on Linux, PyTorch for CUDA and for ROCm brings it)"
     try:
-        from apollo_qn.backends.triton import schedule  # noqa: F401
+        from apollo_qn.backends.triton import launch_schedule  # noqa: F401
     except Exception as error:  # a broken installation may raise anything
         return f"Triton cannot be imported ({type(error).__name__}: {error})"
     return None
@@ -110,7 +110,7 @@ class Triton(Backend):
         return True
 
     def _launch(self, batches: list[Batch], table: Tensor | None, measuring: bool) -> None:
-        from apollo_qn.backends.triton.schedule import Tables
+        from apollo_qn.backends.triton.launch_schedule import Tables
 
         device = batches[0].tensors.params[0].device
         capturable = any(isinstance(batch.scalars.t, Tensor) for batch in batches)

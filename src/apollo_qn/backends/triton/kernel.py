@@ -16,7 +16,7 @@ BLOCK = 1024
 WARPS = 4
 # Largest number of runs of a tensor. A program that updates a run reads the sums of all runs.
 RUNS = 512
-# Number of columns of the tables, which schedule.py fills.
+# Number of columns of the tables, which launch_schedule.py fills.
 TENSOR = 9  # p, m, B, threshold, compensation, first row of its sums, number of its runs, row in
 # `full_sums` (-1 for a full tensor), RNG key
 WORK = 5  # tensor, role, first element, number of elements, row of sums
