@@ -17,7 +17,7 @@ from apollo_qn.state import SCALARS, TENSORS, state_dtype, stored_dtype
 _STORAGE = ("rounding", "state_dtype", "seed")
 
 
-def prepared(state_dict: StateDict, groups: list[dict[str, Any]]) -> StateDict:
+def prepare(state_dict: StateDict, groups: list[dict[str, Any]]) -> StateDict:
     """Convert a saved state to the current form and check it against the parameters.
 
     Args:
@@ -34,7 +34,7 @@ def prepared(state_dict: StateDict, groups: list[dict[str, Any]]) -> StateDict:
             f"the state has groups of {sizes[0]} parameters, this optimizer of {sizes[1]}: "
             "make the optimizer with the groups that were saved"
         )
-    result = {**migrate.translated(state_dict, groups)}
+    result = {**migrate.translate(state_dict, groups)}
     saved_groups = []
     for saved, group in zip(result["param_groups"], groups, strict=True):
         # settings of storage that the state lacks stay those of the group

@@ -24,7 +24,7 @@ _CLOSE = 1e-3  # tolerance for the rounding of m / D, and of the decayed paramet
 _Member = tuple[Any, dict[str, Any], Tensor]  # key, saved state and parameter
 
 
-def translated(state_dict: StateDict, groups: list[dict[str, Any]]) -> StateDict:
+def translate(state_dict: StateDict, groups: list[dict[str, Any]]) -> StateDict:
     """Convert a state of the released optimizer to one of Apollo; return any other unchanged.
 
     Raises:

@@ -228,7 +228,7 @@ class Apollo(Optimizer):
         loaded: StateDict = {}
 
         def before(optimizer: Optimizer, given: StateDict) -> StateDict:
-            loaded.update(checkpoint.prepared(given, self.param_groups))
+            loaded.update(checkpoint.prepare(given, self.param_groups))
             for saved, group in zip(loaded["param_groups"], self.param_groups, strict=True):
                 validation.check_storage(saved, group["params"])
             return loaded

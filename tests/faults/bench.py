@@ -67,7 +67,7 @@ FAULTS = [
     Fault(
         "the loss of a line is that of all lines",
         BENCH,
-        "        self.line_loss.zero_()\n",
+        "        self.loss_since_record.zero_()\n",
         "",
         LOOP,
     ),

@@ -118,7 +118,7 @@ class TrainSettings(ConfigSection):
     checkpoint_every: Positive = 20.0  # seconds; also after every evaluation
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     clip_norm: Positive | None = None  # gradient clipping: largest norm
-    accumulate: PositiveInt = 1  # gradient accumulation: parts of a process's share of a batch
+    accumulate: PositiveInt = 1  # gradient accumulation: micro-batches per step and process
     compile: bool = False  # whether torch.compile compiles the model
     average_checkpoints: PositiveInt = (
         1  # number of last evaluations whose weights are averaged into the final model

@@ -100,8 +100,10 @@ class _TrainingRun(TrainingState):
     def run_to_end(self, stop: Callable[[], bool]) -> Outcome:
         """Train, evaluate and record until the run ends or ``stop`` returns True."""
         per_epoch = self.workload.steps_per_epoch
-        if self._ends_period() and self.evaluated != self.step:  # interrupted during an evaluation
-            if not self._end_period():
+        if (
+            self._evaluation_due() and self.evaluated != self.step
+        ):  # interrupted during an evaluation
+            if not self._evaluate_and_record():
                 return self._finish("diverged")
             self.save()
         alone = self.fabric.world_size == 1
@@ -115,21 +117,21 @@ class _TrainingRun(TrainingState):
                 with self._timed(self.step_timer):
                     self._train_step(batch)
                 ends = self.step == self.steps
-                ends_period, ends_record = self._ends_period(), self._ends_record()
-                if ends_record:
-                    mean = self._mean(self.line_loss) / self.line_steps
+                evaluation_due, record_due = self._evaluation_due(), self._record_due()
+                if record_due:
+                    mean = self._mean(self.loss_since_record) / self.steps_since_record
                     if not math.isfinite(mean):
                         return self._finish("diverged")
-                    self._log_line(mean)
-                if ends_period:
+                    self._log_step(mean)
+                if evaluation_due:
                     self.save()  # an interrupted evaluation then loses no step
-                    if not self._end_period():
+                    if not self._evaluate_and_record():
                         return self._finish("diverged")
-                if not alone and not ends_record:
+                if not alone and not record_due:
                     continue  # the processes communicate only once per record
                 late = time.perf_counter() - self.saved_at > self.spec.train.checkpoint_every
                 due, stopping = self._any_process(late, stop())
-                if due or ends_period or stopping:
+                if due or evaluation_due or stopping:
                     self.save()
                 if ends:
                     break
@@ -137,33 +139,33 @@ class _TrainingRun(TrainingState):
                     return "stopped"
         return self._finish("finished")
 
-    def _ends_period(self) -> bool:
-        return self.step > 0 and (self.step % self.every == 0 or self.step == self.steps)
+    def _evaluation_due(self) -> bool:
+        return self.step > 0 and (self.step % self.evaluate_every == 0 or self.step == self.steps)
 
-    def _ends_record(self) -> bool:
-        return self.step % self.spec.train.log_every == 0 or self._ends_period()
+    def _record_due(self) -> bool:
+        return self.step % self.spec.train.log_every == 0 or self._evaluation_due()
 
     def _train_step(self, batch: Batch) -> None:
-        parts = self.spec.train.accumulate
-        chunks = list(zip(*(column.chunk(parts) for column in batch), strict=True))
+        count = self.spec.train.accumulate
+        micro_batches = list(zip(*(column.chunk(count) for column in batch), strict=True))
         hidden_state = list(
-            zip(*(column.chunk(parts) for column in self.hidden_state), strict=True)
+            zip(*(column.chunk(count) for column in self.hidden_state), strict=True)
         )
-        left = []
+        states_after = []
         self.optimizer.zero_grad()
-        for i, chunk in enumerate(chunks):
-            last = i == len(chunks) - 1
+        for i, micro_batch in enumerate(micro_batches):
+            last = i == len(micro_batches) - 1
             with nullcontext() if last else self.fabric.no_backward_sync(self.model):
                 before = hidden_state[i] if hidden_state else ()
-                loss, after = self.workload.loss(self.model, chunk, batch, before)
+                loss, after = self.workload.loss(self.model, micro_batch, batch, before)
                 self.fabric.backward(loss, create_graph=self.needs_graph)
-            left.append(after)
+            states_after.append(after)
             value = loss.detach().double()
-            self.period_loss += value
-            self.line_loss += value
-        self.hidden_state = tuple(torch.cat(rows) for rows in zip(*left, strict=True))
+            self.loss_since_evaluation += value
+            self.loss_since_record += value
+        self.hidden_state = tuple(torch.cat(rows) for rows in zip(*states_after, strict=True))
         self.step += 1
-        self.line_steps += 1
+        self.steps_since_record += 1
         if self.spec.train.clip_norm is not None:
             # a gradient that is not finite shows up in the loss
             self.gradient_norm = self.fabric.clip_gradients(
@@ -172,7 +174,7 @@ class _TrainingRun(TrainingState):
                 max_norm=self.spec.train.clip_norm,
                 error_if_nonfinite=False,
             )
-        elif self._ends_record():
+        elif self._record_due():
             self.gradient_norm = gradient_norm(self.network)
         with self._timed(self.optimizer_timer):
             self.optimizer.step()
@@ -206,7 +208,7 @@ class _TrainingRun(TrainingState):
             if isinstance(value, float) and name != "epoch":
                 self.events.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
-    def _log_line(self, loss: float) -> None:
+    def _log_step(self, loss: float) -> None:
         assert self.gradient_norm is not None
         norm = float(full_norm(self.gradient_norm))
         self._write(
@@ -222,16 +224,16 @@ class _TrainingRun(TrainingState):
                 "time": {"seconds": self.seconds()},
             }
         )
-        self.line_loss.zero_()
-        self.line_steps = 0
+        self.loss_since_record.zero_()
+        self.steps_since_record = 0
 
-    def _end_period(self) -> bool:
+    def _evaluate_and_record(self) -> bool:
         """Evaluate and record; return False if a metric is not finite."""
         measured = self._evaluate()
         if not all(math.isfinite(value) for value in measured.values()):
             return False
-        self.last = {
-            "train_loss": self._mean(self.period_loss) / (self.step - self.evaluated),
+        self.last_evaluation = {
+            "train_loss": self._mean(self.loss_since_evaluation) / (self.step - self.evaluated),
             **measured,
         }
         self._write(
@@ -239,7 +241,7 @@ class _TrainingRun(TrainingState):
                 "kind": "evaluation",
                 "epoch": self.epoch,
                 "step": self.step,
-                **self.last,
+                **self.last_evaluation,
                 "time": {
                     "seconds": self.seconds(),
                     "optimizer_ms": self.optimizer_timer.median(),
@@ -250,7 +252,7 @@ class _TrainingRun(TrainingState):
         self.keep_best()
         self.keep_for_average()
         self.set_optimizer_mode(training=True)
-        self.period_loss.zero_()
+        self.loss_since_evaluation.zero_()
         self.optimizer_timer.times.clear()
         self.step_timer.times.clear()
         self.evaluated = self.step
@@ -282,7 +284,7 @@ class _TrainingRun(TrainingState):
     def _finish(self, outcome: Literal["finished", "diverged"]) -> Outcome:
         verdict: Record = {"verdict": outcome, "step": self.step, "steps": self.steps}
         if outcome == "finished":
-            verdict |= self.last
+            verdict |= self.last_evaluation
             if self.spec.train.average_checkpoints > 1:
                 self.average_weights()
             examined = self.workload.has_final_test and not self.spec.is_trial

@@ -62,7 +62,7 @@ class TrainingState:
         self.workload = workload
         self.diagnose_every = diagnose_every
         self.steps = spec.train.schedule.steps(workload.steps_per_epoch)
-        self.every = spec.train.evaluate_every or workload.steps_per_epoch
+        self.evaluate_every = spec.train.evaluate_every or workload.steps_per_epoch
         self.network: nn.Module = workload.model()
         if fabric.global_rank > 0:  # each process draws its own dropout masks
             torch.manual_seed(derived_seed(spec.seed, fabric.global_rank))
@@ -86,13 +86,13 @@ class TrainingState:
         self.hidden_state: HiddenState = ()
         # Sums of the loss since the last evaluation and since the last record. They stay on the
         # loss's device, so that no step waits for them. A loss that is not finite stays in the sum.
-        self.period_loss = torch.zeros((), dtype=torch.float64, device=fabric.device)
-        self.line_loss = self.period_loss.clone()
-        self.line_steps = 0
+        self.loss_since_evaluation = torch.zeros((), dtype=torch.float64, device=fabric.device)
+        self.loss_since_record = self.loss_since_evaluation.clone()
+        self.steps_since_record = 0
         self.gradient_norm: Tensor | None = None  # of the last step, where it is known
         # Since the last evaluation. step_timer includes everything but the reading of data.
         self.optimizer_timer, self.step_timer = StepTimer(fabric.device), StepTimer(fabric.device)
-        self.last: Record = {}
+        self.last_evaluation: Record = {}
         self.evaluated = 0  # the step of the last evaluation
         self.best: float | None = None  # best value of the workload's curve so far
         self.seconds_before = 0.0  # training time of the processes before this one
@@ -149,7 +149,7 @@ class TrainingState:
     def keep_best(self) -> None:
         """Write the weights if the last evaluation is the best so far."""
         metric = self.workload.curve
-        value = self.last[metric.name]
+        value = self.last_evaluation[metric.name]
         if self.best is not None and not metric.better(value, self.best):
             return
         self.best = value
@@ -184,7 +184,7 @@ class TrainingState:
 
     def _mean_weights(self) -> dict[str, Tensor]:
         paths = self.directory.kept_evaluations(self.step)[-self.spec.train.average_checkpoints :]
-        evaluations = -(-self.step // self.every)
+        evaluations = -(-self.step // self.evaluate_every)
         if len(paths) < min(self.spec.train.average_checkpoints, evaluations):
             raise ExperimentError(
                 f"{self.directory.checkpoint.parent}: weights to average are missing, "
@@ -216,9 +216,9 @@ class TrainingState:
                 "schedule": self.schedule.state_dict(),
                 "processes": processes,
                 "step": self.step,
-                "line_steps": self.line_steps,
+                "line_steps": self.steps_since_record,
                 "times": [timer.collect() for timer in (self.optimizer_timer, self.step_timer)],
-                "last": self.last,
+                "last": self.last_evaluation,
                 "best": self.best,
                 "evaluated": self.evaluated,
                 "seconds": self.seconds(),
@@ -232,8 +232,8 @@ class TrainingState:
         """Return, for every process, the state that differs between processes."""
         own_state = {
             "random": torch.get_rng_state(),
-            "period_loss": self.period_loss.cpu(),
-            "line_loss": self.line_loss.cpu(),
+            "period_loss": self.loss_since_evaluation.cpu(),
+            "line_loss": self.loss_since_record.cpu(),
             # the key is that of earlier checkpoints
             **{f"carried.{i}": x.cpu() for i, x in enumerate(self.hidden_state)},
         }
@@ -288,15 +288,15 @@ class TrainingState:
         elif self.fabric.device.type == "cuda":  # the run began on a CPU
             torch.cuda.manual_seed(derived_seed(self.spec.seed, state["step"]))
         self.step = state["step"]
-        self.period_loss.copy_(own_state["period_loss"])
+        self.loss_since_evaluation.copy_(own_state["period_loss"])
         self.hidden_state = tuple(
             own_state[f"carried.{i}"].to(self.fabric.device)
             for i in range(sum(name.startswith("carried.") for name in own_state))
         )
-        self.line_loss.copy_(own_state["line_loss"])
-        self.line_steps = state["line_steps"]
+        self.loss_since_record.copy_(own_state["line_loss"])
+        self.steps_since_record = state["line_steps"]
         self.optimizer_timer.times, self.step_timer.times = state["times"]
-        self.last, self.best = state["last"], state["best"]
+        self.last_evaluation, self.best = state["last"], state["best"]
         self.evaluated = state["evaluated"]
         self.seconds_before = state["seconds"]
         if "metrics" in state or not self.fabric.is_global_zero:
