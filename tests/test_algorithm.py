@@ -316,7 +316,7 @@ def test_nothing_is_learnt_from_no_displacement() -> None:
 
 
 def test_finite_keeps_nan_and_saturates() -> None:
-    c = secant.saturated(
+    c = secant.saturate(
         torch.tensor([1e300, -1e300, 2.0, math.nan], dtype=torch.float64), torch.float32
     )
     assert c.dtype is torch.float32

@@ -11,7 +11,7 @@ from torch.optim.optimizer import StateDict
 
 from apollo_qn import migrate
 from apollo_qn.advice import check_origin
-from apollo_qn.distributed import is_sharded, placed_as
+from apollo_qn.distributed import is_sharded, place_like
 from apollo_qn.state import SCALARS, TENSORS, state_dtype, stored_dtype
 
 _STORAGE = ("rounding", "state_dtype", "seed")
@@ -122,6 +122,6 @@ def _restored(value: Tensor, p: Tensor, group: dict[str, Any], name: str) -> Ten
         asked = torch.bfloat16 if group["state_dtype"] == "bfloat16" else None
         dtype = stored_dtype(value.dtype, p, asked)
     kept = value.detach().clone(memory_format=torch.preserve_format)
-    kept = placed_as(p, kept.to(device=p.device, dtype=dtype))
+    kept = place_like(p, kept.to(device=p.device, dtype=dtype))
     layout = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
     return kept if kept.stride() == layout.stride() else layout.copy_(kept)

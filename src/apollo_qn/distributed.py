@@ -68,7 +68,7 @@ def check_parameter(p: Any) -> None:
         )
 
 
-def placed_as(p: Any, tensor: Any) -> Any:
+def place_like(p: Any, tensor: Any) -> Any:
     """Return a saved state tensor with the placements of its parameter.
 
     A plain ``tensor`` must be the full tensor, on all ranks.

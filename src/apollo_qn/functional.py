@@ -12,7 +12,7 @@ from apollo_qn.backends.base import TensorLists
 from apollo_qn.hyperparameters import Hyperparameters, Rebound, Scalar, warmup_start
 from apollo_qn.plan import Backends, execute, prepare
 from apollo_qn.rounding import Rounding
-from apollo_qn.validation import check_length, check_rounding, needed_list
+from apollo_qn.validation import check_length, check_rounding, required_list
 
 
 @partial(advice.advises, advice=advice.FUNCTIONAL, name="apollo")
@@ -110,14 +110,14 @@ def apollo(
         list(exp_avgs),
         list(hessian_diags),
         list(state_steps),
-        needed_list(
+        required_list(
             "previous_lrs",
             previous_lrs,
             params,
             decoupled_weight_decay,
             "decoupled_weight_decay=True",
         ),
-        needed_list("thresholds", thresholds, params, rebound == "belief", "rebound='belief'"),
+        required_list("thresholds", thresholds, params, rebound == "belief", "rebound='belief'"),
         list(compensations or []) if rounding == "kahan" else [],
         [storage.rng_key(seed, number) for number in numbers],
     )

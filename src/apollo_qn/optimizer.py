@@ -247,7 +247,7 @@ class Apollo(Optimizer):
             for handle in handles:
                 handle.remove()
         if self._default_seed is not None:
-            self._default_seed.give_back()
+            self._default_seed.undo_draw()
             self._default_seed = None
 
     def effective_lrs(self) -> list[float]:

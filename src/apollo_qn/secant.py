@@ -106,10 +106,10 @@ def correction(sums: Sums, eps: float, dtype: torch.dtype) -> Tensor:
     """Return c with B' = B - c u^2 in ``dtype``, the type of B."""
     wide = accumulator(sums.k.device)
     c = secant_coefficient(sums.scale.to(wide), sums.q4.to(wide), sums.k.to(wide), eps)
-    return saturated(c, dtype)
+    return saturate(c, dtype)
 
 
-def saturated(c: Tensor, dtype: torch.dtype) -> Tensor:
+def saturate(c: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``c`` in ``dtype``, clamped if it is too large for ``dtype``; NaN stays NaN."""
     largest = torch.finfo(dtype).max / 8
     return c.clamp(-largest, largest).to(dtype)

@@ -34,7 +34,7 @@ class DefaultSeed(NamedTuple):
         value = int(torch.randint(1 << 62, (), device="cpu"))
         return cls(value, before, torch.get_rng_state())
 
-    def give_back(self) -> None:
+    def undo_draw(self) -> None:
         """Undo the draw if it was the last one from torch's generator.
 
         A resumed run then draws the same random numbers as the run that it continues.

@@ -18,7 +18,7 @@ from apollo_qn.rounding import Rounding
 from apollo_qn.state import dtype_name
 
 
-def needed_list(
+def required_list(
     name: str, tensors: list[Tensor] | None, params: list[Tensor], needed: bool, mode: str
 ) -> list[Tensor]:
     """Return a list that only some modes need, or raise ValueError if it is missing."""

@@ -17,7 +17,7 @@ from apollo_bench.errors import ExperimentError
 from apollo_bench.report import page
 from apollo_bench.workloads.image_classification import cifar10
 from apollo_bench.workloads.language_modeling import one_billion_word
-from apollo_bench.workloads.output_files import LISTING, claim
+from apollo_bench.workloads.output_files import LISTING, reserve
 from apollo_bench.workloads.translation import encoded_corpus, phrases
 from bench.tests.workloads.image_classification.test_cifar10 import write_pickles
 from bench.tests.workloads.language_modeling.test_one_billion_word import LINES, write_raw
@@ -118,8 +118,8 @@ def test_a_corpus_of_translations_neither(tmp_path: Path) -> None:
 
 
 def test_a_claim_adds_to_the_list(tmp_path: Path) -> None:
-    claim(tmp_path, ["a"])
-    claim(tmp_path, ["b"])
+    reserve(tmp_path, ["a"])
+    reserve(tmp_path, ["b"])
     listed = json.loads((tmp_path / LISTING).read_text())["files"]
     assert listed == ["a", "a.tmp", "b", "b.tmp"]
 

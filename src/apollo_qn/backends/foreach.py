@@ -21,7 +21,7 @@ from apollo_qn import rounding
 from apollo_qn.backends.base import Backend, Batch
 from apollo_qn.backends.layout import ROW, BlockLayout, RowLayout
 from apollo_qn.hyperparameters import Hyperparameters, Scalar, StepScalars
-from apollo_qn.secant import Sums, arithmetic, saturated, secant_coefficient
+from apollo_qn.secant import Sums, arithmetic, saturate, secant_coefficient
 
 # Elements processed at once. The bound limits temporaries; on a CPU they then fit its cache.
 BLOCK = {"cpu": 1 << 18}
@@ -381,7 +381,7 @@ def _apply(
     work.m.add_(y)
     scale = sums.scale.to(sums.k.dtype)
     c = secant_coefficient(scale, sums.q4, sums.k, h.secant_eps())
-    c = saturated(c, work.B.dtype)
+    c = saturate(c, work.B.dtype)
     work.B.sub_(u2.mul_(spread(c)))
 
     threshold = h.sigma if sums.largest is None else sums.largest

@@ -104,7 +104,7 @@ class RunDirectory:
         """
         if self.check(spec, fingerprint, execution, code):
             if self.usable_verdict() is None:
-                self._move(data, execution, keep_threads, diagnose_every, code)
+                self._update_manifest(data, execution, keep_threads, diagnose_every, code)
             return
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         manifest = {
@@ -176,7 +176,7 @@ class RunDirectory:
             )
         return True
 
-    def _move(
+    def _update_manifest(
         self,
         data: Path | None,
         execution: Execution,

@@ -16,7 +16,7 @@ _FORMAT = 1
 _MANIFEST = "corpus.json"  # earlier versions wrote no listing, but this
 
 
-def claim(folder: Path, names: Iterable[str]) -> None:
+def reserve(folder: Path, names: Iterable[str]) -> None:
     """Create the folder and list the files that a preparation will write, before it writes any.
 
     Args:

@@ -215,7 +215,7 @@ def _gathered(row, count, RUNS: tl.constexpr):
 def _concluded(scale, q4, k, eps, S: tl.constexpr):
     """Return c and e with B' = B - c u^2 and u = d / 2^e.
 
-    The function is secant.secant_coefficient followed by secant.saturated.
+    The function is secant.secant_coefficient followed by secant.saturate.
     """
     norm = scale * tl.sqrt(tl.sqrt(q4))
     e = _exponent(norm)

@@ -97,7 +97,7 @@ def prepare(images: ImageSet, out: Path) -> Path:
         ExperimentError: pickles that no preparation made would be overwritten.
     """
     folder = out / FOLDER
-    output_files.claim(folder, TRAIN + TEST)
+    output_files.reserve(folder, TRAIN + TEST)
     parts = zip(images.train_images.chunk(5), images.train_labels.chunk(5), strict=True)
     batches = dict(zip(TRAIN, parts, strict=False))
     batches[TEST[0]] = (images.test_images, images.test_labels)

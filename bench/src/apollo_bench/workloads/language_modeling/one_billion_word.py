@@ -94,7 +94,7 @@ def prepare(
     }
     with _locked_folder(out), _Workers(workers) as pool:
         described = (token_files.description_path(Path(name)).as_posix() for name in jobs)
-        output_files.claim(out, [*jobs, *described, _VOCABULARY, _manifest(out).name, _CHECKED])
+        output_files.reserve(out, [*jobs, *described, _VOCABULARY, _manifest(out).name, _CHECKED])
         _manifest(out).unlink(missing_ok=True)
         counted: list[Path] = []
         if vocabulary is None:

@@ -74,7 +74,7 @@ def prepare(corpus: EncodedCorpus, out: Path, report_progress: ProgressCallback)
         for name in ("source", "target")
         for part in ("tokens", "offsets")
     ]
-    output_files.claim(out, [*columns, _SUBWORDS, _REFERENCES, _LIST, _CHECKED])
+    output_files.reserve(out, [*columns, _SUBWORDS, _REFERENCES, _LIST, _CHECKED])
     (out / _LIST).unlink(missing_ok=True)
     corpus.subwords.save(out / _SUBWORDS)
     about: dict[str, Any] = {
