@@ -125,7 +125,7 @@ def bench(device: str, name: str, out: Path, optimizers: list[str], seconds: flo
         seed=0,
         report_progress=lambda *_: None,
         stop=lambda: False,
-        where=where,
+        timer=where,
     )
     rows = []
     for taken in result.taken:

@@ -144,14 +144,14 @@ class TrainingOptions:
         """
         return selection.select(
             task,
-            self.settings,
-            self.optimizers,
-            self.schedules,
-            self.quick,
-            analysis,
-            self.tuned,
-            against,
-            self.data,
+            settings=self.settings,
+            optimizers=self.optimizers,
+            schedules=self.schedules,
+            quick=self.quick,
+            analysis=analysis,
+            tuned=self.tuned,
+            against=against,
+            data=self.data,
         )
 
     def request(self, specs: list[RunSpec], out: Path, baseline: Baseline | None = None) -> Request:

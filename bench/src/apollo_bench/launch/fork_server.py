@@ -2,7 +2,8 @@
 
 A new Python process needs seconds to import the modules and to read the data. A forked worker
 starts with both in memory. It is still a separate process: its crash affects no other run, and no
-run can change the state that the next one starts with.
+run can change the state that the next one starts with. The forkserver of multiprocessing does not
+suffice: it imports modules in advance, but cannot read the data of runs that are named later.
 
 ``python -m apollo_bench.launch.fork_server FD`` serves one scheduler over the connection with file
 descriptor FD.

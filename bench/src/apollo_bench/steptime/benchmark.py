@@ -60,14 +60,14 @@ def run(
         ExperimentError: an option is invalid.
         Interrupted: on SIGINT or SIGTERM; complete results have been written.
     """
-    where = timing.timer_for(options.device)
-    kind = where.device.type
+    timer = timing.timer_for(options.device)
+    kind = timer.device.type
     sets, candidates = choose_sets(options.sets, kind), choose_candidates(options.optimizers, kind)
     if options.dtype not in DTYPES:
         raise ExperimentError(f"--dtype is {options.dtype!r}, allowed are {', '.join(DTYPES)}")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    about = _about(options, command, where)
+    about = _about(options, command, timer)
     out.mkdir(parents=True, exist_ok=True)
     results: list[SetResult] = []
     with catch_signals() as received:
@@ -81,7 +81,7 @@ def run(
                 seed=options.seed,
                 report_progress=report_progress,
                 stop=lambda: bool(received),
-                where=where,
+                timer=timer,
             )
             if result.copy_times:
                 results.append(result)
@@ -103,8 +103,8 @@ def _write(results: list[SetResult], about: dict[str, Any], out: Path) -> None:
         write_atomically(out / name, content)
 
 
-def _about(options: BenchmarkOptions, command: str, where: timing.CpuTimer) -> dict[str, Any]:
-    its, device = describe_machine(), where.about()
+def _about(options: BenchmarkOptions, command: str, timer: timing.CpuTimer) -> dict[str, Any]:
+    its, device = describe_machine(), timer.about()
     on_gpu = f"{device.pop('title')}; " if device else ""
     return {
         "command": command,

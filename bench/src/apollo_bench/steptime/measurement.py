@@ -79,7 +79,7 @@ class SetResult:
     parameters: int
     element_bytes: int
     copy_times: list[float]
-    taken: list[Timings]
+    taken: list[Timings]  # the name stands in written results
     interrupted: bool = False
     copied: int = CPU_TIMER.copied
     reads_twice: bool = False
@@ -89,26 +89,28 @@ class SetResult:
         """Bytes per second that a large copy reads and writes."""
         return 2 * self.copied / (statistics.median(self.copy_times) / 1e3)
 
-    def bandwidth(self, taken: Timings, twice: bool = False) -> float:
+    def bandwidth(self, timings: Timings, twice: bool = False) -> float:
         """Return the bytes per second of a candidate, if it moved no more than it must.
 
         That is gradient and parameter read, the parameter written, and all of the state read and
         written; with ``twice`` gradient and state are read once more.
         """
         moved = _MIN_VALUES * self.parameters * self.element_bytes
-        if taken.state_bytes is None:
-            moved += (taken.values_moved - _MIN_VALUES) * self.parameters * self.element_bytes
+        if timings.state_bytes is None:
+            moved += (timings.values_moved - _MIN_VALUES) * self.parameters * self.element_bytes
         else:
-            moved += 2 * taken.state_bytes
+            moved += 2 * timings.state_bytes
         if twice:
-            states = (taken.values_moved - _MIN_VALUES) // 2 * self.parameters * self.element_bytes
-            moved += self.parameters * self.element_bytes + (taken.state_bytes or states)
-        return moved / (taken.milliseconds / 1e3)
+            states = (
+                (timings.values_moved - _MIN_VALUES) // 2 * self.parameters * self.element_bytes
+            )
+            moved += self.parameters * self.element_bytes + (timings.state_bytes or states)
+        return moved / (timings.milliseconds / 1e3)
 
-    def faster_than_rule(self, taken: Timings) -> float | None:
+    def faster_than_rule(self, timings: Timings) -> float | None:
         """Return the speedup over a Python loop of the rule; None if that was not measured."""
         rule = next((t for t in self.taken if t.name == RULE and t.times), None)
-        return None if rule is None else rule.milliseconds / taken.milliseconds
+        return None if rule is None else rule.milliseconds / timings.milliseconds
 
     def as_record(self) -> dict[str, Any]:
         """Return the result for JSON."""
@@ -119,10 +121,10 @@ class _Entry:
     """A candidate with its own parameters, and the gradients that all share."""
 
     def __init__(
-        self, candidate: Candidate, values: list[Tensor], gradients: list[Tensor], where: CpuTimer
+        self, candidate: Candidate, values: list[Tensor], gradients: list[Tensor], timer: CpuTimer
     ) -> None:
-        self._where = where
-        self.taken = Timings(candidate.name, candidate.family, candidate.values_moved)
+        self._timer = timer
+        self.timings = Timings(candidate.name, candidate.family, candidate.values_moved)
         self.optimizer: Optimizer | None = None
         params = [nn.Parameter(value.clone()) for value in values]
         for p, g in zip(params, gradients, strict=True):
@@ -133,23 +135,23 @@ class _Entry:
                 self.milliseconds = self.step()
         except (RuntimeError, ValueError, ImportError) as error:
             self.optimizer = None
-            self.taken.unavailable = str(error).splitlines()[0]
+            self.timings.unavailable = str(error).splitlines()[0]
 
     def step(self) -> float:
         """Return the time of a step in milliseconds."""
         assert self.optimizer is not None
-        return self._where.milliseconds(self.optimizer.step)
+        return self._timer.milliseconds(self.optimizer.step)
 
     def measure_memory(self) -> None:
         """Measure the size of the state, and the growth of memory in a step."""
         assert self.optimizer is not None
-        self.taken.state_bytes = sum(
+        self.timings.state_bytes = sum(
             x.numel() * x.element_size()
             for state in self.optimizer.state.values()
             for x in state.values()
             if isinstance(x, Tensor)
         )
-        self.taken.peak_bytes = self._where.growth(self.optimizer.step)
+        self.timings.peak_bytes = self._timer.growth(self.optimizer.step)
 
 
 def measure(
@@ -162,7 +164,7 @@ def measure(
     seed: int,
     report_progress: ProgressCallback,
     stop: Callable[[], bool],
-    where: CpuTimer = CPU_TIMER,
+    timer: CpuTimer = CPU_TIMER,
 ) -> SetResult:
     """Step all candidates alternately; every round starts with another one.
 
@@ -178,40 +180,40 @@ def measure(
         seed: seed of the random parameters and gradients.
         report_progress: called with a title, the rounds done and all rounds.
         stop: called after each step; True ends the measurement.
-        where: timer of the device.
+        timer: timer of the device.
 
     Raises:
         ExperimentError: not even two candidates fit into memory.
     """
-    chosen, groups = fit_into_memory(chosen, candidates, dtype, where)
+    chosen, groups = fit_into_memory(chosen, candidates, dtype, timer)
     shapes = chosen.shapes()
-    generator = torch.Generator(where.device).manual_seed(seed)
+    generator = torch.Generator(timer.device).manual_seed(seed)
 
     def drawn(size: float) -> list[Tensor]:
-        made = (torch.randn(s, generator=generator, device=where.device) for s in shapes)
+        made = (torch.randn(s, generator=generator, device=timer.device) for s in shapes)
         return [one.mul_(size).to(dtype) for one in made]
 
     values, gradients = drawn(0.05), drawn(0.01)
     result = SetResult(
         chosen.name, chosen.title, len(shapes), numel(shapes), dtype.itemsize, [], []
     )
-    result.copied = where.copied
+    result.copied = timer.copied
     largest = max(map(math.prod, shapes)) * (dtype.itemsize + 2 * max(4, dtype.itemsize))
-    result.reads_twice = bool(where.cache) and largest > where.cache
-    source = torch.ones(where.copied // 4, device=where.device)
+    result.reads_twice = bool(timer.cache) and largest > timer.cache
+    source = torch.ones(timer.copied // 4, device=timer.device)
     target = torch.empty_like(source)
     for number, group in enumerate(groups):
         report_progress(f"{chosen.title}: making the optimizers", 0, 0)
         entries = []
         for candidate in group:
-            entries.append(_Entry(candidate, values, gradients, where))
+            entries.append(_Entry(candidate, values, gradients, timer))
             if stop():
                 result.interrupted = True
                 return result
         done = _rounds(
             chosen.title,
             [entry for entry in entries if entry.optimizer is not None],
-            lambda: where.milliseconds(lambda: target.copy_(source)),
+            lambda: timer.milliseconds(lambda: target.copy_(source)),
             result.copy_times,
             repeats=repeats,
             budget=budget / len(groups),
@@ -221,17 +223,17 @@ def measure(
         for entry in entries:
             if done and entry.optimizer is not None:
                 entry.measure_memory()
-            measured = bool(entry.taken.times or entry.taken.unavailable)
+            measured = bool(entry.timings.times or entry.timings.unavailable)
             # the peer is in all groups; its times in the first are reported
-            if measured and (number == 0 or entry.taken.name != PEER):
-                result.taken.append(entry.taken)
+            if measured and (number == 0 or entry.timings.name != PEER):
+                result.taken.append(entry.timings)
         del entries, entry
-        where.release_memory()
+        timer.release_memory()
         if not done:
             result.interrupted = True
             break
     order = [candidate.name for candidate in candidates]
-    result.taken.sort(key=lambda taken: order.index(taken.name))
+    result.taken.sort(key=lambda timings: order.index(timings.name))
     return result
 
 
@@ -250,7 +252,7 @@ def _rounds(
 
     A round that is not complete does not count.
     """
-    peer = next(entry for entry in entries if entry.taken.name == PEER)
+    peer = next(entry for entry in entries if entry.timings.name == PEER)
     start = time.perf_counter()
     for done in range(repeats):
         if done >= FEWEST and time.perf_counter() - start > budget:
@@ -260,13 +262,13 @@ def _rounds(
         first = done % len(part)
         times: dict[str, float] = {}
         for entry in part[first:] + part[:first]:
-            times[entry.taken.name] = entry.step()
+            times[entry.timings.name] = entry.step()
             if stop():
                 return False
         copy_times.append(copy())
         for entry in part:
-            entry.taken.times.append(times[entry.taken.name])
-            entry.taken.peer.append(times[PEER])
+            entry.timings.times.append(times[entry.timings.name])
+            entry.timings.peer.append(times[PEER])
     return True
 
 
@@ -274,7 +276,7 @@ def fit_into_memory(
     chosen: ParameterSet,
     candidates: list[Candidate],
     dtype: torch.dtype,
-    where: CpuTimer = CPU_TIMER,
+    timer: CpuTimer = CPU_TIMER,
 ) -> tuple[ParameterSet, list[list[Candidate]]]:
     """Return the largest part of the set that two optimizers fit with, and groups that fit.
 
@@ -283,14 +285,14 @@ def fit_into_memory(
     Raises:
         ExperimentError: not even the smallest part fits.
     """
-    available = where.available()
+    available = timer.available()
     if available is None:
         return chosen, [candidates]
     while True:
         parameters = numel(chosen.shapes())
         # each optimizer: parameters and two states of at least 4 bytes; shared: values, gradients
         each = parameters * (dtype.itemsize + 2 * max(4, dtype.itemsize))
-        shared = parameters * 2 * max(4, dtype.itemsize) + 2 * where.copied
+        shared = parameters * 2 * max(4, dtype.itemsize) + 2 * timer.copied
         fit = int((_SHARE_OF_MEMORY * available - shared) // each)
         if fit >= 2:
             break

@@ -40,48 +40,52 @@ def _size(result: SetResult) -> str:
     return f"{result.title}: {result.tensors:,} tensor{'s' * (result.tensors != 1)}"
 
 
-def cells(result: SetResult, taken: Timings) -> list[str]:
+def cells(result: SetResult, timings: Timings) -> list[str]:
     """Return one row of the table."""
-    if taken.unavailable is not None:
-        return [f"{taken.name}: not available, {taken.unavailable}", *[""] * (len(HEADINGS) - 1)]
-    low, high = taken.quartiles
-    faster = result.faster_than_rule(taken)
-    state, peak = taken.state_bytes, taken.peak_bytes
+    if timings.unavailable is not None:
+        return [
+            f"{timings.name}: not available, {timings.unavailable}",
+            *[""] * (len(HEADINGS) - 1),
+        ]
+    low, high = timings.quartiles
+    faster = result.faster_than_rule(timings)
+    state, peak = timings.state_bytes, timings.peak_bytes
     return [
-        taken.name,
-        f"{taken.milliseconds:.2f}",
+        timings.name,
+        f"{timings.milliseconds:.2f}",
         f"{low:.2f} - {high:.2f}",
-        f"{taken.ratio:.2f}",
+        f"{timings.ratio:.2f}",
         "" if faster is None else f"{faster:.1f}",
-        _share_of_a_copy(result, taken),
+        _share_of_a_copy(result, timings),
         "" if state is None else f"{state / result.parameters:.2f}",
         "" if peak is None else f"{peak / 1e6:.1f}",
-        str(len(taken.times)),
+        str(len(timings.times)),
     ]
 
 
-def _share_of_a_copy(result: SetResult, taken: Timings) -> str:
+def _share_of_a_copy(result: SetResult, timings: Timings) -> str:
     """Return the share of a copy's bandwidth.
 
     It counts the values that the algorithm moves. Where Apollo reads some twice, a second share
     counts these twice.
     """
-    share = f"{result.bandwidth(taken) / result.copy_bandwidth:.0%}"
-    if not (result.reads_twice and taken.family == "apollo"):
+    share = f"{result.bandwidth(timings) / result.copy_bandwidth:.0%}"
+    if not (result.reads_twice and timings.family == "apollo"):
         return share
-    more = result.bandwidth(taken, twice=True) / result.copy_bandwidth
+    more = result.bandwidth(timings, twice=True) / result.copy_bandwidth
     return f"{share} ({more:.0%} at 10 values per parameter)"
 
 
 def table(result: SetResult) -> Group:
     """Return the table for a terminal; a line below it for each candidate that is not available."""
-    measured = [taken for taken in result.taken if taken.unavailable is None]
+    measured = [timings for timings in result.taken if timings.unavailable is None]
     rows = [
-        [Cell(text, "Apollo" in taken.name) for text in cells(result, taken)] for taken in measured
+        [Cell(text, "Apollo" in timings.name) for text in cells(result, timings)]
+        for timings in measured
     ]
     shown = ConsoleTable(Table(heading(result), [Column(title) for title in HEADINGS], rows))
-    missing = [taken for taken in result.taken if taken.unavailable is not None]
-    return Group(shown, *(Text(cells(result, taken)[0]) for taken in missing))
+    missing = [timings for timings in result.taken if timings.unavailable is not None]
+    return Group(shown, *(Text(cells(result, timings)[0]) for timings in missing))
 
 
 def markdown(results: list[SetResult], about: dict[str, Any]) -> str:
@@ -90,7 +94,7 @@ def markdown(results: list[SetResult], about: dict[str, Any]) -> str:
     for result in results:
         lines += [f"## {heading(result)}\n", f"| {' | '.join(HEADINGS)} |"]
         lines += ["|---" * len(HEADINGS) + "|"]
-        lines += [f"| {' | '.join(cells(result, taken))} |" for taken in result.taken]
+        lines += [f"| {' | '.join(cells(result, timings))} |" for timings in result.taken]
         lines += [""]
     return "\n".join(lines)
 
@@ -103,16 +107,16 @@ def draw(results: list[SetResult], about: dict[str, Any], kind: str) -> bytes:
         about: description of the machine, for the title.
         kind: file type, for example ``"png"``.
     """
-    shown = [result for result in results if any(taken.times for taken in result.taken)]
-    rows = [[taken for taken in result.taken if taken.times] for result in shown]
+    shown = [result for result in results if any(timings.times for timings in result.taken)]
+    rows = [[timings for timings in result.taken if timings.times] for result in shown]
     with mpl.rc_context({**SETTINGS, "font.size": 10.0}):
-        height = sum(0.28 * len(taken) + 0.9 for taken in rows) + 0.5
+        height = sum(0.28 * len(timings) + 0.9 for timings in rows) + 0.5
         figure = Figure(figsize=(9.0, height))
         axes = figure.subplots(
-            len(shown), 1, squeeze=False, height_ratios=[len(taken) + 1 for taken in rows]
+            len(shown), 1, squeeze=False, height_ratios=[len(timings) + 1 for timings in rows]
         )[:, 0]
-        for axis, result, taken in zip(axes, shown, rows, strict=True):
-            _panel(axis, result, taken)
+        for axis, result, timings in zip(axes, shown, rows, strict=True):
+            _panel(axis, result, timings)
         axes[-1].set_xlabel(f"step time / {PEER} (logarithmic; whiskers: quartiles)")
         figure.suptitle(about["machine"], fontsize=9.0)
         buffer = io.BytesIO()
@@ -121,30 +125,30 @@ def draw(results: list[SetResult], about: dict[str, Any], kind: str) -> bytes:
 
 
 def _panel(axis: Any, result: SetResult, rows: list[Timings]) -> None:
-    peer = next(taken for taken in rows if taken.name == PEER).milliseconds
+    peer = next(timings for timings in rows if timings.name == PEER).milliseconds
     positions = list(range(len(rows)))
-    ratios = [taken.ratio for taken in rows]
+    ratios = [timings.ratio for timings in rows]
     low = [r - min(r, t.quartiles[0] / peer) for r, t in zip(ratios, rows, strict=True)]
     high = [max(r, t.quartiles[1] / peer) - r for r, t in zip(ratios, rows, strict=True)]
     axis.barh(
         positions,
         ratios,
         xerr=[low, high],
-        color=[style_of(taken.family).color for taken in rows],
+        color=[style_of(timings.family).color for timings in rows],
         height=0.7,
         error_kw={"elinewidth": 1.2, "capsize": 2.5, "ecolor": "#444444"},
     )
-    for position, taken, above in zip(positions, rows, high, strict=True):
-        text = f" {taken.ratio:.2f}  ({taken.milliseconds:.2f} ms)"
+    for position, timings, above in zip(positions, rows, high, strict=True):
+        text = f" {timings.ratio:.2f}  ({timings.milliseconds:.2f} ms)"
         axis.text(
-            taken.ratio + above,
+            timings.ratio + above,
             position,
             text,
             va="center",
             fontsize=8.5,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )
-    axis.set_yticks(positions, [taken.name for taken in rows])
+    axis.set_yticks(positions, [timings.name for timings in rows])
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.set_xscale("log")
     smallest, largest = min(ratios), max(ratios)

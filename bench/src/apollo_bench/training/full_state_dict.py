@@ -1,4 +1,4 @@
-"""Full state dicts, gathered by hand, because PyTorch's loader first takes an optimizer step.
+"""Full state dicts; those of optimizers by hand, because checkpoints key them by position.
 
 A checkpoint holds full tensors, however the run was sharded, so that it can be read anywhere.
 """
@@ -47,8 +47,9 @@ def load_model_state(network: nn.Module, state: StateDict) -> None:
     set_model_state_dict(network, dict(state), options=StateDictOptions(full_state_dict=True))
 
 
-# torch.distributed.checkpoint would take a step with a new optimizer before it loads its state;
-# a step advances the warmup of Apollo, so the state of optimizers is gathered and sharded here.
+# Checkpoints key the state of an optimizer by the position of its parameter, as state_dict() does.
+# torch.distributed.checkpoint takes names of parameters as keys. Before it loads, it also takes a
+# step with zero gradients, which an optimizer of the user may refuse.
 
 
 def full_optimizer_state(optimizer: Any) -> StateDict:
