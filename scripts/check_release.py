@@ -12,18 +12,24 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACEHOLDER = "https://example.org/apollo-qn"  # where the repository's public address belongs
-WITH_ADDRESS = ("pyproject.toml", "bench/pyproject.toml", "CITATION.cff")
+WITH_ADDRESS = ("pyproject.toml", "bench/pyproject.toml", "CITATION.cff", "CHANGELOG.md")
 
 _VERSION = r"\d+\.\d+\.\d+(?:(?:a|b|rc)\d+)?"
 _NAMED = {
     "src/apollo_qn/__init__.py": rf'^__version__ = "({_VERSION})"',
     "bench/src/apollo_bench/__init__.py": rf'^__version__ = "({_VERSION})"',
+    "bench/pyproject.toml": rf'^    "apollo-qn>=({_VERSION})",$',  # the evaluation's optimizer
     "CITATION.cff": rf"^version: ({_VERSION})$",
     "CHANGELOG.md": rf"^## \[({_VERSION})\]",  # the topmost one, [Unreleased] aside
 }
 _DATED = {
     "CHANGELOG.md": r"^## \[{version}\] - (\S+)$",
     "CITATION.cff": r"^date-released: (\S+)$",
+}
+# at the end of the changelog, where the headings' brackets find their addresses
+_LINKS = {
+    "[Unreleased]": r"^\[Unreleased\]: \S+/v{version}\.\.\.HEAD$",
+    "[{version}]": r"^\[{version}\]: \S+/v{version}$",
 }
 
 
@@ -55,6 +61,11 @@ def problems(tag: str, root: Path = ROOT) -> list[str]:
             found.append(f"{name} has no date of the release, such as 2030-01-31")
     if len(dates) > 1:
         found.append(f"the dates differ: {' and '.join(map(str, sorted(dates)))}")
+    changelog = (root / "CHANGELOG.md").read_text(encoding="utf-8")
+    for heading, pattern in _LINKS.items():
+        if not re.search(pattern.format(version=re.escape(version)), changelog, re.MULTILINE):
+            label = heading.format(version=version)
+            found.append(f"CHANGELOG.md has no address for {label} that names v{version}")
     for name in WITH_ADDRESS:
         if PLACEHOLDER in (root / name).read_text(encoding="utf-8"):
             found.append(f"{name} has {PLACEHOLDER} instead of the repository's address")

@@ -50,18 +50,40 @@ def test_one_version() -> None:
     assert set(check_release.versions().values()) == {apollo_qn.__version__}
 
 
-def released(tmp_path: Path) -> Path:
-    """The files that a release is checked by, as on its day."""
-    for name in (*check_release.versions(), *check_release.WITH_ADDRESS):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        content = text(name).replace(check_release.PLACEHOLDER, "https://forge.example/apollo-qn")
-        content = content.replace(
-            f"## [{apollo_qn.__version__}] - unreleased",
-            f"## [{apollo_qn.__version__}] - 2030-01-31",
-        )
-        content = re.sub("^# date-released: .*", "date-released: 2030-01-31", content, flags=re.M)
-        (tmp_path / name).write_text(content, encoding="utf-8")
-    return tmp_path
+def released(
+    folder: Path,
+    source: Path = ROOT,
+    address: str = "https://forge.example/apollo-qn",
+    date: str = "2030-01-31",
+) -> Path:
+    """Copy the files that a release is checked by, with this address and date instead of theirs."""
+    names = {*check_release.versions(), *check_release.WITH_ADDRESS}
+    contents = {name: (source / name).read_text(encoding="utf-8") for name in names}
+    found = re.search(r'^Repository = "(.+)"$', contents["pyproject.toml"], re.MULTILINE)
+    assert found is not None
+    heading = rf"^(## \[{re.escape(apollo_qn.__version__)}\] - )\S+$"
+    for name, content in contents.items():
+        content = content.replace(found[1], address)
+        content = re.sub(heading, rf"\g<1>{date}", content, flags=re.M)
+        content = re.sub("^(# )?date-released: .*$", f"date-released: {date}", content, flags=re.M)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8")
+    return folder
+
+
+def test_the_check_serves_before_and_after_a_release(tmp_path: Path) -> None:
+    tag = f"v{apollo_qn.__version__}"
+    before = released(tmp_path / "before", address=check_release.PLACEHOLDER, date="unreleased")
+    problems = check_release.problems(tag, before)
+    assert len(problems) == len(check_release.WITH_ADDRESS) + 2  # two dates
+    first = released(tmp_path / "first", before)
+    assert check_release.problems(tag, first) == []
+    again = released(tmp_path / "again", first, "https://other.example/apollo-qn", "2031-02-28")
+    assert check_release.problems(tag, again) == []
+    for name in check_release.WITH_ADDRESS:
+        content = (again / name).read_text(encoding="utf-8")
+        assert "https://other.example" in content
+        assert "https://forge.example" not in content
 
 
 @pytest.mark.parametrize(
@@ -71,6 +93,9 @@ def released(tmp_path: Path) -> Path:
         ("CITATION.cff", "2030-01-31", "2030-02-01", "the dates differ: 2030-01-31 and 2030-02-01"),
         ("CITATION.cff", "\nversion: ", "\nversion: 9", "CITATION.cff names 9"),
         ("src/apollo_qn/__init__.py", '__version__ = "', '__version__ = "9', "init__.py names 9"),
+        ("bench/pyproject.toml", '"apollo-qn>=', '"apollo-qn>=9', "bench/pyproject.toml names 9"),
+        ("CHANGELOG.md", "...HEAD", "9...HEAD", "has no address for [Unreleased] that names v"),
+        ("CHANGELOG.md", "/releases/tag/v", "/releases/tag/v9", "has no address for ["),
         ("pyproject.toml", "https://forge.example", "https://example.org", "of the repository's"),
     ],
 )
@@ -157,5 +182,6 @@ def test_wheels_are_built_with_the_oldest_torch_that_has_the_kernel() -> None:
 
 def test_the_check_looks_wherever_a_placeholder_stands() -> None:
     names = ["pyproject.toml", "bench/pyproject.toml", "CITATION.cff", "README.md", "mkdocs.yml"]
+    names += ["CHANGELOG.md", "bench/README.md"]
     found = {name for name in names if check_release.PLACEHOLDER in text(name)}
     assert found <= set(check_release.WITH_ADDRESS)
