@@ -102,11 +102,19 @@ class BuildKernel(build_ext):
         try:
             self._build(ext, torch_folder())
         except (NoKernelError, BaseError, CCompilerError) as error:
-            # an error of the compiler holds the whole command
-            tell(MISSING.format(reason=shorten(str(error), 250).rstrip(".")))
+            tell(MISSING.format(reason=self._reason(error)))
             self._library().unlink(missing_ok=True)  # of an older build
             self.distribution.ext_modules.remove(ext)
             self.extensions = [other for other in self.extensions if other is not ext]
+
+    def _reason(self, error: Exception) -> str:
+        if isinstance(error, NoKernelError):
+            return shorten(str(error), 250)
+        name = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)[0]
+        # the message may begin with the whole command, as a list
+        cause = shorten(str(error).rpartition("]' ")[2].rstrip("."), 250)
+        output = "pip install --verbose shows its output"
+        return f"the C++ compiler {name} failed ({cause}); {output}"
 
     def _build(self, ext: Extension, torch: Path) -> None:
         if self.compiler.compiler_type == "msvc":
