@@ -241,6 +241,10 @@ def test_an_unfinished_run_may_move(recipe_file: Path, tmp_path: Path) -> None:
     directory.result.write_text(
         '{"verdict": "finished", "step": 24, "steps": 24, "time": {"seconds": 1.0}}'
     )
+    directory.metrics.write_text(
+        '{"kind": "evaluation", "epoch": 2, "step": 24, "train_loss": 1.0, "accuracy": 50.0, '
+        '"time": {"seconds": 1.0}}\n'
+    )
     before = directory.manifest.read_text()
     prepare(Execution(accelerator="gpu", threads=7), keep=False)
     assert directory.manifest.read_text() == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from typer.testing import CliRunner
 from apollo_bench.cli import app
 from apollo_bench.errors import ExperimentError
 from apollo_bench.launch.run_experiment import Machines, Request, train_runs
-from apollo_bench.runs import compatibility, loading
+from apollo_bench.runs import archive, compatibility, loading
+from apollo_bench.runs.baseline import Baseline
 from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.training.checkpoint_files import read_checkpoint, write_checkpoint
 from apollo_bench.training.loop import train
@@ -37,6 +39,28 @@ def edit(path: Path, change: Callable[[Any], None]) -> None:
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+
+
+def edit_last(path: Path, change: Callable[[Any], Any]) -> None:
+    """Change the last record of a run, an evaluation."""
+    *lines, last = path.read_text().splitlines()
+    record = json.loads(last)
+    assert record["kind"] == "evaluation"
+    change(record)
+    path.write_text("\n".join([*lines, json.dumps(record), ""]))
+
+
+def edit_first(path: Path, change: Callable[[Any], Any]) -> None:
+    """Change the first record of a run, of a step."""
+    first, *lines = path.read_text().splitlines()
+    record = json.loads(first)
+    assert record["kind"] == "step"
+    change(record)
+    path.write_text("\n".join([json.dumps(record), *lines, ""]))
+
+
+def without_last_line(content: bytes) -> bytes:
+    return b"".join(content.splitlines(keepends=True)[:-1])
 
 
 def resume(directory: RunDirectory, folder: Path) -> str:
@@ -89,8 +113,24 @@ def test_missing_records_are_recovered_too(
         lambda run: rewrite(run.metrics, lambda content: content[:-300] + bytes(300) + b"\n"),
         lambda run: rewrite(run.result, lambda content: content[:14]),
         lambda run: run.result.write_text("null"),
+        lambda run: run.metrics.write_bytes(b""),
+        lambda run: run.metrics.unlink(),
+        lambda run: rewrite(run.metrics, lambda content: content[:-9]),
+        lambda run: rewrite(run.metrics, without_last_line),
+        lambda run: rewrite(run.metrics, lambda content: content + b'{"kind": "st'),
+        lambda run: edit_last(run.metrics, lambda record: record.pop("accuracy")),
     ],
-    ids=["records", "result cut short", "no result in it"],
+    ids=[
+        "records",
+        "result cut short",
+        "no result in it",
+        "no records",
+        "no file of records",
+        "last record cut",
+        "one record less",
+        "a cut record more",
+        "no metric",
+    ],
 )
 def test_an_ended_run_is_recovered_from_its_checkpoint(
     finished: Path, tmp_path: Path, damage: Callable[[RunDirectory], None]
@@ -219,6 +259,29 @@ def test_a_checkpoint_of_another_content_is_refused(
         lambda run: run.metrics.write_text('{"a": 1}\n'),
         lambda run: (run.metrics.unlink(), run.metrics.mkdir()),
         lambda run: run.diagnostics.write_text('{"step": 1, "epoch": 1, "tensors": [{}]}\n'),
+        lambda run: run.metrics.write_bytes(b""),
+        lambda run: run.metrics.unlink(),
+        lambda run: rewrite(run.metrics, without_last_line),
+        lambda run: edit_last(run.metrics, lambda x: x.pop("accuracy")),
+        lambda run: edit_last(run.metrics, lambda x: x.update(accuracy="80")),
+        lambda run: edit_last(run.metrics, lambda x: x.update(train_loss=None)),
+        lambda run: edit_last(run.metrics, lambda x: x.pop("train_loss")),
+        lambda run: edit_last(run.metrics, lambda x: x.update(step=math.inf)),
+        lambda run: edit_last(run.metrics, lambda x: x.update(step=math.nan)),
+        lambda run: edit_last(run.metrics, lambda x: x["time"].update(optimizer_ms="2 ms")),
+        lambda run: edit_first(run.metrics, lambda x: x.pop("kind")),
+        lambda run: edit_first(run.metrics, lambda x: x.update(kind=["step"])),
+        lambda run: edit_first(run.metrics, lambda x: x.update(epoch=math.inf)),
+        lambda run: edit_first(run.metrics, lambda x: x.update(step=math.nan)),
+        lambda run: edit_first(run.metrics, lambda x: x.update(loss="2")),
+        lambda run: edit(run.result, lambda x: x.update(train_loss="low")),
+        lambda run: edit(run.result, lambda x: x.update(train_loss=math.inf)),
+        lambda run: edit(run.result, lambda x: x.update(accuracy=[80])),
+        lambda run: edit(run.manifest, lambda x: x["data"].update(remarks=5)),
+        lambda run: edit(run.manifest, lambda x: x["data"].update(remarks=[5])),
+        lambda run: edit(run.manifest, lambda x: x["machine"].update(cpu=5)),
+        lambda run: edit(run.manifest, lambda x: x.update(command="apollo-bench compare")),
+        lambda run: edit(run.manifest, lambda x: x.update(search={"trials": "7"})),
     ],
 )
 def test_a_damaged_run_does_not_lose_the_report_of_the_others(
@@ -268,3 +331,51 @@ def test_a_damaged_run_does_not_block_the_others(
     )
     assert train_runs(request, pytest.fail) == []
     assert len(compatibility.find_run_directories(finished)) == 4
+
+
+@pytest.mark.parametrize(
+    ("end", "lost", "usable"),
+    [
+        (24, 0, True),  # the evaluation at its end is not finite
+        (24, 1, True),
+        (29, 0, True),  # a loss since the last record is not finite
+        (30, 0, False),
+        (24, 4, False),
+    ],
+)
+def test_the_records_of_a_diverged_run_reach_to_its_last_interval(
+    finished: Path, end: int, lost: int, usable: bool
+) -> None:
+    """Steps 5, 10, 12 and so on to 24 are recorded, and evaluations after 12 and 24."""
+    directory = RunDirectory(finished / "runs" / ENDED)
+    edit(directory.result, lambda x: x.update(verdict="diverged", step=end))
+    lines = directory.metrics.read_bytes().splitlines(keepends=True)
+    directory.metrics.write_bytes(b"".join(lines[: len(lines) - lost]))
+    assert (directory.usable_verdict() is not None) == usable
+
+
+def test_a_run_that_diverged_at_once_has_no_records(finished: Path) -> None:
+    directory = RunDirectory(finished / "runs" / ENDED)
+    edit(directory.result, lambda x: x.update(verdict="diverged", step=5))
+    directory.metrics.write_bytes(b"")
+    assert directory.usable_verdict() is not None
+    directory.metrics.unlink()  # training begins with an empty file
+    assert directory.usable_verdict() is None
+
+
+def test_an_archive_refuses_a_truncated_run(finished: Path, tmp_path: Path) -> None:
+    directory = RunDirectory(finished / "runs" / ENDED)
+    rewrite(directory.metrics, without_last_line)
+    with pytest.raises(ExperimentError, match=f"{ENDED}.*its records end at step 12, the run at"):
+        archive.write([directory], tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_truncated_run_is_left_out_of_a_baseline(finished: Path) -> None:
+    RunDirectory(finished / "runs" / ENDED).metrics.write_bytes(b"")
+    said: list[str] = []
+    baseline = Baseline(finished, "fashion-mnist", said.append)
+    assert ENDED not in [run.path.name for run in baseline.runs]
+    assert len(baseline.runs) == 3
+    [reason] = said
+    assert f"{ENDED}/metrics.jsonl: damaged (its records end at step 0" in reason

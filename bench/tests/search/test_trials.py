@@ -241,6 +241,9 @@ def test_the_mean_over_seeds_decides(tuned_recipe: Path, tmp_path: Path) -> None
         verdict = {"verdict": "finished", "step": 12, "steps": 12, "time": {"seconds": 1.0}}
         verdict["accuracy"] = scores[spec.sweep.value, spec.seed]
         directory.result.write_text(json.dumps(verdict))
+        line = {"kind": "evaluation", "epoch": 1, "train_loss": 1.0, **verdict}
+        del line["verdict"], line["steps"]
+        directory.metrics.write_text(json.dumps(line) + "\n")
     plan = load(tuned_recipe)
     best = best_trials.apply_best_settings(plan, out, ["sgd"]).optimizers["sgd"]
     assert best.lr == rates(plan, "sgd")[2]

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from apollo_bench.cli import runtime
 from apollo_bench.config import recipe
 from apollo_bench.config.custom_optimizer import CustomSettings, short_names
 from apollo_bench.config.optimizer_settings import METHODS
@@ -67,7 +68,7 @@ def select(
     if against is not None:
         from apollo_bench.runs.baseline import Baseline
 
-        baseline = Baseline(against, tables.get("task", loaded.task))
+        baseline = Baseline(against, tables.get("task", loaded.task), _leave_out)
         if optimizers is None or quick:
             wrong = "--quick cannot be used with it" if quick else "it needs --optimizers"
             raise ExperimentError(f"--against is {str(against)!r}; {wrong}")
@@ -90,6 +91,10 @@ def select(
     coupled = analysis == "weight-decay"
     plan = best_trials.apply_best_settings(plan, tuned, trained, chosen, coupled)
     return Selection(plan, names, chosen, baseline)
+
+
+def _leave_out(reason: str) -> None:
+    runtime.echo(f"apollo-bench: {reason}; left out of --against", err=True)
 
 
 def name_of_data(data: Path, kind: str) -> str:

@@ -14,7 +14,8 @@ from apollo_bench.config.recipe import RunSpec
 from apollo_bench.interrupts import Interrupted, catch_signals
 from apollo_bench.launch.fork_server import WorkerPool, can_fork
 from apollo_bench.launch.worker import ERROR_PREFIX, EXIT_STOPPED, PARENT_PID
-from apollo_bench.runs.run_directory import Record, RunDirectory, is_metrics_record, parsed
+from apollo_bench.runs.record_schemas import is_metrics_record
+from apollo_bench.runs.run_directory import Record, RunDirectory, parsed
 from apollo_bench.workloads.workload import Metric
 
 Status = Literal["waiting", "running", "finished", "diverged", "failed", "stopped"]

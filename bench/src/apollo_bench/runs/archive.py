@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from apollo_bench.atomic_write import write_atomically
 from apollo_bench.errors import ExperimentError
 from apollo_bench.runs import compatibility
-from apollo_bench.runs.curvature_log import Curvature, overall_curvature
+from apollo_bench.runs.curvature_log import Curvature, curvature_of
 from apollo_bench.runs.run_directory import Record, RunDirectory
 from apollo_qn.diagnostics import TensorDiagnostics
 
@@ -72,14 +72,15 @@ def write(directories: Iterable[RunDirectory], out: Path) -> int:
             )
         if label in manifests:
             raise ExperimentError(f"{directory.path}: a second run of the name {label}")
+        records = directory.complete_records(result)
         manifests[label] = _anonymous(directory.read())
         results[label] = {**result, "time": _rounded(result["time"])}
         lines += [
             {"run": label, **{key: value for key, value in record.items() if key != "kind"}}
-            for record in directory.records()
+            for record in records
             if record["kind"] == "evaluation"
         ]
-        if found := overall_curvature(directory.diagnostics_records()):
+        if found := curvature_of(directory):
             curvature[label] = found
     common = _common(list(manifests.values()))
     runs = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,15 @@ class Baseline:
     Args:
         folder: as in ``load_runs``.
         task: name of the task; runs of other tasks are ignored.
+        skip: as in ``load_runs``.
 
     Raises:
-        ExperimentError: there is no comparison of the task, or a run is damaged.
+        ExperimentError: there is no comparison of the task, or a run is damaged without ``skip``.
     """
 
-    def __init__(self, folder: Path, task: str) -> None:
+    def __init__(self, folder: Path, task: str, skip: Callable[[str], None] | None = None) -> None:
         self.folder = folder
-        there = loading.load_runs([folder])
+        there = loading.load_runs([folder], skip)
         self.runs = [run for run in there if run.spec.task == task]
         if not self.runs:
             tasks = ", ".join(sorted({run.spec.task for run in there}))

@@ -15,8 +15,8 @@ from torch import nn
 from apollo_bench.config.custom_optimizer import CustomSettings
 from apollo_bench.config.optimizer_settings import ApolloSettings
 from apollo_bench.config.recipe import RunSpec
-from apollo_bench.errors import ExperimentError
-from apollo_bench.runs.run_directory import Record
+from apollo_bench.errors import ExperimentError, first_line
+from apollo_bench.runs.run_directory import Record, RunDirectory
 from apollo_qn import Apollo
 from apollo_qn.diagnostics import Recorder, TensorDiagnostics, overall, to_tensorboard
 
@@ -123,6 +123,18 @@ def read(line: Record) -> list[TensorDiagnostics]:
 def overall_curvature(lines: Iterable[Record]) -> list[Curvature]:
     """Return the curvature of all tensors together, for each line."""
     return [Curvature(line["step"], float(line["epoch"]), overall(read(line))) for line in lines]
+
+
+def curvature_of(directory: RunDirectory) -> list[Curvature]:
+    """Return the curvature that a run has measured; nothing without ``--diagnostics``.
+
+    Raises:
+        ExperimentError: diagnostics.jsonl is damaged.
+    """
+    try:
+        return overall_curvature(directory.diagnostics_records())
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise ExperimentError(f"{directory.diagnostics}: damaged ({first_line(error)})") from None
 
 
 def _jsonable(numbers: dict[str, Any]) -> dict[str, Any]:

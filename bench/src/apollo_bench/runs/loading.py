@@ -14,14 +14,14 @@ from apollo_bench.config.execution import Execution
 from apollo_bench.config.recipe import RunSpec
 from apollo_bench.errors import ExperimentError, first_line
 from apollo_bench.runs import archive, compatibility
-from apollo_bench.runs.curvature_log import Curvature, overall_curvature
-from apollo_bench.runs.run_directory import (
-    Record,
-    RunDirectory,
+from apollo_bench.runs.curvature_log import Curvature, curvature_of
+from apollo_bench.runs.record_schemas import (
+    checked_evaluation,
     checked_manifest,
     checked_result,
-    execution_of,
 )
+from apollo_bench.runs.run_directory import Record, RunDirectory, execution_of
+from apollo_bench.workloads import tasks
 
 _MAX_STEPS = 400  # step records of a run that a report draws
 
@@ -143,6 +143,12 @@ def _unpacked(run: archive.Archived) -> Run:
         execution_of(manifest)
     except (ValidationError, KeyError) as error:
         raise ExperimentError(f"{run.path}: damaged ({first_line(error)})") from None
+    metric = tasks.entry_of(spec).curve.name
+    for record in run.evaluations:
+        checked_evaluation(record, metric, run.path)
+    ends = [record["step"] for record in run.evaluations[-1:]]
+    if result["verdict"] == "finished" and ends != [result["step"]]:
+        raise ExperimentError(f"{run.path}: damaged (the evaluation at its end is missing)")
     return Run(
         run.path,
         spec,
@@ -157,14 +163,12 @@ def _unpacked(run: archive.Archived) -> Run:
 
 
 def _read(directory: RunDirectory) -> Run:
+    verdict = directory.verdict()  # before the records, which a running worker still writes
     try:
-        records = list(directory.records())
-        curvature = overall_curvature(directory.diagnostics_records())
+        records = directory.complete_records(verdict)
     except OSError as error:
         raise ExperimentError(f"{error.filename}: cannot be read ({error.strerror})") from None
-    except (LookupError, TypeError, ValueError) as error:
-        raise ExperimentError(f"{directory.diagnostics}: damaged ({first_line(error)})") from None
-    verdict = directory.verdict()
+    curvature = curvature_of(directory)
     directory.execution()  # raises if it is damaged
     seconds = records[-1]["time"]["seconds"] if records else 0.0
     return Run(

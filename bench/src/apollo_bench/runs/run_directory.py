@@ -27,7 +27,14 @@ from apollo_bench.config.config_errors import describe
 from apollo_bench.config.execution import Execution
 from apollo_bench.config.recipe import RunSpec
 from apollo_bench.errors import ExperimentError, first_line
+from apollo_bench.runs.record_schemas import (
+    checked_evaluation,
+    checked_manifest,
+    checked_result,
+    is_metrics_record,
+)
 from apollo_bench.source_commit import source_commit
+from apollo_bench.workloads import tasks
 
 Record = dict[str, Any]
 
@@ -260,8 +267,7 @@ class RunDirectory:
         try:
             verdict = self.verdict()
             if verdict is not None:
-                for _ in self.records():
-                    pass
+                self.complete_records(verdict)
         except (ExperimentError, OSError):
             return None
         return verdict
@@ -273,6 +279,45 @@ class RunDirectory:
             ExperimentError: a line is damaged.
         """
         return _records(self.metrics, is_metrics_record)
+
+    def complete_records(self, verdict: Record | None) -> list[Record]:
+        """Return the records of metrics.jsonl; those of an ended run must reach to its end.
+
+        A finished run ends with an evaluation. A diverged run has none of its end, and its last
+        losses are not recorded: its last record is less than one interval of the log before.
+
+        Args:
+            verdict: what ``verdict`` returned before; None: the run has not ended.
+
+        Raises:
+            ExperimentError: a line is damaged, or the last lines of an ended run are missing.
+        """
+        spec = self.spec()
+        metric = tasks.entry_of(spec).curve.name
+        records = list(self.records())
+        evaluations = [record for record in records if record["kind"] == "evaluation"]
+        for record in evaluations:
+            checked_evaluation(record, metric, self.metrics)
+        if verdict is None:
+            return records
+        try:
+            content = self.metrics.read_bytes()
+        except OSError as error:
+            raise ExperimentError(f"{self.metrics}: damaged ({error.strerror})") from None
+        if content and not content.endswith(b"\n"):
+            raise ExperimentError(f"{self.metrics}: damaged (its last line is cut)")
+        end = verdict["step"]
+        if verdict["verdict"] == "finished":
+            last = evaluations[-1]["step"] if evaluations else 0
+            complete = bool(evaluations) and last == end
+        else:
+            last = records[-1]["step"] if records else 0
+            complete = end - last <= spec.train.log_every
+        if not complete:
+            raise ExperimentError(
+                f"{self.metrics}: damaged (its records end at step {last}, the run at step {end})"
+            )
+        return records
 
     def first_records(self, size: int) -> str:
         """Return the first ``size`` bytes of metrics.jsonl; raise ExperimentError if damaged."""
@@ -287,57 +332,6 @@ class RunDirectory:
     def diagnostics_records(self) -> Iterator[Record]:
         """Yield the records of diagnostics.jsonl, as ``records`` does."""
         return _records(self.diagnostics, lambda record: isinstance(record, dict))
-
-
-# the entries of run.json that reports read
-_SECTIONS = {
-    "data": ("fingerprint",),
-    "versions": ("torch", "apollo_qn"),
-    "machine": ("cpu", "cores"),
-}
-
-
-def checked_manifest(manifest: Any, where: Path) -> Record:
-    """Return the content of a run.json; raise ExperimentError if something is missing."""
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("recipe"), dict):
-        raise ExperimentError(f"{where}: damaged (the recipe is missing)")
-    for section, keys in _SECTIONS.items():
-        table = manifest.get(section)
-        for key in keys:
-            if not isinstance(table, dict) or key not in table:
-                raise ExperimentError(f"{where}: damaged ({section}.{key} is missing)")
-    return manifest
-
-
-def checked_result(result: Any, where: Path) -> Record:
-    """Return the content of a result.json; raise ExperimentError if something is missing."""
-    if (
-        not isinstance(result, dict)
-        or result.get("verdict") not in ("finished", "diverged")
-        or not _is_number(result.get("step"), result.get("steps"))
-        or not _has_times(result)
-    ):
-        raise ExperimentError(f"{where}: damaged (not the result of a run)")
-    return result
-
-
-def is_metrics_record(record: Any) -> bool:
-    """Return whether a value is a record of metrics.jsonl."""
-    return (
-        isinstance(record, dict)
-        and (record.get("kind") == "evaluation" or _is_number(record.get("loss")))
-        and _is_number(record.get("step"), record.get("epoch"))
-        and _has_times(record)
-    )
-
-
-def _has_times(record: Record) -> bool:
-    times = record.get("time")
-    return isinstance(times, dict) and _is_number(times.get("seconds"))
-
-
-def _is_number(*values: Any) -> bool:
-    return all(isinstance(value, int | float) for value in values)
 
 
 def _read_json(path: Path) -> Any:
