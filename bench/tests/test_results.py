@@ -152,6 +152,7 @@ def one_more(content: dict[str, Any]) -> None:
     again = json.loads(json.dumps(last))
     again["run"] += "-again"
     again["manifest"]["recipe"]["sweep"]["value"] = 8.0
+    again["result"]["verdict"] = "diverged"  # a finished run would need evaluations
     content["runs"].append(again)
 
 
