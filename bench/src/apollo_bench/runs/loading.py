@@ -16,7 +16,7 @@ from apollo_bench.errors import ExperimentError, first_line
 from apollo_bench.runs import archive, compatibility
 from apollo_bench.runs.curvature_log import Curvature, curvature_of
 from apollo_bench.runs.record_schemas import (
-    checked_evaluation,
+    check_evaluations,
     checked_manifest,
     checked_result,
 )
@@ -144,11 +144,8 @@ def _unpacked(run: archive.Archived) -> Run:
     except (ValidationError, KeyError) as error:
         raise ExperimentError(f"{run.path}: damaged ({first_line(error)})") from None
     metric = tasks.entry_of(spec).curve.name
-    for record in run.evaluations:
-        checked_evaluation(record, metric, run.path)
-    ends = [record["step"] for record in run.evaluations[-1:]]
-    if result["verdict"] == "finished" and ends != [result["step"]]:
-        raise ExperimentError(f"{run.path}: damaged (the evaluation at its end is missing)")
+    end = result["step"] if result["verdict"] == "finished" else None
+    check_evaluations(run.evaluations, metric, run.path, end)
     return Run(
         run.path,
         spec,

@@ -112,18 +112,31 @@ def checked_result(result: Any, where: Path) -> dict[str, Any]:
     return _checked(result, _Result, where)
 
 
-def checked_evaluation(record: Any, metric: str, where: Path | str) -> dict[str, Any]:
-    """Return an evaluation; raise ExperimentError if it has no number of ``metric``.
+def check_evaluations(
+    evaluations: list[dict[str, Any]], metric: str, where: Path, end: int | None
+) -> None:
+    """Raise ExperimentError for an evaluation without ``metric``, or if the last is missing.
 
     Args:
-        record: record of metrics.jsonl, or line of an archive.
+        evaluations: records of metrics.jsonl, or lines of an archive.
         metric: name of the metric during training; None is allowed as its value.
-        where: file of the record, for the error.
+        where: their file, for the error.
+        end: step at which a finished run was evaluated last; None: the run has not finished.
     """
-    found = _checked({"kind": "evaluation", **record}, _Evaluation, where)
-    if metric not in found:
-        raise ExperimentError(f"{where}: damaged ({metric} is missing at step {found['step']})")
-    return found
+    for record in evaluations:
+        found = _checked({"kind": "evaluation", **record}, _Evaluation, where)
+        if metric not in found:
+            raise ExperimentError(f"{where}: damaged ({metric} is missing at step {found['step']})")
+    last = evaluations[-1]["step"] if evaluations else 0
+    if end is not None and last != end:
+        raise cut_short(where, last, end)
+
+
+def cut_short(where: Path, last: int, end: int) -> ExperimentError:
+    """Return the error of a run whose records end before it does."""
+    return ExperimentError(
+        f"{where}: damaged (its records end at step {last}, the run at step {end})"
+    )
 
 
 def is_metrics_record(record: Any) -> bool:

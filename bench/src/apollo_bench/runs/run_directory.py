@@ -10,6 +10,7 @@ table uses them.
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
@@ -28,9 +29,10 @@ from apollo_bench.config.execution import Execution
 from apollo_bench.config.recipe import RunSpec
 from apollo_bench.errors import ExperimentError, first_line
 from apollo_bench.runs.record_schemas import (
-    checked_evaluation,
+    check_evaluations,
     checked_manifest,
     checked_result,
+    cut_short,
     is_metrics_record,
 )
 from apollo_bench.source_commit import source_commit
@@ -296,28 +298,27 @@ class RunDirectory:
         metric = tasks.entry_of(spec).curve.name
         records = list(self.records())
         evaluations = [record for record in records if record["kind"] == "evaluation"]
-        for record in evaluations:
-            checked_evaluation(record, metric, self.metrics)
-        if verdict is None:
+        finished = verdict is not None and verdict["verdict"] == "finished"
+        end = None if verdict is None else verdict["step"]
+        check_evaluations(evaluations, metric, self.metrics, end if finished else None)
+        if end is None:
             return records
+        if not self._ends_with_a_line():
+            raise ExperimentError(f"{self.metrics}: damaged (its last line is cut)")
+        last = records[-1]["step"] if records else 0
+        if not finished and end - last > spec.train.log_every:
+            raise cut_short(self.metrics, last, end)
+        return records
+
+    def _ends_with_a_line(self) -> bool:
+        """Return whether the last line of metrics.jsonl is complete; True for an empty file."""
         try:
-            content = self.metrics.read_bytes()
+            with self.metrics.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - 1))
+                return file.read() in (b"", b"\n")
         except OSError as error:
             raise ExperimentError(f"{self.metrics}: damaged ({error.strerror})") from None
-        if content and not content.endswith(b"\n"):
-            raise ExperimentError(f"{self.metrics}: damaged (its last line is cut)")
-        end = verdict["step"]
-        if verdict["verdict"] == "finished":
-            last = evaluations[-1]["step"] if evaluations else 0
-            complete = bool(evaluations) and last == end
-        else:
-            last = records[-1]["step"] if records else 0
-            complete = end - last <= spec.train.log_every
-        if not complete:
-            raise ExperimentError(
-                f"{self.metrics}: damaged (its records end at step {last}, the run at step {end})"
-            )
-        return records
 
     def first_records(self, size: int) -> str:
         """Return the first ``size`` bytes of metrics.jsonl; raise ExperimentError if damaged."""
