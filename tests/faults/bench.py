@@ -46,8 +46,15 @@ FAULTS = [
     Fault(
         "a run whose records are damaged counts as ended",
         BENCH,
-        "                for _ in self.records():\n                    pass\n",
+        "                self.complete_records(verdict)\n",
         "                pass\n",
+        DAMAGED,
+    ),
+    Fault(
+        "a finished run without its last evaluation counts as complete",
+        BENCH,
+        "    if end is not None and last != end:\n",
+        "    if end is not None and last > end:\n",
         DAMAGED,
     ),
     Fault(
