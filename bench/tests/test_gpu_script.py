@@ -27,6 +27,12 @@ def script() -> Any:
     return module
 
 
+@pytest.mark.parametrize("package", ["apollo_qn", "apollo_bench", "tests"])
+def test_the_parts_import_from_the_checkout(script: Any, package: str) -> None:
+    """On a machine where nothing is installed, too."""
+    assert any((Path(folder) / package / "__init__.py").is_file() for folder in script.SOURCES)
+
+
 @pytest.mark.slow
 def test_a_small_form_on_the_cpu(tmp_path: Path) -> None:
     done = subprocess.run(
