@@ -138,8 +138,17 @@ class StepScalars(NamedTuple):
         return cls(t, h.alpha(t), h.rate(t), h.offset(t), threshold, previous_offset, kappa, omega)
 
     def select(self, which: Any) -> StepScalars:
-        """Return the scalars of some of n tensors; ``which`` indexes a tensor of shape (n,)."""
-        return StepScalars(*(x[which] if isinstance(x, Tensor) and x.dim() else x for x in self))
+        """Return the scalars of some of n tensors.
+
+        Args:
+            which: index, slice or list of indices into a tensor of shape (n,).
+        """
+
+        def selected(x: Tensor) -> Tensor:
+            # no tensor of indices, because its copy to a GPU would wait and cannot be captured
+            return torch.stack([x[i] for i in which]) if isinstance(which, list) else x[which]
+
+        return StepScalars(*(selected(x) if isinstance(x, Tensor) and x.dim() else x for x in self))
 
     def with_threshold(self, before: Tensor) -> StepScalars:
         """Return the scalars with another ``previous_threshold``."""

@@ -204,10 +204,17 @@ def _merged(batches: list[Batch]) -> list[Batch]:
         if len(set(rates)) > 1:
             sizes = [len(batch.tensors) for batch in members]
             every = [rate for rate, size in zip(rates, sizes, strict=True) for _ in range(size)]
-            device = first.tensors.params[0].device
-            scalars = scalars._replace(rate=torch.tensor(every, dtype=torch.float64, device=device))
+            scalars = scalars._replace(rate=_on_device(every, first.tensors.params[0].device))
         result.append(replace(first, tensors=joined([b.tensors for b in members]), scalars=scalars))
     return result
+
+
+def _on_device(numbers: list[Any], device: torch.device) -> Tensor:
+    """Copy numbers to a device without waiting for it."""
+    column = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+    if device.type == "cuda":
+        column = column.pin_memory()
+    return column.to(device, non_blocking=True)
 
 
 def _split_homogeneous(step: Step, batch: Batch) -> None:
@@ -306,7 +313,12 @@ def _reduce(step: Step, reduction: Reduction) -> None:
 def _count(batches: list[Batch]) -> None:
     """Count the step of each tensor and record its rate, for back ends that do not count."""
     for batch in batches:
-        torch._foreach_add_(batch.tensors.state_steps, 1.0)
+        steps = batch.tensors.state_steps
+        if all(step.is_cpu for step in steps) and not torch.compiler.is_compiling():
+            # one tensor for all, because a number would be made a tensor for each
+            torch._foreach_add_(steps, torch.ones((), device="cpu"), alpha=1.0)
+        else:
+            torch._foreach_add_(steps, 1.0)
         if batch.tensors.previous_lrs:
             _record(batch.scalars.rate, batch.tensors.previous_lrs)
 
@@ -315,7 +327,7 @@ def _record(rate: Scalar, previous: list[Tensor]) -> None:
     """Write one rate, or one rate per tensor, into ``previous``."""
     if not isinstance(rate, Tensor):
         rate = torch.full((), rate, dtype=torch.float64, device="cpu")
-    new = list(rate.expand(len(previous)).unbind())
+    new = list(rate.unbind()) if rate.dim() else [rate] * len(previous)
     if torch.is_grad_enabled():  # foreach_copy_ has no derivative
         for old, value in zip(previous, new, strict=True):
             old.copy_(value)
@@ -332,9 +344,7 @@ def _fused_backend(lists: TensorLists, h: Hyperparameters, backends: Backends) -
     if torch.is_grad_enabled() and any(p.requires_grad for p in lists.params):
         return None  # the other back ends raise autograd's error for in-place changes
     if triton.serves(p.device):
-        if not h.fused:
-            return None  # foreach is the back end that is known to be right on a GPU
-        reason = triton.why_not()
+        reason = triton.why_not() if h.fused else triton.why_not_default(p.device)
     elif p.is_cpu:
         if h.capturable:
             return None  # the counters must not be read on the host

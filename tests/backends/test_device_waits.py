@@ -12,8 +12,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from apollo_qn.backends import foreach as foreach_module
+from apollo_qn.hyperparameters import StepScalars
+from apollo_qn.state import hyperparameters
 from tests.backends.test_backends import SetBlock
 from tests.helpers import (
+    DEVICE,
     follow,
     give_gradients,
     make,
@@ -67,6 +70,16 @@ def test_nothing_waits_for_the_device(mode: dict[str, Any], set_block: SetBlock)
     with Watched(WAITS) as watched:
         run_steps(optimizer, range(2, 4))
     assert watched.calls
+
+
+def test_scalars_are_selected_without_sending_indices() -> None:
+    """A GPU would wait for a list of indices, and a CUDA graph cannot capture their copy."""
+    h = hyperparameters(make(parameters([(1,)]), Settings(lr=0.3)).param_groups[0])
+    scalars = StepScalars.at(torch.arange(4.0, device=DEVICE), h)
+    with Watched(("index", "lift_fresh")):
+        selected = scalars.select([2, 0])
+    assert torch.equal(selected.t, scalars.t[[2, 0]])
+    assert torch.equal(selected.alpha, scalars.alpha[[2, 0]])
 
 
 @pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)

@@ -336,6 +336,31 @@ def test_a_schedule_beyond_warmup(interpreted: SetSizes) -> None:
         compare.check("theta", p, reference.theta, tolerances.TRAJECTORY[torch.float32])
 
 
+def test_the_kernel_is_the_default_where_it_compiles(
+    interpreted: SetSizes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from apollo_qn.backends.triton import launch_schedule
+
+    def trained() -> Apollo:
+        optimizer = make(parameters([(300,), (5,)]), Settings(lr=0.3))
+        run_steps(optimizer, range(2))
+        return optimizer
+
+    triton._why_not_default.cache_clear()
+    check_all_taken(trained())
+
+    def fail(device: torch.device) -> None:
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(launch_schedule, "try_compiler", fail)
+    triton._why_not_default.cache_clear()
+    with pytest.warns(UserWarning, match="no C compiler.*foreach back end serves"):
+        optimizer = trained()
+    assert optimizer._backends is not None
+    assert not optimizer._backends.triton._tables
+    triton._why_not_default.cache_clear()
+
+
 def test_a_gpus_tensors_are_not_the_interpreters(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its kernel would read addresses of the device in the host's memory."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")

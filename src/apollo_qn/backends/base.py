@@ -132,6 +132,14 @@ def step_scalars(batch: Batch) -> tuple[Any, ...]:
     )
 
 
+def increment_version(tensors: Sequence[Tensor]) -> None:
+    """Tell autograd that a kernel has changed the tensors in place."""
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:  # inference tensors have no version
+        torch.autograd.graph.increment_version([x for x in tensors if not x.is_inference()])
+
+
 def is_plain(tensors: Sequence[Any]) -> bool:
     """Return whether all are of torch's own classes, because a subclass may lack an operation."""
     return set(map(type, tensors)) <= _PLAIN

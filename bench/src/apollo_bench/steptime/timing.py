@@ -74,8 +74,7 @@ class GpuTimer(CpuTimer):
     copied = 1 << 30
 
     def __init__(self, device: torch.device) -> None:
-        index = torch.cuda.current_device() if device.index is None else device.index
-        self.device = torch.device("cuda", index)
+        self.device = device
         self._properties = torch.cuda.get_device_properties(self.device)
         self.cache = int(getattr(self._properties, "L2_cache_size", 0)) or 40 << 20
 
@@ -152,7 +151,8 @@ def timer_for(name: str) -> CpuTimer:
             f"--device is {name!r}, but torch {torch.__version__} sees "
             f"{torch.cuda.device_count()} GPUs here"
         )
-    device = torch.device(name)
+    index = int(number) if number else torch.cuda.current_device()
+    device = torch.device("cuda", index)  # set_device refuses a device without an index
     torch.cuda.set_device(device)
     return GpuTimer(device)
 

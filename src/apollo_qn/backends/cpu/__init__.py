@@ -13,7 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from apollo_qn.backends.base import Backend, Batch, TensorLists, is_plain, step_scalars
+from apollo_qn.backends.base import (
+    Backend,
+    Batch,
+    TensorLists,
+    increment_version,
+    is_plain,
+    step_scalars,
+)
 from apollo_qn.secant import Sums
 
 _HOW = (
@@ -84,8 +91,7 @@ class CPU(Backend):
         table = None if sums is None else torch.cat([one.table() for one in sums])
         if not torch.ops.apollo_qn.step_(*arguments.tensors, *arguments.numbers(), table):
             return False
-        # tell autograd that the parameters were changed in place
-        _increment_version(arguments.tensors[0])
+        increment_version(arguments.tensors[0])
         return True
 
 
@@ -150,10 +156,3 @@ def _plain_members(batch: Batch) -> list[bool]:
 
 def _indices(mask: list[bool]) -> list[int]:
     return [i for i, on in enumerate(mask) if on]
-
-
-def _increment_version(tensors: list[Tensor]) -> None:
-    try:
-        torch.autograd.graph.increment_version(tensors)
-    except RuntimeError:  # inference tensors have no version
-        torch.autograd.graph.increment_version([x for x in tensors if not x.is_inference()])

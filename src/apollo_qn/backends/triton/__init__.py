@@ -6,19 +6,18 @@ This module decides which tensors the kernel can take, and collects the scalars 
 
 from __future__ import annotations
 
-import bisect
 import os
 from array import array
-from collections.abc import Iterator
-from functools import cache
+from functools import cache, cached_property
 from importlib.util import find_spec
-from itertools import accumulate
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from apollo_qn.backends.base import Backend, Batch, is_plain, step_scalars
+from apollo_qn.backends.base import Backend, Batch, increment_version, is_plain, step_scalars
 from apollo_qn.secant import Sums, arithmetic
 
 _f16, _bf16, _f32, _f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -32,6 +31,8 @@ TYPES = {
 }
 # Types of device that are served. Tests add "cpu" under Triton's interpreter.
 DEVICES = {"cuda"}
+# Smallest compute capability of NVIDIA GPUs on which the kernel is chosen by default.
+_CAPABILITY = (8, 0)
 
 
 @cache
@@ -54,6 +55,30 @@ def serves(device: torch.device) -> bool:
     return device.type == "cpu" or os.environ.get("TRITON_INTERPRET", "0") != "1"
 
 
+def why_not_default(device: torch.device) -> str | None:
+    """Return the reason why the kernel is not chosen on this device unless ``fused`` is True."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None  # nothing can be compiled now; the step before the capture has been asked
+    return _why_not_default(device)
+
+
+@cache
+def _why_not_default(device: torch.device) -> str | None:
+    if (reason := why_not()) is not None:
+        return reason
+    if torch.version.hip is not None:
+        return "the Triton kernel has not been tried on ROCm"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _CAPABILITY:
+        return f"the Triton kernel has not been tried on {torch.cuda.get_device_name(device)}"
+    from apollo_qn.backends.triton import launch_schedule
+
+    try:
+        launch_schedule.try_compiler(device)
+    except Exception as error:  # a compiler is missing, or does not know the GPU
+        return f"Triton cannot compile a kernel for {device} ({type(error).__name__}: {error})"
+    return None
+
+
 def available() -> bool:
     """Return whether the kernel and a device for it are available."""
     return why_not() is None and (torch.cuda.is_available() or "cpu" in DEVICES)
@@ -72,72 +97,65 @@ class Triton(Backend):
 
     def takes(self, batches: list[Batch]) -> list[list[bool]]:
         """Return for each tensor whether the kernel can update it."""
-        flags = [[_fits(batch, i) for i in range(len(batch.tensors))] for batch in batches]
-        written: list[tuple[int, int, int]] = []
-        read: list[tuple[int, int]] = []
-        for number, (b, i) in enumerate(_members(batches)):
-            if flags[b][i]:
-                written += [(*_span(x), number) for x in _written(batches[b], i)]
-                read.append(_span(batches[b].tensors.grads[i]))
-        overlapping = _overlapping(written)
-        for number, (b, i) in enumerate(_members(batches)):
-            flags[b][i] = flags[b][i] and number not in overlapping
-        if _reaches_into(read, written):
-            # one tensor reads what another writes, so the order of all updates matters
-            return [[False] * len(mask) for mask in flags]
+        flags: list[list[bool]] = [[] for _ in batches]
+        for indices in _by_device(batches):
+            rows = iter(_Columns([batches[i] for i in indices]).fit())
+            for i in indices:
+                flags[i] = [next(rows) for _ in batches[i].tensors.params]
         return flags
 
     def measure(self, batches: list[Batch]) -> list[Sums]:
         """Return the sums over each tensor of each batch; nothing is changed."""
-        count = sum(len(batch.tensors) for batch in batches)
-        device = batches[0].tensors.params[0].device
-        table = torch.zeros(count, 4, dtype=torch.float64, device=device)
-        self._launch(batches, table, measuring=True)
-        tables = table.split_with_sizes([len(batch.tensors) for batch in batches])
-        return [
-            Sums.from_table(rows, batch.h.belief)
-            for rows, batch in zip(tables, batches, strict=True)
-        ]
+        found: dict[int, Sums] = {}
+        for indices in _by_device(batches):
+            columns = _Columns([batches[i] for i in indices])
+            count, device = len(columns.params), columns.params[0].device
+            table = torch.zeros(count, 4, dtype=torch.float64, device=device)
+            self._launch(columns, table, measuring=True)
+            parts = table.split_with_sizes([len(batches[i].tensors) for i in indices])
+            for i, rows in zip(indices, parts, strict=True):
+                found[i] = Sums.from_table(rows, batches[i].h.belief)
+        return [found[i] for i in range(len(batches))]
 
     def step(self, batches: list[Batch], sums: list[Sums] | None = None) -> bool:
         """Update all tensors, or return False and change none if one cannot be taken."""
-        if not all(map(all, self.takes(batches))):
+        devices = _by_device(batches)
+        every = [_Columns([batches[i] for i in indices]) for indices in devices]
+        if not all(all(columns.fit()) for columns in every):
             return False
-        table = None if sums is None else torch.cat([one.table() for one in sums])
-        self._launch(batches, table, measuring=False)
-        changed = [x for b, i in _members(batches) for x in _written(batches[b], i)]
-        torch.autograd.graph.increment_version(changed)
+        for indices, columns in zip(devices, every, strict=True):
+            table = None if sums is None else torch.cat([sums[i].table() for i in indices])
+            self._launch(columns, table, measuring=False)
+            increment_version(columns.written)
         return True
 
-    def _launch(self, batches: list[Batch], table: Tensor | None, measuring: bool) -> None:
+    def _launch(self, columns: _Columns, table: Tensor | None, measuring: bool) -> None:
         from apollo_qn.backends.triton.launch_schedule import Tables
 
-        device = batches[0].tensors.params[0].device
+        batches, device = columns.batches, columns.params[0].device
         capturable = any(isinstance(batch.scalars.t, Tensor) for batch in batches)
-
-        def column(name: str) -> list[Any]:
-            return [
-                x
-                for batch in batches
-                for x in getattr(batch.tensors, name) or [None] * len(batch.tensors)
-            ]
-
-        names = ("params", "exp_avgs", "hessian_diags", "thresholds", "compensations")
-        addresses = [_addresses(column(name)) for name in names]
-        params, grads, states = column("params"), column("grads"), column("exp_avgs")
-        types = [(p.dtype, g.dtype, m.dtype) for p, g, m in zip(params, grads, states, strict=True)]
-        rows = list(range(len(params))) if table is not None else [-1] * len(params)
-        rng_keys = [key or 0 for key in column("rng_keys")]
-        sizes = [p.numel() for p in params]
-        signature = (addresses, sizes, types, rows, rng_keys)
+        *addresses, gradients = columns.addresses
+        sizes = columns.sizes
+        rows = list(range(len(sizes))) if table is not None else [-1] * len(sizes)
+        rng_keys = [key or 0 for key in columns.column("rng_keys")]
+        signature = (addresses, sizes, columns.types, rows, rng_keys)
         key = (device, capturable)
         known, tables = self._tables.get(key, (None, None))
         if known != signature:
-            tables = Tables(device, addresses, sizes, types, rows, rng_keys, capturable)
+            tables = Tables(device, addresses, sizes, columns.types, rows, rng_keys, capturable)
             self._tables[key] = (signature, tables)
         which, scalars = _scalars(batches, device, capturable)
         belief = any(batch.h.belief for batch in batches)
-        tables.launch(_addresses(grads), which, scalars, table, belief, measuring)
+        tables.launch(gradients, which, scalars, table, belief, measuring)
+
+
+def _by_device(batches: list[Batch]) -> list[list[int]]:
+    """Return the indices of the batches on each device."""
+    indices: dict[torch.device, list[int]] = {}
+    for i, batch in enumerate(batches):
+        if batch.tensors.params:
+            indices.setdefault(batch.tensors.params[0].device, []).append(i)
+    return list(indices.values())
 
 
 def _scalars(
@@ -155,81 +173,131 @@ def _scalars(
     return list(range(sum(map(len, found)))), torch.cat(found)
 
 
-def _members(batches: list[Batch]) -> Iterator[tuple[int, int]]:
-    for b, batch in enumerate(batches):
-        for i in range(len(batch.tensors)):
-            yield b, i
+class _Columns:
+    """Tensors of some batches on one device, in columns with one row per parameter.
+
+    A property is read for a whole column at once, which is several times faster than row by row.
+    """
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches = batches
+        names = ("params", "exp_avgs", "hessian_diags", "thresholds", "compensations", "grads")
+        self._columns = [self.column(name) for name in names]
+        self.params, m, self._hessian_diags, thresholds, low, self.grads = self._columns
+        self._thresholds, self._low = ([x for x in xs if x is not None] for xs in (thresholds, low))
+        self._large: list[list[Tensor]] = [self.params, m, self._hessian_diags, self.grads]
+        self.types = list(
+            zip(*(map(_DTYPE, xs) for xs in (self.params, self.grads, m)), strict=True)
+        )
+        self.sizes = list(map(Tensor.numel, self.params))
+
+    def column(self, name: str) -> list[Any]:
+        """Return a tensor list of all batches, with None where a batch does not need it."""
+        lists = (batch.tensors for batch in self.batches)
+        return [x for each in lists for x in getattr(each, name) or [None] * len(each)]
+
+    @property
+    def written(self) -> list[Tensor]:
+        """Return all tensors that an update changes."""
+        return [x for column in self._columns[:5] for x in column if x is not None]
+
+    @cached_property
+    def addresses(self) -> list[array[int]]:
+        """Addresses of p, m, B, threshold, compensation and gradient; 0 where there is none."""
+        p, m, B, *optional, g = self._columns
+        needed = [array("q", map(Tensor.data_ptr, column)) for column in (p, m, B, g)]
+        others = (array("q", [0 if x is None else x.data_ptr() for x in xs]) for xs in optional)
+        return [*needed[:3], *others, needed[3]]
+
+    def fit(self) -> list[bool]:
+        """Return for each row whether the kernel can update it."""
+        if self._all_fit():
+            return self._apart([True] * len(self.params))
+        rows = [batch.select([i]) for batch in self.batches for i in range(len(batch.tensors))]
+        return self._apart([_Columns([row])._all_fit() for row in rows])
+
+    def _all_fit(self) -> bool:
+        """Return whether all rows have types and layouts of the kernel."""
+        every = [*chain(*self._large), *self._thresholds, *self._low]
+        if not is_plain(every) or any(map(Tensor.is_neg, every)):
+            return False
+        if len(set(map(_DEVICE, every))) > 1 or not serves(every[0].device):
+            return False
+        state_types = [m for *_, m in self.types]
+        if list(map(_DTYPE, self._hessian_diags)) != state_types:
+            return False
+        if not TYPES.issuperset(self.types):
+            return False
+        for threshold, (p, _, m) in zip(self._columns[3], self.types, strict=True):
+            if threshold is not None and threshold.dtype is not arithmetic(p, m):
+                return False
+        try:
+            addresses = self.addresses
+        except (RuntimeError, NotImplementedError):  # sparse, or a wrapper without memory
+            return False
+        never_zero = (*addresses[:3], addresses[5], self.sizes)
+        return all(map(all, never_zero)) and self._same_layout()
+
+    def _same_layout(self) -> bool:
+        """Return whether the elements of each row lie in the same order in dense memory."""
+        shapes = list(map(_SHAPE, self.params))
+        if any(list(map(_SHAPE, column)) != shapes for column in self._large[1:]):
+            return False
+        if not self._low and all(all(map(Tensor.is_contiguous, xs)) for xs in self._large):
+            return True
+        for row in zip(*self._large, self._columns[4], strict=True):
+            p, *others = (x for x in row if x is not None)
+            if any(x.shape != p.shape for x in others):
+                return False
+            if not all(x.is_contiguous() for x in (p, *others)) and not (
+                _dense(p) and all(x.stride() == p.stride() for x in others)
+            ):
+                return False
+        return True
+
+    def _apart(self, flags: list[bool]) -> list[bool]:
+        """Return ``flags`` without the rows whose memory overlaps.
+
+        If one row reads what another writes, the order of all updates matters, and none is left.
+        """
+        rows = [i for i, on in enumerate(flags) if on]
+        if not rows:
+            return flags
+        starts, ends = self._spans()
+        if len(rows) < len(flags):
+            starts, ends = starts[:, rows], ends[:, rows]
+        first, last = starts[5], ends[5]
+        there = starts[:5].flatten().nonzero().flatten()
+        starts, order = starts.flatten()[there].sort()
+        ends, furthest = ends.flatten()[there][order].cummax(0)
+        before = torch.searchsorted(
+            starts, last
+        )  # number of spans that begin before a gradient ends
+        if ((before > 0) & (ends[before - 1] > first)).any():
+            return [False] * len(flags)
+        later = (starts[1:] < ends[:-1]).nonzero().flatten()
+        for entry in torch.cat([order[later + 1], order[furthest[later]]]).tolist():
+            flags[rows[int(there[entry]) % len(rows)]] = False
+        return flags
+
+    def _spans(self) -> tuple[Tensor, Tensor]:
+        """Return where each tensor begins and ends in memory, of shape (column, row)."""
+        starts = torch.stack([torch.frombuffer(x, dtype=torch.int64) for x in self.addresses])
+        kinds = {types: i for i, types in enumerate(dict.fromkeys(self.types))}
+        widths = []
+        for p, g, m in kinds:
+            columns = (p, m, m, arithmetic(p, m), p, g)
+            widths.append([dtype.itemsize for dtype in columns])
+        which = torch.tensor([kinds[types] for types in self.types], device="cpu")
+        width = torch.tensor(widths, device="cpu")[which].t()
+        nbytes = width * torch.tensor(self.sizes, device="cpu")
+        nbytes[3] = width[3]  # a threshold is one number
+        return starts, starts + nbytes
 
 
-def _written(batch: Batch, i: int) -> list[Tensor]:
-    lists = batch.tensors
-    columns = [lists.params, lists.exp_avgs, lists.hessian_diags]
-    columns += [lists.thresholds, lists.compensations]
-    return [column[i] for column in columns if column and column[i] is not None]
-
-
-def _fits(batch: Batch, i: int) -> bool:
-    """Return whether parameter, gradient and state of a tensor have the layout of the kernel."""
-    lists = batch.tensors
-    p, g, m, B = (column[i] for column in lists.large)
-    low = lists.compensations[i] if lists.compensations else None
-    large = [p, g, m, B] + ([] if low is None else [low])
-    every = large + ([lists.thresholds[i]] if lists.thresholds else [])
-    if not is_plain(every) or any(x.layout is not torch.strided for x in every):
-        return False
-    if not serves(p.device) or any(x.device != p.device for x in every):
-        return False
-    if any(x.is_neg() or x.is_conj() or x.is_inference() for x in every):
-        return False
-    if lists.thresholds and lists.thresholds[i].dtype is not arithmetic(p.dtype, m.dtype):
-        return False
-    if p.numel() == 0 or m.dtype is not B.dtype or any(x.shape != p.shape for x in large):
-        return False
-    same_layout = all(x.is_contiguous() for x in large) or (
-        _dense(p) and all(x.stride() == p.stride() for x in large)
-    )
-    if not same_layout or (p.dtype, g.dtype, m.dtype) not in TYPES:
-        return False
-    try:
-        return all(x.data_ptr() for x in every)
-    except (RuntimeError, NotImplementedError):  # a wrapper has no memory of its own
-        return False
+_DTYPE, _DEVICE, _SHAPE = map(attrgetter, ("dtype", "device", "shape"))
 
 
 def _dense(x: Tensor) -> bool:
     """Return whether ``x`` is contiguous in some order of its dimensions."""
     return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).is_contiguous()
-
-
-def _addresses(tensors: list[Any]) -> array[int]:
-    return array("Q", [0 if x is None else x.data_ptr() for x in tensors])
-
-
-def _span(x: Tensor) -> tuple[int, int]:
-    return x.data_ptr(), x.data_ptr() + x.numel() * x.itemsize
-
-
-def _reaches_into(read: list[tuple[int, int]], written: list[tuple[int, int, int]]) -> bool:
-    """Return whether a span that is read overlaps one that is written."""
-    ordered = sorted(written)
-    starts, ends = (
-        [start for start, *_ in ordered],
-        list(accumulate((e for _, e, _ in ordered), max)),
-    )
-    for first, last in read:
-        before = bisect.bisect_left(starts, last)
-        if before and ends[before - 1] > first:
-            return True
-    return False
-
-
-def _overlapping(spans: list[tuple[int, int, int]]) -> set[int]:
-    """Return the owners of spans that overlap."""
-    owners: set[int] = set()
-    furthest, owner = 0, -1
-    for start, end, index in sorted(spans):
-        if start < furthest:
-            owners |= {index, owner}
-        if end > furthest:
-            furthest, owner = end, index
-    return owners

@@ -128,7 +128,7 @@ class Tables:
     def __init__(
         self,
         device: torch.device,
-        addresses: Sequence[array[int]],
+        addresses: Sequence[Sequence[int]],
         n: Sequence[int],
         types: Sequence[Types],
         shared: Sequence[int],
@@ -141,6 +141,7 @@ class Tables:
         work = _WorkTable(n)
         columns = [*addresses, work.row[:-1], work.runs, shared, rng_keys]
         table = torch.tensor([list(column) for column in columns], dtype=torch.int64, device="cpu")
+        self._aligned_states = (table[: len(addresses)] % _ALIGNMENT == 0).all(0)
         self._tensors = _on_device(table.t().contiguous(), device)
         self._rows = torch.empty(work.row[-1], kernel.SUMS, dtype=torch.float64, device=device)
         self._upload = _Upload(device, capturable)
@@ -185,16 +186,14 @@ class Tables:
             belief: whether any tensor uses belief.
             measuring: whether only to take the sums of shards.
         """
-        words = array("Q", bytes(16 * len(gradients)))
-        words[::2], words[1::2] = gradients, array("Q", which)
+        words = array("q", bytes(16 * len(gradients)))
+        words[::2], words[1::2] = gradients, array("q", which)
         if isinstance(scalars, array):
             words.frombytes(scalars.tobytes())
         if gradients != self._gradients:
             self._gradients = gradients
-            aligned = [
-                not any(column[i] % _ALIGNMENT for column in (gradients, *self._addresses))
-                for i in range(len(gradients))
-            ]
+            there = torch.frombuffer(gradients, dtype=torch.int64) % _ALIGNMENT == 0
+            aligned = (there & self._aligned_states).tolist()
         else:
             aligned = self._aligned
         with _on(self._device):
@@ -212,7 +211,7 @@ class Tables:
                     kernel.step[(count,)](
                         *(self._tensors, self._work, first, *given),
                         *(*one.constants, belief, one.kahan, one.draws),
-                        *(one.aligned, kernel.BLOCK, kernel.RUNS),
+                        *(one.aligned, kernel.BLOCK, kernel.RUNS, kernel.STAGES),
                         num_warps=kernel.WARPS,
                         enable_fp_fusion=True,  # the default until Triton 3.9
                     )
@@ -267,6 +266,12 @@ def _budget(device: torch.device) -> float:
     # one window for all, if smaller ones would leave multiprocessors idle
     smallest = properties.multi_processor_count * _PROGRAMS * RUN * 12
     return window if window >= smallest else math.inf
+
+
+def try_compiler(device: torch.device) -> None:
+    """Compile and launch a tiny kernel; raise what Triton raises if it cannot."""
+    with _on(device):
+        kernel.one[(1,)](torch.empty(1, device=device))
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
