@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
 
 from apollo_bench.config import recipe
 from apollo_bench.report import overview, page
-from apollo_bench.report.performance_profile import Entry, profiles
+from apollo_bench.report.performance_profile import Entry, profiles, target_of
 from apollo_bench.report.summary import Summary, collect
 from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.workloads.tasks import TASKS
+from bench.tests.report.made_up_runs import made_up
 
 # by task and optimizer: the updates at which each seed reaches the target; None: never
 REACHED = {
@@ -22,8 +24,14 @@ REACHED = {
         "sgd": [200, 200, 400],
         "apollo": [100, 100, 100],
         "adam-adj": [100, 400, 400],
+        "radam": [100, 100, 200],
     },
-    "wordnet": {"sgd": [100, 200, 200], "apollo": [300, 300, 300], "adam": [None, 400, None]},
+    "wordnet": {
+        "sgd": [100, 200, 200],
+        "apollo": [300, 300, 300],
+        "adam": [None, 400, None],
+        "radam": [400, 400, 400],
+    },
 }
 
 
@@ -81,13 +89,57 @@ def test_ratios_are_those_of_medians_to_the_best(summaries: list[Summary]) -> No
     assert found is not None
     ratios = {entry.name: entry.ratios["updates"] for entry in found.entries}
     # Adam is Adam-adj on images; of its runs on WordNet most do not reach the target
-    assert ratios == {"sgd": [2.0, 1.0], "adam": [4.0, math.inf], "apollo": [1.0, 1.5]}
+    assert ratios == {
+        "sgd": [2.0, 1.0], "adam": [4.0, math.inf], "apollo": [1.0, 1.5], "radam": [1.0, 2.0],
+    }  # fmt: skip
     assert found.left_out == []
 
 
+def test_the_target_is_what_three_quarters_of_the_optimizers_reach(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    """Three of four reach 50 with most seeds; a diverged run reaches nothing."""
+    plan = recipe.load(str(recipe_file))
+    best: dict[str, list[float | None]] = {
+        "sgd": [90.0, 90.0, 90.0],
+        "adam": [20.0, 40.0, 95.0],
+        "radam": [70.0, 30.0, 70.0],
+        "apollo": [60.0, None, 50.0],
+    }
+    for name, values in best.items():
+        for seed, value in enumerate(values):
+            verdict = "diverged" if value is None else "finished"
+            made_up(
+                tmp_path, plan.run(name, seed), [99.0 if value is None else value, 10.0], verdict
+            )
+    [section] = collect([tmp_path])[0].sections
+    assert target_of(section) == 50
+    [section] = collect([tmp_path], target=55.0)[0].sections
+    assert target_of(section) == 55
+    made_up(tmp_path, plan.run("sgd", 9), [90.0], None)  # goes on
+    [section] = collect([tmp_path])[0].sections
+    assert target_of(section) == 40
+
+
+@pytest.mark.parametrize("task", ["cifar10", "multi30k", "wordnet"])
+def test_the_target_separates_the_optimizers_of_the_evidence(task: str) -> None:
+    [summary] = collect([Path(__file__).parents[3] / "results" / task / "comparison"])
+    [section] = summary.sections
+    target = target_of(section)
+    assert target is not None
+    updates = set()
+    for row in section.rows:
+        reached = [
+            one.updates if one.reached else math.inf for one in row.time_to_target(target).values()
+        ]
+        updates.add(statistics.median_high(reached))
+    assert len(updates - {math.inf}) >= 4
+
+
 def test_what_is_not_on_every_task_has_no_score(tmp_path: Path) -> None:
-    write_runs(tmp_path, "fashion-mnist", {**REACHED["fashion-mnist"], "radam": [100, 100, 100]})  # type: ignore[arg-type]
-    write_runs(tmp_path, "wordnet", REACHED["wordnet"])  # type: ignore[arg-type]
+    write_runs(tmp_path, "fashion-mnist", REACHED["fashion-mnist"])  # type: ignore[arg-type]
+    others = {name: found for name, found in REACHED["wordnet"].items() if name != "radam"}
+    write_runs(tmp_path, "wordnet", others)  # type: ignore[arg-type]
     found = profiles(collect([tmp_path]))
     assert found is not None
     assert found.left_out == ["RAdam"]
@@ -114,6 +166,7 @@ def test_the_page_begins_with_contents_and_overview(
     assert lines[0] == "**Overview**"
     assert lines[4].startswith("| Apollo | **0.92** | **0.92** |")
     assert lines[5].startswith("| SGD | 0.83 | 0.83 |")
+    assert lines[6].startswith("| RAdam | 0.83 | 0.83 |")
     assert "Adam-adj for Adam (fashion-mnist)" in "\n".join(lines)
 
 

@@ -128,16 +128,21 @@ def _notes(found: Profiles | None, units: list[Unit]) -> list[str]:
             "There is no score over the tasks: fewer than two optimizers have finished all runs."
         ]
     targets = ", ".join(
-        f"{section.target:.2f} ({found.title(index)})"
-        for index, (_, section) in enumerate(found.sections)
-        if section.target is not None
+        f"{target:.2f} ({found.title(index)})" for index, target in enumerate(found.targets)
     )
     texts = [
         f"The score is AlgoPerf's (Dahl et al., 2023). On each task an optimizer's ratio is its "
         f"median {' or '.join(units)} to the target, divided by the best optimizer's. A run that "
         f"does not reach the target takes forever. The score is the mean, for tau from 1 to "
-        f"{MAX_RATIO:g}, of the share of tasks with a ratio up to tau: 1 is the best on all tasks. "
-        f"Targets: {targets}."
+        f"{MAX_RATIO:g}, of the share of tasks with a ratio up to tau: 1 is the best on all tasks.",
+        f"Targets of the score: {targets}."
+        + (
+            " Each is the best value that three quarters of the task's optimizers reach, at any "
+            "evaluation of their median run. AlgoPerf takes what the best of four tuned "
+            "optimizers reaches. Runs of equal length would nearly all miss such a target."
+            if all(section.given_target is None for _, section in found.sections)
+            else ""
+        ),
     ]
     if "seconds" not in units:
         texts.append(
