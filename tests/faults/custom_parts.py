@@ -9,6 +9,7 @@ CUSTOM = ("bench/tests/optimizers/test_custom.py",)
 BASELINE = ("bench/tests/runs/test_baseline.py",)
 CUSTOM_PARTS = ("bench/tests/workloads/test_custom_parts.py",)
 OVERVIEW = ("bench/tests/report/test_overview.py",)
+UNUSABLE = ("bench/tests/workloads/test_unusable_files.py",)
 
 FAULTS = [
     Fault(
@@ -91,6 +92,27 @@ FAULTS = [
         CUSTOM_PARTS,
     ),
     Fault(
+        "the fingerprint of images does not see their pixels",
+        BENCH,
+        "folder.files, folder.contents)\n",
+        "folder.files, folder.sizes)\n",
+        CUSTOM_PARTS,
+    ),
+    Fault(
+        "12 bits are taken for 16",
+        BENCH,
+        "            return bits - 8\n        return 8\n",
+        "            return 8\n        return 8\n",
+        UNUSABLE,
+    ),
+    Fault(
+        "pixels of an unknown range are used",
+        BENCH,
+        "            return unknown_range(image, content)\n",
+        "",
+        UNUSABLE,
+    ),
+    Fault(
         "the test text is the validation text",
         BENCH,
         "        pieces = (line[: cuts[0]], line[cuts[0] : cuts[1]], line[cuts[1] :])\n",
@@ -119,6 +141,13 @@ FAULTS = [
         CUSTOM_PARTS,
     ),
     # the score over tasks
+    Fault(
+        "the target of a score is what the best optimizer reaches",
+        BENCH,
+        "    last = math.ceil(_REACHED_BY * len(found)) - 1\n",
+        "    last = 0\n",
+        OVERVIEW,
+    ),
     Fault(
         "a run that does not reach the target counts with its length",
         BENCH,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from apollo_bench.report import page
 from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.training.loop import train
 from apollo_bench.workloads import tasks
-from apollo_bench.workloads.image_classification import custom_images
+from apollo_bench.workloads.image_classification import custom_images, image_folder
 from apollo_bench.workloads.language_modeling import custom_text
 from apollo_bench.workloads.language_modeling.language_settings import TextFileData
 from apollo_bench.workloads.translation import custom_pairs
@@ -138,6 +139,23 @@ def test_images_without_splits(folder: Path) -> None:
     again = custom_images.load(moved, 0.4)
     assert again.fingerprint == found.fingerprint
     assert torch.equal(again.train.labels, found.train.labels)
+
+
+def test_the_fingerprint_is_of_the_pixels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another picture of the same name, size and time is other data; known files are not read."""
+    root = images(folder)
+    before = custom_images.load(root, 0.4).fingerprint
+    path = root / WNIDS[1] / "1.jpg"
+    content, status = path.read_bytes(), path.stat()
+    end = content[-3] ^ 1  # of the compressed pixels
+    path.write_bytes(content[:-3] + bytes([end]) + content[-2:])
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size
+    assert custom_images.load(root, 0.4).fingerprint != before
+    path.write_bytes(content)
+    assert custom_images.load(root, 0.4).fingerprint == before
+    monkeypatch.setattr(image_folder, "check_image_file", None)
+    assert custom_images.load(root, 0.4).fingerprint == before
 
 
 def names(images: Any) -> list[str]:

@@ -133,6 +133,80 @@ def test_grey_of_16_bits_keeps_its_shades() -> None:
         assert (found[..., channel] == shades // 256).all()
 
 
+def with_significant_bits(content: bytes, bits: bytes) -> bytes:
+    """A PNG that states its significant bits, directly behind its header."""
+    chunk = b"sBIT" + bits
+    stated = struct.pack(">I", len(bits)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return content[:33] + stated + content[33:]
+
+
+SHADES = numpy.arange(0, 4096, 65, dtype=numpy.uint16).reshape(8, 8)  # of 12 bits
+
+
+@pytest.mark.parametrize("samples", [SHADES, SHADES << 4, SHADES << 4 | SHADES >> 8])
+def test_a_png_of_12_bits_in_16_keeps_its_shades(samples: Any) -> None:
+    """The significant bits are the lower or, as the standard wants, the upper ones."""
+    content = with_significant_bits(encoded(samples), b"\x0c")
+    assert image_error(content) is None
+    assert (numpy.asarray(decode(content, "grey.png"))[..., 0] == SHADES >> 4).all()
+    dark = samples // 40  # a picture that is dark in its own range
+    content = with_significant_bits(encoded(dark), b"\x0c")
+    if samples is SHADES:
+        assert (numpy.asarray(decode(content, "grey.png"))[..., 0] == dark >> 4).all()
+
+
+@pytest.mark.parametrize("bits", [10, 12])
+def test_a_tiff_that_states_its_range_keeps_its_shades(bits: int) -> None:
+    buffer = io.BytesIO()
+    shades = SHADES >> (12 - bits)
+    Image.fromarray(shades).save(buffer, "TIFF", tiffinfo={281: (1 << bits) - 1})
+    assert image_error(buffer.getvalue()) is None
+    found = numpy.asarray(decode(buffer.getvalue(), "grey.tif"))
+    assert (found[..., 0] == shades >> (bits - 8)).all()
+
+
+def color_of_16_bits(samples: Any) -> bytes:
+    """A PNG of 16 bits in each of three channels, which Pillow does not write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+    height, width = samples.shape
+    rows = numpy.repeat(samples.astype(">u2")[..., None], 3, 2)
+    lines = b"".join(b"\0" + row.tobytes() for row in rows)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0))
+    return (
+        b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"), [(encoded, "PNG"), (encoded, "TIFF"), (color_of_16_bits, "PNG")]
+)
+def test_pixels_of_12_bits_in_16_are_refused_if_the_file_does_not_say_so(
+    make: Callable[..., bytes], kind: str
+) -> None:
+    def write(samples: Any) -> bytes:
+        return make(samples, kind) if make is encoded else make(samples)
+
+    content = write(SHADES)
+    error = image_error(content)
+    assert error is not None
+    assert error.startswith("its pixels have 16 bits and use less than a sixteenth of their range")
+    with pytest.raises(ExperimentError, match=r"x.png: its pixels have 16 bits and use less"):
+        decode(content, "x.png")
+    full = write(SHADES << 4)
+    assert image_error(full) is None
+    assert (numpy.asarray(decode(full, "x.png"))[..., 1] == SHADES >> 4).all()
+
+
+def test_a_black_picture_of_16_bits_is_black() -> None:
+    content = encoded(numpy.zeros((3, 3), numpy.uint16))
+    assert image_error(content) is None
+    assert not numpy.asarray(decode(content, "black.png")).any()
+
+
 @pytest.mark.parametrize("kind", [numpy.float32, numpy.int32])
 def test_pixels_of_an_unknown_range_are_refused(kind: type) -> None:
     content = encoded(numpy.full((4, 4), 1000, kind), "TIFF")

@@ -13,7 +13,7 @@ from apollo_bench.regular_files import open_regular
 
 
 class ValidationCache:
-    """A mapping from names to the digests that were found valid.
+    """A mapping from names to the digests that were found valid, and to what was found.
 
     Args:
         name: name of the file that holds the cache.
@@ -37,6 +37,21 @@ class ValidationCache:
     def add(self, name: str, digest: str) -> None:
         """Note that the name is valid with this digest."""
         self._good[name] = digest
+
+    def found(self, name: str, digest: str) -> str | None:
+        """Return what was found when the name had this digest; None if that is unknown."""
+        known, separator, found = self._good.get(name, "").partition(" ")
+        return found if separator and known == digest else None
+
+    def add_found(self, name: str, digest: str, found: str) -> None:
+        """Note that the name is valid with this digest, and what was found.
+
+        Args:
+            name: name of the files.
+            digest: one word; it changes when a file does.
+            found: text that is a function of the files.
+        """
+        self._good[name] = f"{digest} {found}"
 
     def holds(self, path: Path, sha256: str) -> bool:
         """Return whether a file has this SHA-256; read it only if it has changed.

@@ -26,7 +26,7 @@ from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.seeds import derived_seed
 from apollo_bench.training.loop import train
 from apollo_bench.workloads import tasks
-from apollo_bench.workloads.image_classification import image_loader, imagenet
+from apollo_bench.workloads.image_classification import image_folder, image_loader, imagenet
 from apollo_bench.workloads.image_classification.cropping import center_crop, random_resized_crop
 from apollo_bench.workloads.image_classification.encoded_images import EncodedImages, ImageFiles
 from apollo_bench.workloads.image_classification.image_decoding import decode
@@ -155,22 +155,35 @@ def spoil(path: Path, later: bool) -> None:
     os.utime(path, ns=(moment, moment))
 
 
-def test_valid_files_are_cached_until_they_change(tree: Path, tmp_path: Path) -> None:
+def test_valid_files_are_cached_until_they_change(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     imagenet.load(tree)
     (validated,) = (tmp_path / "cache" / "apollo-bench").iterdir()
+    read: list[str] = []
+
+    check = image_folder.check_image_file
+    monkeypatch.setattr(
+        image_folder, "check_image_file", lambda path: (read.append(path.name), check(path))[1]
+    )
+    imagenet.load(tree)
+    assert read == []
     path = tree / "train" / WNIDS[1] / f"{WNIDS[1]}_0.JPEG"
-    spoil(path, later=False)
-    imagenet.load(tree)  # not looked at again
     spoil(path, later=True)
     assert error_of(tree) == f"{path}: not an image"
+    assert len(read) == 4  # the folder of this class
     assert error_of(tree) == f"{path}: not an image"
     path.write_bytes(jpeg(photograph(1, 40, 40)))
     imagenet.load(tree)
-    # a damaged memory is none
     spoil(path, later=False)
+    assert error_of(tree) == f"{path}: not an image"
+    # a damaged memory is none
+    path.write_bytes(jpeg(photograph(1, 40, 40)))
     for content in ("", "[1, 2]", "{", "null"):
         validated.write_text(content)
-        assert error_of(tree) == f"{path}: not an image"
+        read.clear()
+        imagenet.load(tree)
+        assert len(read) == 18
 
 
 def test_a_cache_that_cannot_be_written(

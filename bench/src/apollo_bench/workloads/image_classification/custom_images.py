@@ -107,10 +107,10 @@ def _count(names: list[str], train: list[tuple[int, str]], test: list[tuple[int,
 
 
 def _digest(folders: list[ClassFolder]) -> str:
-    """Return a fingerprint of the files that does not depend on the folder's path."""
+    """Return a fingerprint of the files' names and contents; it does not depend on their folder."""
     digest = hashlib.sha256()
     for folder in folders:
-        entry = (folder.name.partition("/")[2], folder.files, folder.sizes)
+        entry = (folder.name.partition("/")[2], folder.files, folder.contents)
         digest.update(repr(entry).encode("utf-8", "replace"))
     return digest.hexdigest()
 

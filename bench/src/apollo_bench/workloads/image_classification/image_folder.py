@@ -1,7 +1,7 @@
 """A tree of image files with one folder per class, validated before training.
 
-Valid folders are cached, with names, sizes and times of their files. A folder is checked again only
-when one of these changes.
+Valid folders are cached, with names, sizes and times of their files, and with the digest of their
+contents. A folder is read again only when one of these changes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from rich.progress import Progress
 from apollo_bench.errors import ExperimentError
 from apollo_bench.workloads.image_classification.encoded_images import EncodedImages
 from apollo_bench.workloads.image_classification.image_validation import (
+    check_image_file,
     image_error,
-    image_file_error,
 )
 from apollo_bench.workloads.validation_cache import ValidationCache
 
@@ -40,8 +40,9 @@ class ClassFolder(NamedTuple):
     name: str  # relative to the root, with slashes
     files: tuple[str, ...]  # sorted
     sizes: tuple[int, ...]  # bytes
-    digest: str  # changes when a file does
+    digest: str  # of names, sizes and times: changes when a file does
     unused: dict[str, int]  # other files of the folder and below it: their number by kind
+    contents: str = ""  # digest of the files' contents
 
 
 def index_tree(root: Path, splits: tuple[str, ...], cache: Path | None = None) -> list[ClassFolder]:
@@ -66,10 +67,16 @@ def index_tree(root: Path, splits: tuple[str, ...], cache: Path | None = None) -
 
     def look(name: str) -> tuple[ClassFolder, list[str]]:
         folder = _list(root, name)
-        if validated.contains(name, folder.digest):
-            return folder, []
-        paths = (root / name / file for file in folder.files)
-        return folder, [f"{path}: {error}" for path in paths if (error := image_file_error(path))]
+        contents = validated.found(name, folder.digest)
+        if contents is not None:
+            return folder._replace(contents=contents), []
+        bad, digest = [], hashlib.sha256()
+        for path in (root / name / file for file in folder.files):
+            error, sha256 = check_image_file(path)
+            digest.update(sha256)
+            if error:
+                bad.append(f"{path}: {error}")
+        return folder._replace(contents=digest.hexdigest()), bad
 
     found = []
     pool = ThreadPoolExecutor(_THREADS)
@@ -84,7 +91,7 @@ def index_tree(root: Path, splits: tuple[str, ...], cache: Path | None = None) -
                 found.append(folder)
                 errors += bad
                 if not bad:
-                    validated.add(folder.name, folder.digest)
+                    validated.add_found(folder.name, folder.digest, folder.contents)
     finally:
         pool.shutdown(cancel_futures=True)
         validated.save()
@@ -155,7 +162,9 @@ def _list(root: Path, name: str) -> ClassFolder:
                 kind = _kind(entry)
                 if kind == "image":
                     status = entry.stat()
-                    files.append((entry.name, status.st_size, status.st_mtime_ns))
+                    # a copy may keep the time of modification, but not that of the entry's change
+                    times = status.st_mtime_ns, status.st_ctime_ns
+                    files.append((entry.name, status.st_size, times))
                 elif kind == "folder":
                     unused["in folders below"] += _files_below(entry)
                 else:

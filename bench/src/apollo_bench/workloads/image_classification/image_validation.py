@@ -8,6 +8,7 @@ JPEG has no checksum: damage that changes pixels but still decodes is not found.
 
 from __future__ import annotations
 
+import hashlib
 import io
 from pathlib import Path
 
@@ -15,19 +16,23 @@ from PIL import Image
 
 from apollo_bench.errors import first_line
 from apollo_bench.regular_files import read_regular
-from apollo_bench.workloads.image_classification.image_decoding import opening_error, unusable
+from apollo_bench.workloads.image_classification.image_decoding import (
+    opening_error,
+    unknown_range,
+    unusable,
+)
 
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 _START_OF_SCAN = 0xDA
 
 
-def image_file_error(path: Path) -> str | None:
-    """Return what is wrong with an image file; None if nothing is found."""
+def check_image_file(path: Path) -> tuple[str | None, bytes]:
+    """Return what is wrong with an image file, None if nothing is found, and its SHA-256."""
     try:
         content = read_regular(path)
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    return image_error(content)
+        return f"cannot be read ({error.strerror})", b""
+    return image_error(content), hashlib.sha256(content).digest()
 
 
 def image_error(content: bytes) -> str | None:
@@ -52,9 +57,9 @@ def image_error(content: bytes) -> str | None:
         with Image.open(io.BytesIO(content)) as image:
             image.draft("L", (1, 1))  # JPEG alone heeds it
             image.load()
+            return unknown_range(image, content)
     except Exception as error:
         return f"not a whole image ({first_line(error)})"
-    return None
 
 
 def _scan(content: bytes) -> int:
