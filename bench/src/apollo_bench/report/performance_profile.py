@@ -123,17 +123,15 @@ def _reached(row: Row) -> float | None:
     A run that diverged reaches nothing, as in ``Row.time_to_target``. The median is the worse of
     the two middle values, so that the median of the times is finite.
     """
-    best = max if row.curve.higher_is_better else min
-    nothing = -math.inf if row.curve.higher_is_better else math.inf
-    reached = []
+    rises = row.curve.higher_is_better
+    reached: list[float] = []
     for run in row.runs:
         if run.verdict == "unfinished":
             return None
         values = [line[row.curve.name] for line in run.evaluations] if run.finished else []
-        reached.append(best([nothing, *(value for value in values if value is not None)]))
-    return (statistics.median_low if row.curve.higher_is_better else statistics.median_high)(
-        reached
-    )
+        known = [float(value) for value in values if value is not None]
+        reached.append(max(known, default=-math.inf) if rises else min(known, default=math.inf))
+    return statistics.median_low(reached) if rises else statistics.median_high(reached)
 
 
 def row_of(section: ScheduleSection, name: str) -> Row | None:
