@@ -195,8 +195,8 @@ FAULTS = [
     Fault(
         "a run that is behind makes the mean jump",
         BENCH,
-        "if len(found) == sum(end >= step for end in ends)",
-        "if len(found) == len(ends)",
+        "[(ends >= step).sum() for step in means.index]",
+        "len(ends)",
         REPORT,
     ),
     Fault(

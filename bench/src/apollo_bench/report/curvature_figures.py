@@ -8,6 +8,7 @@ from collections.abc import Callable
 import matplotlib as mpl
 import matplotlib.colors
 import matplotlib.ticker
+import pandas
 from matplotlib.figure import Figure
 
 from apollo_bench.optimizers.plot_style import style_of
@@ -15,13 +16,13 @@ from apollo_bench.report.figure_axes import (
     BAND,
     LINES,
     FigureFile,
+    draw_band,
     mark_empty,
     picture,
     short,
-    spreads,
     unit,
 )
-from apollo_bench.report.statistics import SampleStats
+from apollo_bench.report.statistics import stats_over_time
 from apollo_bench.report.summary import Row, Summary
 from apollo_qn.diagnostics import TensorDiagnostics
 
@@ -37,16 +38,13 @@ def curvature(summary: Summary) -> list[FigureFile]:
     for axes, (title, measured) in zip(panels, _CURVATURES.items(), strict=True):
         for row in rows:
             found = _measured_over_time(row, measured)
-            if not found:
+            if found.empty:
                 continue
-            times, means = list(found), [value.mean for value in found.values()]
             line = LINES[schedules.index(row.schedule) % len(LINES)]
             label = f"{row.label}, {row.schedule}" if len(schedules) > 1 else row.label
             color = style_of(row.name).color
-            axes.plot(times, means, color=color, linestyle=line, linewidth=1.8, label=label)
-            spreads = [(value.mean, value.std or 0.0) for value in found.values()]
-            low, high = [x - std for x, std in spreads], [x + std for x, std in spreads]
-            axes.fill_between(times, low, high, color=color, alpha=0.15, linewidth=0)
+            axes.plot(found["mean"], color=color, linestyle=line, linewidth=1.8, label=label)
+            draw_band(axes, found, color)
         axes.set_title(title)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         if measured is _step_ratio and axes.lines:
@@ -86,12 +84,13 @@ _CURVATURES: dict[str, Callable[[TensorDiagnostics], float]] = {
 
 def _measured_over_time(
     row: Row, measured: Callable[[TensorDiagnostics], float]
-) -> dict[float, SampleStats]:
-    values: dict[float, list[float]] = {}
-    for run in row.runs:
-        for one in run.curvature:
-            value = measured(one.tensors)
-            if math.isfinite(value):
-                at = one.epoch if unit(row) == "epoch" else one.step
-                values.setdefault(at, []).append(value)
-    return spreads(values)
+) -> pandas.DataFrame:
+    """Return mean and standard deviation over the runs of what is measured and finite."""
+    by_epoch = unit(row) == "epoch"
+    points = [
+        (one.epoch if by_epoch else one.step, value)
+        for run in row.runs
+        for one in run.curvature
+        if math.isfinite(value := measured(one.tensors))
+    ]
+    return stats_over_time([time for time, _ in points], [value for _, value in points])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import pandas
 from matplotlib import colors
 
 from apollo_bench.optimizers.plot_style import style_of
@@ -132,29 +132,32 @@ def _scaled(title: str, curves: list[Curve], rises: bool) -> Figure:
 
 def _curve(row: Row, key: str, records: Callable[[Run], list[Record]]) -> Curve:
     """Return means over seeds and the runs of an optimizer, by updates, epochs and seconds."""
-    runs = {
-        run.spec.seed: [record for record in records(run) if _is_finite(record.get(key))]
-        for run in row.runs
-    }
-    by_step: dict[int, list[Record]] = {}
-    for one in runs.values():
-        for record in one:
-            by_step.setdefault(record["step"], []).append(record)
-    ends = [one[-1]["step"] for one in runs.values() if one]
+    table = pandas.DataFrame(
+        [
+            (run.spec.seed, line["step"], line["epoch"], line["time"]["seconds"], line[key])
+            for run in row.runs
+            for line in records(run)
+            if _is_finite(line.get(key))
+        ],
+        columns=["seed", "step", "epoch", "seconds", "value"],
+    )
+    by_step = table.groupby("step")
+    means = by_step.agg({"epoch": "first", "seconds": "mean"})
+    means[["mean", "std", "count"]] = by_step["value"].agg(["mean", "std", "count"])
     # only where all runs that came so far have a record: other runs would make the mean jump
-    common = [
-        found
-        for step, found in sorted(by_step.items())
-        if len(found) == sum(end >= step for end in ends)
-    ]
+    ends = table.groupby("seed")["step"].max()
+    common = means["count"] == [(ends >= step).sum() for step in means.index]
+    means = means[common].reset_index()
+    seeds = table.groupby("seed", sort=False) if len(row.runs) > 1 else []
     return {
         **_line_style(row.name),
-        **_times([_mean_time(found) for found in common]),
-        **_spread([[record[key] for record in found] for found in common]),
+        **_times(means),
+        "mean": _shortened(means["mean"]),
+        "std": _shortened(means["std"].fillna(0.0)),
+        "count": means["count"].tolist(),
         "seeds": [
-            {"seed": seed, **_times(one), "value": [_short(record[key]) for record in one]}
-            for seed, one in runs.items()
-            if one and len(runs) > 1
+            {"seed": int(seed), **_times(run), "value": _shortened(run["value"])}
+            for seed, run in seeds
         ],
     }
 
@@ -163,28 +166,16 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _mean_time(found: list[Record]) -> Record:
-    """Return a record for several runs at the same update, with their mean time."""
-    seconds = statistics.fmean(record["time"]["seconds"] for record in found)
-    return {**found[0], "time": {"seconds": seconds}}
-
-
-def _times(records: Iterable[Record]) -> Curve:
-    records = list(records)
+def _times(table: pandas.DataFrame) -> Curve:
     return {
-        "updates": [int(record["step"]) for record in records],
-        "epochs": [_short(record["epoch"]) for record in records],
-        "seconds": [_short(record["time"]["seconds"]) for record in records],
+        "updates": table["step"].tolist(),
+        "epochs": _shortened(table["epoch"]),
+        "seconds": _shortened(table["seconds"]),
     }
 
 
-def _spread(values: list[list[float]]) -> Curve:
-    stds = [statistics.stdev(found) if len(found) > 1 else 0.0 for found in values]
-    return {
-        "mean": [_short(statistics.fmean(found)) for found in values],
-        "std": [_short(std) for std in stds],
-        "count": [len(found) for found in values],
-    }
+def _shortened(values: pandas.Series) -> list[float]:
+    return [_short(value) for value in values]
 
 
 def _over_settings(summary: Summary, section: ScheduleSection) -> list[Figure]:

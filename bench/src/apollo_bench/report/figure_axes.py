@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import io
-import statistics
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import matplotlib.colors
 import matplotlib.ticker
+import pandas
 from matplotlib.figure import Figure
 
-from apollo_bench.report.statistics import SampleStats
+from apollo_bench.report.statistics import stats_over_time
 from apollo_bench.report.summary import Row
 
 BAND = "band: ± one standard deviation over seeds"
-
-
-_FEW = 5  # points; a shorter curve is shown whole
-
-
 LINES = ("-", "--", "-.", ":")
+_FEW = 5  # points; a shorter curve is shown whole
 
 
 class FigureFile(NamedTuple):
@@ -37,25 +33,17 @@ def unit(row: Row) -> str:
     return row.runs[0].spec.train.schedule.unit
 
 
-def over_time(row: Row, metric: str) -> dict[float, SampleStats]:
+def over_time(row: Row, metric: str) -> pandas.DataFrame:
     """Return mean and standard deviation over the runs at each evaluation, by epoch or update."""
     time = "epoch" if unit(row) == "epoch" else "step"
-    values: dict[float, list[float]] = {}
-    for run in row.runs:
-        for line in run.evaluations:
-            if line.get(metric) is not None:
-                values.setdefault(line[time], []).append(line[metric])
-    return spreads(values)
+    lines = [line for run in row.runs for line in run.evaluations if line.get(metric) is not None]
+    return stats_over_time([line[time] for line in lines], [line[metric] for line in lines])
 
 
-def spreads(values: dict[float, list[float]]) -> dict[float, SampleStats]:
-    """Return mean and standard deviation of the values at each time, in order of time."""
-    return {
-        at: SampleStats(
-            statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None, len(found)
-        )
-        for at, found in sorted(values.items())
-    }
+def draw_band(axes: Any, found: pandas.DataFrame, color: str) -> None:
+    """Fill the area of one standard deviation around a mean over time."""
+    low, high = found["mean"] - found["std"], found["mean"] + found["std"]
+    axes.fill_between(found.index, low, high, color=color, alpha=0.15, linewidth=0)
 
 
 class Scale:
@@ -67,10 +55,12 @@ class Scale:
         self._late: list[float] = []  # lower ends of the bands in the second half of the curves
         self._top = 0.0  # of the bands
 
-    def include(self, means: list[float], low: list[float], high: list[float]) -> None:
-        """Take a curve and its band into account."""
-        self._values += means
-        self._top = max(self._top, *high)
+    def include(self, found: pandas.DataFrame, band: bool = True) -> None:
+        """Take a mean over time into account, and its band where one is drawn."""
+        std = found["std"] if band else 0.0
+        self._values += found["mean"].tolist()
+        self._top = max(self._top, (found["mean"] + std).max())
+        low = (found["mean"] - std).tolist()
         self._late += low[len(low) // 2 :] if len(low) > _FEW else low
 
     def set(self) -> None:

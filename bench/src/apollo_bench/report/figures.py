@@ -16,6 +16,7 @@ from apollo_bench.report.figure_axes import (
     BAND,
     FigureFile,
     Scale,
+    draw_band,
     mark_empty,
     over_time,
     picture,
@@ -76,19 +77,15 @@ def _curves_by_schedule(summary: Summary, metric: str, label: str) -> Figure:
         scale = Scale(axes, metric == summary.curve.name and summary.curve.higher_is_better)
         for row in section.rows:
             found = over_time(row, metric)
-            if not found:
+            if found.empty:
                 continue
             color, marker = style_of(row.name).color, style_of(row.name).marker
-            every = max(1, len(found) // 12)
-            times, means = list(found), [value.mean for value in found.values()]
             axes.plot(
-                times, means, color=color, marker=marker, markevery=every, markersize=5,
-                linewidth=1.8, label=row.label,
+                found["mean"], color=color, marker=marker, markevery=max(1, len(found) // 12),
+                markersize=5, linewidth=1.8, label=row.label,
             )  # fmt: skip
-            low = [value.mean - (value.std or 0.0) for value in found.values()]
-            high = [value.mean + (value.std or 0.0) for value in found.values()]
-            axes.fill_between(times, low, high, color=color, alpha=0.15, linewidth=0)
-            scale.include(means, low, high)
+            draw_band(axes, found, color)
+            scale.include(found)
         if len(sections) > 1:
             axes.set_title(f"{section.schedule} schedule")
         axes.set_xlabel(unit(section.rows[0]))

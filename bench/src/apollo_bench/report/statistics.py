@@ -1,12 +1,17 @@
-"""Statistics over seeds: mean, standard deviation, paired differences."""
+"""Statistics over seeds: mean, standard deviation, paired differences.
+
+Sums of tables are exact (``statistics``), so that no digit depends on the order of the runs.
+Curves come from pandas, whose sums are not.
+"""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy
+import pandas
 from scipy import stats
 
 
@@ -36,6 +41,19 @@ def sample_stats(values: Iterable[float | None]) -> SampleStats | None:
         return None
     std = statistics.stdev(known) if len(known) > 1 else None
     return SampleStats(statistics.fmean(known), std, len(known))
+
+
+def stats_over_time(times: Sequence[float], values: Sequence[float]) -> pandas.DataFrame:
+    """Return columns ``mean``, ``std`` and ``count`` of the values at each time, in order of time.
+
+    ``std`` is 0 for one value.
+
+    Example:
+        >>> stats_over_time([1, 2, 1], [3.0, 5.0, 4.0])["mean"].to_dict()
+        {1: 3.5, 2: 5.0}
+    """
+    by_time = pandas.Series(values, times, dtype=float).groupby(level=0)
+    return by_time.agg(["mean", "std", "count"]).fillna({"std": 0.0})
 
 
 @dataclass(frozen=True)

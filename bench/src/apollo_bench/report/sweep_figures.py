@@ -136,14 +136,13 @@ def _curves_by_value(summary: Summary, section: ScheduleSection) -> Figure:
             own_rows = [row for row in section.rows if row.name == name]
             for index, row in enumerate(own_rows):
                 found = over_time(row, key)
-                if not found:
+                if found.empty:
                     continue
-                means = [value.mean for value in found.values()]
                 axes.plot(
-                    list(found), means, linewidth=1.8, linestyle=LINES[index % len(LINES)],
+                    found["mean"], linewidth=1.8, linestyle=LINES[index % len(LINES)],
                     color=_shade(style_of(name).color, index, len(own_rows)), label=_value(row),
                 )  # fmt: skip
-                scale.include(means, means, means)
+                scale.include(found, band=False)
             if line == 0:
                 axes.set_title(style_of(name).label)
             else:
