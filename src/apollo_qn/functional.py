@@ -9,10 +9,16 @@ from torch import Tensor
 from apollo_qn import advice
 from apollo_qn import rounding as storage
 from apollo_qn.backends.base import TensorLists
-from apollo_qn.hyperparameters import Hyperparameters, Rebound, Scalar, warmup_start
+from apollo_qn.hyperparameters import (
+    Hyperparameters,
+    Rebound,
+    Scalar,
+    check_ranges,
+    warmup_start,
+)
 from apollo_qn.plan import Backends, execute, prepare
 from apollo_qn.rounding import Rounding
-from apollo_qn.validation import check_length, check_rounding, required_list
+from apollo_qn.validation import check_length, required_list
 
 
 @partial(advice.advises, advice=advice.FUNCTIONAL, name="apollo")
@@ -82,7 +88,7 @@ def apollo(
         tensor([0.9500, 0.9500, 0.9500])
     """
     seed = 0 if seed is None else seed
-    check_rounding(rounding, seed)
+    check_ranges({"rounding": rounding, "seed": seed})
     h = Hyperparameters(
         lr=lr,
         beta=beta,

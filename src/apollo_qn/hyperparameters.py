@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from apollo_qn.rounding import Rounding
+from apollo_qn.rounding import ROUNDINGS, Rounding
 
 Scalar: TypeAlias = "float | Tensor"  # a Python number, or a tensor that is not read on the host
 Rebound = Literal["constant", "belief"]
@@ -190,15 +190,34 @@ def warmup_start(warmup_init_lr: float | None, base_lr: Scalar) -> float:
     return warmup_init_lr / float(base_lr) if warmup_init_lr else 0.0  # avoids 0 / 0 if lr is 0
 
 
-_NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "a finite number >= 0")
+def _is_number(x: object) -> bool:
+    return isinstance(x, Real) and not isinstance(x, bool)
+
+
+_NOT_NEGATIVE = (lambda x: _is_number(x) and 0 <= x < math.inf, "a finite number >= 0")
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lr": _NOT_NEGATIVE,
-    "beta": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "beta": (lambda x: _is_number(x) and 0 <= x < 1, "in [0, 1)"),
     "eps": _NOT_NEGATIVE,
-    "sigma": (lambda x: 0 < x < math.inf, "a finite number > 0"),
+    "sigma": (lambda x: _is_number(x) and 0 < x < math.inf, "a finite number > 0"),
     "weight_decay": _NOT_NEGATIVE,
-    "warmup_steps": (lambda x: 0 <= x < math.inf and x == int(x), "a whole number >= 0"),
-    "warmup_init_lr": (lambda x: 0 <= x < math.inf, "None or a finite number >= 0"),
+    "warmup_steps": (
+        lambda x: _is_number(x) and 0 <= x < math.inf and x == int(x),
+        "a whole number >= 0",
+    ),
+    "warmup_init_lr": (
+        lambda x: x is None or (_is_number(x) and 0 <= x < math.inf),
+        "None or a finite number >= 0",
+    ),
+    "rebound": (lambda x: x in ("constant", "belief"), "'constant' or 'belief'"),
+    "rounding": (
+        lambda x: x in (None, *ROUNDINGS),
+        "None, 'nearest', 'stochastic' or 'kahan'",
+    ),
+    "seed": (
+        lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 1 << 64,
+        "a whole number in [0, 2**64)",
+    ),
 }
 
 
@@ -206,21 +225,16 @@ def check_ranges(given: Mapping[str, Any], lr: str = "lr") -> None:
     """Raise ValueError for the first hyperparameter that is out of its range.
 
     Args:
-        given: hyperparameters by name. Missing names are skipped, and so is None if it is allowed.
+        given: hyperparameters by name; missing names are skipped.
         lr: name of the learning rate in ``given``.
     """
     for known, (holds, what) in _RANGES.items():
         name = lr if known == "lr" else known
-        if name not in given or (known == "warmup_init_lr" and given[name] is None):
-            continue
-        value = given[name]
-        if isinstance(value, bool) or not isinstance(value, Real) or not holds(value):
-            raise ValueError(f"{name} must be {what}, got {value!r}")
+        if name in given and not holds(given[name]):
+            raise ValueError(f"{name} must be {what}, got {given[name]!r}")
     if given.get(lr) == 0 and (given.get("warmup_init_lr") or 0) > 0:
         raise ValueError(
             f"warmup_init_lr must be None or 0 where {lr} is 0, got {given['warmup_init_lr']!r}"
         )
-    if given["rebound"] not in ("constant", "belief"):
-        raise ValueError(f"rebound must be 'constant' or 'belief', got {given['rebound']!r}")
-    if given["rebound"] == "belief" and given.get("eps") == 0:
+    if given.get("rebound") == "belief" and given.get("eps") == 0:
         raise ValueError("eps must be > 0 with rebound='belief', got 0")

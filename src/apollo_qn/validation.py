@@ -14,7 +14,6 @@ from apollo_qn.backends import cpu, triton
 from apollo_qn.backends.base import TensorLists
 from apollo_qn.distributed import Group
 from apollo_qn.hyperparameters import Hyperparameters, check_ranges, number
-from apollo_qn.rounding import Rounding
 from apollo_qn.state import dtype_name
 
 
@@ -147,17 +146,6 @@ def check_back_end_choice(foreach: bool | None, fused: bool | None, differentiab
         )
 
 
-def check_rounding(rounding: Rounding | None, seed: int) -> None:
-    """Raise ValueError for an unknown rounding or a seed out of its range."""
-    if rounding not in (None, *storage.ROUNDINGS):
-        raise ValueError(
-            f"rounding must be None, 'nearest', 'stochastic' or 'kahan', got {rounding!r}"
-        )
-    is_integer = isinstance(seed, int) and not isinstance(seed, bool)
-    if not is_integer or not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed must be a whole number in [0, 2**64), got {seed!r}")
-
-
 def check_settings(given: dict[str, Any]) -> None:
     """Raise ValueError for the first invalid setting of a group."""
     numbers = dict(given)
@@ -179,7 +167,7 @@ def check_settings(given: dict[str, Any]) -> None:
 
 def check_storage(given: dict[str, Any], params: Iterable[Any] = ()) -> None:
     """Raise ValueError for a rounding, seed or state_dtype that is unknown or does not fit."""
-    check_rounding(given["rounding"], given["seed"])
+    check_ranges({name: given[name] for name in ("rounding", "seed")})
     chosen = dtype_name(given["state_dtype"])
     if chosen not in (None, "bfloat16"):
         raise ValueError(
