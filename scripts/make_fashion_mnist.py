@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
-import io
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from reproducible_gzip import compress
 
 Bytes = NDArray[np.uint8]
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,11 +67,9 @@ def read(path: Path, header: int) -> tuple[bytes, Bytes]:
 
 
 def write(path: Path, header: bytes, count: int, values: Bytes) -> None:
-    buffer = io.BytesIO()
-    # mtime and file name are part of a gzip header: fixed, so that the bytes are reproducible
-    with gzip.GzipFile(filename="", fileobj=buffer, mode="wb", compresslevel=9, mtime=0) as file:
-        file.write(header[:4] + count.to_bytes(4, "big") + header[8:] + values.tobytes())
-    path.write_bytes(buffer.getvalue())
+    path.write_bytes(
+        compress(header[:4] + count.to_bytes(4, "big") + header[8:] + values.tobytes())
+    )
 
 
 def main() -> None:

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import gzip
 import hashlib
-import io
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any, Literal
 
 from babel import dates, numbers, units
 from num2words import num2words  # type: ignore[import-untyped]
+from reproducible_gzip import compress_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "bench/src/apollo_bench/workloads/translation/embedded/phrases"
@@ -388,14 +387,6 @@ def make(sizes: dict[str, int]) -> dict[str, list[Pair]]:
     return {split: splits[split] for split in sizes}
 
 
-def zipped(lines: list[str]) -> bytes:
-    buffer = io.BytesIO()
-    # mtime and file name are part of a gzip header: fixed, so that the bytes are reproducible
-    with gzip.GzipFile(filename="", fileobj=buffer, mode="wb", compresslevel=9, mtime=0) as file:
-        file.write("".join(f"{line}\n" for line in lines).encode())
-    return buffer.getvalue()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", type=Path, default=TARGET)
@@ -404,7 +395,7 @@ def main() -> None:
     sums = {}
     for split, pairs in make(SIZES).items():
         for language, lines in zip(LANGUAGES, zip(*pairs, strict=True), strict=True):
-            content = zipped(list(lines))
+            content = compress_lines(lines)
             name = f"{split}.{language}.gz"
             (target / name).write_bytes(content)
             sums[name] = hashlib.sha256(content).hexdigest()

@@ -15,11 +15,11 @@ writes every sentence, also those that the repository has no room for.
 from __future__ import annotations
 
 import argparse
-import gzip
 import hashlib
-import io
 import re
 from pathlib import Path
+
+from reproducible_gzip import compress_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "bench/src/apollo_bench/workloads/language_modeling/embedded/wordnet"
@@ -88,14 +88,6 @@ def order(sentence: str) -> bytes:
     return hashlib.sha256(f"{SEED}\n{sentence}".encode()).digest()
 
 
-def compressed(lines: list[str]) -> bytes:
-    buffer = io.BytesIO()
-    # mtime and file name are part of a gzip header: fixed, so that the bytes are reproducible
-    with gzip.GzipFile(filename="", fileobj=buffer, mode="wb", compresslevel=9, mtime=0) as file:
-        file.write("".join(f"{line}\n" for line in lines).encode())
-    return buffer.getvalue()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--source", type=Path, default=SOURCE)
@@ -117,7 +109,7 @@ def main() -> None:
     texts["train"] = shuffled[first : None if arguments.whole else first + EMBEDDED]
     sums = []
     for name in sorted(texts):
-        content = compressed(texts[name])
+        content = compress_lines(texts[name])
         (arguments.target / f"wordnet_{name}.txt.gz").write_bytes(content)
         sums.append(f"{hashlib.sha256(content).hexdigest()}  wordnet_{name}.txt.gz\n")
     (arguments.target / "SHA256SUMS").write_text("".join(sums))
