@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from apollo_bench.cli import app
 from apollo_bench.errors import ExperimentError
 from apollo_bench.steptime import candidates, measurement, parameter_sets, presentation, timing
-from apollo_bench.steptime.candidates import CANDIDATES, PEER, RULE, Candidate
+from apollo_bench.steptime.candidates import CANDIDATES, PEER, REFERENCE, Candidate
 from apollo_bench.steptime.measurement import SetResult, Timings
 from bench.tests.helpers import PATIENCE
 
@@ -117,11 +117,14 @@ def test_a_timer_counts_milliseconds() -> None:
 def test_ratios_are_of_the_same_round() -> None:
     # a disturbance of all in the second round leaves the ratio alone
     assert taken("a", [2.0, 20.0, 2.2, 2.0], [1.0, 10.0, 1.0, 1.0]).ratio == 2.0
-    peer, rule = taken(PEER, [1.0, 1.0], [1.0, 1.0]), taken(RULE, [12.0, 14.0], [1.0, 1.0])
-    result = SetResult("set", "Set", 1, 1000, 4, [10.0], [peer, rule])
-    assert result.faster_than_rule(peer) == 13.0
+    peer, reference = (
+        taken(PEER, [1.0, 1.0], [1.0, 1.0]),
+        taken(REFERENCE, [12.0, 14.0], [1.0, 1.0]),
+    )
+    result = SetResult("set", "Set", 1, 1000, 4, [10.0], [peer, reference])
+    assert result.speedup_over_reference(peer) == 13.0
     assert result.bandwidth(peer) == 7 * 1000 * 4 / 1e-3
-    assert SetResult("set", "Set", 1, 1000, 4, [10.0], [peer]).faster_than_rule(peer) is None
+    assert SetResult("set", "Set", 1, 1000, 4, [10.0], [peer]).speedup_over_reference(peer) is None
 
 
 def test_the_slow_take_part_in_the_first_rounds_only() -> None:
@@ -213,7 +216,7 @@ def test_the_command_writes_its_files(tmp_path: Path) -> None:
     assert [found["name"] for found in record["sets"]] == ["many-tensors/100", "one-tensor/1000"]
     for found in record["sets"]:
         by_name = {t["name"]: t for t in found["taken"]}
-        assert {PEER, RULE, "Apollo foreach"} <= by_name.keys()
+        assert {PEER, REFERENCE, "Apollo foreach"} <= by_name.keys()
         assert len(by_name[PEER]["times"]) == 2
         assert by_name["Apollo foreach"]["state_bytes"] >= 8 * found["parameters"]
     assert record["command"].startswith("apollo-bench steptime --sets")

@@ -18,7 +18,7 @@ from apollo_qn import Apollo, ApolloW
 Make: TypeAlias = Callable[[list[nn.Parameter]], Optimizer]
 
 PEER = "AdamW fused"
-RULE = "Apollo rule"
+REFERENCE = "Apollo reference"
 COMPILED = "AdamW compiled"
 _MAX_COMPILED = 1000  # tensors; the compiler unrolls the loop over them
 
@@ -80,7 +80,7 @@ CANDIDATES = {
         *_torch("adam", torch.optim.AdamW, 7, True),
         Candidate(COMPILED, "adam", 7, _compiled_adamw),
         *_torch("radam", torch.optim.RAdam, 7, False),
-        _apollo(RULE, foreach=False, fused=False),
+        _apollo(REFERENCE, foreach=False, fused=False),
         _apollo("Apollo foreach", foreach=True),
         _apollo("Apollo fused", fused=True),
         _apollo("Apollo fused L2", fused=True, weight_decay=5e-4),
@@ -92,7 +92,7 @@ CANDIDATES = {
 
 
 def choose_candidates(names: list[str] | None, device: str = "cpu") -> list[Candidate]:
-    """Return the named candidates and always the reference; None: all that are installed.
+    """Return the named candidates and always ``PEER``; None: all that are installed.
 
     On a CPU the compiled one must be named, because it takes minutes to compile.
 

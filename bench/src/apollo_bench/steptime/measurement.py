@@ -15,7 +15,7 @@ from torch.optim.optimizer import Optimizer
 
 from apollo_bench.errors import ExperimentError
 from apollo_bench.progress_callback import ProgressCallback
-from apollo_bench.steptime.candidates import PEER, RULE, Candidate
+from apollo_bench.steptime.candidates import PEER, REFERENCE, Candidate
 from apollo_bench.steptime.parameter_sets import ParameterSet, numel
 from apollo_bench.steptime.timing import CPU_TIMER, CpuTimer
 
@@ -107,10 +107,10 @@ class SetResult:
             moved += self.parameters * self.element_bytes + (timings.state_bytes or states)
         return moved / (timings.milliseconds / 1e3)
 
-    def faster_than_rule(self, timings: Timings) -> float | None:
-        """Return the speedup over a Python loop of the rule; None if that was not measured."""
-        rule = next((t for t in self.taken if t.name == RULE and t.times), None)
-        return None if rule is None else rule.milliseconds / timings.milliseconds
+    def speedup_over_reference(self, timings: Timings) -> float | None:
+        """Return the speedup over the reference back end; None if that was not measured."""
+        found = [t for t in self.taken if t.name == REFERENCE and t.times]
+        return found[0].milliseconds / timings.milliseconds if found else None
 
     def as_record(self) -> dict[str, Any]:
         """Return the result for JSON."""

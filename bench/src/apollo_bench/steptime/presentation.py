@@ -20,7 +20,7 @@ HEADINGS = (
     "step, ms",
     "quartiles",
     f"/ {PEER}",
-    "speedup over the rule",
+    "speedup over the reference",
     "share of a copy's bandwidth",
     "state, bytes per parameter",
     "growth in a step, MB",
@@ -48,7 +48,7 @@ def cells(result: SetResult, timings: Timings) -> list[str]:
             *[""] * (len(HEADINGS) - 1),
         ]
     low, high = timings.quartiles
-    faster = result.faster_than_rule(timings)
+    faster = result.speedup_over_reference(timings)
     state, peak = timings.state_bytes, timings.peak_bytes
     return [
         timings.name,
