@@ -49,6 +49,7 @@ def prepare(
         from apollo_bench.config import recipe
         from apollo_bench.launch.progress import counter
         from apollo_bench.workloads.preparation import PREPARERS, PrepareOptions
+        from apollo_bench.workloads.translation.translation_settings import SentencePairData
 
         if task not in PREPARERS:
             raise ExperimentError(
@@ -56,8 +57,9 @@ def prepare(
                 "preparation"
             )
         folder = out or Path("data") / task
-        if subwords is None:
-            subwords = getattr(recipe.load(task).data, "subwords", None)
+        data = recipe.load(task).data
+        if subwords is None and isinstance(data, SentencePairData):
+            subwords = data.subwords
         try:
             with raise_interrupts(), counter(Console(stderr=True)) as report_progress:
                 prepared = PREPARERS[task](
