@@ -104,7 +104,7 @@ def train(spec: RunSpec, dtype: torch.dtype, settings: dict[str, Any]) -> dict[s
         losses.append(loss.item())
     model.eval()
     with torch.no_grad():
-        perplexity = task.metrics(task.tally(model))[task.curve.name]
+        perplexity = task.metrics(task.evaluate(model))[task.monitored.name]
     return {
         "train": statistics.fmean(losses[-steps // 8 :]),
         "valid": math.log(perplexity),

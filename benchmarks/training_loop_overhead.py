@@ -47,7 +47,7 @@ def train_minimal(spec: RunSpec, task: Workload) -> None:
             schedule.step()
         model.eval()
         with torch.no_grad():
-            task.metrics(task.tally(model))
+            task.metrics(task.evaluate(model))
 
 
 def main() -> None:

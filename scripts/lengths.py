@@ -72,7 +72,7 @@ def chosen(task: str, length: str, results: Path = RESULTS) -> Recipe:
     plan = recipe.load(str(results / task / f"length-{length}.toml"))
     folder = results / task / f"length-{SEARCHED[length]}-tuning"
     runs = loading.load_runs([folder])
-    sign = 1 if FAMILIES[task].curve.higher_is_better else -1
+    sign = 1 if FAMILIES[task].monitored.higher_is_better else -1
     best: dict[str, tuple[float, str, float]] = {}
     for name in plan.optimizers:
         trials = [run for run in runs if run.spec.name == name]

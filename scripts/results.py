@@ -128,7 +128,9 @@ def check_lengths() -> Iterator[str]:
         except ExperimentError as error:
             yield f"{name}: {error}"
         final = FAMILIES[task].final.name
-        seen = final != FAMILIES[task].curve.name and any(final in r.result for r in summary.runs)
+        seen = final != FAMILIES[task].monitored.name and any(
+            final in r.result for r in summary.runs
+        )
         if name.endswith("-tuning") and seen:
             yield f"{name}: has seen the test data"
         data.setdefault(task, set()).update(
@@ -199,7 +201,7 @@ def protocol(task: str, plan: str) -> Iterator[str]:
     optimizers = list(known.optimizers)
     yield from differences(search, searched, trials.make_trials(held_out, optimizers))
     final = FAMILIES[task].final.name
-    if final != FAMILIES[task].curve.name and any(final in run.result for run in searched.runs):
+    if final != FAMILIES[task].monitored.name and any(final in run.result for run in searched.runs):
         yield f"{search}: has seen the test data"
     made = best_trials.apply_best_settings(known, RESULTS / search, optimizers)
     yield from differences(compared, summary_of(compared), made.runs(optimizers))

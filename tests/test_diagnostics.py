@@ -284,11 +284,11 @@ def test_several_tensors_as_one() -> None:
     optimizer = Apollo(params, lr=LR, warmup_steps=0)
     run_steps(optimizer, range(4))
     give_gradients(params, 4)
-    before = joined(optimizer, params)
+    before = concatenated(optimizer, params)
     coming = diagnostics.coming_corrections(optimizer)
     old = torch.cat([p.detach().flatten() for p in params])
     optimizer.step()
-    B = joined(optimizer, params)
+    B = concatenated(optimizer, params)
     theta = torch.cat([p.detach().flatten() for p in params])
     one = diagnostics.overall(diagnostics.measure(optimizer, coming))
     assert (one.name, one.numel, one.step, one.lr, one.threshold) == ("all", len(B), 5, LR, 1.0)
@@ -310,7 +310,7 @@ def test_several_tensors_as_one() -> None:
         diagnostics.overall([])
 
 
-def joined(optimizer: Apollo, params: list[nn.Parameter]) -> Tensor:
+def concatenated(optimizer: Apollo, params: list[nn.Parameter]) -> Tensor:
     return torch.cat([optimizer.state[p]["hessian_diag"].flatten() for p in params])
 
 

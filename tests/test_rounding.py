@@ -191,11 +191,11 @@ def test_high_and_low_are_the_value(dtype: torch.dtype) -> None:
     high, low = rounding.split(x, dtype)
     assert same(high, x.to(dtype))
     eps = torch.finfo(dtype).eps
-    error = (rounding.joined(high, low, torch.float32) - x).abs()
+    error = (rounding.join(high, low, torch.float32) - x).abs()
     assert (error <= x.abs() * eps**2 / 4 + torch.finfo(dtype).smallest_normal * eps / 2).all()
     # and again: nothing is lost any more
-    both = rounding.joined(high, low, torch.float32)
-    again = rounding.joined(*rounding.split(both, dtype), torch.float32)
+    both = rounding.join(high, low, torch.float32)
+    again = rounding.join(*rounding.split(both, dtype), torch.float32)
     assert same(both, again)
     high, low = rounding.split(torch.tensor([math.inf, -math.inf, math.nan]), dtype)
     assert not high.isfinite().any()

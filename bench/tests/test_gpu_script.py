@@ -70,7 +70,7 @@ def test_a_part_that_takes_too_long_is_ended(script: Any, tmp_path: Path) -> Non
 
 
 def test_verdicts(script: Any, tmp_path: Path) -> None:
-    row = {"name": script.MINE, "ratio": 1.2, "speedup over the rule": 12.0}
+    row = {"name": script.MINE, "ratio": 1.2, "speedup over the reference": 12.0}
     about = {"element_bytes": 4, "parameters": 1_300_000_000, "copy, GB/s": 4000.0}
     window = {"window": 1e9, "milliseconds": 14.5}  # 52 GB in 14.5 ms: 3,586 GB/s
     for name in ("transformer-base", "decoder-1.3b"):

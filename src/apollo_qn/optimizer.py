@@ -20,8 +20,8 @@ from apollo_qn.rounding import Rounding
 from apollo_qn.seeds import DefaultSeed
 from apollo_qn.state import (
     NewState,
+    add_missing_state,
     compensations_of,
-    complete,
     dtype_name,
     follow_state_dtype,
     hyperparameters,
@@ -395,7 +395,7 @@ class Apollo(Optimizer):
             except KeyError:
                 with torch.inference_mode(False):  # later steps may run outside of this mode
                     for p, state in zip(params, states, strict=True):
-                        complete(state, p, group, new)
+                        add_missing_state(state, p, group, new)
                 column[:] = map(itemgetter(name), states)
         follow_state_dtype(group, params, states, exp_avgs, hessian_diags)
         if group["rounding"] == "kahan":

@@ -135,7 +135,7 @@ def low_half(random: Tensor) -> Tensor:
     return (random << 16) & _MASK
 
 
-def joined(high: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
+def join(high: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the sum of a parameter and its compensation, which is exact in float32."""
     return high.to(dtype) + low.to(dtype)
 

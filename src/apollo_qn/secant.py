@@ -32,8 +32,8 @@ class Sums:
         return Sums(self.scale[i], self.q4[i], self.k[i], largest)
 
     @classmethod
-    def joined(cls, sums: Sequence[Sums], join: Callable[[list[Tensor]], Tensor]) -> Sums:
-        """Join the sums of many tensors; ``join`` is ``torch.cat`` or ``torch.stack``."""
+    def concatenate(cls, sums: Sequence[Sums], join: Callable[[list[Tensor]], Tensor]) -> Sums:
+        """Concatenate the sums of many tensors; ``join`` is ``torch.cat`` or ``torch.stack``."""
         largest = [one.largest for one in sums if one.largest is not None]
         return cls(
             join([one.scale for one in sums]),

@@ -81,7 +81,9 @@ class NewState:
             state.pop(p, None)
 
 
-def complete(state: dict[str, Any], p: Tensor, group: dict[str, Any], new: NewState | None) -> None:
+def add_missing_state(
+    state: dict[str, Any], p: Tensor, group: dict[str, Any], new: NewState | None
+) -> None:
     """Add the missing entries to a parameter's state; leave the others unchanged."""
     before = set(state)
     if not before.issuperset(("step", *TENSORS)):

@@ -62,7 +62,7 @@ class Shards:
         batches = [Batch(lists.select([i]), self.h, s) for i in range(len(lists))]
         if self.t % 2:
             batches = [Batch(lists, self.h, s)]
-        sums = Sums.joined(back_end.measure(batches), torch.cat).merged()
+        sums = Sums.concatenate(back_end.measure(batches), torch.cat).merged()
         assert sums.largest is None or self.h.belief
         added = [
             Sums.from_table(self.power_of_2(sums).expand(len(batch.tensors), 4), self.h.belief)

@@ -23,7 +23,9 @@ def state(
     name: str, task: str = "fashion-mnist", status: Status = "waiting", steps: int = 1000
 ) -> RunState:
     spec = recipe.load(task).run("sgd", 1)
-    run = RunState(RunDirectory(Path(name)), spec, steps, tasks.TASKS[task].curve, "words", 32.0)
+    run = RunState(
+        RunDirectory(Path(name)), spec, steps, tasks.TASKS[task].monitored, "words", 32.0
+    )
     run.status = status
     return run
 

@@ -37,7 +37,7 @@ REACHED = {
 
 def write_runs(folder: Path, task: str, reached: dict[str, list[int | None]]) -> None:
     """Finished runs with an evaluation every 100 updates; a run is good from ``reached`` on."""
-    plan, metric = recipe.load(task), TASKS[task].curve
+    plan, metric = recipe.load(task), TASKS[task].monitored
     good, bad = (90.0, 50.0) if metric.higher_is_better else (5.0, 9.0)
     for name, numbers in reached.items():
         for seed, number in enumerate(numbers, 1):

@@ -117,7 +117,7 @@ def test_the_best_weights_are_kept(recipe_file: Path, tmp_path: Path) -> None:
     network.load_state_dict(best["model"])
     network.eval()
     with torch.no_grad():
-        assert task.metrics(task.tally(network))["accuracy"] == best["accuracy"]
+        assert task.metrics(task.evaluate(network))["accuracy"] == best["accuracy"]
 
 
 def shown_by_tensorboard(directory: RunDirectory) -> dict[str, list[tuple[int, float]]]:
@@ -198,16 +198,16 @@ def test_an_interrupted_evaluation_costs_no_training(
     whole, task = prepared(tmp_path / "whole", spec)
     train(whole, spec, task)
     broken, task = prepared(tmp_path / "broken", spec)
-    tally = type(task).tally
+    evaluate = type(task).evaluate
     for place in (1, 2):  # in each epoch's evaluation
         left = iter([True] * (place - 1))
 
         def fail(self: Any, *arguments: Any, left: Any = left) -> Any:
             if next(left, False):
-                return tally(self, *arguments)
+                return evaluate(self, *arguments)
             raise InterruptedHereError
 
-        monkeypatch.setattr(type(task), "tally", fail)
+        monkeypatch.setattr(type(task), "evaluate", fail)
         with pytest.raises(InterruptedHereError):
             train(broken, spec, task)
         state = torch.load(broken.checkpoint, weights_only=True)

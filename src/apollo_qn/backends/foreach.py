@@ -70,7 +70,7 @@ class Foreach(Backend):
                 found.append(_measure(self._gathered(part)[0], part.h, s)[0])
             else:
                 found.append(_measured_in_blocks(part, flat, s, limit))
-        return Sums.joined(found, torch.cat)
+        return Sums.concatenate(found, torch.cat)
 
     def _workspace(self, batch: Batch, matrices: int) -> tuple[RowLayout, Tensor]:
         """Return the layout of a batch, and zeroed matrices of that layout as one tensor."""
@@ -247,7 +247,7 @@ def _work(pieces: list[Tensor], batch: Batch) -> _Work:
     dtype = _arithmetic(batch)
     theta: Tensor | None = None
     if low:
-        theta = rounding.joined(p, low[0], dtype)
+        theta = rounding.join(p, low[0], dtype)
     elif batch.h.decays:
         theta = p
     return _Work(BlockLayout(p.device), g, m.to(dtype), B.to(dtype), theta)
@@ -310,7 +310,7 @@ def _keep_thresholds(batch: Batch, sums: Sums) -> None:
 
 def _measured_in_blocks(batch: Batch, flat: list[Tensor], s: StepScalars, block: int) -> Sums:
     parts = [_measure(_work(pieces, batch), batch.h, s)[0] for pieces in _pieces(flat, block)]
-    return parts[0] if len(parts) == 1 else Sums.joined(parts, torch.stack).merged()
+    return parts[0] if len(parts) == 1 else Sums.concatenate(parts, torch.stack).merged()
 
 
 def _number(x: Scalar) -> float:

@@ -39,7 +39,7 @@ def _step(batch: Batch, sums: Sums | None) -> None:
             torch.is_grad_enabled()
         ):  # autograd still needs the old values, which are overwritten below
             old = (p.clone(), m.clone(), B.clone())
-        theta = old[0] if low is None else rounding.joined(old[0], low, dtype)
+        theta = old[0] if low is None else rounding.join(old[0], low, dtype)
         given = None if sums is None else sums.of(i)
         theta, new_m, new_B, threshold = algorithm.update(theta, g, old[1], old[2], h, s, given)
         random = _random_bits(batch, i)
@@ -63,7 +63,7 @@ def _measure(batch: Batch) -> Sums:
     for i, (p, g, m, B) in enumerate(zip(*batch.tensors.large, strict=True)):
         s = _scalars(batch, i, arithmetic(p.dtype, m.dtype))
         found.append(algorithm.measure(p, g, m, B, batch.h, s))
-    return Sums.joined(found, torch.stack)
+    return Sums.concatenate(found, torch.stack)
 
 
 def _scalars(batch: Batch, i: int, dtype: torch.dtype) -> StepScalars:

@@ -182,7 +182,7 @@ def coming_corrections(optimizer: Apollo) -> Corrections:
         if not part.empty:
             sums = algorithm.measure(part.theta, part.g, part.m, part.B, part.h, part.s)
         if reduction is not None and table is not None and part.row >= 0 and sums is not None:
-            reduction.put(table, [part.row], Sums.joined([sums], torch.stack))
+            reduction.put(table, [part.row], Sums.concatenate([sums], torch.stack))
         found.append(sums)
     if reduction is not None and table is not None:
         reduction.reduce_(table)
@@ -329,7 +329,7 @@ def _parts(
             dtype = arithmetic(p.dtype, lists.exp_avgs[i].dtype).to_real()
             theta, g, m, B = (_real(column[i]).to(dtype) for column in lists.large)
             if low is not None:
-                theta = rounding.joined(theta, low, dtype)
+                theta = rounding.join(theta, low, dtype)
             if B.numel() == 0 and row < 0:
                 continue  # all of the parameter lies on ranks of another mesh
             state = optimizer.state[p]

@@ -50,7 +50,7 @@ def short_names() -> dict[str, ShortName]:
 class CustomSettings(ConfigSection):
     """Settings of any torch.optim.Optimizer; all other keys are keyword arguments of its class.
 
-    ``complete`` checks them against the signature. Until then a value may be missing.
+    ``apply_defaults`` checks them against the signature. Until then a value may be missing.
     """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=(), serialize_by_alias=True)
@@ -78,7 +78,7 @@ class CustomSettings(ConfigSection):
         }
 
 
-def complete(settings: CustomSettings, key: str) -> CustomSettings:
+def apply_defaults(settings: CustomSettings, key: str) -> CustomSettings:
     """Return the settings with the defaults of the class's signature.
 
     Args:

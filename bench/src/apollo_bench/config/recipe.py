@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, ValidationError, model_validator
 
 from apollo_bench.config.config_errors import describe
-from apollo_bench.config.custom_optimizer import CustomSettings, complete
+from apollo_bench.config.custom_optimizer import CustomSettings, apply_defaults
 from apollo_bench.config.equal_strength import coupled_decay, scale_lr
 from apollo_bench.config.optimizer_settings import OptimizerSettings
 from apollo_bench.config.overrides import override
@@ -238,7 +238,7 @@ class Recipe(ConfigSection):
         """
         settings = self.optimizers[name]
         return (
-            complete(settings, f"optimizers.{name}")
+            apply_defaults(settings, f"optimizers.{name}")
             if isinstance(settings, CustomSettings)
             else settings
         )

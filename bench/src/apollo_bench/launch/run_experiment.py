@@ -221,7 +221,7 @@ def _prepare_run(
         directory,
         spec,
         spec.train.schedule.steps(workload.steps_per_epoch),
-        workload.curve,
+        workload.monitored,
         workload.unit,
         workload.units_per_step,
     )

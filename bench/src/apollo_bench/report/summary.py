@@ -332,7 +332,7 @@ def collect(
 
 def _summarize(runs: list[Run], target: float | None) -> Summary:
     task = runs[0].spec.task
-    curve, final = entry_of(runs[0].spec).curve, entry_of(runs[0].spec).final
+    curve, final = entry_of(runs[0].spec).monitored, entry_of(runs[0].spec).final
     if runs[0].spec.is_trial:
         final = curve
     if runs[0].spec.data.held_out:

@@ -143,7 +143,7 @@ def _unpacked(run: archive.Archived) -> Run:
         execution_of(manifest)
     except (ValidationError, KeyError) as error:
         raise ExperimentError(f"{run.path}: damaged ({first_line(error)})") from None
-    metric = tasks.entry_of(spec).curve.name
+    metric = tasks.entry_of(spec).monitored.name
     end = result["step"] if result["verdict"] == "finished" else None
     check_evaluations(run.evaluations, metric, run.path, end)
     return Run(

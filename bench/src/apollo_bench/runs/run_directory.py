@@ -295,7 +295,7 @@ class RunDirectory:
             ExperimentError: a line is damaged, or the last lines of an ended run are missing.
         """
         spec = self.spec()
-        metric = tasks.entry_of(spec).curve.name
+        metric = tasks.entry_of(spec).monitored.name
         records = list(self.records())
         evaluations = [record for record in records if record["kind"] == "evaluation"]
         finished = verdict is not None and verdict["verdict"] == "finished"

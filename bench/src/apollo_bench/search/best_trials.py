@@ -147,7 +147,7 @@ def best_trial(runs: list[loading.Run], origin: str) -> Any:
         raise ExperimentError(f"{origin} was not tuned")
     if any(run.verdict == "unfinished" for run in runs):
         raise ExperimentError(f"{origin} is not finished; run the same command to continue")
-    curve = entry_of(runs[0].spec).curve
+    curve = entry_of(runs[0].spec).monitored
     scores = {number: mean_score(runs_of_trial) for number, runs_of_trial in by_trial.items()}
     known = {number: score for number, score in scores.items() if score is not None}
     if not known:
@@ -163,7 +163,7 @@ def _number(run: loading.Run) -> float:
 
 def mean_score(runs: list[loading.Run]) -> float | None:
     """Return the mean score of a trial over its seeds, on held-out data; None if a run diverged."""
-    values = [run.final(entry_of(run.spec).curve.name) for run in runs]
+    values = [run.final(entry_of(run.spec).monitored.name) for run in runs]
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if len(known) == len(values) else None
 

@@ -276,10 +276,10 @@ class _TrainingRun(TrainingState):
         self.model.eval()
         self.set_optimizer_mode(training=False)
         with torch.no_grad(), self.fabric.autocast():
-            tally = self.workload.tally(self._unsharded_network(), rank, world, final)
+            sums = self.workload.evaluate(self._unsharded_network(), rank, world, final)
         if world > 1:
-            tally = self.fabric.all_reduce(tally, reduce_op="sum")  # type: ignore[assignment]
-        return self.workload.metrics(tally, final)
+            sums = self.fabric.all_reduce(sums, reduce_op="sum")  # type: ignore[assignment]
+        return self.workload.metrics(sums, final)
 
     def _finish(self, outcome: Literal["finished", "diverged"]) -> Outcome:
         verdict: Record = {"verdict": outcome, "step": self.step, "steps": self.steps}

@@ -148,7 +148,7 @@ class TrainingState:
 
     def keep_best(self) -> None:
         """Write the weights if the last evaluation is the best so far."""
-        metric = self.workload.curve
+        metric = self.workload.monitored
         value = self.last_evaluation[metric.name]
         if self.best is not None and not metric.better(value, self.best):
             return

@@ -19,7 +19,7 @@ class TaskEntry(NamedTuple):
     """How the workload of a task is made, and what ``apollo-bench tasks`` prints about it."""
 
     make: Callable[[WorkloadSpec, Resources], Workload]
-    curve: Metric  # during training
+    monitored: Metric  # evaluated during training
     final: Metric  # of the trained model
     data: str
     source: str

@@ -88,7 +88,7 @@ class Workload(Protocol):
         (torch.Size([]), ())
     """
 
-    curve: Metric  # during training; the best weights are those of its best value
+    monitored: Metric  # evaluated during training; the best weights are those of its best value
     final: Metric  # of the trained model
     has_final_test: bool  # whether the trained model is evaluated in another way
     unit: str  # of throughput: "images", "words"
@@ -136,7 +136,9 @@ class Workload(Protocol):
                 epoch.
         """
 
-    def tally(self, model: nn.Module, rank: int = 0, world: int = 1, final: bool = False) -> Tensor:
+    def evaluate(
+        self, model: nn.Module, rank: int = 0, world: int = 1, final: bool = False
+    ) -> Tensor:
         """Return 1-dim float64 sums over this process's part of the held-out data, to be added up.
 
         It is called without autograd.
@@ -148,10 +150,10 @@ class Workload(Protocol):
             final: whether the model is fully trained.
         """
 
-    def metrics(self, tally: Tensor, final: bool = False) -> dict[str, float]:
+    def metrics(self, sums: Tensor, final: bool = False) -> dict[str, float]:
         """Return metrics by name, from the sums of all processes.
 
         Args:
-            tally: sum over the processes of what ``tally`` returned.
-            final: as it was for ``tally``; then ``self.final`` is among the metrics.
+            sums: sum over the processes of what ``evaluate`` returned.
+            final: as it was for ``evaluate``; then ``self.final`` is among the metrics.
         """

@@ -382,7 +382,7 @@ def test_the_task(tmp_path: Path) -> None:
     model = task.model()
     batch = (images, labels)
     assert task.loss(model, batch, batch, ())[0].isfinite()
-    assert set(task.metrics(task.tally(model.eval()))) == {"accuracy", "test_loss"}
+    assert set(task.metrics(task.evaluate(model.eval()))) == {"accuracy", "test_loss"}
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not here")

@@ -66,7 +66,7 @@ def test_evaluation_sees_the_untouched_held_out_images(validation: int) -> None:
     images = fashion_mnist.load()
     task = task_of(SmallImageData(validation=validation), 64)
     recorder = Recorder()
-    metrics = task.metrics(task.tally(recorder))
+    metrics = task.metrics(task.evaluate(recorder))
     trained = images.train_images[: 8000 - validation].float() / 255
     held = images.train_images[-500:] if validation else images.test_images
     labels = images.train_labels[-500:] if validation else images.test_labels
@@ -103,12 +103,12 @@ def test_the_tallies_of_several_processes_add_up() -> None:
     torch.manual_seed(0)
     model = task.model().eval()
     with torch.no_grad():
-        parts = [task.tally(model, rank, 4) for rank in range(4)]
-        whole = task.tally(model)
+        parts = [task.evaluate(model, rank, 4) for rank in range(4)]
+        whole = task.evaluate(model)
         assert [part[2].item() for part in parts] == [251, 251, 251, 250]
         torch.testing.assert_close(sum(parts), whole, rtol=1e-6, atol=0)
     # a process without images adds nothing
-    assert task.tally(model, 2000, 2001).tolist() == [0, 0, 0]
+    assert task.evaluate(model, 2000, 2001).tolist() == [0, 0, 0]
 
 
 def test_the_model_is_the_recipes() -> None:

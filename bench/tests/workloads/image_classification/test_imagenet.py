@@ -227,7 +227,7 @@ def test_batches_do_not_depend_on_the_workers(tree: Path, workers: int) -> None:
     model = ours.model().eval()
     torch.set_rng_state(state)
     with torch.no_grad():
-        assert torch.equal(ours.tally(model), theirs.tally(model))
+        assert torch.equal(ours.evaluate(model), theirs.evaluate(model))
     assert torch.equal(torch.get_rng_state(), state), "drawn from torch's global generator"
     whole = list(ours.batches(1, 3, 0))
     assert torch.equal(next(ours.batches(1, 3, 2))[0], whole[2][0])
@@ -244,9 +244,9 @@ def test_the_parts_of_two_processes_are_the_batch_of_one(tree: Path) -> None:
     torch.manual_seed(0)
     model = task.model().eval()
     with torch.no_grad():
-        tallies = [task.tally(model, rank, 4) for rank in range(4)]
-        assert [tally[2].item() for tally in tallies] == [2, 2, 1, 1]
-        torch.testing.assert_close(sum(tallies), task.tally(model), rtol=1e-6, atol=0)
+        parts = [task.evaluate(model, rank, 4) for rank in range(4)]
+        assert [sums[2].item() for sums in parts] == [2, 2, 1, 1]
+        torch.testing.assert_close(sum(parts), task.evaluate(model), rtol=1e-6, atol=0)
 
 
 def test_evaluation_sees_the_centers_of_the_validation_images(tree: Path) -> None:

@@ -26,7 +26,7 @@ def corpus(count: int) -> TokenStream:
     return TokenStream([whole[: count // 3], whole[count // 3 : count - 5], whole[count - 5 :]])
 
 
-def joined(pairs: list[InputTargetPair]) -> tuple[torch.Tensor, torch.Tensor]:
+def concatenated(pairs: list[InputTargetPair]) -> tuple[torch.Tensor, torch.Tensor]:
     inputs, targets = zip(*pairs, strict=True)
     return torch.cat(inputs, 1), torch.cat(targets, 1)
 
@@ -48,7 +48,7 @@ def test_streams_continue_from_batch_to_batch() -> None:
     assert all(
         part.shape == (4, 5) and part.dtype == torch.int64 for pair in pairs for part in pair
     )
-    inputs, targets = joined(pairs)
+    inputs, targets = concatenated(pairs)
     for stream in range(4):
         assert inputs[stream].tolist() == list(range(24 * stream, 24 * stream + 20))
     assert torch.equal(targets, inputs + 1)
@@ -91,7 +91,7 @@ def test_processes_share_the_streams() -> None:
 def test_the_corpus_is_a_ring() -> None:
     sequences = BPTTBatches(corpus(101), 4, 5)
     for offset in (1, 50, 98, 100):
-        inputs, targets = joined(list(sequences.epoch(offset=offset)))
+        inputs, targets = concatenated(list(sequences.epoch(offset=offset)))
         for stream in range(4):
             expected = [(offset + 25 * stream + place) % 101 for place in range(26)]
             assert inputs[stream].tolist() == expected[:-1]
@@ -130,7 +130,7 @@ SIZES = [(10, 1, 3), (10, 3, 3), (10, 3, 4), (10, 3, 99), (12, 4, 3), (13, 4, 2)
 def test_held_out_tokens_are_targets_once(count: int, batch: int, steps: int) -> None:
     pairs = list(evaluation_batches(corpus(count), batch, steps, END))
     assert max(pair[0].shape[1] for pair in pairs) <= steps
-    inputs, targets = joined(pairs)
+    inputs, targets = concatenated(pairs)
     assert inputs.shape[0] == batch
     real = targets != IGNORED
     assert targets[real].tolist() == list(range(count))
@@ -143,9 +143,9 @@ def test_held_out_tokens_are_targets_once(count: int, batch: int, steps: int) ->
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_processes_share_held_out_tokens(world: int) -> None:
-    whole = joined(list(evaluation_batches(corpus(40), 4, 3, END)))
+    whole = concatenated(list(evaluation_batches(corpus(40), 4, 3, END)))
     parts = [list(evaluation_batches(corpus(40), 4, 3, END, rank, world)) for rank in range(world)]
-    together = [joined(part) for part in parts if part]
+    together = [concatenated(part) for part in parts if part]
     for place in range(2):
         assert torch.equal(torch.cat([pair[place] for pair in together]), whole[place])
 

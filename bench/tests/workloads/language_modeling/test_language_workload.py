@@ -137,8 +137,8 @@ def test_tallies_of_several_processes_add_up(task: str, texts: Path) -> None:
     torch.manual_seed(0)
     model = made.model().eval()
     with torch.no_grad():
-        whole = made.tally(model, final=True)
-        parts = [made.tally(model, rank, 3, final=True) for rank in range(3)]
+        whole = made.evaluate(model, final=True)
+        parts = [made.evaluate(model, rank, 3, final=True) for rank in range(3)]
     summed = torch.stack(parts).sum(0)
     torch.testing.assert_close(summed[:2], whole[:2], rtol=1e-5, atol=1e-4)
     if task == "wordnet":
@@ -146,8 +146,8 @@ def test_tallies_of_several_processes_add_up(task: str, texts: Path) -> None:
     else:  # an untrained model's beams are near to ties, which the rounding of a batch decides
         assert summed[-1] == whole[-1]
     both = made.metrics(whole, final=True)
-    assert both.keys() >= {made.curve.name, made.final.name}
-    assert made.metrics(made.tally(model), final=False).keys() == {made.curve.name}
+    assert both.keys() >= {made.monitored.name, made.final.name}
+    assert made.metrics(made.evaluate(model), final=False).keys() == {made.monitored.name}
 
 
 def test_perplexity_counts_every_word_and_end(texts: Path) -> None:
@@ -158,13 +158,13 @@ def test_perplexity_counts_every_word_and_end(texts: Path) -> None:
     for parameter in model.parameters():
         parameter.data.zero_()  # every word is as likely as any other
     with torch.no_grad():
-        tally = made.tally(model, final=True)
-    assert tally[1::2].tolist() == [len(corpus.valid), len(corpus.test)]
-    assert made.metrics(tally, final=True)["test_perplexity"] == pytest.approx(
+        sums = made.evaluate(model, final=True)
+    assert sums[1::2].tolist() == [len(corpus.valid), len(corpus.test)]
+    assert made.metrics(sums, final=True)["test_perplexity"] == pytest.approx(
         len(corpus.vocabulary), rel=1e-5
     )
-    tally[0] = 1e9
-    assert made.metrics(tally, final=True)["valid_perplexity"] == math.inf
+    sums[0] = 1e9
+    assert made.metrics(sums, final=True)["valid_perplexity"] == math.inf
 
 
 def test_the_hidden_state_is_passed_on(texts: Path) -> None:
@@ -206,7 +206,7 @@ def test_bleu_is_sacrebleus_in_any_division(texts: Path) -> None:
     model = made.model().eval()
 
     def measured(world: int) -> float:
-        parts = [made.tally(model, rank, world, final=True) for rank in range(world)]
+        parts = [made.evaluate(model, rank, world, final=True) for rank in range(world)]
         return made.metrics(torch.stack(parts).sum(0), final=True)["test_bleu"]
 
     with torch.no_grad():

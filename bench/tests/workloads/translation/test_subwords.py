@@ -169,7 +169,7 @@ def test_encoding_in_chunks(subwords: Subwords, monkeypatch: pytest.MonkeyPatch)
 
 def sentences(*lengths: int) -> TokenizedSentences:
     tokens = numpy.arange(sum(lengths), dtype=numpy.int32) + 10
-    return TokenizedSentences.joined([(tokens, numpy.array(lengths, numpy.int64))])
+    return TokenizedSentences.concatenate([(tokens, numpy.array(lengths, numpy.int64))])
 
 
 def test_cleaning_counts_subwords() -> None:

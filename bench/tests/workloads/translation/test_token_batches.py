@@ -24,7 +24,7 @@ def encoded(of: Lengths) -> EncodedPairs:
     for side in (0, 1):
         counts = numpy.array([pair[side] for pair in of], numpy.int64)
         tokens = numpy.arange(counts.sum(), dtype=numpy.int32) + 10
-        sides.append(TokenizedSentences.joined([(tokens, counts)]))
+        sides.append(TokenizedSentences.concatenate([(tokens, counts)]))
     return EncodedPairs(*sides)
 
 

@@ -51,7 +51,7 @@ class ImageClassification:
         ExperimentError: there are fewer images than one batch.
     """
 
-    curve = final = ACCURACY
+    monitored = final = ACCURACY
     has_final_test = False
     unit = "images"
 
@@ -108,7 +108,9 @@ class ImageClassification:
         loss = functional.cross_entropy(model(images), labels)
         return loss * (len(labels) / len(batch[1])), ()
 
-    def tally(self, model: nn.Module, rank: int = 0, world: int = 1, final: bool = False) -> Tensor:
+    def evaluate(
+        self, model: nn.Module, rank: int = 0, world: int = 1, final: bool = False
+    ) -> Tensor:
         """Return summed loss, correct answers and images on the test or the validation images."""
         total = torch.zeros(3, dtype=torch.float64)
         for images, labels in self._source.evaluation(rank, world):
@@ -119,9 +121,9 @@ class ImageClassification:
             total = total.to(sums.device) + sums
         return total
 
-    def metrics(self, tally: Tensor, final: bool = False) -> dict[str, float]:
+    def metrics(self, sums: Tensor, final: bool = False) -> dict[str, float]:
         """Return accuracy (percent) and mean loss."""
-        loss, right, images = tally.tolist()
+        loss, right, images = sums.tolist()
         return {"accuracy": 100.0 * right / images, "test_loss": loss / images}
 
 

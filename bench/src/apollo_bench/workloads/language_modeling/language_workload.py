@@ -52,7 +52,7 @@ class LanguageModeling:
             vocabulary.
     """
 
-    curve, final = VALIDATION, TEST
+    monitored, final = VALIDATION, TEST
     has_final_test = True
     unit = "words"
     published = False
@@ -131,7 +131,9 @@ class LanguageModeling:
         shape = (self._model.layers, rows, self._model.hidden)
         return torch.zeros(shape, device=self._device), torch.zeros(shape, device=self._device)
 
-    def tally(self, model: nn.Module, rank: int = 0, world: int = 1, final: bool = False) -> Tensor:
+    def evaluate(
+        self, model: nn.Module, rank: int = 0, world: int = 1, final: bool = False
+    ) -> Tensor:
         """Return summed negative log likelihood and words of each evaluated text."""
         texts = [self._corpus.valid, self._corpus.test] if final else [self._corpus.valid]
         sums = [self._sums(model, text, rank, world) for text in texts]
@@ -152,11 +154,11 @@ class LanguageModeling:
             total = total.to(found.device) + found
         return total
 
-    def metrics(self, tally: Tensor, final: bool = False) -> dict[str, float]:
+    def metrics(self, sums: Tensor, final: bool = False) -> dict[str, float]:
         """Return perplexity of the validation text and, for the trained model, of the test text."""
         found = {}
         names = (VALIDATION.name, TEST.name) if final else (VALIDATION.name,)
-        for name, (nats, words) in zip(names, tally.view(-1, 2).tolist(), strict=True):
+        for name, (nats, words) in zip(names, sums.view(-1, 2).tolist(), strict=True):
             mean = nats / words
             found[name] = math.exp(mean) if mean < 700 else math.inf
         return found

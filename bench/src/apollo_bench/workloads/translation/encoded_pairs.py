@@ -30,7 +30,7 @@ class TokenizedSentences(NamedTuple):
     offsets: LengthArray  # shape=(n + 1,): sentence i is tokens[offsets[i]:offsets[i + 1]]
 
     @classmethod
-    def joined(cls, parts: Iterable[tuple[TokenArray, LengthArray]]) -> TokenizedSentences:
+    def concatenate(cls, parts: Iterable[tuple[TokenArray, LengthArray]]) -> TokenizedSentences:
         """Return the sentences of several parts of tokens, with their lengths."""
         tokens, lengths = [numpy.zeros(0, numpy.int32)], [numpy.zeros(1, numpy.int64)]
         for part_tokens, part_lengths in parts:
@@ -65,7 +65,7 @@ class EncodedPairs(NamedTuple):
     @classmethod
     def of(cls, pairs: TextPairs, subwords: Subwords) -> EncodedPairs:
         """Encode all pairs."""
-        return cls(*(TokenizedSentences.joined(_encoded(side, subwords)) for side in pairs))
+        return cls(*(TokenizedSentences.concatenate(_encoded(side, subwords)) for side in pairs))
 
     @property
     def size(self) -> int:

@@ -69,7 +69,7 @@ class Translation:
         ExperimentError: no sentence is short enough for the model, or one of the test set is not.
     """
 
-    curve, final = VALIDATION, TEST
+    monitored, final = VALIDATION, TEST
     has_final_test = True
     unit = "subwords"
     published = False
@@ -156,7 +156,9 @@ class Translation:
         )
         return (losses.view(wanted.shape) * weights[:, None]).sum(), ()
 
-    def tally(self, model: nn.Module, rank: int = 0, world: int = 1, final: bool = False) -> Tensor:
+    def evaluate(
+        self, model: nn.Module, rank: int = 0, world: int = 1, final: bool = False
+    ) -> Tensor:
         """Return summed negative log likelihood and subwords; at the end also BLEU's counts."""
         sums = torch.zeros(2, dtype=torch.float64)
         for rows in self._evaluation(self._valid, rank, world):
@@ -208,9 +210,9 @@ class Translation:
         tokens = max(_EVALUATION_TOKENS, self._max_length)
         return (local[rows] for rows in group(source, target, tokens))
 
-    def metrics(self, tally: Tensor, final: bool = False) -> dict[str, float]:
+    def metrics(self, sums: Tensor, final: bool = False) -> dict[str, float]:
         """Return validation perplexity and, for the trained model, BLEU of the test text."""
-        numbers = tally.tolist()
+        numbers = sums.tolist()
         mean = numbers[0] / numbers[1]
         found = {VALIDATION.name: math.exp(mean) if mean < 700 else math.inf}
         if final:
