@@ -27,6 +27,7 @@ from apollo_bench.training.fabric_setup import launch_fabric
 from apollo_bench.training.full_state_dict import is_sharded
 from apollo_bench.training.gradient_norm import full_norm, gradient_norm
 from apollo_bench.training.step_timer import StepTimer
+from apollo_bench.training.tensorboard_log import add_record
 from apollo_bench.training.training_state import TrainingState
 from apollo_bench.workloads.workload import Batch, Workload
 
@@ -204,9 +205,7 @@ class _TrainingRun(TrainingState):
         if self.metrics is None or self.events is None:
             return
         self.metrics.write(record)
-        for name, value in record.items():
-            if isinstance(value, float) and name != "epoch":
-                self.events.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+        add_record(self.events, record)
 
     def _log_step(self, loss: float) -> None:
         assert self.gradient_norm is not None

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from apollo_bench.runs.run_directory import Record
+
 
 def make_event_writer(folder: Path, step: int) -> SummaryWriter:
     """Return a writer that continues after ``step``; events of later steps are hidden.
@@ -16,3 +18,10 @@ def make_event_writer(folder: Path, step: int) -> SummaryWriter:
     """
     after = step + 1 if step else None
     return SummaryWriter(str(folder), purge_step=after)
+
+
+def add_record(events: SummaryWriter, record: Record) -> None:
+    """Add the measured numbers of a record, with tags such as "evaluation/accuracy"."""
+    for name, value in record.items():
+        if isinstance(value, float) and name != "epoch":
+            events.add_scalar(f"{record['kind']}/{name}", value, record["step"])
