@@ -275,8 +275,8 @@ FAULTS = [
     Fault(
         "the search takes the worst",
         BENCH,
-        "known[number] * (1 if curve.higher_is_better else -1)",
-        "known[number] * (-1 if curve.higher_is_better else 1)",
+        "known[number] * (1 if metric.higher_is_better else -1)",
+        "known[number] * (-1 if metric.higher_is_better else 1)",
         (f"{TESTS}/search",),
     ),
     Fault(

@@ -109,7 +109,7 @@ def _parameters(target: Any) -> Mapping[str, inspect.Parameter] | None:
 
 
 def _is_simple(value: Any) -> bool:
-    """Return whether a default can be recorded."""
+    """Return whether a default can be stored in run.json."""
     if isinstance(value, list | tuple):
         return all(_is_simple(one) for one in value)
     if isinstance(value, float):

@@ -289,7 +289,7 @@ def _step_in_blocks(batch: Batch, flat: list[Tensor], block: int, given: Sums | 
 
 
 def _terms(work: _Work, h: Hyperparameters, s: StepScalars, sums: Sums) -> tuple[Tensor, Tensor]:
-    """Return u^2, with the scale of ``sums``, and y = m' - m."""
+    """Return u^2 and y = m' - m, where u is the displacement divided by ``sums.scale``."""
     spread = work.layout.spread
     scale = torch.where(sums.scale == 0, 1, sums.scale)
     u2 = _displacement(work, h, s).div_(spread(scale)).square_()

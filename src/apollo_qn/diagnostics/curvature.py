@@ -311,7 +311,7 @@ def _parts(
         states = [optimizer.state[p] for _, p in mine]
         lists = TensorLists(
             [p for _, p in mine],
-            # without a gradient, p stands for a tensor of the same placements
+            # a parameter without a gradient takes its place, with the same placements
             [p.grad if coming and p.grad is not None else p for _, p in mine],
             [state["exp_avg"] for state in states],
             [state["hessian_diag"] for state in states],

@@ -249,7 +249,7 @@ class Recipe(ConfigSection):
         seeds: int | None = None,
         schedules: list[str] | None = None,
     ) -> list[RunSpec]:
-        """Resolve optimizers x schedules x seeds, seed by seed: an early report has all optimizers.
+        """Resolve all runs, sorted by seed, so that an early report has every optimizer.
 
         Example:
             >>> [spec.label for spec in load("wordnet").runs(["sgd", "apollo"], seeds=1)]

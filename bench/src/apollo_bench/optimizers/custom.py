@@ -22,8 +22,8 @@ _LARGEST = 3  # largest size of a dimension of its parameters
 class Abilities(NamedTuple):
     """Properties of an optimizer that its trial steps have shown."""
 
-    needs_graph: bool  # of the backward pass, for second derivatives
-    remarks: list[str]  # for the user and the report
+    needs_graph: bool  # whether backward needs create_graph, for second derivatives
+    remarks: list[str]  # shown to the user, and in the report
 
 
 def build_custom(

@@ -143,7 +143,7 @@ def row_of(section: ScheduleSection, name: str) -> Row | None:
 def _time(section: ScheduleSection, name: str, target: float) -> tuple[float, float] | None:
     """Return the median updates and seconds to the target; None if a run has not ended.
 
-    A run that does not reach the target takes forever.
+    A run that does not reach the target counts as infinite.
     """
     row = row_of(section, name)
     if row is None:

@@ -1,7 +1,7 @@
 """Statistics over seeds: mean, standard deviation, paired differences.
 
-Sums of tables are exact (``statistics``), so that no digit depends on the order of the runs.
-Curves come from pandas, whose sums are not.
+The sums in tables are exact (``statistics``), so that no digit depends on the order of the runs.
+Curves come from pandas, whose sums are rounded.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def code_versions(code: Iterable[Record]) -> tuple[str, ...]:
 
 
 def check(runs: Iterable[RunIdentity]) -> None:
-    """Raise ExperimentError if two runs of a task differ in more than a report can show."""
+    """Raise ExperimentError if two runs of a task cannot stand in one table."""
     same: dict[object, tuple[RunIdentity, object]] = {}
     for run in runs:
         spec = run.spec

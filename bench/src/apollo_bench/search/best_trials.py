@@ -147,12 +147,12 @@ def best_trial(runs: list[loading.Run], origin: str) -> Any:
         raise ExperimentError(f"{origin} was not tuned")
     if any(run.verdict == "unfinished" for run in runs):
         raise ExperimentError(f"{origin} is not finished; run the same command to continue")
-    curve = entry_of(runs[0].spec).monitored
+    metric = entry_of(runs[0].spec).monitored
     scores = {number: mean_score(runs_of_trial) for number, runs_of_trial in by_trial.items()}
     known = {number: score for number, score in scores.items() if score is not None}
     if not known:
         raise ExperimentError(f"{origin}: all trials diverged; give it other ranges")
-    best = max(known, key=lambda number: known[number] * (1 if curve.higher_is_better else -1))
+    best = max(known, key=lambda number: known[number] * (1 if metric.higher_is_better else -1))
     return by_trial[best][0].spec.optimizer
 
 

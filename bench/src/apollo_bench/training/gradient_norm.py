@@ -15,6 +15,6 @@ def gradient_norm(network: nn.Module) -> Tensor:
 
 
 def full_norm(norm: Any) -> Tensor:
-    """Return the norm over all shards, from what clipping returned."""
+    """Return the norm of the full gradients from the one that clipping returned, maybe sharded."""
     full: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     return full

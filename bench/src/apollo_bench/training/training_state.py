@@ -73,7 +73,7 @@ class TrainingState:
         # after setup_module, which replaces the parameters when it shards them
         optimizer = build_optimizer(spec.optimizer, self.network)
         self._raw_optimizer, self._optimizer_trains = optimizer, False
-        self.needs_graph = False  # of the backward pass, for second derivatives
+        self.needs_graph = False  # whether backward needs create_graph
         if isinstance(spec.optimizer, CustomSettings):
             shapes, key = parameter_shapes(self.network), f"optimizers.{spec.name}"
             abilities = try_steps(spec.optimizer, shapes, key, fabric.device)
@@ -94,8 +94,8 @@ class TrainingState:
         self.optimizer_timer, self.step_timer = StepTimer(fabric.device), StepTimer(fabric.device)
         self.last_evaluation: Record = {}
         self.evaluated = 0  # the step of the last evaluation
-        self.best: float | None = None  # best value of the workload's curve so far
-        self.seconds_before = 0.0  # training time of the processes before this one
+        self.best: float | None = None  # best value of the monitored metric so far
+        self.seconds_before = 0.0  # of training, in the processes that this one resumes
         self.started = time.perf_counter()
         self.metrics: MetricsLog | None = None  # open in the main process
         self.events: SummaryWriter | None = None  # open in the main process

@@ -27,7 +27,7 @@ from apollo_bench.workloads.image_classification.image_validation import (
 )
 from apollo_bench.workloads.validation_cache import ValidationCache
 
-_SUFFIXES = (".jpeg", ".jpg", ".png")  # image_validation.py has the end markers of the formats
+_SUFFIXES = (".jpeg", ".jpg", ".png")  # image_validation.py knows the end markers of these formats
 _THREADS = 16  # threads wait for the disk, and decoding releases the GIL
 _MAX_NAMED = 3  # number of bad files that an error names
 _CHUNK = 256  # images per work item of a thread

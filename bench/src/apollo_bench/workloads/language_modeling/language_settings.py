@@ -19,9 +19,8 @@ class LSTMModel(ModelSettings):
     hidden: PositiveInt  # units per layer
     layers: PositiveInt = 2
     dropout: Fraction = 0.0
-    cutoffs: list[PositiveInt] = Field(
-        default_factory=list
-    )  # of the adaptive softmax; none: a plain one
+    # of the adaptive softmax; empty: an ordinary softmax
+    cutoffs: list[PositiveInt] = Field(default_factory=list)
     div_value: Annotated[float, Field(ge=1)] = 4.0
 
     @model_validator(mode="after")

@@ -85,7 +85,7 @@ def beam_search(
 
 
 class _BeamSearch:
-    """The unfinished sentences of a batch and their beams: n rows, fewer as sentences are done."""
+    """Beam search for a batch: n rows, one per unfinished sentence, each with its beams."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class _BeamSearch:
             ends = words == self.end
             # an end counts only among the best ``beam_size`` candidates
             self._finish(scores[:, : self.beam_size], beams, ends[:, : self.beam_size])
-            # each beam has one end among the candidates, so that at least half of them continue
+            # one candidate per beam ends its sentence, so that at least half of them continue it
             continuing = ends.int().argsort(dim=1, stable=True)[:, : self.beam_size]
             self._follow(
                 scores.gather(1, continuing),

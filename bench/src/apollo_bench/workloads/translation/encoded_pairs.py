@@ -96,7 +96,7 @@ class EncodedPairs(NamedTuple):
 
         Args:
             max_length: longest sequence of the model, with the token for begin or end.
-            where: name of the pairs in the error, which adds the line.
+            where: name of the pairs, for the error, which adds the number of the line.
 
         Raises:
             ExperimentError: a pair is too long.

@@ -158,7 +158,7 @@ def read_lines(path: Path, remedy: str) -> list[str]:
     """Return every line of a UTF-8 file, plain or gzipped, with white space normalized.
 
     Raises:
-        ExperimentError: the file is missing, damaged or not UTF-8; the message names the line. Or
+        ExperimentError: the file is missing, damaged or not UTF-8 (the message names the line), or
             its lines end in carriage returns alone.
     """
     lines: list[str] = []

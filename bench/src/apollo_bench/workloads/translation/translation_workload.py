@@ -41,7 +41,7 @@ from apollo_bench.workloads.workload import Batch, HiddenState, Metric, Resource
 VALIDATION = Metric("valid_perplexity", "validation perplexity", "", higher_is_better=False)
 TEST = Metric("test_bleu", "test BLEU", "", higher_is_better=True)
 _SMOOTHING = "exp"
-_ORDERS = 4  # of n-grams
+_ORDERS = 4  # BLEU counts n-grams of 1 to 4 words
 _MAX_LENGTH = 1024  # subwords per sentence of a model without an argument of this name
 _EVALUATION_TOKENS = 4096  # per batch
 
