@@ -195,6 +195,21 @@ def test_a_state_of_another_optimizer_changes_nothing(make: Any, message: str, s
         assert group["lr"] == kept["lr"] == 1.0
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_what_is_no_state_of_an_optimizer_changes_nothing(checkpoint: bool) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = Apollo(model.parameters())
+    run_steps(optimizer, range(2))
+    before = snapshot(optimizer)
+    state: dict[str, Any] = model.state_dict()
+    if checkpoint:
+        state = {"model": state, "optimizer": optimizer.state_dict()}
+    keys = "'model', 'optimizer'" if checkpoint else "'weight', 'bias'"
+    with pytest.raises(ValueError, match=rf"that of an optimizer.*got the keys \[{keys}\].*take"):
+        optimizer.load_state_dict(state)
+    assert same(before, snapshot(optimizer))
+
+
 def test_a_hook_may_translate_a_state() -> None:
     """The check comes after the user's own hooks."""
     other = torch.optim.SGD(parameters([(3,)]), lr=0.1, momentum=0.9)

@@ -183,7 +183,14 @@ _SETTINGS_OF_STATES = {
 
 
 def check_origin(state_dict: StateDict) -> None:
-    """Raise ValueError for a state of another optimizer of torch.optim."""
+    """Raise ValueError for a state of another optimizer of torch.optim, or of no optimizer."""
+    if "param_groups" not in state_dict or "state" not in state_dict:
+        keys = reprlib.repr([str(key) for key in state_dict])
+        raise ValueError(
+            "the state must be that of an optimizer, with the keys 'state' and 'param_groups', got "
+            f"the keys {keys}. The state of a model is loaded by the model; from a checkpoint of "
+            "several states take the optimizer's, such as checkpoint['optimizer']"
+        )
     for group in state_dict["param_groups"]:
         found = sorted(_SETTINGS_OF_STATES & set(group))
         if not found or "beta" in group:  # as all states of Apollo and its authors' releases have
