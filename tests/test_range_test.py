@@ -249,14 +249,19 @@ def test_the_gradient_is_clipped(silent: None) -> None:
     ("losses", "proposal"),
     [
         ([3.0, 1.0, 3.0, math.inf], 2.0),
-        ([3.0, 1.0, 1.01, math.inf], math.sqrt(8)),  # two that are level
+        ([3.0, 1.0, 1.01, math.inf], 2.83),  # two that are level, sqrt(8)
         ([1.0, 1.03, 1.02, 1.05], 2.0),
         ([1.0, 1.05, 1.05, 1.05], 1.0),
     ],
 )
 def test_the_proposal_is_the_middle_of_the_good_rates(losses: list[float], proposal: float) -> None:
     """Good is within 2 % of what the best run has gained, here 0.04."""
-    assert propose([1.0, 2.0, 4.0, 8.0], losses, 3.0) == pytest.approx(proposal)
+    assert propose([1.0, 2.0, 4.0, 8.0], losses, 3.0) == proposal
+
+
+def test_the_proposal_is_a_number_to_read() -> None:
+    """exp(log(5)) is not 5."""
+    assert propose([2.0, 5.0, 10.0], [3.0, 1.0, 3.0], 3.0) == 5.0
 
 
 def test_no_proposal_without_progress() -> None:

@@ -171,7 +171,7 @@ def lr_range_test(
 
 
 def propose(rates: Sequence[float], losses: Sequence[float], start: float) -> float:
-    """Return the geometric mean of the rates whose loss is near the best.
+    """Return the geometric mean of the rates whose loss is near the best, to three digits.
 
     Args:
         rates: learning rates.
@@ -185,7 +185,8 @@ def propose(rates: Sequence[float], losses: Sequence[float], start: float) -> fl
     if not best < start < math.inf:
         return math.nan
     near = [r for r, x in zip(rates, losses, strict=True) if x <= best + _NEAR * (start - best)]
-    return math.exp(sum(map(math.log, near)) / len(near))
+    mean = math.exp(sum(map(math.log, near)) / len(near))
+    return float(f"{mean:.3g}")  # 5, not 4.999999999999999
 
 
 def _check(rates: Sequence[float], steps: int, warmup_steps: int, clip_norm: float | None) -> None:
