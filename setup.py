@@ -37,8 +37,8 @@ apollo-qn is built WITHOUT its CPU kernel: {reason}.
 The optimizer works, but its steps on a CPU are slower. To get the kernel:
   1. install torch 2.10 or newer, and a C++ compiler (GCC or Clang);
   2. pip install "setuptools>=77"
-  3. pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps apollo-qn
-     (or the path or URL that you install from)
+  3. pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps .
+     (in a clone; otherwise the name or URL that you install from in place of the dot)
 **********************************************************************
 """
 

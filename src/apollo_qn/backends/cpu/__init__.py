@@ -24,8 +24,9 @@ from apollo_qn.backends.base import (
 from apollo_qn.secant import Sums
 
 _HOW = (
-    "reinstall with `pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation "
-    "apollo-qn` where a C++ compiler and torch >= 2.10 are at hand"
+    "with torch >= 2.10 and a C++ compiler, `pip install 'setuptools>=77'` and, in a clone of the "
+    "repository, `pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps .` "
+    "add it; docs/backends.md says more"
 )
 
 
