@@ -1,4 +1,4 @@
-"""benchmarks/learning_rates.py: the tables on the pages are those of its committed runs."""
+"""Rates on the pages: tables of benchmarks/learning_rates.py, and what clipping does for LoRA."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+
+from apollo_qn import Apollo
 
 pytest.importorskip("apollo_bench")
 ROOT = Path(__file__).parents[1]
@@ -66,3 +69,46 @@ def test_a_run_that_is_missing_is_made_once_and_kept(script: ModuleType, tmp_pat
         runs = script.Runs(file, limit)
         assert runs.get(("a", 1), lambda: 1.5) == wanted
         assert runs.missing == (wanted is None)
+
+
+class LoRA(torch.nn.Module):
+    """A linear layer whose weights are fixed, and a trained update of rank 4."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(inputs, outputs).requires_grad_(False)
+        self.a = torch.nn.Parameter(torch.randn(4, inputs) / inputs**0.5)
+        self.b = torch.nn.Parameter(torch.zeros(outputs, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + x @ self.a.T @ self.b.T
+
+
+@pytest.mark.parametrize(("lr", "clip"), [(5.0, True), (10.0, True), (10.0, False)])
+def test_lora_of_an_mlp_trains_at_5_if_the_gradient_is_clipped(lr: float, clip: bool) -> None:
+    """The cells of the table in docs/finetuning.md, with its first seed."""
+    torch.manual_seed(0)
+    gelu = torch.nn.GELU()
+    model = torch.nn.Sequential(LoRA(32, 64), gelu, LoRA(64, 64), gelu, LoRA(64, 5))
+    x = torch.randn(1024, 32)
+    y = (x @ torch.randn(32, 5)).argmax(1)
+    batches = list(zip(x.split(64), y.split(64), strict=True))
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = Apollo(params, lr=lr, warmup_steps=30)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
+    loss = torch.zeros(())
+    for step in range(300):
+        optimizer.zero_grad()
+        inputs, labels = batches[step % len(batches)]
+        loss = torch.nn.functional.cross_entropy(model(inputs), labels)
+        loss.backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        scheduler.step()
+    if not clip:
+        assert math.isnan(loss.item())
+    elif lr == 5.0:
+        assert loss.item() < 0.1
+    else:
+        assert loss.item() > 1.5
