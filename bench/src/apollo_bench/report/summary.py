@@ -7,6 +7,7 @@ evaluations give targets and curves.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,13 +88,12 @@ class Row:
     @property
     def remark(self) -> str:
         """The number of finished runs, and of the others if there are any."""
-        parts = []
-        for verdict in ("diverged", "unfinished"):
-            count = sum(run.verdict == verdict for run in self.runs)
-            if count:
-                parts.append(f"{count} {verdict}")
-        done = sum(run.finished for run in self.runs)
-        return ", ".join([f"{done} of {len(self.runs)} finished", *parts] if parts else [str(done)])
+        counts = Counter(run.verdict for run in self.runs)
+        done, others = counts["finished"], ("diverged", "unfinished")
+        if done == len(self.runs):
+            return str(done)
+        parts = [f"{counts[verdict]} {verdict}" for verdict in others if counts[verdict]]
+        return ", ".join([f"{done} of {len(self.runs)} finished", *parts])
 
     @property
     def diverged(self) -> int:
@@ -102,8 +102,9 @@ class Row:
 
     def by_seed(self) -> dict[int, float]:
         """Return the metric of the finished runs, by seed."""
-        values = {run.spec.seed: run.final(self.metric.name) for run in self.runs}
-        return {seed: value for seed, value in values.items() if value is not None}
+        finished = self._finished.set_index("seed")[self.metric.name].dropna()
+        values: dict[int, float] = finished.to_dict()
+        return values
 
     def at(self, share: float) -> float | None:
         """Return the mean of the curve after a fraction of a run; None if a run is unfinished.

@@ -1,4 +1,4 @@
-"""Open plain or gzipped files; errors name the file and what to do."""
+"""Open plain or gzipped files; ``gzip.open`` would unpack any size and not say what to do."""
 
 from __future__ import annotations
 
