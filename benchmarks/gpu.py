@@ -63,7 +63,7 @@ class Tunables:
     """Constants of ``launch_schedule`` and ``kernel`` that the speed depends on."""
 
     run: int
-    window: float  # 1e9: one window
+    window: float  # 1e9: one window for everything
     block: int
     warps: int
 
@@ -209,7 +209,7 @@ def sweep(device: str, name: str, out: Path) -> None:
 
 @dataclass
 class Part:
-    """A part of the script; its process may take ``seconds``, or what is left of the total."""
+    """A part of the script; it is stopped after ``seconds``, or when the total time is over."""
 
     name: str
     seconds: float

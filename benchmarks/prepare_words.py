@@ -116,7 +116,7 @@ def children(process: int) -> list[int]:
             text = Path(f"/proc/{process}/task/{task}/children").read_text()
             found += [int(word) for word in text.split()]
     except OSError:
-        pass  # it has ended
+        pass  # the process has ended
     return found
 
 
@@ -129,7 +129,7 @@ def sizes(process: int) -> tuple[int, int]:
             if name in found:
                 found[name] = 1024 * int(rest.split()[0])
     except OSError:
-        pass  # it has ended
+        pass  # the process has ended
     return found["Rss"], found["Pss"]
 
 

@@ -72,7 +72,7 @@ SPANS: dict[Unit, int] = {
 }
 
 
-# values: each belongs to one split, in every form that expresses it
+# random values; all phrases that express a value are in the same split
 
 
 def day(random: Random) -> datetime.date:

@@ -356,7 +356,7 @@ def curvature() -> str:
 
 
 def published(task: str, names: tuple[str, ...]) -> str:
-    """Return the paper's result."""
+    """Return the paper's result for the first of the optimizers that has one, "-" if none."""
     theirs, schedule, _ = PAPER[task]
     numbers = recipe.load(theirs).paper[schedule]
     for name in (*names, "adam" if "adamw" in names else ""):

@@ -103,7 +103,7 @@ def replicated(tx: optax.GradientTransformation) -> Iterator[tuple[Tree, ApolloS
 
 
 def mapped_over_shards(tx: optax.GradientTransformation) -> Iterator[tuple[Tree, ApolloState]]:
-    """``shard_map``: the same with a device's gradient as its part of a batch."""
+    """``shard_map``: the same, where the batch of gradients is divided over the devices."""
     mesh = Mesh(np.array(jax.devices()), ("devices",))
 
     def step(x: Tree, state: ApolloState, g: Tree) -> tuple[Tree, ApolloState]:

@@ -386,7 +386,7 @@ def test_more_than_two_to_the_31_elements() -> None:
         ]
         for mine, theirs, limit in pairs:
             largest = off = 0.0
-            # without the whole difference at once
+            # in parts, because memory has no room for the full difference
             for a, b in zip(mine.split(1 << 27), theirs.split(1 << 27), strict=True):
                 off = max(off, float((a.float() - b.float()).abs().max()))
                 largest = max(largest, float(b.abs().max()))

@@ -175,7 +175,7 @@ def test_what_is_not_there_is_left_out() -> None:
     optimizer.step()
     measured = diagnostics.measure(optimizer, coming)
     assert [one.name for one in measured] == ["0.1", "1.1"]
-    assert measured[0].secant_correction == 0.0  # it had no gradient
+    assert measured[0].secant_correction == 0.0  # this parameter had no gradient
     change = optimizer.state[params[6]]["hessian_diag"] - B[params[6]]
     assert measured[1].secant_correction == pytest.approx(
         float(change.mean()), rel=tolerances.DIAGNOSTICS_OF_FLOAT32

@@ -53,11 +53,11 @@ _COMMANDS = ("apollo-bench", "apollo_bench")
 
 
 class Block(NamedTuple):
-    """Code of a page, and the number of lines before it."""
+    """A block of code of a page; ``line`` is the number of lines before it."""
 
     code: str
     line: int
-    example: str | None  # the file that has these lines
+    example: str | None  # the file of examples/ that has the same lines
 
 
 class Page(NamedTuple):

@@ -33,7 +33,7 @@ MODES: list[dict[str, Any]] = [
 
 
 class Net(nn.Module):
-    """Weights that are used twice, that some steps do not need, and in odd layouts."""
+    """Some weights are used twice, some only in some steps, and some have unusual layouts."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()

@@ -68,7 +68,7 @@ def test_hyperparameters_can_be_injected(mode: dict[str, Any]) -> None:
         x = optax.apply_updates(x, updates)
         p.grad = g.clone()
         optimizer.step()
-        # beta itself is rounded: as the class's alpha is with capturable
+        # beta is rounded to float32 here, and with capturable in the class
         tolerance = tolerances.CAPTURABLE[torch.float32]
         comparison.check("theta", tensor(x), as_numpy(p), tolerance)
 

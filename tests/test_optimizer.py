@@ -120,7 +120,7 @@ def test_the_gradient_is_not_changed(back_end: dict[str, Any]) -> None:
 def test_a_default_device_changes_nothing(
     elsewhere: str, capturable: bool, back_end: dict[str, Any]
 ) -> None:
-    """torch.set_default_device says where the user's tensors are made, not the optimizer's."""
+    """The optimizer makes its tensors beside its parameters, whatever torch's default device."""
     results = []
     for default in (None, elsewhere):
         params = parameters()
@@ -201,7 +201,7 @@ def test_a_tensor_lr_is_as_a_number(
 def test_decay_that_forgets_the_parameter(
     rebound: Any, capturable: bool, back_end: dict[str, Any]
 ) -> None:
-    """At lr weight_decay = 1 the parameter before cannot be rebuilt: everything stays finite."""
+    """At lr weight_decay = 1 the previous parameter cannot be rebuilt, but all stays finite."""
     for lr, wd in [(1.0, 1.0), (0.5, 2.0), (0.1, 10.0), (1.0, 1.0 + 1e-9), (1.0, 1.0 - 1e-12)]:
         params = parameters(dtype=torch.float32)
         optimizer = ApolloW(
@@ -363,7 +363,7 @@ def test_autograd_to_the_learning_rate(mode: dict[str, Any]) -> None:
         for g in grads:
             p.grad = g
             optimizer.step()
-        return p.cpu(), optimizer.state[p]["hessian_diag"].cpu()  # where the rate is
+        return p.cpu(), optimizer.state[p]["hessian_diag"].cpu()  # the rate's device
 
     lr = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(trained, [lr])

@@ -165,7 +165,7 @@ def test_no_rate_trains() -> None:
 def test_the_best_rate_at_a_border_is_told(rates: list[float], what: str) -> None:
     with pytest.warns(ApolloWarning, match=f"best rate is the {what} that was tried") as told:
         lr_range_test(network(), loss_of, regression(), rates, steps=20)
-    assert len(told) == 1  # and nothing of small rates, which are tried on purpose
+    assert len(told) == 1  # no warning about small rates, which are tried on purpose
 
 
 def test_progress_within_the_noise_of_the_batches_is_told() -> None:

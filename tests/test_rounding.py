@@ -161,7 +161,7 @@ def test_the_mean_of_many_words_is_the_value(dtype: torch.dtype) -> None:
 @NARROW
 def test_what_is_exact_or_beyond_is_not_drawn(dtype: torch.dtype) -> None:
     most = torch.finfo(dtype).max
-    half = most * torch.finfo(dtype).eps / 4  # half a unit in the last place of the largest
+    half = most * torch.finfo(dtype).eps / 4  # half a unit in the last place of the largest number
     exact = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
     for random in (0, 0xFFFFFFFF):
         kept = rounding.stochastic(exact.float(), dtype, torch.full((len(exact),), random))

@@ -19,8 +19,8 @@ TRAJECTORY = {torch.float64: 4e-15, torch.float32: 2e-6}
 # sums and feeds on its own error of the step before: some hundred roundoffs.
 TRAJECTORY_B = {torch.float64: 1e-12, torch.float32: 3e-5}
 
-# With capturable alpha and the rate come from a float32 step, whatever the parameter's type: the
-# rounding of beta and the cancellation in 1 - beta^(t+1) leave alpha good to about 3e-7.
+# With capturable, alpha and the rate come from a float32 step, whatever the parameter's type. The
+# relative error of alpha is about 3e-7: beta is rounded, and 1 - beta^(t+1) cancels.
 CAPTURABLE = {torch.float64: 5e-6, torch.float32: 5e-6}
 CAPTURABLE_B = {torch.float64: 3e-4, torch.float32: 3e-4}
 

@@ -32,7 +32,7 @@ COMMANDS = [
     for block in blocks("sh")
     for line in block.replace("\\\n", " ").splitlines()
 ]
-# those without files or packages that are not here
+# leave out commands that need other files or packages
 SELECTED = [words for words in COMMANDS if not {"--against", "--tuned", "--data"} & {*words}]
 SELECTED = [words for words in SELECTED if not re.search("pytorch_opt|schedulefree", str(words))]
 

@@ -181,7 +181,7 @@ def stored_bits(
     back_end: dict[str, Any],
     shapes: Sequence[tuple[int, ...]] = SHAPES,
 ) -> list[Tensor]:
-    """Return what two steps store, for numbers whose computation is exact."""
+    """Return parameters and state after two steps whose arithmetic is exact."""
     dtype, rounding, state_dtype = storing
     params = parameters(shapes, dtype)
     optimizer = Apollo(
@@ -194,13 +194,13 @@ def stored_bits(
         seed=1 << 40,
         **back_end,
     )
-    run_steps(optimizer, range(1))  # d = 0, so that B' = B
+    run_steps(optimizer, range(1))  # makes the state
     for i, p in enumerate(params):
         state = optimizer.state[p]
-        state["exp_avg"].zero_()
+        state["exp_avg"].zero_()  # d = 0, so that B' = B
         state["hessian_diag"].copy_(normal(p.shape, "B", i))
     for _ in range(2):
-        # alpha is not exact in float32: the gradient is m, which stays
+        # alpha is not exact in float32, but with the gradient m it does not matter: m' = m
         for p in params:
             p.grad = optimizer.state[p]["exp_avg"].to(p.dtype)
         optimizer.step()

@@ -182,7 +182,7 @@ def test_the_number_of_threads_does_not_matter(
 def test_large_tensors_follow_the_rule(
     mode: dict[str, Any], kind: Kind, threads: Callable[[int], None]
 ) -> None:
-    """Each step from the same state, so that a rounded parameter does not add up."""
+    """Each step starts from the same state, so that rounding errors do not add up."""
     threads(2)
     dtype, grad_dtype, state, rounding = kind
     n = 3 * CHUNK + 5

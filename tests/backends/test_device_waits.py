@@ -32,7 +32,7 @@ from tests.numpy_reference import Settings
 
 
 class Watched(TorchDispatchMode):
-    """Counts the operations that reach the dispatcher, and keeps their largest new output."""
+    """Counts the operations that reach the dispatcher; keeps the size of their largest output."""
 
     def __init__(self, forbidden: Sequence[str] = ()) -> None:
         super().__init__()

@@ -306,7 +306,7 @@ def test_sanitizers(sanitizer: str, tmp_path: Path) -> None:
     done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == HASHES
-    if sanitizer.startswith("address"):  # it would have seen an error
+    if sanitizer.startswith("address"):  # the sanitizer sees a deliberate error
         done = subprocess.run([str(program), "beyond"], capture_output=True, text=True, check=False)
         assert "heap-buffer-overflow" in done.stderr, done.stderr[-3000:]
 

@@ -97,7 +97,7 @@ FORMS = {
 
 
 def save_checkpoints(folder: str) -> None:
-    """Train for a while and save in every form."""
+    """Train for a while and save a checkpoint in each of ``FORMS``."""
     model, optimizer, schedule = sharded_net()
     train(model, optimizer, BEFORE, my_part(), schedule)
     for form, options in FORMS.items():
@@ -132,7 +132,7 @@ def load_checkpoints(folder: str) -> None:
         schedule.load_state_dict(state["schedule"])
         check_resumed(alone, optimizer, model, resumed, schedule, form)
 
-    # whole tensors given to load_state_dict itself, which numbers the parameters
+    # full tensors, loaded by load_state_dict itself, whose keys are positions of parameters
     state = torch.load(Path(folder) / "full.pt", weights_only=True)
     model, resumed, schedule = sharded_net()
     set_model_state_dict(model, state["model"], options=FORMS["full"])
@@ -227,7 +227,7 @@ def wrapped() -> None:
 
 
 def batch_norm() -> None:
-    """Over all processes it is that of the whole batch: values, gradients, running statistics."""
+    """Outputs, gradients and running statistics equal those of one process with the full batch."""
     from apollo_bench.training.sync_batch_norm import convert_sync_batch_norm
 
     size = 8 // dist.get_world_size()
@@ -276,7 +276,9 @@ def residual_network() -> None:
             nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
     for p, q in zip(alone.state_dict().values(), spread.state_dict().values(), strict=True):
-        assert distance(q.double(), p.double()) < 1e-9  # 1e-16 grows a hundredfold a step
+        assert (
+            distance(q.double(), p.double()) < 1e-9
+        )  # rounding, 1e-16, grows a hundredfold per step
 
 
 def tensor_parallel() -> None:

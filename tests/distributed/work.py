@@ -366,7 +366,7 @@ def diagnostics_of_shards() -> None:
         for one, other in zip(alone, spread, strict=True):
             assert other.pop("name") == one.pop("name")
             tolerance = tolerances.SHARDED_B[torch.float64]
-            # a mean or a correction is as exact as the B that it is computed from
+            # means and corrections have the error of the B that they are computed from
             assert other == pytest.approx(one, rel=tolerance, abs=tolerance * one["curvature_rms"])
 
 

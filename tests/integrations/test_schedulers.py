@@ -67,7 +67,7 @@ def warmed_up(rates_set: list[float]) -> list[float]:
 
 
 class Schedule:
-    """A scheduler beside the one on SGD that says what it should set."""
+    """A scheduler on Apollo, and the same on SGD, whose rates are the right ones."""
 
     def __init__(self, name: str, optimizer: Apollo) -> None:
         self.wants_metric = name == "ReduceLROnPlateau"
@@ -107,7 +107,7 @@ def test_what_is_set_is_used(name: str, tensor_lr: bool) -> None:
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_saved_and_resumed(name: str) -> None:
-    """At step 5, within what most of them do, in a new optimizer and scheduler."""
+    """Step 5 lies within the ramp, cycle or decay of most schedulers."""
     optimizer = optimizer_of(LR)
     schedule = Schedule(name, optimizer)
     rates(optimizer, 5, schedule.step)
@@ -125,7 +125,7 @@ def test_saved_and_resumed(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["CyclicLR", "OneCycleLR"])
 def test_a_momentum_that_cycles(name: str) -> None:
-    """The default of both: torch itself says that this optimizer has none of that name."""
+    """Both cycle the momentum by default; torch says that Apollo has none."""
     optimizer = Apollo(parameters([(3,)]), lr=LR)
     make: dict[str, Callable[[], Any]] = {
         "CyclicLR": lambda: lr_scheduler.CyclicLR(optimizer, 0.1, 1.0),

@@ -82,7 +82,7 @@ def losses(trainer: Any) -> list[float]:
 
 
 def ordinary(optimizer: Any) -> Any:
-    """What Accelerate has wrapped."""
+    """Return the optimizer inside Accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
 
 

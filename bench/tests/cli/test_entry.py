@@ -179,7 +179,7 @@ def test_a_report_on_a_misspelt_folder_makes_none(
 
 @contextmanager
 def held_lock(directory: RunDirectory, parent: int, seconds: float) -> Iterator[None]:
-    """A child process holds the lock of a run for a while; it says that ``parent`` started it."""
+    """Hold a run's lock for a while in a child process that names ``parent`` as its parent."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -227,7 +227,7 @@ def test_a_zombie_is_not_alive() -> None:
     deadline = time.monotonic() + PATIENCE
     while worker._is_alive(process.pid):
         assert time.monotonic() < deadline
-    os.kill(process.pid, 0)  # there it is
+    os.kill(process.pid, 0)  # a zombie still has its number
     process.wait()
     assert worker._is_alive(os.getpid())
 

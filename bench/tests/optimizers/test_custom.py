@@ -264,7 +264,7 @@ def test_schedule_free_weights_are_evaluated_and_kept(tmp_path: Path) -> None:
     modes: list[str] = sys.modules[MODULE].ScheduleFree.modes
     modes.clear()
     directory = trained(tmp_path / "run", spec)
-    # the trial step's, then those of an epoch and its evaluation
+    # modes before the last three belong to the trial steps
     assert modes[-3:] == ["train", "eval", "train"]
     newest = torch.load(directory.checkpoint, weights_only=True)
     best = torch.load(directory.best, weights_only=True)

@@ -52,7 +52,7 @@ def test_means_and_seeds_by_updates_epochs_and_seconds(recipe_file: Path, tmp_pa
     assert loss["mean"] == [3.0, 2.0]
     [rate] = figures["learning rate"]["curves"]
     assert (rate["mean"], rate["std"]) == ([0.5, 0.25], [0.0, 0.0])
-    # a norm that was not finite is no number
+    # a norm that was not finite is left out
     [norm] = figures["norm of the gradient"]["curves"]
     assert (norm["mean"], norm["count"]) == ([1.0, 1.0], [1, 1])
 

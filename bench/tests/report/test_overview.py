@@ -88,7 +88,7 @@ def test_ratios_are_those_of_medians_to_the_best(summaries: list[Summary]) -> No
     found = profiles(summaries)
     assert found is not None
     ratios = {entry.name: entry.ratios["updates"] for entry in found.entries}
-    # Adam is Adam-adj on images; of its runs on WordNet most do not reach the target
+    # on images Adam-adj stands in for Adam; on WordNet most runs of Adam miss the target
     assert ratios == {
         "sgd": [2.0, 1.0], "adam": [4.0, math.inf], "apollo": [1.0, 1.5], "radam": [1.0, 2.0],
     }  # fmt: skip

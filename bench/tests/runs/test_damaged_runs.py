@@ -189,16 +189,16 @@ def test_no_damaged_byte_of_a_checkpoint_is_trained_on(tmp_path: Path) -> None:
     state = {"step": 3, "weights": torch.arange(24.0), "text": "a record\n"}
     write_checkpoint(path, state)
     whole = path.read_bytes()
-    # each record's bytes, and what the archive says of them
+    # every third byte: those of the tensors and those of the zip archive around them
     harmless = 0
     for place in range(0, len(whole), 3):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
         with suppress(ExperimentError):
-            assert_identical(read_checkpoint(path), state)  # the byte only fills a gap
+            assert_identical(read_checkpoint(path), state)  # the byte was padding
             harmless += 1
-    assert harmless < len(whole) / 6  # of a third of the bytes
+    assert harmless < len(whole) / 6  # half of the bytes tried
 
 
 class Code:
@@ -295,7 +295,7 @@ def test_a_damaged_run_does_not_lose_the_report_of_the_others(
     [reason] = said
     assert ENDED in reason
     assert "\n" not in reason
-    with pytest.raises(ExperimentError, match=ENDED):  # a search must be whole
+    with pytest.raises(ExperimentError, match=ENDED):  # a search needs all of its runs
         loading.load_runs([tmp_path])
     with pytest.raises(ExperimentError, match=ENDED):  # nothing to report on
         loading.load_runs([tmp_path / "runs" / ENDED], said.append)
@@ -359,7 +359,7 @@ def test_a_run_that_diverged_at_once_has_no_records(finished: Path) -> None:
     edit(directory.result, lambda x: x.update(verdict="diverged", step=5))
     directory.metrics.write_bytes(b"")
     assert directory.usable_verdict() is not None
-    directory.metrics.unlink()  # training begins with an empty file
+    directory.metrics.unlink()  # the file is empty until the first record, but exists
     assert directory.usable_verdict() is None
 
 

@@ -132,7 +132,7 @@ def shown_by_tensorboard(directory: RunDirectory) -> dict[str, list[tuple[int, f
 
 
 def test_tensorboard_shows_the_metrics_once(recipe_file: Path, tmp_path: Path) -> None:
-    """Also for a run that was killed after it had written more than its checkpoint holds."""
+    """Also when a killed run had written events beyond its checkpoint."""
     spec = spec_of(recipe_file, "apollo")
     directory, task = prepared(tmp_path / "run", spec)
     train(directory, spec, task, stop_after(7))

@@ -23,9 +23,10 @@ from bench.tests.conftest import TINY
 from bench.tests.helpers import PATIENCE, assert_identical, prepared, result
 from bench.tests.workloads.language_modeling.test_language_workload import SETTINGS, texts  # noqa: F401  (a fixture)
 
-FIRST, ROUNDED = 4, 1e-5  # lines of the curve, relative difference
-# What rounding grows to in the rest. Images: one process, whose weights are changed by 1e-7 at the
-# start, is as far away (5e-4 to 1e-3) as two processes are; the kinks of so small a network do it.
+FIRST, ROUNDED = 4, 1e-5  # number of first losses, and their largest relative difference
+# Largest relative difference of the later losses, to which rounding grows. Images differ most: the
+# network is small, and ReLU has a kink. One process whose initial weights change by 1e-7 differs as
+# much (5e-4 to 1e-3) as two processes do.
 GROWN = {"images": 2e-3, "wordnet": 2e-4, "phrases": 2e-4, "phrases, sharded": 2e-4}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 # a process draws other numbers for dropout than the one process does
@@ -94,7 +95,7 @@ def test_two_processes_train_every_model_as_one(
         assert difference.max() <= GROWN[name], (name, difference)
         for key, value in numbers(alone[name]).items():
             assert numbers(several[name])[key] == pytest.approx(value, rel=0.05), (name, key)
-    # a checkpoint of sharded weights is one of whole weights
+    # a checkpoint of a sharded run holds full tensors
     states = [
         torch.load(one["phrases, sharded"].checkpoint, weights_only=True)
         for one in (several, alone)

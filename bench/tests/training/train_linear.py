@@ -22,7 +22,7 @@ from apollo_bench.workloads.image_classification.image_workload import ImageClas
 
 
 class Linear(ImageClassification):
-    """The images of the recipe's task, a linear model and dropout of nothing."""
+    """The image workload with a linear model and a dropout that drops nothing."""
 
     def model(self) -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))

@@ -119,7 +119,7 @@ def test_a_resumed_run_keeps_the_state_of_a_custom_model(folder: Path) -> None:
         while train(directory, spec, workload, lambda left=left: next(left, True)) == "stopped":  # type: ignore[misc]
             left = iter([False] * 99)
         runs.append(result(directory))
-    assert len(runs[0]["processes"][0]) > 3  # with the hidden state
+    assert len(runs[0]["processes"][0]) > 3  # the hidden state is there too
     assert_identical(runs[0], runs[1])
 
 

@@ -72,7 +72,7 @@ def test_a_file_of_the_same_name_is_refused_before_anything_is_written(
         prepare(raw, out)
     assert {path: text for path, text in contents(out).items() if text} == {name: b"mine"}
     (out / name).unlink()
-    (out / name).symlink_to(tmp_path / "nowhere")  # a link is a name too
+    (out / name).symlink_to(tmp_path / "nowhere")  # a broken link also occupies the name
     with pytest.raises(ExperimentError, match="not made by prepare"):
         prepare(raw, out)
 

@@ -69,7 +69,7 @@ def task_of(tree: Path, data: PhotographData = DATA, workers: int = 0) -> ImageC
 
 
 def pixels(images: torch.Tensor) -> torch.Tensor:
-    """From normalized images back to bytes."""
+    """Return the bytes of normalized images."""
     mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (imagenet.MEAN, imagenet.STD))
     return ((images * std + mean) * 255).round().to(torch.uint8)
 
@@ -142,7 +142,7 @@ def test_folders_that_are_missing(tree: Path) -> None:
     )
     (tree / "val").mkdir()
     assert error_of(tree).startswith(f"{tree / 'val'}: no folders of classes; each image must")
-    # as the validation images are published
+    # the published archive of validation images has no folders
     shutil.copy(next(tree.glob("train/*/*")), tree / "val" / "ILSVRC2012_val_00000001.JPEG")
     assert error_of(tree).startswith(f"{tree / 'val'}: images, but no folders of classes")
 

@@ -40,7 +40,7 @@ def test_what_is_tested_was_not_trained_on() -> None:
             assert not set(here) & set(there)
     for pairs in (train, valid, test):
         assert len(set(pairs.source)) == pairs.size
-    # but of words that were: a name that only a test has cannot be learned
+    # every single word was trained on: a name that only a test has could not be learned
     trained = {word for text in train.source for word in text.split() if word.isalpha()}
     tested = {word for text in test.source for word in text.split() if word.isalpha()}
     assert tested <= trained
@@ -66,7 +66,7 @@ def test_a_value_is_in_one_split(script: ModuleType) -> None:
 
 
 def test_samples_have_the_right_translation() -> None:
-    # by hand: what every learner of German is told
+    # translations written by hand
     corpus = phrases.load()
     said = {
         english: german for pairs in corpus[:3] for english, german in zip(*pairs[:2], strict=True)

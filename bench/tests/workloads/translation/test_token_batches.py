@@ -58,7 +58,7 @@ def test_every_process_gets_a_pair_of_every_batch(of: Lengths, world: int, room:
         assert min(map(len, parts)) >= 1
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
         assert sorted(numpy.concatenate(parts)) == sorted(batches.examples(number))
-    # the batches are those of one process
+    # the batches do not depend on the number of processes
     alone = TokenBatches(pairs, max_tokens)
     assert len(alone) == len(batches)
     for number in range(len(alone)):

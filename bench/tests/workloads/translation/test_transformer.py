@@ -168,7 +168,7 @@ def test_order_of_source_words_counts(model: Transformer) -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_padding_changes_nothing(model: Transformer, training: bool) -> None:
     if training:
-        # rows of padding have a gradient through the output's matrix, and are zero no more
+        # training changes the row of padding, because the output layer shares the matrix
         with torch.no_grad():
             model.embedding.weight[PAD] = torch.randn(WIDTH)
     source, target = words(2, 4), words(2, 3, seed=2)
