@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+import apollo_qn
+
 SCRIPT = """
 import json, sys, time
 import torch
@@ -28,3 +30,10 @@ def test_import_brings_torch_alone() -> None:
     assert not any(name.startswith("apollo_bench") for name in result["new"])
     assert "apollo_qn.range_test" not in result["new"]  # imported when it is used
     assert result["seconds"] < 0.5
+
+
+def test_all_names_can_be_imported_and_completed() -> None:
+    assert "lr_range_test" in apollo_qn.__all__
+    assert set(apollo_qn.__all__) <= set(dir(apollo_qn))
+    for name in apollo_qn.__all__:
+        assert getattr(apollo_qn, name).__module__.startswith("apollo_qn.")

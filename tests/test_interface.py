@@ -58,7 +58,10 @@ def test_apollow_is_apollo_with_decoupled_decay() -> None:
 
 
 def test_public_names() -> None:
-    assert set(apollo_qn.__all__) == {"Apollo", "ApolloW", "GradientRelease", "apollo"}
+    optimizers = {"Apollo", "ApolloW", "GradientRelease", "apollo"}
+    assert set(apollo_qn.__all__) == optimizers | {
+        "ApolloWarning", "LearningRateWarning", "lr_range_test",
+    }  # fmt: skip
     assert apollo_qn.__version__
 
 
