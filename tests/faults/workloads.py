@@ -94,8 +94,15 @@ FAULTS = [
     Fault(
         "lines that end in CR alone are one line",
         BENCH,
-        "if returns > len(lines):",
-        "if False:",
+        "    if problem := line_end_error(returns, len(lines)):\n",
+        "    if problem := None:\n",
+        UNUSABLE,
+    ),
+    Fault(
+        "text in UTF-16 is read as UTF-8",
+        BENCH,
+        "    if not marked and not unmarked:\n",
+        "    if True:\n",
         UNUSABLE,
     ),
     Fault(

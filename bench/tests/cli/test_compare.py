@@ -17,7 +17,7 @@ from apollo_bench.config import recipe
 from apollo_bench.config.execution import Execution
 from apollo_bench.config.recipe import RunSpec
 from apollo_bench.errors import ExperimentError
-from apollo_bench.launch import run_scheduler
+from apollo_bench.launch import run_experiment, run_scheduler
 from apollo_bench.report import narrative, page
 from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.training.loop import train
@@ -208,6 +208,23 @@ def test_nothing_is_written_where_not_all_can_be_trained(
     assert "differ in train: they cannot" in refused(
         TINY.replace("epochs = 2", "epochs = 3"), "adam"
     )
+
+
+def test_two_runs_of_one_name_are_refused(recipe_file: Path, tmp_path: Path) -> None:
+    more = '[schedules.long-cosine]\nkind = "cosine"\nepochs = 4\n\n[optimizers.sgd-long]\n'
+    more += 'method = "sgd"\nlr = 0.1\n\n[optimizers.sgd]'
+    recipe_file.write_text(TINY.replace("[optimizers.sgd]", more))
+    plan = recipe.load(str(recipe_file))
+    specs = [plan.run("sgd", 1, "long-cosine"), plan.run("sgd-long", 1, "cosine")]
+    machines = run_experiment.Machines("cpu", 1, 1, 1, "ddp")
+    with pytest.raises(
+        ExperimentError,
+        match="sgd with schedule long-cosine, and sgd-long with schedule cosine; rename an opt",
+    ):
+        run_experiment.train_runs(
+            run_experiment.Request(specs, tmp_path / "out", None, machines), print
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_of_another_task_is_not_continued(recipe_file: Path, tmp_path: Path) -> None:

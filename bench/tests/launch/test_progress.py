@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from apollo_bench.config import recipe
-from apollo_bench.launch.progress import LiveTable, duration, seconds_left
+from apollo_bench.launch.progress import LiveTable, PlainLines, duration, seconds_left
 from apollo_bench.launch.run_scheduler import RunState, Status
 from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.workloads import tasks
@@ -129,3 +129,16 @@ def test_time_left() -> None:
     runs[1].status, runs[1].step, runs[1].seconds = "running", 20, 10.0
     assert seconds_left(runs, 2) == pytest.approx(0.5 * (80 + 100 + 100) / 2)
     assert seconds_left(runs, 8) == pytest.approx(0.5 * 100)
+
+
+def test_stopped_runs_have_no_time_left() -> None:
+    runs = [state("one", status="running"), state("two")]
+    runs[0].step, runs[0].seconds = 20, 10.0
+    for status, said in (("running", True), ("stopped", False)):
+        for run in runs:
+            run.status = status  # type: ignore[assignment]
+        console = Console(file=io.StringIO(), width=200)
+        PlainLines(console).update(runs, 1)
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        assert ("left in all" in text) is said
+        assert status in text

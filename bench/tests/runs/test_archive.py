@@ -132,6 +132,9 @@ def test_the_command(ended: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     again = CliRunner().invoke(app, ["report", str(kept), "--out", str(tmp_path / "report")])
     assert again.exit_code == 0, again.output
     assert (tmp_path / "report" / "results.md").read_text() == (kept / "results.md").read_text()
+    twice = CliRunner().invoke(app, ["archive", str(kept), "--out", str(tmp_path / "twice")])
+    assert twice.exit_code == 2
+    assert f"{kept}: an archive already; `apollo-bench report {kept}` reads it" in twice.stderr
     (tmp_path / "empty").mkdir()
     arguments = ["archive", str(tmp_path / "empty"), "--out", str(tmp_path / "none")]
     empty = CliRunner().invoke(app, arguments)

@@ -181,8 +181,18 @@ def test_images_with_splits(folder: Path) -> None:
         custom_images.load(None, 0.2)
     (folder / "few" / "a").mkdir(parents=True)
     shutil.copy(next((root / "train").rglob("*.JPEG")), folder / "few" / "a" / "1.jpg")
+    with pytest.raises(ExperimentError, match="few: one class only, a; a classifier needs two or"):
+        custom_images.load(folder / "few", 0.2)
+    shutil.copytree(folder / "few" / "a", folder / "few" / "b")
     with pytest.raises(ExperimentError, match="1 images, of which 1 would be tested on; add"):
         custom_images.load(folder / "few", 0.2)
+    shutil.copytree(folder / "few", folder / "one" / "train" / "x")
+    shutil.copytree(folder / "few" / "a", folder / "one" / "test" / "x")
+    with pytest.raises(ExperimentError, match="no images"):
+        custom_images.load(folder / "one", 0.2)
+    shutil.copytree(folder / "few" / "a", folder / "one" / "train" / "x", dirs_exist_ok=True)
+    with pytest.raises(ExperimentError, match="train: one class only, x"):
+        custom_images.load(folder / "one", 0.2)
 
 
 def test_one_text_is_cut_in_order(folder: Path) -> None:
@@ -207,6 +217,17 @@ def test_characters_and_a_file_per_split(folder: Path) -> None:
     assert set(corpus.vocabulary.words[2:]) == set("ab 日本")
     assert [len(corpus.train), len(corpus.valid), len(corpus.test)] == [3 * 8, 3, 3]
     assert corpus.empty_lines == 1
+    assert corpus.remarks == []
+    (root / "val.txt").write_text("as the validation text, but dev comes later\n")
+    (root / "notes.md").write_text("")
+    (root / "old").mkdir()
+    (root / "old" / "test.txt").write_text("")
+    corpus = custom_text.load(root, TextFileData(kind="text-file", unit="character"))
+    assert corpus.remarks == [
+        "Files of texts that are not used: 3 (1 .md, 1 .txt, 1 in folders below). Used are "
+        "train.txt, val.txt, test.txt."
+    ]
+    (root / "val.txt").unlink()
     (root / "test.txt").unlink()
     with pytest.raises(ExperimentError, match=r"test\.txt: no such file; --data needs a text file"):
         custom_text.load(root, TextFileData(kind="text-file"))
@@ -233,12 +254,19 @@ def test_two_aligned_files(folder: Path) -> None:
     assert (corpus.source_language, corpus.target_language) == ("fr", "it")
     assert (corpus.train.source[0], corpus.train.target[0]) == ("le le0 x0", "il il0 x0")
     assert str(corpus.counts) == "160 of 160 pairs"
+    assert corpus.remarks == []
+    (root / "all.en").write_text("another language\n")
+    assert custom_pairs.load(root, ("fr", "it"), 0.1).remarks == [
+        "Files of songs that are not used: 1 (1 .en). Used are all.fr.gz, all.it.gz."
+    ]
     back = custom_pairs.load(root, ("it", "fr"), 0.1)
     assert back.train.source == corpus.train.target
     for split in ("train", "val", "test"):
         for language in ("fr", "it"):
             (root / f"{split}.{language}").write_text(f"{split}\n")
-    assert custom_pairs.load(root, ("fr", "it"), 0.1).valid.source == ["val"]
+    splits = custom_pairs.load(root, ("fr", "it"), 0.1)
+    assert splits.valid.source == ["val"]
+    assert "not used: 3 (1 .en, 2 .gz). Used are train.fr, train.it, val.fr" in splits.remarks[0]
     (root / "val.it").unlink()
     with pytest.raises(ExperimentError, match=r"no valid\.fr and \.it among all, test, train"):
         custom_pairs.load(root, ("fr", "it"), 0.1)

@@ -227,15 +227,18 @@ def test_files_that_are_not_used_are_counted(tree: Path) -> None:
     (folder / "more" / "deep" / "1.jpg").write_bytes(b"a nested image")
     (folder / "named.jpeg").mkdir()
     (tree / "val" / "list.txt").write_text("beside")
+    (tree / "labels.csv").write_text("beside the splits")
+    (tree / "test" / "deep").mkdir(parents=True)
+    (tree / "test" / "deep" / "1.jpg").write_bytes(b"not a split of ImageNet")
     (tree / "val" / ".ipynb_checkpoints").mkdir()
     (tree / "val" / ".ipynb_checkpoints" / "1.jpg").write_bytes(b"a copy")
     images = imagenet.load(tree)
     assert len(images.train.labels) == 12
     [remark] = images.remarks
     assert remark == (
-        "Files of imagenet that are not used: 8 (3 .webp, 1 beside the folders of classes, "
-        "1 hidden, 1 in folders below, 1 in hidden folders, 1 without an ending). Used are .jpeg, "
-        ".jpg, .png in the folders of the classes."
+        "Files of imagenet that are not used: 10 (3 .webp, 1 beside the folders of classes, "
+        "1 beside the splits, 1 hidden, 1 in folders below, 1 in hidden folders, 1 in other "
+        "folders, 1 without an ending). Used are .jpeg, .jpg, .png in the folders of the classes."
     )
 
 
@@ -355,7 +358,7 @@ def test_lines_that_end_in_carriage_returns(tmp_path: Path) -> None:
     """One side of a translation or a whole text would be a single line."""
     path = tmp_path / "train.en"
     path.write_bytes(b"one two\rthree\rfour\r")
-    with pytest.raises(ExperimentError, match=r"train.en: its lines end in carriage returns alone"):
+    with pytest.raises(ExperimentError, match=r"train.en: lines end in carriage returns alone"):
         read_lines(path, "mend it")
     with pytest.raises(ExperimentError, match=r"train.en, line 1: lines end in carriage returns"):
         list(text_files.blocks(path))
@@ -367,3 +370,22 @@ def test_lines_that_end_in_carriage_returns(tmp_path: Path) -> None:
     path.write_bytes(b"one two\r\nthree \r four\r\nfive\r\n")
     assert read_lines(path, "mend it") == ["one two", "three four", "five"]
     assert [len(line) for lines in text_files.blocks(path) for line in lines] == [2, 2, 1]
+
+    # a file that was put together from two
+    path.write_bytes(b"one\n" * 40 + b"two\r" * 10)
+    for read in (lambda: read_lines(path, ""), lambda: list(text_files.blocks(path))):
+        with pytest.raises(ExperimentError, match=r"returns alone \(\\r\): 10, beside 4[01] line"):
+            read()
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_text_in_utf_16(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "train.en"
+    path.write_bytes("one two\nthree\n".encode(encoding))
+    for read in (
+        lambda: read_lines(path, "mend it"),
+        lambda: text_files.read_text(path, "mend it"),
+        lambda: list(text_files.blocks(path)),
+    ):
+        with pytest.raises(ExperimentError, match=r"train.en: UTF-16, not UTF-8; convert it"):
+            read()

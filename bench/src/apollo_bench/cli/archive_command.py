@@ -27,6 +27,11 @@ def archive(
         directories = [
             directory for folder in runs for directory in compatibility.find_run_directories(folder)
         ]
+        for folder in runs:
+            if archives.is_archive(folder):
+                raise ExperimentError(
+                    f"{folder}: an archive already; `apollo-bench report {folder}` reads it"
+                )
         if not directories:
             raise ExperimentError(f"{runs[0]}: contains no runs; `apollo-bench compare` makes some")
         compatibility.check(compatibility.identity_of(directory) for directory in directories)

@@ -97,10 +97,10 @@ class LiveTable:
         rest = [Text(_more(runs, shown), style="dim")] if len(shown) < len(runs) else []
         total, done = sum(run.steps for run in runs), sum(run.step for run in runs)
         line = Table.grid(padding=(0, _GAP))
-        left = duration(seconds_left(runs, jobs))
+        left = f", {duration(seconds_left(runs, jobs))} left" if _goes_on(runs) else ""
         line.add_row(
             ProgressBar(total=total, completed=done, width=40),
-            Text(f"{100 * done // total} %, {left} left"),
+            Text(f"{100 * done // total} %{left}"),
         )
         self._live.update(Group(*_tables(shown, console.width), *rest, line), refresh=True)
 
@@ -132,7 +132,7 @@ class PlainLines:
                     f"loss {_number(run.loss, 4)}",
                     f"{run.metric.label} {_number(run.score, 2)} {run.metric.unit}".rstrip(),
                     _number(run.speed, 0, f" {run.unit}/s"),
-                    f"{duration(seconds_left(runs, jobs))} left in all",
+                    f"{duration(seconds_left(runs, jobs))} left in all" if _goes_on(runs) else "",
                     run.reason,
                 ]
                 text = "  ".join(part for part in parts if part)
@@ -179,6 +179,10 @@ def counter(console: Console) -> Iterator[Callable[[str, int, int], None]]:
             progress.update(task, description=title, completed=done, total=total or None)
 
         yield show
+
+
+def _goes_on(runs: list[RunState]) -> bool:
+    return any(run.status in ("waiting", "running") for run in runs)
 
 
 def _tables(runs: list[RunState], width: int) -> Iterator[Table | Text]:

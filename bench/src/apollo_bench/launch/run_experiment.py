@@ -85,6 +85,7 @@ def train_runs(request: Request, warn: Callable[[str], None]) -> list[RunState]:
         Interrupted: on SIGINT or SIGTERM, after every run has written a checkpoint.
     """
     _check_out(request.out)
+    _check_labels(request.specs)
     machines = request.machines
     under_torchrun = process_group.launched_by_torchrun()
     jobs, execution = _plan(machines, under_torchrun)
@@ -113,6 +114,19 @@ def _check_out(out: Path) -> None:
         raise ExperimentError(
             f"--out is {str(out)!r}, which is not UTF-8, as TensorBoard needs; choose another"
         ) from None
+
+
+def _check_labels(specs: Sequence[RunSpec]) -> None:
+    """Raise ExperimentError if two runs would have one directory."""
+    by_label: dict[str, RunSpec] = {}
+    for spec in specs:
+        other = by_label.setdefault(spec.label, spec)
+        if other is not spec and other != spec:
+            raise ExperimentError(
+                f"two runs have the name {spec.label}: {other.name} with schedule "
+                f"{other.schedule}, and {spec.name} with schedule {spec.schedule}; rename an "
+                "optimizer or a schedule"
+            )
 
 
 def _plan(machines: Machines, under_torchrun: bool) -> tuple[int, Execution]:

@@ -97,7 +97,9 @@ def _on_apollo(section: ScheduleSection, summary: Summary) -> str:
         text += f", {lead.pairs} seeds)"
     if len(section.apollo_variants) > 1:
         form = best_of(section.apollo_variants)
-        if form is not None and form.score is not None:
+        if form is ours:
+            text += "; no other variant of Apollo has a better mean"
+        elif form is not None and form.score is not None:
             text += f"; the variant of Apollo with the best mean is {form.label}, "
             text += form.score.text(2)
             text += unit

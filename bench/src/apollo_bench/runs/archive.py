@@ -112,13 +112,13 @@ def _check_out(out: Path) -> None:
             "folder"
         )
     there = [name for name in (RUNS, EVALUATIONS, CURVATURE) if (out / name).exists()]
-    if there and not _is_archive(out):
+    if there and not is_archive(out):
         raise ExperimentError(
             f"{out / there[0]}: not of an archive, and would be overwritten; choose another --out"
         )
 
 
-def _is_archive(folder: Path) -> bool:
+def is_archive(folder: Path) -> bool:
     """Return whether runs.json is of an archive, even if a table was lost or is damaged."""
     try:
         content = json.loads((folder / RUNS).read_text(encoding="utf-8"))

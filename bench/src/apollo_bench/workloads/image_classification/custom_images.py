@@ -60,6 +60,7 @@ def _two_splits(folder: Path, train: str, tests: list[str], cache: Path | None) 
                 "splits need the same classes"
             )
     names = sorted(classes[train])
+    _check_classes(folder / train, names)
     both = [
         [(label, file) for label, name in enumerate(names) for file in _paths(classes[split][name])]
         for split in splits
@@ -74,6 +75,8 @@ def _two_splits(folder: Path, train: str, tests: list[str], cache: Path | None) 
 
 def _one_split(folder: Path, test_share: float, cache: Path | None) -> EncodedImageSet:
     found = index_tree(folder, (".",), cache)
+    names = [one.name.partition("/")[2] for one in found]
+    _check_classes(folder, names)
     generator = Generator().manual_seed(0)
     train: list[tuple[int, str]] = []
     test: list[tuple[int, str]] = []
@@ -89,13 +92,20 @@ def _one_split(folder: Path, test_share: float, cache: Path | None) -> EncodedIm
         chosen = set(order[:tested])
         test += [(label, path) for index, path in enumerate(paths) if index in chosen]
         train += [(label, path) for index, path in enumerate(paths) if index not in chosen]
-    names = [one.name.partition("/")[2] for one in found]
     remarks = [
         _count(names, train, test),
         f"{100 * test_share:g} % of each class's images were drawn once and tested on.",
     ]
     remarks += unused_files(folder, (".",), found)
     return _image_set(folder, train, test, len(names), found, remarks)
+
+
+def _check_classes(folder: Path, names: list[str]) -> None:
+    if len(names) < 2:
+        raise ExperimentError(
+            f"{folder}: one class only, {names[0]}; a classifier needs two or more. If the folders "
+            f"of the classes are in {names[0]}, give that folder"
+        )
 
 
 def _paths(folder: ClassFolder) -> list[str]:

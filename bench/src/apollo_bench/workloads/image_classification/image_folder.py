@@ -25,6 +25,7 @@ from apollo_bench.workloads.image_classification.image_validation import (
     check_image_file,
     image_error,
 )
+from apollo_bench.workloads.unused_files import ending, files_below, remarks_on
 from apollo_bench.workloads.validation_cache import ValidationCache
 
 _SUFFIXES = (".jpeg", ".jpg", ".png")  # image_validation.py knows the end markers of these formats
@@ -166,7 +167,7 @@ def _list(root: Path, name: str) -> ClassFolder:
                     times = status.st_mtime_ns, status.st_ctime_ns
                     files.append((entry.name, status.st_size, times))
                 elif kind == "folder":
-                    unused["in folders below"] += _files_below(entry)
+                    unused["in folders below"] += files_below(entry)
                 else:
                     unused[kind] += 1
     except FileNotFoundError as error:  # a broken link
@@ -182,12 +183,8 @@ def _list(root: Path, name: str) -> ClassFolder:
     return ClassFolder(name, listed, sizes, digest.hexdigest(), dict(unused))
 
 
-def _files_below(folder: os.DirEntry[str]) -> int:
-    return sum(len(names) for _, _, names in os.walk(folder))
-
-
 def _kind(entry: os.DirEntry[str]) -> str:
-    """Return "image", "folder", "hidden" or the ending of another file.
+    """Return "image", "folder", or what ``unused_files.ending`` returns for another file.
 
     A file with an image's ending that is no image, for example a pipe, is found when it is read.
     """
@@ -195,11 +192,7 @@ def _kind(entry: os.DirEntry[str]) -> str:
         return "hidden"  # files of an operating system or an editor
     if entry.name.lower().endswith(_SUFFIXES) and not entry.is_dir():
         return "image"
-    return (
-        "folder"
-        if entry.is_dir()
-        else os.path.splitext(entry.name)[1].lower() or "without an ending"
-    )
+    return "folder" if entry.is_dir() else ending(entry.name)
 
 
 def unused_files(root: Path, splits: tuple[str, ...], folders: Iterable[ClassFolder]) -> list[str]:
@@ -213,15 +206,15 @@ def unused_files(root: Path, splits: tuple[str, ...], folders: Iterable[ClassFol
                 if not entry.is_dir():
                     unused["beside the folders of classes"] += 1
                 elif entry.name[0] == ".":
-                    unused["in hidden folders"] += _files_below(entry)
-    unused = +unused  # without zeros
-    if not unused:
-        return []
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(unused.items()))
-    return [
-        f"Files of {root.name} that are not used: {sum(unused.values()):,} ({kinds}). Used are "
-        f"{', '.join(_SUFFIXES)} in the folders of the classes."
-    ]
+                    unused["in hidden folders"] += files_below(entry)
+    if splits != (".",):
+        with os.scandir(root) as entries:
+            for entry in entries:
+                if not entry.is_dir():
+                    unused["beside the splits"] += 1
+                elif entry.name not in splits:
+                    unused["in other folders"] += files_below(entry)
+    return remarks_on(root, unused, f"{', '.join(_SUFFIXES)} in the folders of the classes")
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from apollo_bench.workloads.language_modeling.language_settings import TextFileD
 from apollo_bench.workloads.language_modeling.text_files import read_text
 from apollo_bench.workloads.language_modeling.token_corpus import Corpus, TokenStream
 from apollo_bench.workloads.language_modeling.vocabulary import Vocabulary
+from apollo_bench.workloads.unused_files import remarks_beside
 
 _SPLITS = (("train",), ("valid", "val", "validation", "dev"), ("test",))
 _ENDINGS = (".txt", ".txt.gz")
@@ -36,7 +37,13 @@ def load(path: Path | None, data: TextFileData) -> Corpus:
     if path is None or not path.exists():
         where = "no --data" if path is None else f"{path}: no such file"
         raise ExperimentError(f"{where}; {NEEDED}")
-    texts = _folder(path, data.unit) if path.is_dir() else _one_file(path, data)
+    remarks: list[str] = []
+    if path.is_dir():
+        paths = _split_files(path)
+        texts = [_read(one, data.unit) for one in paths]
+        remarks = remarks_beside(path, paths)
+    else:
+        texts = _one_file(path, data)
     for name, lines in zip(("training", "validation", "test"), texts, strict=True):
         if not any(lines):
             raise ExperimentError(f"{path}: no words in the {name} text; {NEEDED}")
@@ -49,17 +56,17 @@ def load(path: Path | None, data: TextFileData) -> Corpus:
         digest.update(b"\0")
     train, valid, test = (_encode(lines, words) for lines in texts)
     empty = sum(not line for lines in texts for line in lines)
-    return Corpus(train, valid, test, words, digest.hexdigest(), empty)
+    return Corpus(train, valid, test, words, digest.hexdigest(), empty, remarks)
 
 
-def _folder(folder: Path, unit: str) -> list[Lines]:
+def _split_files(folder: Path) -> list[Path]:
     found = []
     for names in _SPLITS:
         paths = [folder / f"{name}{ending}" for name in names for ending in _ENDINGS]
         path = next((path for path in paths if path.is_file()), None)
         if path is None:
             raise ExperimentError(f"{folder / names[0]}.txt: no such file; {NEEDED}")
-        found.append(_read(path, unit))
+        found.append(path)
     return found
 
 

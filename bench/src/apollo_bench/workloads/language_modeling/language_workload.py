@@ -83,7 +83,8 @@ class LanguageModeling:
         self.remarks = [
             f"A vocabulary of {words:,} {self.unit}; perplexity is that of every "
             f"{self.unit.removesuffix('s')} and every sentence's end, {len(corpus.test):,} in the "
-            f"test text{empty}."
+            f"test text{empty}.",
+            *corpus.remarks,
         ]
         self.units_per_step = float(batch_size * data.bptt_steps)
         self._corpus, self._model, self._data, self._device = corpus, model, data, device

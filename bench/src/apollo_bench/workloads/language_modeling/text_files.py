@@ -11,8 +11,8 @@ from pathlib import Path
 from apollo_bench.errors import ExperimentError
 from apollo_bench.regular_files import open_regular
 from apollo_bench.workloads.gzip_files import open_binary
+from apollo_bench.workloads.text_encoding import MARK, line_end_error, utf16_error
 
-_MARK = b"\xef\xbb\xbf"  # the byte order mark that some editors put before UTF-8
 _BLOCK = 1 << 21  # bytes
 
 
@@ -59,7 +59,7 @@ def read_text(path: Path, remedy: str, plain: bool = True) -> list[str]:
         ExperimentError: as in ``gzipped_lines``.
     """
     with open_binary(path, remedy, plain=plain) as file:
-        content = file.read().removeprefix(_MARK)
+        content = file.read().removeprefix(MARK)
     check_encoding(content, path, 1)
     lines = content.split(b"\n")
     if not lines[-1]:
@@ -79,12 +79,11 @@ def check_encoding(content: bytes, path: Path, line: int) -> None:
         ExperimentError: the bytes are not UTF-8, contain a zero byte as a broken copy does, or have
             lines that end in carriage returns alone; the message names the line.
     """
+    if line == 1 and (error := utf16_error(content)):
+        raise ExperimentError(f"{path}: {error}")
     returns = content.count(b"\r") - content.count(b"\r\n")
-    if returns > content.count(b"\n"):
-        raise ExperimentError(
-            f"{path}, line {line}: lines end in carriage returns alone (\\r); convert them to line "
-            "feeds (\\n)"
-        )
+    if problem := line_end_error(returns, content.count(b"\n")):
+        raise ExperimentError(f"{path}, line {line}: {problem}")
     if b"\0" in content:
         line += content.count(b"\n", 0, content.index(b"\0"))
         raise ExperimentError(f"{path}, line {line}: a zero byte, damaged; unpack it again")

@@ -55,3 +55,4 @@ class Corpus(NamedTuple):
     vocabulary: Vocabulary
     fingerprint: str  # of the tokens and the vocabulary
     empty_lines: int = 0  # of the text, skipped
+    remarks: Sequence[str] = ()  # on the files, for the user and the report

@@ -11,9 +11,11 @@ from apollo_bench.workloads.translation.parallel_text import (
     ParallelCorpus,
     TextPairs,
     clean,
+    find_text,
     make_corpus,
     read_named,
 )
+from apollo_bench.workloads.unused_files import remarks_beside
 
 _SPLITS = (("train",), ("valid", "val", "validation", "dev"), ("test",))
 
@@ -47,9 +49,11 @@ def load(folder: Path | None, languages: tuple[str, str], test_share: float) -> 
             f"{', '.join(there) or 'no files'}; {needed}"
         )
     if "train" not in names and len(names) == 1:
-        pairs = read_named(folder, names.pop(), languages, needed)
-        return _cut(pairs, languages, test_share, str(folder))
-    splits = []
+        [only] = names
+        pairs = read_named(folder, only, languages, needed)
+        corpus = _cut(pairs, languages, test_share, str(folder))
+        return corpus._replace(remarks=_remarks(folder, [only], languages))
+    splits, read = [], []
     for choices in _SPLITS:
         name = next((name for name in choices if name in names), None)
         if name is None:
@@ -58,7 +62,14 @@ def load(folder: Path | None, languages: tuple[str, str], test_share: float) -> 
                 f"{', '.join(sorted(names))}; {needed}"
             )
         splits.append(read_named(folder, name, languages, needed))
-    return make_corpus(splits[0], splits[1], splits[2], languages, str(folder))
+        read.append(name)
+    corpus = make_corpus(splits[0], splits[1], splits[2], languages, str(folder))
+    return corpus._replace(remarks=_remarks(folder, read, languages))
+
+
+def _remarks(folder: Path, names: list[str], languages: tuple[str, str]) -> list[str]:
+    texts = [f"{name}.{language}" for name in names for language in languages]
+    return remarks_beside(folder, [find_text(folder, text, "") for text in texts])
 
 
 def _names(folder: Path, language: str) -> set[str]:

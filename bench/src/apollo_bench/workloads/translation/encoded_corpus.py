@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ class EncodedCorpus(NamedTuple):
     references: list[str]  # of the test set
     fingerprint: str
     counts: str  # of the training pairs, as text
+    remarks: Sequence[str] = ()  # on the files, for the user and the report
 
 
 def encode(corpus: ParallelCorpus, size: int, clean: bool) -> EncodedCorpus:
@@ -54,7 +56,9 @@ def encode(corpus: ParallelCorpus, size: int, clean: bool) -> EncodedCorpus:
     train, counts = train.cleaned(FAIRSEQ if clean else NOT_EMPTY)
     counts = counts._replace(read=corpus.counts.read, empty=corpus.counts.empty + counts.empty)
     references, fingerprint = corpus.test.target, corpus.fingerprint
-    return EncodedCorpus(subwords, train, valid, test, references, fingerprint, str(counts))
+    return EncodedCorpus(
+        subwords, train, valid, test, references, fingerprint, str(counts), corpus.remarks
+    )
 
 
 def prepare(corpus: EncodedCorpus, out: Path, report_progress: ProgressCallback) -> None:

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from apollo_bench.errors import ExperimentError
 from apollo_bench.workloads.gzip_files import open_binary
-
-_MARK = b"\xef\xbb\xbf"  # the byte order mark that some editors put before UTF-8
+from apollo_bench.workloads.text_encoding import MARK, line_end_error, utf16_error
 
 
 class TextPairs(NamedTuple):
@@ -73,6 +72,7 @@ class ParallelCorpus(NamedTuple):
     target_language: str
     fingerprint: str  # of all sentences; it does not depend on the files
     counts: FilterCounts  # of the training pairs
+    remarks: Sequence[str] = ()  # on the files, for the user and the report
 
 
 def make_corpus(
@@ -167,20 +167,19 @@ def read_lines(path: Path, remedy: str) -> list[str]:
         try:
             # only line feeds end a line: str.splitlines also cuts at characters within sentences
             for number, row in enumerate(file, 1):
+                if number == 1 and (problem := utf16_error(row)):
+                    raise ExperimentError(f"{path}: {problem}; {remedy}")
                 if b"\0" in row:
                     raise ExperimentError(f"{path}, line {number}: a zero byte, damaged; {remedy}")
                 returns += row.count(b"\r") - row.endswith(b"\r\n")
-                lines.append(even(row.removeprefix(_MARK if number == 1 else b"").decode()))
+                lines.append(even(row.removeprefix(MARK if number == 1 else b"").decode()))
         except UnicodeDecodeError as error:
             bad = error.object[error.start]
             raise ExperimentError(
                 f"{path}, line {len(lines) + 1}: not UTF-8, byte 0x{bad:02x}; {remedy}"
             ) from None
-    if returns > len(lines):
-        raise ExperimentError(
-            f"{path}: its lines end in carriage returns alone (\\r), {returns:,} of them; convert "
-            "them to line feeds (\\n)"
-        )
+    if problem := line_end_error(returns, len(lines)):
+        raise ExperimentError(f"{path}: {problem}")
     return lines
 
 

@@ -109,6 +109,7 @@ class Translation:
             f"{corpus.subwords.size:,} subwords.",
             f"BLEU of sacrebleu, {signature(self._tokenizer)}; {data.beam_size} beams, length "
             f"penalty {data.length_penalty:g}.",
+            *corpus.remarks,
         ]
 
     def _batches(self, world: int) -> TokenBatches:
