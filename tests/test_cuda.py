@@ -373,7 +373,7 @@ def test_more_than_two_to_the_31_elements() -> None:
         optimizers.append(Apollo([p], lr=0.3, warmup_steps=0, **back_end))
     del start
     (p,), (q,) = (optimizer.param_groups[0]["params"] for optimizer in optimizers)
-    for _ in range(2):
+    for t in range(2):
         p.grad = q.grad = drawn()
         for optimizer in optimizers:
             optimizer.step()
@@ -390,7 +390,7 @@ def test_more_than_two_to_the_31_elements() -> None:
             for a, b in zip(mine.split(1 << 27), theirs.split(1 << 27), strict=True):
                 off = max(off, float((a.float() - b.float()).abs().max()))
                 largest = max(largest, float(b.abs().max()))
-            assert 0 < largest < float("inf")
+            assert (0 if t else -1) < largest < float("inf")  # B is 0 after the first step
             assert off <= limit * largest
             # of 2^31 elements some are rounded apart twice, so the next step begins alike
             mine.copy_(theirs)

@@ -82,9 +82,9 @@ class Apollo(Optimizer):
         warmup_init_lr: rate of the first step, >= 0. None means lr / 1000.
         foreach: True updates many tensors per call, False one tensor per call. None chooses the
             default back end.
-        fused: True demands the fused kernel, False forbids it. None uses it on a CPU, and foreach
-            elsewhere. The CPU kernel takes float32, bfloat16 and float64 tensors; the Triton kernel
-            (CUDA and ROCm) also takes float16. Each tensor that it cannot take falls back alone.
+        fused: True demands the fused kernel, False forbids it. None uses it on a CPU and on an
+            NVIDIA GPU of compute capability >= 8.0, and foreach elsewhere. Tensors that it cannot
+            take (float16 on a CPU, complex ones) fall back alone.
         maximize: whether to ascend instead of descend.
         capturable: whether ``step`` is kept on the parameters' device, so that a CUDA graph can
             capture a step.

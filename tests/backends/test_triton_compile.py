@@ -26,7 +26,7 @@ order = list(kernel.step.arg_names)
 def made(target, P, G, M, S, belief, aligned):
     constants = dict(P=P, G=G, M=M, S=S, BELIEF=belief, ALIGNED=aligned, KAHAN=False)
     constants["DRAWS"] = bf16 in (P, M)
-    constants |= dict(BLOCK=kernel.BLOCK, RUNS=kernel.RUNS, STAGES=kernel.STAGES)
+    constants |= dict(BLOCK=kernel.BLOCK, RUNS=kernel.RUNS)
     signature = {n: pointers.get(n, "constexpr" if n in constants else "i32") for n in order}
     divisible = {(order.index(name),): [["tt.divisibility", 16]] for name in pointers}
     source = ASTSource(kernel.step, signature, constexprs=constants, attrs=divisible)

@@ -134,6 +134,27 @@ FAULTS = [
         ("tests/backends/test_triton.py", "tests/backends/test_triton_dtypes.py"),
     ),
     Fault(
+        "Triton: a gradient in memory that another tensor writes is not noticed",
+        QN,
+        "(ends[before - 1] > first)",
+        "(ends[before - 1] > last)",
+        ("tests/backends/test_triton_operands.py",),
+    ),
+    Fault(
+        "Triton: the second of two halves is not looked at",
+        QN,
+        "[flag for half in halves for flag in _have_its_layout(half)]",
+        "_have_its_layout(halves[0]) * 2",
+        ("tests/backends/test_triton_operands.py",),
+    ),
+    Fault(
+        "a list of indices is sent to the device",
+        QN,
+        "torch.stack([x[i] for i in which]) if isinstance(which, list) else x[which]",
+        "x[which]",
+        ("tests/backends/test_device_waits.py",),
+    ),
+    Fault(
         "the kernel: the coefficient lacks a factor",
         f"{QN}/backends/cpu",
         "c = share * share * share *",

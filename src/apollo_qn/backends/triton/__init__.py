@@ -99,7 +99,7 @@ class Triton(Backend):
         """Return for each tensor whether the kernel can update it."""
         flags: list[list[bool]] = [[] for _ in batches]
         for indices in _by_device(batches):
-            rows = iter(_Columns([batches[i] for i in indices]).fit())
+            rows = iter(_fit([batches[i] for i in indices]))
             for i in indices:
                 flags[i] = [next(rows) for _ in batches[i].tensors.params]
         return flags
@@ -121,7 +121,7 @@ class Triton(Backend):
         """Update all tensors, or return False and change none if one cannot be taken."""
         devices = _by_device(batches)
         every = [_Columns([batches[i] for i in indices]) for indices in devices]
-        if not all(all(columns.fit()) for columns in every):
+        if not all(c.have_its_layout() and all(c.are_apart()) for c in every):
             return False
         for indices, columns in zip(devices, every, strict=True):
             table = None if sums is None else torch.cat([sums[i].table() for i in indices])
@@ -173,6 +173,32 @@ def _scalars(
     return list(range(sum(map(len, found)))), torch.cat(found)
 
 
+def _fit(batches: list[Batch]) -> list[bool]:
+    """Return for each tensor of batches on one device whether the kernel can update it."""
+    flags = _have_its_layout(batches)
+    rest = iter(flags)
+    indices = [[i for i in range(len(batch.tensors)) if next(rest)] for batch in batches]
+    fitting = [b.select(some) for b, some in zip(batches, indices, strict=True) if some]
+    apart = iter(_Columns(fitting).are_apart() if fitting else [])
+    return [on and next(apart) for on in flags]
+
+
+def _have_its_layout(batches: list[Batch]) -> list[bool]:
+    """Return for each tensor whether the kernel takes its types and layout; overlaps aside."""
+    columns = _Columns(batches)
+    count, all_have = len(columns.params), columns.have_its_layout()
+    if all_have or count == 1:
+        return [all_have] * count
+    # by halves, because mostly few have not
+    if len(batches) > 1:
+        middle = len(batches) // 2
+        halves = batches[:middle], batches[middle:]
+    else:
+        first, second = slice(count // 2), slice(count // 2, None)
+        halves = [batches[0].slice(first)], [batches[0].slice(second)]
+    return [flag for half in halves for flag in _have_its_layout(half)]
+
+
 class _Columns:
     """Tensors of some batches on one device, in columns with one row per parameter.
 
@@ -209,15 +235,8 @@ class _Columns:
         others = (array("q", [0 if x is None else x.data_ptr() for x in xs]) for xs in optional)
         return [*needed[:3], *others, needed[3]]
 
-    def fit(self) -> list[bool]:
-        """Return for each row whether the kernel can update it."""
-        if self._all_fit():
-            return self._apart([True] * len(self.params))
-        rows = [batch.select([i]) for batch in self.batches for i in range(len(batch.tensors))]
-        return self._apart([_Columns([row])._all_fit() for row in rows])
-
-    def _all_fit(self) -> bool:
-        """Return whether all rows have types and layouts of the kernel."""
+    def have_its_layout(self) -> bool:
+        """Return whether all rows have types and layouts of the kernel, overlaps aside."""
         every = [*chain(*self._large), *self._thresholds, *self._low]
         if not is_plain(every) or any(map(Tensor.is_neg, every)):
             return False
@@ -255,29 +274,24 @@ class _Columns:
                 return False
         return True
 
-    def _apart(self, flags: list[bool]) -> list[bool]:
-        """Return ``flags`` without the rows whose memory overlaps.
+    def are_apart(self) -> list[bool]:
+        """Return for each row whether its memory overlaps that of no other row.
 
-        If one row reads what another writes, the order of all updates matters, and none is left.
+        If a row reads what another writes, the order of all updates matters, and all are False.
         """
-        rows = [i for i, on in enumerate(flags) if on]
-        if not rows:
-            return flags
+        count = len(self.params)
         starts, ends = self._spans()
-        if len(rows) < len(flags):
-            starts, ends = starts[:, rows], ends[:, rows]
         first, last = starts[5], ends[5]
         there = starts[:5].flatten().nonzero().flatten()
         starts, order = starts.flatten()[there].sort()
         ends, furthest = ends.flatten()[there][order].cummax(0)
-        before = torch.searchsorted(
-            starts, last
-        )  # number of spans that begin before a gradient ends
+        before = torch.searchsorted(starts, last)  # number of spans that begin before its end
         if ((before > 0) & (ends[before - 1] > first)).any():
-            return [False] * len(flags)
+            return [False] * count
+        flags = [True] * count
         later = (starts[1:] < ends[:-1]).nonzero().flatten()
         for entry in torch.cat([order[later + 1], order[furthest[later]]]).tolist():
-            flags[rows[int(there[entry]) % len(rows)]] = False
+            flags[int(there[entry]) % count] = False
         return flags
 
     def _spans(self) -> tuple[Tensor, Tensor]:

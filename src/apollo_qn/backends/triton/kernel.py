@@ -16,8 +16,6 @@ BLOCK = 1024
 WARPS = 4
 # Largest number of runs of a tensor. A program that updates a run reads the sums of all runs.
 RUNS = 512
-# Loads that a program has under way, in iterations; None for Triton's default.
-STAGES = None
 # Number of columns of the tables, which launch_schedule.py fills.
 TENSOR = 9  # p, m, B, threshold, compensation, first row of its sums, number of its runs, row in
 # `full_sums` (-1 for a full tensor), RNG key
@@ -247,7 +245,6 @@ def step(
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, S: tl.constexpr,
     BELIEF: tl.constexpr, KAHAN: tl.constexpr, DRAWS: tl.constexpr,
     ALIGNED: tl.constexpr, BLOCK: tl.constexpr, RUNS: tl.constexpr,
-    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Run one program per row of ``work``, beginning with row ``first``.
 
@@ -296,7 +293,7 @@ def step(
     most = tl.full((), 0.0, tl.float64)
     scale = tl.full((), 1.0, tl.float64)
     if (role == _ALL) | (role == _MEASURE):
-        for at in tl.range(0, full, BLOCK, num_stages=STAGES):
+        for at in range(0, full, BLOCK):
             e, q4, k, most = _measured(
                 (e, q4, k, most), p, low, g, m, B, at + lane, count, needed, s, alpha,
                 S, BELIEF, KAHAN, False,
@@ -333,7 +330,7 @@ def step(
         rng_key = tl.load(its + 8).to(tl.uint32)
         key = _mix(tl.load(number + 15).to(tl.int64).to(tl.uint32) ^ rng_key)
         second = _mix(key ^ rng_key ^ 0x9E3779B9)
-        for at in tl.range(0, full, BLOCK, num_stages=STAGES):
+        for at in range(0, full, BLOCK):
             _update(
                 p, low, g, m, B, at + lane, start, count, s, alpha, rate, decoupled,
                 c, inverse, threshold.to(S), offset, draws, key, second, S, KAHAN, DRAWS, False,

@@ -30,10 +30,10 @@ Types: TypeAlias = tuple[torch.dtype, ...]  # types of parameter, gradient and s
 Span: TypeAlias = tuple[int, int]  # first program of a launch, and number of programs
 
 # Smallest number of elements in a run. One program processes a run.
-RUN = 4096
+RUN = 8192
 # Share of the L2 cache for the gradients and states of a window. The rest is for the parameters of
 # the window, and for the reads of the next window.
-WINDOW = 0.6
+WINDOW = 0.3
 _L2 = 40 << 20  # assumed size of the L2 cache in bytes, if the device does not report it
 _ALIGNMENT = 16  # bytes
 _PROGRAMS = 4  # smallest number of programs per multiprocessor in a window
@@ -211,7 +211,7 @@ class Tables:
                     kernel.step[(count,)](
                         *(self._tensors, self._work, first, *given),
                         *(*one.constants, belief, one.kahan, one.draws),
-                        *(one.aligned, kernel.BLOCK, kernel.RUNS, kernel.STAGES),
+                        *(one.aligned, kernel.BLOCK, kernel.RUNS),
                         num_warps=kernel.WARPS,
                         enable_fp_fusion=True,  # the default until Triton 3.9
                     )
