@@ -77,7 +77,7 @@ def tunables(shipped: Tunables) -> list[Tunables]:
     found = [shipped]
     for run in (2048, 4096, 16384):
         found.append(Tunables(run, shipped.window, shipped.block, shipped.warps))
-    for window in (0.15, 0.6, 0.9, 1e9):
+    for window in (0.15, 0.6, 1e9):
         found.append(Tunables(shipped.run, window, shipped.block, shipped.warps))
     for block, warps in ((1024, 4), (2048, 8), (2048, 4)):
         found.append(Tunables(shipped.run, shipped.window, block, warps))

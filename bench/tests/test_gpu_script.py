@@ -82,7 +82,7 @@ def test_verdicts(script: Any, tmp_path: Path) -> None:
     assert found["tests:cuda"] == "MISSED"
     assert found["transformer-base: step <= 1.15 x AdamW fused"] == "MISSED"
     assert found["decoder-1.3b: step <= 1.45 x AdamW fused"] == "pass"
-    assert found["decoder-1.3b: >= 10 x the speed of the rule"] == "pass"
+    assert found["decoder-1.3b: >= 10 x the speed of the reference"] == "pass"
     assert found["decoder-1.3b: >= 85% of a copy's bandwidth at 10 values"] == "pass"
     assert found["resnext-50: AdamW compiled measured"] == "MISSED"
     assert found["resnet-110: step <= 1.0 x AdamW fused"] == "MISSED"  # not measured
