@@ -276,9 +276,8 @@ def residual_network() -> None:
             nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
     for p, q in zip(alone.state_dict().values(), spread.state_dict().values(), strict=True):
-        assert (
-            distance(q.double(), p.double()) < 1e-9
-        )  # rounding, 1e-16, grows a hundredfold per step
+        # rounding, 1e-16, grows a hundredfold per step
+        assert distance(q.double(), p.double()) < 1e-9
 
 
 def tensor_parallel() -> None:
