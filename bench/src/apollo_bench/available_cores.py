@@ -1,10 +1,12 @@
-"""The number of CPU cores that this process may use, and the limit of a user's choice."""
+"""The CPU cores that this process may use, and the most processes that a user may ask for."""
 
 from __future__ import annotations
 
 import os
 
-MAX_PROCESSES = 512  # and threads; with more a machine or torch fails without a message
+MAX_PROCESSES = (
+    512  # largest number that a user may ask for; beyond it torch may fail without a message
+)
 
 
 def available_cores() -> int:

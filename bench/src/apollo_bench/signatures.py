@@ -42,7 +42,7 @@ def complete_arguments(
                 f"these, got {value!r}"
             )
     parameters = _parameters(target)
-    if parameters is None:  # a class in C has no signature; its own check must do
+    if parameters is None:  # a class in C has no signature; only itself can check
         return dict(given)
     accepted = list(parameters.values())[positional:]
     named = {p.name: p for p in accepted if p.kind in _NAMED and p.name not in passed}
@@ -87,7 +87,7 @@ def unknown_arguments(target: Any, given: Mapping[str, Any]) -> list[str]:
 
 
 def takes(target: Any, name: str) -> bool:
-    """Return whether a signature has an argument of this name, or any."""
+    """Return whether a signature takes an argument of this name."""
     parameters = _parameters(target)
     if parameters is None:
         return True
@@ -145,7 +145,7 @@ def _checked(value: Any, parameter: inspect.Parameter, key: str) -> Any:
         right = numbers and math.isfinite(value)
     else:
         right = not isinstance(default, str) or isinstance(value, str)
-    # of an annotation such as "float | str" the class itself knows what it takes
+    # the class itself checks an annotation such as "float | str"
     if not right and parameter.annotation in _PLAIN:
         raise ExperimentError(f"{key} must be {_KINDS[type(default)]}, got {value!r}")
     is_float = type(default) is float or parameter.annotation in (float, "float")

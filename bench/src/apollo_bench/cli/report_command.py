@@ -36,7 +36,7 @@ def report(
     with runtime.one_line_errors():
         from apollo_bench.runs.loading import require_runs
 
-        require_runs(runs)  # before the caches of the report make a folder of a misspelt name
+        require_runs(runs)  # first: the report's caches would create a misspelt folder
         folder = out or runs[0]
         runtime.keep_caches_in(folder)
         runtime.write_report(runs, folder, target, watched=watch)

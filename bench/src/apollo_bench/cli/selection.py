@@ -55,7 +55,7 @@ def select(
         analysis: the analysis of a sweep; None: a comparison or a single run.
         tuned: folder of a finished search, whose best settings are used.
         data: folder or file of local data; the user's own give the task its name.
-        against: folder of finished runs, whose settings of everything but the optimizers are used.
+        against: folder of finished runs; all of their settings are used except the optimizers'.
 
     Raises:
         ExperimentError: an option has a wrong value, or the search cannot be used.
@@ -103,7 +103,7 @@ def name_of_data(data: Path, kind: str) -> str:
     for ending in (".gz", ".txt"):
         name = name.removesuffix(ending)
     name = re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-._+")[:40]
-    # "own-" stands in the names of run directories, which must be found again
+    # "own-" is part of the names of run directories, and must not change
     return f"own-{name}" if name in recipe.recipe_names() else name or kind
 
 

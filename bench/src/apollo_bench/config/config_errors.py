@@ -39,7 +39,7 @@ def describe(error: ValidationError, schema: type[ConfigSection]) -> str:
         elif item["type"] == "union_tag_invalid":
             shown.append(item["ctx"]["discriminator"].strip("'()"))
             allowed = item["ctx"]["expected_tags"]
-            if shown[-1] == "method":  # its tags are classes
+            if shown[-1] == "method":  # pydantic expects names of classes
                 allowed = allowed_methods()
             message = f"is {item['ctx']['tag']!r}, allowed are {allowed}"
         elif item["type"] == "union_tag_not_found":

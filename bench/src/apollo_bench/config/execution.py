@@ -39,7 +39,7 @@ class Execution(ConfigSection):
         return self.devices * self.nodes
 
     def check(self, spec: RunSpec) -> None:
-        """Raise ExperimentError if this run cannot be executed so."""
+        """Raise ExperimentError if this run cannot be executed with these settings."""
         if isinstance(spec.optimizer, MuonSettings) and not hasattr(torch.optim, "Muon"):
             raise ExperimentError(
                 f"the optimizer {spec.name!r} (muon) needs torch 2.9 or newer, this is "

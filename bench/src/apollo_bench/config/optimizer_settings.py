@@ -107,7 +107,7 @@ METHODS = tuple(_BY_METHOD)  # those with settings of their own
 def method(table: Any) -> Any:
     """Return the tag of the settings class for the table of an optimizer.
 
-    Messages of pydantic name the discriminator by this function: it is called as the key.
+    Messages of pydantic contain the name of this function, so it is named as the key.
     """
     if not isinstance(table, dict):
         return type(table).__name__

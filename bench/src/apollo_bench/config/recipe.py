@@ -125,7 +125,7 @@ class Recipe(ConfigSection):
             for name in names:
                 check_name(name, what)
                 other = seen.setdefault(name.lower(), name)
-                if other != name:  # one folder, where a file system ignores case
+                if other != name:  # a file system that ignores case would give both one folder
                     raise ValueError(f"{what}: {other!r} and {name!r} differ in case only")
         return self
 

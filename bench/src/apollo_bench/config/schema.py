@@ -134,7 +134,7 @@ class RunTrainSettings(TrainSettings):
 class QuickSettings(ConfigSection):
     """The changes that ``--quick`` makes."""
 
-    epochs: PositiveInt | None = None  # or
+    epochs: PositiveInt | None = None  # either this or updates
     updates: PositiveInt | None = None
     evaluate_every: PositiveInt | None = None
     seeds: PositiveInt  # number of the recipe's seeds
@@ -187,7 +187,7 @@ class SweepPoint(ConfigSection):
     value: Positive  # of a search: the number of the trial
 
     def __str__(self) -> str:
-        # "try": directories of earlier searches, which are resumed, are named so
+        # "try": earlier searches have it in the names of their directories, and may be resumed
         prefix = {"lr-robustness": "lr-x", "weight-decay": "decay-", "tuning": "try"}
         return f"{prefix[self.kind]}{self.value:g}"
 

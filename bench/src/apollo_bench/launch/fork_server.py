@@ -208,7 +208,7 @@ def serve(connection: Connection) -> None:
     workers: dict[int, BaseProcess] = {}  # by number
     workloads: dict[object, Workload | None] = {}
     while True:
-        # not by the sentinels of the workers: their child processes keep these open
+        # poll exit codes: a worker's child processes would keep its sentinel open
         for number, process in list(workers.items()):
             if process.exitcode is not None:
                 connection.send((number, process.pid, process.exitcode))

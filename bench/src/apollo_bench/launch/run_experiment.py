@@ -45,7 +45,8 @@ class Request(NamedTuple):
     machines: Machines
     one_report: bool = False  # whether all runs below ``out`` must fit into one report
     diagnose_every: int | None = None  # steps
-    # each gets the fingerprints of the data, by task; raises ExperimentError for other data
+    # functions that take the fingerprints of the data, by task, and raise ExperimentError for
+    # data that do not fit
     data_checks: tuple[Callable[[dict[str, str]], None], ...] = ()
     compared_with: Sequence[compatibility.RunIdentity] = ()  # finished runs of the same report
     # cost of the search that chose the settings, by task, schedule and optimizer
@@ -169,9 +170,10 @@ def _prepare(request: Request, execution: Execution, warn: Callable[[str], None]
     must also be compatible with the runs that are already there.
     """
     specs = request.specs
-    first = {spec.task: spec for spec in reversed(specs)}  # reading data takes a while
+    # one workload per task, because reading data takes a while
+    first = {spec.task: spec for spec in reversed(specs)}
     workloads = {name: tasks.make(spec, request.data) for name, spec in first.items()}
-    if request.data is not None:  # what was made of the user's files
+    if request.data is not None:  # say what was read from the user's files
         for made in workloads.values():
             for remark in made.remarks:
                 warn(remark)

@@ -33,7 +33,9 @@ from apollo_bench.workloads.workload import Workload
 
 EXIT_STOPPED = 75  # exit status: not finished; the run continues from its checkpoint
 EXIT_USER_ERROR = 2  # exit status: an error that the user can correct
-PARENT_PID = "APOLLO_BENCH_PARENT_PID"  # a worker ends with it; torchrun may stand between them
+PARENT_PID = (
+    "APOLLO_BENCH_PARENT_PID"  # the worker ends when this process does; torchrun may stand between
+)
 _RELEASE = 120.0  # seconds until a worker whose parent was killed must have ended
 ERROR_PREFIX = "apollo-bench: "  # of the line that reports such an error
 

@@ -16,7 +16,7 @@ from apollo_bench.errors import ExperimentError, first_line
 from apollo_bench.signatures import call_arguments, name_of, takes, unknown_arguments
 
 _STEPS = 3  # trial steps before the optimizer's state is saved
-_LARGEST = 3  # largest size of a dimension of its parameters
+_LARGEST = 3  # largest size of a dimension in a trial
 
 
 class Abilities(NamedTuple):
@@ -32,8 +32,8 @@ def build_custom(
     """Make an optimizer from its class; those of torch.optim on their fastest back end.
 
     Args:
-        settings: of one run.
-        parameters: of the network.
+        settings: settings of one run.
+        parameters: parameters of the network.
         key: table of the recipe; errors begin with it.
 
     Raises:
@@ -78,7 +78,7 @@ def try_steps(
     """Take steps on small parameters, and save and load the optimizer's state.
 
     Args:
-        settings: of one run.
+        settings: settings of one run.
         shapes: shapes of the network's parameters; the small ones have as many dimensions.
         key: table of the recipe; errors begin with it.
         device: device of the parameters.

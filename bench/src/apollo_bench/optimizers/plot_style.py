@@ -61,7 +61,7 @@ _MORE = (
 )
 _given: dict[str, int] = {}  # index of the color that a name has in this process
 
-# of matplotlib
+# settings of matplotlib
 SETTINGS: Any = {
     "font.size": 12.0,
     "axes.spines.top": False,

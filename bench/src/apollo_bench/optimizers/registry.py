@@ -36,8 +36,8 @@ def build_optimizer(settings: OptimizerSettings, network: nn.Module) -> torch.op
         100.0
 
     Args:
-        settings: of one run: weight decay is a number.
-        network: on its device.
+        settings: settings of one run; weight decay is a number.
+        network: network, on its device.
 
     Raises:
         TypeError: the weight decay is a reference; resolve the run first.

@@ -23,7 +23,7 @@ from apollo_bench.report.summary import Row, ScheduleSection, Summary
 MAX_RATIO = 4.0  # as in AlgoPerf
 _REACHED_BY = 0.75  # of the optimizers of a task, at least
 Unit = Literal["updates", "seconds"]
-# with its own decay on one task, with decay of equal strength on another
+# the former have their own decay on one task, the latter decay of equal strength on another
 _STAND_INS = {"adam": "adam-adj", "radam": "radam-adj"}
 
 

@@ -1,4 +1,4 @@
-"""What the files of a run may contain: a damaged value refuses one run, not the report."""
+"""Schemas of a run's files: a damaged value makes one run unusable, not the whole report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class _Content(BaseModel):
-    """Values of the right type, and finite; other keys are those of other versions."""
+    """Values must be finite and of the right type; unknown keys are those of other versions."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 

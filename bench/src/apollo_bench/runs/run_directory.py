@@ -285,8 +285,8 @@ class RunDirectory:
     def complete_records(self, verdict: Record | None) -> list[Record]:
         """Return the records of metrics.jsonl; those of an ended run must reach to its end.
 
-        A finished run ends with an evaluation. A diverged run has none of its end, and its last
-        losses are not recorded: its last record is less than one interval of the log before.
+        A finished run ends with an evaluation. A diverged run does not. Its last record is less
+        than one interval of the log before its end.
 
         Args:
             verdict: what ``verdict`` returned before; None: the run has not ended.

@@ -98,7 +98,7 @@ def check_data(folder: Path, fingerprints: dict[str, str]) -> None:
 
 
 def search_costs(folder: Path) -> dict[tuple[str, str, str], Record]:
-    """Return the trials and their seconds together, by task, schedule and optimizer.
+    """Return the number of trials and their total seconds, by task, schedule and optimizer.
 
     Raises:
         ExperimentError: the folder holds no search.

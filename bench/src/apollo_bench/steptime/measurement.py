@@ -79,7 +79,7 @@ class SetResult:
     parameters: int
     element_bytes: int
     copy_times: list[float]
-    taken: list[Timings]  # the name stands in written results
+    taken: list[Timings]  # also the key in written results
     interrupted: bool = False
     copied: int = CPU_TIMER.copied
     reads_twice: bool = False

@@ -66,8 +66,8 @@ class CpuTimer:
 class GpuTimer(CpuTimer):
     """A CUDA (or ROCm) device.
 
-    A step begins on an idle device, with caches that hold nothing it reads, and ends with its last
-    kernel, by events on the device. Launch time counts if it exceeds kernel time, as in a training
+    A step begins on an idle device with cold caches. It ends with its last kernel, as events on the
+    device measure. Launch time counts if it exceeds kernel time, as in a training
     loop that is bound by launches.
     """
 

@@ -55,6 +55,6 @@ class StepTimer:
         return self.times
 
     def median(self) -> float | None:
-        """Return the median of all times so far, in steps of 0.001 ms; None if there are none."""
+        """Return the median of all times so far, rounded to 0.001 ms; None if there are none."""
         times = self.collect()
         return round(statistics.median(times), 3) if times else None

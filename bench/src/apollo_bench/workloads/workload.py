@@ -90,7 +90,7 @@ class Workload(Protocol):
 
     monitored: Metric  # evaluated during training; the best weights are those of its best value
     final: Metric  # of the trained model
-    has_final_test: bool  # whether the trained model is evaluated in another way
+    has_final_test: bool  # whether the trained model is also evaluated on test data
     unit: str  # of throughput: "images", "words"
     units_per_step: float  # over all processes
     fingerprint: str  # of the data

@@ -37,7 +37,7 @@ Model = Annotated[
 def kind(data: Any) -> Any:
     """Return the kind of the table [data]; its default is small images.
 
-    Messages of pydantic name the discriminator by this function: it is called as the key.
+    Messages of pydantic contain the name of this function, so it is named as the key.
     """
     if isinstance(data, dict):
         return data.get("kind", "small-images")

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from apollo_bench.errors import ExperimentError, first_line
 
-MAX_PIXELS = 89_478_485  # Pillow's own limit: it warns of larger images, and refuses the double
+MAX_PIXELS = 89_478_485  # Pillow's own limit: it warns above, and refuses above twice as many
 
-_DARK = 16  # of 255: 12 bits in 16 stay below
+_DARK = 16  # of 255: the upper byte of 12-bit pixels in 16 bits stays below
 _PNG_DEPTH = 24  # place of a PNG's bits per sample in its file
 _BITS_PER_SAMPLE, _MAX_SAMPLE_VALUE = 258, 281  # tags of TIFF
 
@@ -114,7 +114,7 @@ def _shift(image: Image.Image, content: bytes) -> int | None:
         if not any((samples == one).all() for one in filled):
             return bits - 8
         return 8
-    return None if 0 < samples.max() < _DARK << 8 else 8  # black is black in every range
+    return None if 0 < samples.max() < _DARK << 8 else 8  # all black is the same in every range
 
 
 def _stated_bits(image: Image.Image, content: bytes) -> int:

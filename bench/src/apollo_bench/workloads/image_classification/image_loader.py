@@ -188,7 +188,7 @@ class _Decoder(Dataset[_DecodedBatch]):
                     square = random_resized_crop(image, data.size, data.min_area, data.flip, random)
                 pixels[row] = numpy.asarray(square)
         except ExperimentError as raised:
-            # an exception of a worker would have its whole traceback as message
+            # returned, because the message of a worker's exception is its whole traceback
             error = str(raised)
         labels = self._images.labels[request.images]
         if self._as_tensors:

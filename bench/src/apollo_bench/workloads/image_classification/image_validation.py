@@ -55,7 +55,7 @@ def image_error(content: bytes) -> str | None:
             with Image.open(io.BytesIO(content)) as image:
                 image.verify()  # the image is of no use afterwards
         with Image.open(io.BytesIO(content)) as image:
-            image.draft("L", (1, 1))  # JPEG alone heeds it
+            image.draft("L", (1, 1))  # only JPEG does this
             image.load()
             return unknown_range(image, content)
     except Exception as error:

@@ -213,5 +213,5 @@ def _is_narrow(network: nn.Module) -> bool:
 
 
 def _contiguous(_: nn.Module, images: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    # a copy: of one channel contiguous() leaves the strides that say channels-last
+    # a copy: contiguous() would keep the channels-last strides of images with one channel
     return tuple(x.clone(memory_format=torch.contiguous_format) for x in images)

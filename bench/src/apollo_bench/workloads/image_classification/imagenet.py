@@ -23,8 +23,8 @@ from apollo_bench.workloads.image_classification.image_folder import (
 from apollo_bench.workloads.validation_cache import ValidationCache
 
 HUB = "ILSVRC/imagenet-1k"
-# of the training images' channels, in units of the brightest pixel; the values that all pipelines
-# for ImageNet share, for measuring them would take a pass over the whole set
+# Of each channel of the training images, in units of the brightest pixel. All pipelines for
+# ImageNet use these values; measuring them would need a pass over the set.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 _PUBLISHED = (1000, 1_281_167, 50_000)  # classes, training and validation images of ILSVRC 2012

@@ -76,7 +76,7 @@ class BPTTBatches:
         return self._pieces(start, offset, share_of_batch(self._batch, rank, world))
 
     def offset(self, seed: int, epoch: int) -> int:
-        """Return the token at which an epoch begins, drawn from all by seed and epoch."""
+        """Return the index of the token at which an epoch begins, drawn by seed and epoch."""
         return derived_seed(seed, epoch) % len(self._tokens)
 
     def _pieces(self, start: int, offset: int, streams: range) -> Iterator[InputTargetPair]:

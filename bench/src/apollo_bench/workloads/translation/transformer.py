@@ -1,4 +1,4 @@
-"""Transformer of Vaswani et al. (2017), as fairseq's ``transformer_wmt_en_de``: norms come last."""
+"""Transformer of Vaswani et al. (2017), as fairseq's ``transformer_wmt_en_de``: post-norm."""
 
 from __future__ import annotations
 

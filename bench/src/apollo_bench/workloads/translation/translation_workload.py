@@ -220,7 +220,7 @@ class Translation:
             counts = [round(number) for number in numbers[2:]]
             right, all_of_them = counts[:_ORDERS], counts[_ORDERS : 2 * _ORDERS]
             words, reference_words = counts[2 * _ORDERS :]
-            # by itself it does not smooth, as sacrebleu does and the signature says
+            # sacrebleu smooths, and the signature says so; compute_bleu does not by default
             score = BLEU.compute_bleu(
                 right, all_of_them, words, reference_words, smooth_method=_SMOOTHING
             )
