@@ -99,7 +99,7 @@ def _settings_of_a_worker() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def finished_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two optimizers, two seeds; one of the four runs is stopped after its first epoch.
+    """Train two optimizers with two seeds; one of the four runs stops after its first epoch.
 
     Trained once per test process. A test copies it and never writes to it.
     """
@@ -118,7 +118,7 @@ def finished_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def finished(finished_once: Path, tmp_path: Path) -> Path:
-    """Return a copy of :func:`finished_once` of the test's own."""
+    """Return a copy of :func:`finished_once` for one test."""
     return shutil.copytree(finished_once, tmp_path / "compared")
 
 

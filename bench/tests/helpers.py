@@ -73,7 +73,7 @@ def spec_of(recipe_file: Path, name: str, seed: int = 3) -> RunSpec:
 
 
 def stop_after(steps: int) -> Callable[[], bool]:
-    """Return a ``stop`` of ``train`` that lets so many steps pass and stops at the next."""
+    """Return a ``stop`` for ``train`` that is False for this many steps, and then True."""
     left = iter([False] * steps)
     return lambda: next(left, True)
 

@@ -13,7 +13,7 @@ WNIDS = ("n01440764", "n01443537", "n02084071")
 
 
 def photograph(number: int, width: int, height: int) -> Image.Image:
-    """Smooth, so that JPEG keeps it, and different for every number."""
+    """Return a smooth image, which JPEG hardly changes, different for every number."""
     random = numpy.random.default_rng(number)
     coarse = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=numpy.uint8))
     return coarse.resize((width, height), Image.Resampling.BICUBIC)
@@ -26,7 +26,7 @@ def jpeg(image: Image.Image, **options: Any) -> bytes:
 
 
 def write_tree(root: Path, train: int = 4, val: int = 2) -> Path:
-    """Images of many sizes: ``train`` and ``val`` of each class."""
+    """Write images of many sizes, for each class in ``train`` and ``val``."""
     number = 0
     for split, count in (("train", train), ("val", val)):
         for wnid in WNIDS:

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: a small form of it on the CPU, and its verdicts."""
+"""benchmarks/gpu.py: a small run on the CPU, and its verdicts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def script() -> Any:
 
 @pytest.mark.parametrize("package", ["apollo_qn", "apollo_bench", "tests"])
 def test_the_parts_import_from_the_checkout(script: Any, package: str) -> None:
-    """On a machine where nothing is installed, too."""
+    """They need no installed package."""
     assert any((Path(folder) / package / "__init__.py").is_file() for folder in script.SOURCES)
 
 

@@ -1,4 +1,4 @@
-"""The comparison of lengths: the settings that are chosen, and what its tables say."""
+"""The comparison of lengths: the chosen settings, and the tables."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def trial_of(spec: Any, value: float | None) -> SimpleNamespace:
 def searched(
     lengths: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Path, list[SimpleNamespace]]:
-    """A folder of recipes, and a search in which each optimizer's second trial is best."""
+    """Return a folder with a search in which each optimizer's second trial is best."""
     (tmp_path / "multi30k").mkdir()
     for length in lengths.LENGTHS:
         name = f"multi30k/length-{length}.toml"
@@ -108,7 +108,7 @@ def test_the_options_make_the_recipe_what_was_chosen(
 
 
 def test_the_interval_is_students(lengths: ModuleType) -> None:
-    # of 1, 2, 3: 2 -+ 4.303 / sqrt(3)
+    # interval of 1, 2, 3: 2 ± 4.303 / sqrt(3)
     assert lengths.interval([1.0, 2.0, 3.0]) == pytest.approx((-0.4842, 4.4842), abs=1e-4)
 
 

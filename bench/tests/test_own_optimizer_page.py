@@ -1,4 +1,4 @@
-"""What docs/own_optimizer.md says works: its optimizer, its recipe, its commands."""
+"""The optimizer, recipe and commands of docs/own_optimizer.md work."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def options(words: list[str]) -> dict[str, Any]:
-    """Return the options of a command, as its function gets them."""
+    """Return the options of a command as its function receives them."""
     group = typer.main.get_command(app)
     context = group.make_context("apollo-bench", list(words[:1]), resilient_parsing=True)
     _, command, rest = group.resolve_command(context, list(words))  # type: ignore[attr-defined]

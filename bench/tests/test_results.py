@@ -1,4 +1,4 @@
-"""The evidence is what its metrics give, and a change of either is noticed."""
+"""The committed tables follow from the committed metrics; a change of either is noticed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_recipe_gives_all_the_same_chance(path: Path) -> None:
     assert plan.search.seed not in plan.seeds
     if path.stem in ("forms", "warmup") or path.stem.startswith("length-"):
         return
-    # all but RAdam warm up, and as long
+    # all but RAdam warm up, for the same number of steps
     for shape in plan.schedules.values():
         warmups = {
             own.warmup_steps
@@ -79,7 +79,7 @@ def test_the_recipes_of_the_lengths_differ_in_length_alone(task: str) -> None:
             warmup = own.warmup_steps if isinstance(own, ApolloSettings) else shape.warmup_steps
             long = name.endswith("-long-warmup")
             assert warmup == round((0.2 if long else 0.02) * steps / share), name
-            # two forms of one optimizer, and of one strength of decay
+            # two forms of one optimizer with equal decay
             other = plan.optimizers[name.removesuffix("-long-warmup")]
             free = {"warmup_steps": 0} if isinstance(own, ApolloSettings) else {}
             assert own.model_copy(update=free) == other.model_copy(update=free)
@@ -89,7 +89,7 @@ def test_the_recipes_of_the_lengths_differ_in_length_alone(task: str) -> None:
 
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script, on a copy of what is committed."""
+    """Return the script, which works on a copy of the committed files."""
     monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / "cache"))
     spec = importlib.util.spec_from_file_location("results", ROOT / "scripts" / "results.py")
     assert spec is not None
@@ -103,7 +103,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(script, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(script, "FIGURES", tmp_path / "docs" / "figures")
     monkeypatch.setattr(script, "PAGES", (tmp_path / "docs" / "results.md", tmp_path / "README.md"))
-    # one archive is enough to notice that
+    # one archive is enough for this test
     monkeypatch.setattr(script, "archives", lambda: ["wordnet/comparison"])
     monkeypatch.setattr(script, "TASKS", ("wordnet",))
     monkeypatch.setattr(script, "PLANS", {"recipe": script.PLANS["recipe"]})

@@ -37,7 +37,7 @@ def use_caches_below(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Quiet:
-    """Shows nothing."""
+    """Display that shows nothing."""
 
     def update(self, runs: list[run_scheduler.RunState], jobs: int) -> None:
         pass
@@ -134,7 +134,7 @@ def test_crash_and_divergence_leave_the_other_runs_alone(recipe_file: Path, tmp_
     assert rows["sgd"].score is None
     assert rows["apollo"].remark == "1"
     assert "Some runs have not finished" in narrative.headline(summary)
-    # the next call tries the crashed one again, and only that
+    # the next call retries the crashed run only
     before = runs[2].directory.result.stat().st_mtime_ns
     second = states(recipe_file, tmp_path, ["adam", "sgd", "apollo"])
     run_scheduler.run_all(second, 2, Quiet())
@@ -204,7 +204,7 @@ def test_nothing_is_written_where_not_all_can_be_trained(
         return done.stderr
 
     assert "optimizer.lr: 0.1 there" in refused(TINY.replace("lr = 0.1", "lr = 0.3"), "apollo,sgd")
-    # what the report would refuse, before hours of training
+    # errors of the report are found before hours of training
     assert "differ in train: they cannot" in refused(
         TINY.replace("epochs = 2", "epochs = 3"), "adam"
     )
@@ -250,7 +250,7 @@ def test_an_unfinished_run_may_move(recipe_file: Path, tmp_path: Path) -> None:
     assert directory.read()["data"]["folder"] is None
     prepare(Execution(accelerator="gpu"))
     assert directory.execution() == Execution(accelerator="gpu", threads=3)
-    prepare(Execution(devices=2))  # nothing has been trained
+    prepare(Execution(devices=2))  # allowed, because nothing has been trained
     directory.checkpoint.write_bytes(b"")
     message = r"holds an unfinished run of 2 processes \(--devices 2\), 1 asked for"
     with pytest.raises(ExperimentError, match=message):

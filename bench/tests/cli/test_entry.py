@@ -164,7 +164,7 @@ def test_seeds_of_a_recipe_out_of_range(recipe_file: Path, seed: int) -> None:
 def test_a_report_on_a_misspelt_folder_makes_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On import matplotlib creates its cache below the folder it is given."""
+    """When imported, matplotlib creates its cache folder, which must not create this one."""
     monkeypatch.setenv("MPLCONFIGDIR", "")
     monkeypatch.delenv("MPLCONFIGDIR")
     folder = tmp_path / "empty"
@@ -211,7 +211,7 @@ def ended_process() -> int:
 
 
 def test_a_worker_whose_command_was_killed_is_waited_for(run: RunDirectory) -> None:
-    """It ends after its current step; the same command may already have been started again."""
+    """The worker ends after its current step; a second command waits for it."""
     with held_lock(run, ended_process(), 0.3):
         before = time.monotonic()
         worker.lock_run(run).close()
@@ -222,7 +222,7 @@ def test_a_worker_whose_command_was_killed_is_waited_for(run: RunDirectory) -> N
 
 
 def test_a_zombie_is_not_alive() -> None:
-    """Its parent has not read its exit status, as with some first processes of a container."""
+    """A zombie's parent has not read its exit status, as happens in containers."""
     process = subprocess.Popen(["true"])
     deadline = time.monotonic() + PATIENCE
     while worker._is_alive(process.pid):

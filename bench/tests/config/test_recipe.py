@@ -155,7 +155,7 @@ def test_decay_of_equal_strength(recipe_file: Path) -> None:
             specs["apollo"].weight_decay * specs["apollo"].lr,  # type: ignore[operator]
             rel=1e-12,
         )
-    # a rule and no copied number: another rate of the reference changes it
+    # the decay follows another rate of the reference, because it is a rule and not a number
     recipe_file.write_text(TINY.replace("lr = 0.5", "lr = 5.0"))
     changed = recipe.load(str(recipe_file))
     assert changed.run("adam", 1).optimizer.weight_decay == pytest.approx(5.0 * 4e-4 / 0.01)
@@ -336,12 +336,12 @@ def test_any_value_can_be_set(recipe_file: Path) -> None:
     assert load("schedule.epochs=9").schedules["cosine"].epochs == 9
     assert load("optimizers.adam.weight_decay=0.5").run("adam", 1).optimizer.weight_decay == 0.5
     assert load("sweeps.weight-decay.values=[1e-3]").sweeps["weight-decay"].values == [1e-3]
-    # of all that are chosen; decay that is coupled follows
+    # for all selected optimizers; coupled decay follows
     changed = load("optimizer.lr=0.25", optimizers=["apollo", "sgd"])
     rates = {name: settings.lr for name, settings in changed.optimizers.items()}
     assert rates == {"sgd": 0.25, "adam": 0.01, "radam": 0.02, "apollo": 0.25}
     assert changed.run("adam", 1).optimizer.weight_decay == pytest.approx(4e-4 * 0.25 / 0.01)
-    # what was said by hand goes before what --quick says
+    # --set overrides --quick
     assert load("schedule.epochs=3", quick=True).schedules["cosine"].epochs == 3
     assert load(quick=True).schedules["cosine"].epochs == 1
 

@@ -1,4 +1,4 @@
-"""The runs of a sweep: learning rates, decays, and the part that is asked for."""
+"""The runs of a sweep: learning rates, decays, and a selection of them."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from apollo_bench.workloads import tasks
 from apollo_bench.workloads.workload import WorkloadSpec
 from bench.tests.helpers import PATIENCE
 
-# the test's process has threads of pytest; the server has none of Python's
+# pytest's process has threads, which a fork would lose
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 FORK = multiprocessing.get_context("fork")
@@ -64,7 +64,7 @@ def server(
 
     def run() -> None:
         ours.close()
-        # of pytest's own they would not go to the log
+        # pytest replaces them, so that they would not go to the log
         sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))  # noqa: SIM115
         serve(theirs)
 
@@ -123,7 +123,7 @@ def test_every_end_of_a_worker_is_reported(
 def test_data_are_read_once_and_the_workers_inherit_them(
     directory: RunDirectory, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other settings of the data, or of the batches, make another workload."""
+    """Runs with other data or batches get a workload of their own."""
     calls = directory.path / "calls"
 
     def make(spec: WorkloadSpec, *arguments: object) -> int:

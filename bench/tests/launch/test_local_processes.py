@@ -1,4 +1,4 @@
-"""One run in several processes, and other ways to cut the same batch: the same training."""
+"""Training does not depend on how a batch is divided over processes or micro-batches."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_two_processes_killed_and_resumed(recipe_file: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_no_process_outlives_the_command(recipe_file: Path, tmp_path: Path) -> None:
-    """A killed command cannot stop its workers, and torchrun is between it and them."""
+    """Workers end with a killed command, although torchrun stands between."""
     recipe_file.write_text(TINY.replace("epochs = 2", "epochs = 40"))
     out = tmp_path / "out"
     command = [sys.executable, "-m", "apollo_bench", "train", str(recipe_file)]

@@ -41,7 +41,7 @@ def drawn(runs: list[RunState], width: int = 80, height: int = 40) -> list[str]:
     )
     with LiveTable(console) as table:
         table.update(runs, 2)
-    text = console.export_text()  # the end of the display draws all a second time
+    text = console.export_text()  # the display draws everything again when it ends
     last = re.search(r"\d %, .* left", text)
     assert last is not None
     return text[: last.end()].splitlines()

@@ -1,4 +1,4 @@
-"""A real Ray cluster on this machine: the same results, though a worker of it is killed."""
+"""A real Ray cluster on this machine gives the same results, even if a worker is killed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 
 def task_of(run: RunDirectory) -> int:
-    """The Ray worker whose child trains this run."""
+    """Return the Ray worker whose child process trains this run."""
     found = subprocess.run(
         ["pgrep", "-f", f"worker {run.path}"], capture_output=True, text=True, check=True
     )
@@ -114,7 +114,7 @@ def test_interrupted_it_leaves_checkpoints_and_no_process(
 
 def test_no_cluster_there(recipe_file: Path, tmp_path: Path) -> None:
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # and does not listen
+        taken.bind(("127.0.0.1", 0))  # bound, but it does not listen
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         process = start(recipe_file, tmp_path / "ray", "--cluster", "ray", address=address)
         _, err = process.communicate(timeout=PATIENCE)

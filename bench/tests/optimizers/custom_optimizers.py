@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class SignDescent(torch.optim.Optimizer):
-    """Steps along the sign of the averaged gradient."""
+    """Takes steps along the sign of the averaged gradient."""
 
     def __init__(
         self,

@@ -38,7 +38,7 @@ def test_without_an_average_it_is_apollo() -> None:
 
 
 def test_the_average_is_the_average_of_b() -> None:
-    """Against the formulas, written down once more."""
+    """Compare the steps with the formulas, written down again here."""
     torch.manual_seed(0)
     p = nn.Parameter(torch.randn(5, dtype=torch.float64))
     own, sigma, eps = 0.8, 0.01, 1e-6

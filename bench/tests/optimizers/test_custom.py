@@ -286,7 +286,7 @@ def test_an_archive_and_its_report_need_no_module(folder: Path, tmp_path: Path) 
     train(directory, spec, workload)
     [source] = directory.read()["code"]
     assert (source["path"], source["folder"]) == (f"{MODULE}:SignDescent", str(folder))
-    # what is trained is of the code as it was
+    # the run must be trained with the code that it began with
     module = folder / f"{MODULE}.py"
     module.write_text(module.read_text() + "\n# changed\n")
     with pytest.raises(ExperimentError, match=f"other settings .the code of {MODULE}:SignDescent"):

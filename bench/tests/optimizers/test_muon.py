@@ -21,7 +21,7 @@ from bench.tests.helpers import assert_identical, prepared, result, stop_after
 
 
 def names(network: nn.Module) -> set[str]:
-    """Of the parameters that Muon has."""
+    """Return the names of the parameters that Muon updates."""
     by_muon = {id(p) for p in split(network)[0]}
     return {name for name, p in network.named_parameters() if id(p) in by_muon}
 
@@ -79,7 +79,7 @@ def test_a_step_is_muons_and_adamws(layout: torch.memory_format) -> None:
     ours, theirs = network(layout), network()
     steps(ours, [MuonAndAdamW(ours, 0.01, 0.1)], 3)
 
-    # torch's Muon takes matrices: a filter is made one outside
+    # torch's Muon takes matrices only, so a filter is reshaped before
     filters = theirs[0].weight  # type: ignore[index]
     matrix = nn.Parameter(filters.detach().flatten(1).clone())
     muon = torch.optim.Muon([matrix], 0.01, 0.1, adjust_lr_fn="match_rms_adamw")

@@ -25,7 +25,7 @@ def steps(*losses: float, norm: float | None = 1.0) -> list[dict[str, Any]]:
 
 
 def panel(folder: Path) -> dict[str, dict[str, Any]]:
-    """The figures of the only schedule, by title."""
+    """Return the figures of the only schedule, by title."""
     [summary] = collect([folder])
     [figures] = curves.panels(summary)
     return {figure["title"]: figure for figure in figures}
@@ -111,7 +111,7 @@ def test_sweeps_and_searches_are_against_their_settings(recipe_file: Path, tmp_p
 
 
 def test_long_runs_keep_records_at_common_steps() -> None:
-    """Of 5000 records few are kept, at a distance that is a power of two, each with a mean loss."""
+    """Few of 5000 records are kept, at a distance of a power of two, each with a mean loss."""
     records = [{"step": i, "loss": float(i), "lr": float(i)} for i in range(1, 5001)]
     found = loading._thinned(records)
     assert 200 < len(found) <= 400

@@ -60,7 +60,7 @@ def write_runs(folder: Path, task: str, reached: dict[str, list[int | None]]) ->
 
 @pytest.fixture
 def no_other_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of each task take seconds."""
+    """Leave out the figures of each task, which take seconds."""
     monkeypatch.setattr(page.figures, "draw", lambda summary: [])
 
 
@@ -116,7 +116,7 @@ def test_the_target_is_what_three_quarters_of_the_optimizers_reach(
     assert target_of(section) == 50
     [section] = collect([tmp_path], target=55.0)[0].sections
     assert target_of(section) == 55
-    made_up(tmp_path, plan.run("sgd", 9), [90.0], None)  # goes on
+    made_up(tmp_path, plan.run("sgd", 9), [90.0], None)  # not finished
     [section] = collect([tmp_path])[0].sections
     assert target_of(section) == 40
 

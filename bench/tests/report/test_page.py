@@ -1,4 +1,4 @@
-"""The page: what it shows at once, that it needs no network, and what names cannot do to it."""
+"""The page: what it shows without a click, that it needs no network, and odd names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a report says and draws, checked on runs that were trained and on runs that were made up."""
+"""The text and figures of a report, for trained runs and for made-up ones."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_the_headline_names_the_winner(
 
 
 def cells(summary: Summary, title: str) -> dict[str, str]:
-    """A column of the first table by optimizer."""
+    """Return a column of the first table, by optimizer."""
     table = tables.tables(summary)[0]
     place = [column.title for column in table.columns].index(title)
     return {row[0].text: row[place].text for row in table.rows}
@@ -116,7 +116,7 @@ def test_leads_are_paired_by_seed(recipe_file: Path, tmp_path: Path) -> None:
     """Apollo is ahead with every seed, though the spread over seeds is larger than the lead."""
     plan = recipe.load(str(recipe_file))
     finals = {"sgd": [80.0, 85.0, 90.0, 95.0], "apollo": [81.0, 86.2, 91.1, 95.9]}
-    finals["adam"] = [80.0, 85.0]  # two seeds are not there
+    finals["adam"] = [80.0, 85.0]  # two seeds are missing
     summary = summarize(tmp_path, plan, finals)
     leads = cells(summary, "Apollo's lead [95 % interval]")
     assert leads["Apollo"] == "-"
@@ -143,7 +143,7 @@ def test_time_to_target(recipe_file: Path, tmp_path: Path) -> None:
         made_up(tmp_path, plan.run(name, seed), list(values))
     # the best of the others has 62 after three of four epochs
     times = cells(collect([tmp_path])[0], "time to 62.00 (s)")
-    # a run that does not get there counts with its whole length
+    # a run that misses the target counts with its full length
     assert times == {
         "SGD": "35.0 ± 7.1",
         "Adam": "> 40.0 ± 0.0 (1 of 2)",
@@ -184,7 +184,7 @@ def test_variants_of_apollo_are_compared_with_the_best_other_optimizer(
         ("apollow", 2, [10.0, 65.0, 30.0, 40.0]),
     ):
         made_up(tmp_path, plan.run(name, seed), list(values))
-    for seed in (1, 2):  # past the target, and then no more
+    for seed in (1, 2):  # reaches the target, then diverges
         made_up(tmp_path, plan.run("apollo-belief", seed), [70.0, None], "diverged")
     summary = collect([tmp_path])[0]
     updates = cells(summary, "updates to 62.00")
@@ -275,7 +275,7 @@ def test_a_mean_without_its_diverged_runs_is_not_the_best(
         if folder == "compared":
             assert text.startswith("Best mean test accuracy: SGD, 63.50 ± 0.71 %. Apollo is 27.00")
             assert "seeds 3, 4." in narrative.notes(summary)[0]
-    # where all have some, the best of them is the best there is
+    # if all rows have diverged runs, the best of them is the best
     for name in ("sgd", "adam"):
         made_up(tmp_path / "compared", plan.run(name, 5), [], "diverged")
     [summary] = collect([tmp_path / "compared"])
@@ -337,7 +337,7 @@ def test_beside_the_papers_numbers(tmp_path: Path) -> None:
         folder = tmp_path / what
         made_up(folder, recipe.load("cifar10", [setting]).run("sgd", 1, "cosine"), [50.0, 60.0])
         assert f" Ours differ in {what}: " in " ".join(narrative.notes(collect([folder])[0]))
-    # one that the paper has no number of
+    # an optimizer without a number in the paper
     wmt = recipe.load("wmt14-en-de", ["optimizers.sgd.lr=0.2"])
     for name in ("sgd", "adam"):
         made_up(tmp_path / "wmt", wmt.run(name, 1), [9.0, 8.0], metric="valid_perplexity")
@@ -409,7 +409,7 @@ def test_a_metric_that_is_better_when_lower(tmp_path: Path) -> None:
         "interval of its lead +6.29 to +31.71, p = 0.033, 2 seeds)."
     )
     assert cells(second, "Apollo's lead [95 % interval]")["SGD"].startswith("+19.00 [+6.29")
-    # after three quarters the first of two evaluations is the last
+    # the first of two evaluations is the last one before three quarters of the run
     assert cells(second, "time to 500.00 (s)") == {"SGD": "10.0 ± 0.0", "Apollo": "10.0 ± 0.0"}
     assert (tmp_path / "page" / "wordnet_validation_perplexity.png").exists()
     text = (tmp_path / "page" / "results.md").read_text()

@@ -33,7 +33,7 @@ def test_it_is_written_when_runs_change_and_ends_with_them(
     state = watch._state
 
     def look(paths: list[Path]) -> list[tuple[str, int, int]]:
-        """Nothing changes before the third look; then the run ends."""
+        """Change nothing before the third check, when the run ends."""
         looks.append(len(refreshed))
         if len(looks) == 3:
             made_up(tmp_path, spec, [50.0, 60.0])

@@ -1,4 +1,4 @@
-"""Ended runs as two text files: the same report, and nothing of the machine's paths."""
+"""Archives give the same report as their runs, and hold no path of the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``compare --against``: only the new optimizer is trained; what does not fit is refused."""
+"""``compare --against`` trains only the new optimizer, and refuses settings that do not fit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TASK = "fashion-mnist"
 
 @pytest.fixture
 def kept(finished: Path, tmp_path: Path) -> Path:
-    """An archive of SGD's two runs and Apollo's first."""
+    """Return an archive of both runs of SGD and the first of Apollo."""
     directories = compatibility.find_run_directories(finished)
     archive.write((one for one in directories if one.verdict() is not None), tmp_path / "kept")
     return tmp_path / "kept"
@@ -47,7 +47,7 @@ def test_everything_but_the_optimizer_is_the_archives(kept: Path) -> None:
 
 
 def test_decay_and_schedule_of_its_own(kept: Path, tmp_path: Path) -> None:
-    """The decay is coupled to the archive's Apollo; a schedule of its own concerns no other."""
+    """Decay is coupled to the archive's Apollo; one optimizer's schedule affects no other."""
     path = tmp_path / "own.toml"
     own = '[optimizers.mine]\nmethod = "adagrad"\nlr = 0.04\n'
     text = TINY.replace("lr = 0.5", "lr = 7.0").replace("width = 2", "width = 4")

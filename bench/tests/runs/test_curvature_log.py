@@ -45,7 +45,7 @@ def lines_of(directory: RunDirectory) -> dict[int, list[TensorDiagnostics]]:
 
 
 def test_a_run_is_the_same_with_it_and_without(recipe_file: Path, tmp_path: Path) -> None:
-    """Also if stopped and resumed many times, sometimes without it: no duplicate or wrong line."""
+    """Runs that are resumed, sometimes without --diagnostics, have no duplicate or wrong line."""
     spec = spec_of(recipe_file, "apollo")
     plain, task = prepared(tmp_path / "plain", spec)
     assert train(plain, spec, task) == "finished"
@@ -88,7 +88,7 @@ def test_a_run_is_the_same_with_it_and_without(recipe_file: Path, tmp_path: Path
 def test_lines_after_the_checkpoint_are_written_again_once(
     recipe_file: Path, tmp_path: Path
 ) -> None:
-    """As of a run that was killed after it had written more than its checkpoint holds."""
+    """The log holds lines that a killed run wrote after its checkpoint."""
     spec = spec_of(recipe_file, "apollo")
     directory, task = prepared(tmp_path / "run", spec)
 
@@ -162,7 +162,7 @@ def invoke(*arguments: str) -> tuple[int, str]:
 
 @pytest.mark.slow
 def test_the_command_line(recipe_file: Path, tmp_path: Path) -> None:
-    """With a number and without; the run continues, and the report shows the curves."""
+    """--diagnostics takes a number or none; the run continues, and the report shows the curves."""
     recipe_file.write_text(TINY.replace("epochs = 2", "epochs = 3"))
     out = tmp_path / "out"
     command = ["train", str(recipe_file), "--optimizer", "apollo", "--out", str(out)]
@@ -195,7 +195,7 @@ def test_the_command_line(recipe_file: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_step_measured_is_reported(recipe_file: Path, tmp_path: Path) -> None:
-    """No step is timed then; both schedules and seeds are drawn."""
+    """With every step measured no step is timed; all schedules and seeds are drawn."""
     text = TINY + '\n[schedules.constant]\nkind = "constant"\nepochs = 2\n'
     recipe_file.write_text(text.replace("train_examples = 384", "train_examples = 64"))
     plan = recipe.load(str(recipe_file))
@@ -212,7 +212,7 @@ def test_every_step_measured_is_reported(recipe_file: Path, tmp_path: Path) -> N
     kept = tmp_path / "kept"
     assert archive.write([RunDirectory(run.path) for run in summary.runs], kept) == 4
     [again] = page.write([kept], kept)
-    # by repr, as NaN is not NaN
+    # compared by repr, because NaN differs from NaN
     assert {run.path.name: repr(run.curvature) for run in again.runs} == {
         run.path.name: repr(run.curvature) for run in summary.runs
     }
@@ -240,7 +240,7 @@ def test_another_optimizer_is_refused(recipe_file: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_sharded_weights(texts: Path, tmp_path: Path) -> None:  # noqa: F811
-    """Two processes under FSDP2 write, once, what one process would."""
+    """Two processes under FSDP2 write the same log as one process."""
     settings = [*SETTINGS["phrases"], "model.dropout=0.0", "schedule.updates=4"]
     settings += ["train.evaluate_every=4", "train.average_checkpoints=1"]
     spec = recipe.load("phrases", settings).run("apollo", 3)

@@ -1,4 +1,4 @@
-"""Run directories after a power cut or on a bad disk: what is recovered, refused and said."""
+"""Run directories after a power cut or on a bad disk: recovery and errors."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def resume(directory: RunDirectory, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def never_stopped(finished_once: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The result of the stopped run, trained without a stop."""
+    """Return the result of the stopped run, trained without a stop."""
     spec = RunDirectory(finished_once / "runs" / STOPPED).spec()
     directory, task = prepared(tmp_path_factory.mktemp("whole") / "run", spec)
     with settings_of_a_worker():
@@ -148,7 +148,7 @@ def test_an_ended_run_is_recovered_from_its_checkpoint(
 def test_a_checkpoint_of_an_earlier_version_continues_with_the_file(
     finished: Path, tmp_path: Path, never_stopped: dict[str, Any]
 ) -> None:
-    """It holds the size of the records instead of their text."""
+    """Such a checkpoint holds the size of the records instead of their text."""
     directory = RunDirectory(finished / "runs" / STOPPED)
     state = read_checkpoint(directory.checkpoint)
     state["metrics_bytes"] = len(state.pop("metrics"))

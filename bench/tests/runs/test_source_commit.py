@@ -34,5 +34,5 @@ def test_a_checkout_has_a_commit_and_an_installed_package_none(tmp_path: Path) -
     assert source_commit.__wrapped__(package) == commit
     (package / "__init__.py").write_text("changed = True\n")
     assert source_commit.__wrapped__(package) == f"{commit}+changes"
-    # below a checkout, of which it is no part
+    # inside a checkout whose git does not track it
     assert source_commit.__wrapped__(installed) is None

@@ -52,7 +52,7 @@ def rates(plan: Recipe, name: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def searched_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All trials, trained; the largest rates of Apollo diverge."""
+    """Train all trials; the largest rates of Apollo diverge."""
     folder = tmp_path_factory.mktemp("searched")
     plan = load(write_recipe(folder), "search.ranges.apollo.lr=[1e-10, 1e30]")
     with settings_of_a_worker():
@@ -73,7 +73,7 @@ def test_trials_are_evenly_spaced_and_equal_for_all_optimizers(tuned_recipe: Pat
     for name, (low, high) in {"sgd": (0.01, 1.0), "apollo": (0.1, 1e3)}.items():
         shares = [math.log(rate / low) / math.log(high / low) for rate in found[name]]
         assert shares == pytest.approx([i / 8 for i in range(1, 8)], abs=2e-3)
-    # a longer search goes on where a shorter one ended
+    # a longer search begins with the trials of a shorter one
     assert rates(load(tuned_recipe), "sgd") == rates(plan, "sgd")[:3]
 
 
@@ -146,7 +146,7 @@ def test_the_best_trial_is_taken(searched: Path, tuned_recipe: Path) -> None:
         best = max(rows, key=lambda row: row.score.mean if row.score else 0.0)
         assert made.run(name, 1).optimizer == best.runs[0].spec.optimizer
     assert made.optimizers["radam"] == plan.optimizers["radam"]  # not asked for
-    # the report shows all trials, whatever became of them
+    # the report shows all trials, also diverged ones
     chosen, all_trials = tables.tables(summary)
     assert [row[0].text for row in chosen.rows] == ["SGD", "Apollo"]
     assert chosen.rows[1][-1].text == "3, 2 diverged"

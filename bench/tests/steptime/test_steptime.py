@@ -115,7 +115,7 @@ def test_a_timer_counts_milliseconds() -> None:
 
 
 def test_ratios_are_of_the_same_round() -> None:
-    # a disturbance of all in the second round leaves the ratio alone
+    # a disturbance of all optimizers in the second round does not change the ratio
     assert taken("a", [2.0, 20.0, 2.2, 2.0], [1.0, 10.0, 1.0, 1.0]).ratio == 2.0
     peer, reference = (
         taken(PEER, [1.0, 1.0], [1.0, 1.0]),
@@ -172,7 +172,7 @@ def test_a_candidate_that_cannot_be_made_is_shown_and_stops_nobody() -> None:
     assert presentation.cells(result, broken)[0] == "broken: not available, no kernel"
     assert len(peer.times) == 2
     assert peer.state_bytes is not None
-    # AdamW keeps bfloat16 moments of bfloat16 parameters, and a step for each tensor
+    # AdamW keeps bfloat16 moments for bfloat16 parameters, and one step per tensor
     assert peer.state_bytes == 2 * 2 * result.parameters + 4 * result.tensors
 
 

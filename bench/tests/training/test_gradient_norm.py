@@ -17,7 +17,7 @@ from bench.tests.helpers import prepared, spec_of
 def test_it_is_that_of_all_tensors_together() -> None:
     network = nn.Linear(2, 3)
     network.weight.grad = torch.full((3, 2), 2.0)
-    assert float(gradient_norm(network)) == pytest.approx(24**0.5)  # one has no gradient
+    assert float(gradient_norm(network)) == pytest.approx(24**0.5)  # one parameter has no gradient
     network.bias.grad = torch.ones(3)
     assert float(gradient_norm(network)) == pytest.approx(27**0.5)
 

@@ -43,7 +43,7 @@ def test_two_runs_are_equal_and_so_is_one_stopped_many_times(
     pieces, task = prepared(tmp_path / "pieces", spec)
     outcomes = []
     while not outcomes or outcomes[-1] == "stopped":
-        torch.manual_seed(len(outcomes))  # what a new process may have done
+        torch.manual_seed(len(outcomes))  # a new process has another state of the generator
         outcomes.append(train(pieces, spec, task, stop_after(4)))
     assert outcomes == ["stopped"] * 4 + ["finished"]  # 24 steps, five at a time
     assert_identical(result(whole), result(pieces))

@@ -1,4 +1,4 @@
-"""Processes that torchrun started: the same training as in one, and the loss of one."""
+"""Processes of torchrun train as one process does; what happens if one is lost."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FIRST, ROUNDED = 4, 1e-5  # number of first losses, and their largest relative d
 # much (5e-4 to 1e-3) as two processes do.
 GROWN = {"images": 2e-3, "wordnet": 2e-4, "phrases": 2e-4, "phrases, sharded": 2e-4}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-# a process draws other numbers for dropout than the one process does
+# dropout draws other numbers in each process
 SAME = ["model.dropout=0.0"]
 
 
@@ -141,9 +141,9 @@ def test_a_lost_process_ends_the_job_and_a_restart_resumes_it(
         message = f"apollo-bench: rank {1 - killed} of 2 has lost the connection to another process"
         assert err.count(message) == 1, err
         assert "the same command continues" in err
-        assert "gloo" not in err  # no traceback but torchrun's own
+        assert "gloo" not in err  # the only traceback is torchrun's
         assert (directory.verdict() is None) == bool(code)
-        # rank 0 alone speaks
+        # only rank 0 prints
         assert out.count(str(directory.path)) == (0 if code else 1), out
     assert_identical(result(directory), result(whole))
 

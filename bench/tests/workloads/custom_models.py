@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Pixels(nn.Module):
-    """A linear model of images that views them as rows, which channels-last memory would forbid."""
+    """A linear model that views images as rows, which fails for channels-last memory."""
 
     def __init__(self, in_channels: int, classes: int, size: int = 16, width: int = 4) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Recurrent(nn.Module):
 
 
 class Translator(nn.Module):
-    """Adds the mean of the source to every word before."""
+    """A translator that adds the mean of the source to each previous word."""
 
     def __init__(self, vocabulary: int, padding: int, width: int = 8, max_length: int = 64) -> None:
         super().__init__()
