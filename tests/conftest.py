@@ -1,4 +1,4 @@
-"""One thread, the same examples every time, and small blocks for tests that ask for them."""
+"""Settings of all tests: one thread, fixed examples of hypothesis; a fixture for small blocks."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ settings.load_profile("apollo")
 
 @pytest.fixture
 def set_block(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Sets how many elements the foreach back end works on at once."""
+    """Return a function that sets how many elements foreach processes at once."""
 
     def set_it(elements: int) -> None:
         monkeypatch.setitem(foreach.BLOCK, _DEVICE.partition(":")[0], elements)

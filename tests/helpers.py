@@ -19,7 +19,7 @@ from tests import tolerances
 from tests.modes import pairs
 from tests.numpy_reference import Array, ReferenceApollo, Settings
 
-# Where the parameters lie: `make test DEVICE=cuda`. What is compared is compared on the host.
+# Device of the parameters, see `make test DEVICE=cuda`. Comparisons are made on the host.
 DEVICE_VARIABLE = "APOLLO_QN_TEST_DEVICE"
 DEVICE = torch.device(os.environ.get(DEVICE_VARIABLE, "cpu"))
 ON_GPU = DEVICE.type == "cuda"
@@ -57,14 +57,14 @@ def generator(*seed: Any) -> torch.Generator:
 
 
 def normal(shape: Iterable[int], *seed: Any, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Gaussian numbers that depend on the seed alone, not on the order of calls."""
+    """Return Gaussian numbers that depend on the seed only, not on the order of calls."""
     wide = torch.complex128 if dtype.is_complex else torch.float64
     drawn = torch.randn(tuple(shape), generator=generator(*seed), dtype=wide, device="cpu")
     return drawn.to(DEVICE, dtype)
 
 
 def laid_out(x: Tensor) -> Tensor:
-    """Give some shapes another layout: 4-dim channels-last, (11, 30) transposed."""
+    """Return 4-dim tensors as channels-last and (11, 30) transposed; others unchanged."""
     if x.dim() == 4:
         return x.contiguous(memory_format=torch.channels_last)
     if x.shape == (11, 30):
@@ -83,10 +83,10 @@ def parameters(
 
 @cache
 def gradient(shape: torch.Size, dtype: torch.dtype, place: int, t: int) -> Tensor:
-    """Noise around a mean of size 1 to 4, in another direction for each element.
+    """Return noise around a mean of size 1 to 4, with a random sign per element.
 
-    Of pure noise the moving average, and so d, comes near 0 in tensors of one element, where B' = B
-    - y / d is as ill-conditioned as one likes; then no tolerance would say anything.
+    With pure noise the moving average, and so d, would come near 0 in tensors of one element. There
+    B' = B - y / d would be so ill-conditioned that no tolerance could show an error.
     """
     mean = normal(shape, "mean", place, dtype=dtype)
     noise = normal(shape, "g", place, t, dtype=dtype)
@@ -104,7 +104,7 @@ def give_gradients(params: list[torch.nn.Parameter], t: int) -> None:
 
 
 def run_steps(optimizer: torch.optim.Optimizer, steps: Iterable[int]) -> None:
-    """Steps with the gradients of :func:`give_gradients`, over all groups in order."""
+    """Take steps with the gradients of :func:`give_gradients`, over all groups in order."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for t in steps:
         give_gradients(params, t)
@@ -112,7 +112,7 @@ def run_steps(optimizer: torch.optim.Optimizer, steps: Iterable[int]) -> None:
 
 
 def as_numpy(x: Tensor) -> Array:
-    """Float64, complex as real."""
+    """Return a float64 array; complex numbers become pairs of real ones."""
     x = x.detach()
     if x.is_complex():
         x = torch.view_as_real(x)
@@ -128,7 +128,7 @@ def make(params: Any, settings: Settings, **others: Any) -> Apollo:
 
 
 class Comparison:
-    """Keeps the largest value of each quantity, to which differences are relative."""
+    """Compares quantities relative to the largest value that each has had."""
 
     def __init__(self) -> None:
         self.largest: dict[Any, float] = {}
@@ -143,7 +143,7 @@ class Comparison:
         assert found.shape == wanted.shape
         assert np.isfinite(found).all(), key
         difference = float(np.max(np.abs(found - wanted)))
-        # below the smallest normal number float32 holds nothing of a value
+        # float32 may flush values below its smallest normal number
         difference = max(0.0, difference - torch.finfo(torch.float32).tiny)
         return difference / largest if largest else difference
 
@@ -159,7 +159,7 @@ class Comparison:
         dtype: torch.dtype,
         capturable: bool = False,
     ) -> None:
-        """Parameter, m and B of every tensor, to the tolerances of ``dtype``."""
+        """Compare parameter, m and B of every tensor, with the tolerances of ``dtype``."""
         narrow = (tolerances.CAPTURABLE if capturable else tolerances.TRAJECTORY)[dtype]
         wide = (tolerances.CAPTURABLE_B if capturable else tolerances.TRAJECTORY_B)[dtype]
         for i, (p, reference) in enumerate(zip(params, wanted, strict=True)):
@@ -171,7 +171,7 @@ class Comparison:
 
 
 def step_references(params: Iterable[Tensor], wanted: Iterable[ReferenceApollo]) -> None:
-    """One step of each reference with its parameter's gradient; none where there is no gradient."""
+    """Step each reference with its parameter's gradient, if there is one."""
     for p, reference in zip(params, wanted, strict=True):
         if p.grad is not None:
             reference.step(as_numpy(p.grad))
@@ -184,7 +184,7 @@ def follow(
     steps: int,
     dtype: torch.dtype,
 ) -> None:
-    """Steps of the optimizer and of the references, compared after each."""
+    """Step the optimizer and the references, and compare them after each step."""
     compare = Comparison()
     for t in range(steps):
         give_gradients(params, t)
@@ -194,10 +194,10 @@ def follow(
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> list[Any]:
-    """Everything that a step may change, copied; for comparison with :func:`same`."""
+    """Return copies of everything that a step may change, for :func:`same`."""
     result: list[Any] = []
     for group in optimizer.param_groups:
-        # the seed is each optimizer's own
+        # each optimizer has a seed of its own
         result.append({k: v for k, v in group.items() if k not in ("params", "seed")})
         for p in group["params"]:
             result.append(p.detach().clone())
@@ -207,7 +207,7 @@ def snapshot(optimizer: torch.optim.Optimizer) -> list[Any]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Bit-identical, NaN equal to itself."""
+    """Return whether values are bit-identical; NaN equals NaN."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         if a.dtype != b.dtype or a.shape != b.shape:
             return False
@@ -221,7 +221,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def rates(optimizer: Apollo, steps: int, after: Callable[[], None] = lambda: None) -> list[float]:
-    """Return the rates used: with beta = 0, B = 0 and a gradient of 1 a step moves by its rate."""
+    """Return the steps' rates: with beta = 0, B = 0 and gradients of 1 a step moves by its rate."""
     (p,) = optimizer.param_groups[0]["params"]
     used = []
     for _ in range(steps):
@@ -234,6 +234,6 @@ def rates(optimizer: Apollo, steps: int, after: Callable[[], None] = lambda: Non
 
 
 def of_one_parameter(**settings: Any) -> Apollo:
-    """B stays 0: the gradient never changes, so y = 0, and a large sigma hides what rounds."""
+    """Return an optimizer whose B stays 0: constant gradients give y = 0, up to rounding."""
     p = torch.nn.Parameter(torch.zeros((), dtype=torch.float64, device=DEVICE))
     return Apollo([p], beta=0.0, **settings)

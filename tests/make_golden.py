@@ -1,6 +1,6 @@
 """Writes golden.json: trajectories of the NumPy reference from literal inputs.
 
-Run ``python -m tests.make_golden`` to make it anew, which only a change of mathematics warrants.
+Run ``python -m tests.make_golden`` to make it again, only after a change of the mathematics.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def gradient(t: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The four gradients in turn, turned by one element each time round."""
+    """Return the four gradients in turn, rotated by one element per cycle."""
     return np.roll(np.array(GRADIENTS[t % 4]), t // 4)
 
 

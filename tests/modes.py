@@ -17,7 +17,7 @@ DECAY: dict[str, dict[str, Any]] = {
 }
 REBOUND: dict[str, dict[str, Any]] = {
     "constant": {"rebound": "constant"},
-    # the threshold nears 0 in tensors of one element: a larger eps keeps them well-conditioned
+    # belief's threshold may be near 0 in tensors of one element; a larger eps conditions them well
     "belief": {"rebound": "belief", "eps": 0.1},
 }
 MODE_OPTIONS: dict[str, dict[str, Any]] = {
@@ -26,7 +26,7 @@ MODE_OPTIONS: dict[str, dict[str, Any]] = {
 }
 MODES = list(MODE_OPTIONS.values())
 MODE_IDS = list(MODE_OPTIONS)
-# those of a parameter group at the default eps, for tests that need no back end's precision
+# modes with the default eps, for tests that do not compare back ends
 GROUP_MODES: list[dict[str, Any]] = [
     {"rebound": rebound, "weight_decay": wd, "decoupled_weight_decay": decoupled}
     for rebound, (wd, decoupled) in itertools.product(
@@ -76,7 +76,7 @@ def pairs(**options: Mapping[str, Any]) -> pytest.MarkDecorator:
 
 
 def slow_except(names: str, rows: Iterable[Any], fast: Iterable[Any]) -> pytest.MarkDecorator:
-    """Parametrize over ``rows``, of which those that are not in ``fast`` are slow."""
+    """Parametrize over ``rows``; those that are not in ``fast`` are marked slow."""
     chosen = list(fast)
     return pytest.mark.parametrize(
         names,

@@ -82,7 +82,7 @@ class ReferenceApollo:
         self.m, self.B, self.d, self.t = m, B, d, t + 1
 
     def go_on_from(self, theta: Array, m: Array, B: Array) -> None:
-        """Take over what fewer bits have left of the last step's numbers.
+        """Continue from the last step's numbers after they were stored in fewer bits.
 
         Its displacement is then what can be concluded from them: m / D, with decoupled decay and
         wd theta_before, where theta = theta_before - lr (m / D + wd theta_before).

@@ -69,7 +69,7 @@ def stepper(tx: optax.GradientTransformation) -> Any:
 
 
 def sharded(tx: optax.GradientTransformation) -> Iterator[tuple[Tree, ApolloState]]:
-    """Each leaf divided over a mesh of 4 x 2 devices, and its state with it."""
+    """Train with each leaf and its state divided over a mesh of 4 x 2 devices."""
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
     places = {name: NamedSharding(mesh, PartitionSpec(*axes)) for name, (_, axes) in LEAVES.items()}
     x = jax.device_put(parameters(), places)
@@ -84,7 +84,7 @@ def sharded(tx: optax.GradientTransformation) -> Iterator[tuple[Tree, ApolloStat
 
 
 def replicated(tx: optax.GradientTransformation) -> Iterator[tuple[Tree, ApolloState]]:
-    """``pmap``: parameters on every device, each with a gradient of its own whose mean is right."""
+    """``pmap``: every device has the parameters and its own gradient."""
 
     def step(x: Tree, state: ApolloState, g: Tree) -> tuple[Tree, ApolloState]:
         return stepper(tx)(x, state, jax.lax.pmean(g, "devices"))
@@ -127,12 +127,12 @@ def mapped_over_shards(tx: optax.GradientTransformation) -> Iterator[tuple[Tree,
 
 
 def apart(g: Tree) -> Tree:
-    """A gradient for each of eight devices whose mean is ``g``, without rounding."""
+    """Return a gradient per device, for eight devices, whose mean is exactly ``g``."""
     return jax.tree.map(lambda x: np.stack([2 * x, 0 * x] * 4), g)
 
 
 def check(mode: dict[str, Any], ways: list[Any]) -> None:
-    """After each step all is as on one device."""
+    """Check that every step equals that on one device."""
     tx = apollo(0.3, warmup_steps=3, **mode)
     wanted = list(on_one_device(tx))
     for way in ways:

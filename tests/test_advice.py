@@ -1,4 +1,4 @@
-"""What Apollo says to users who come from another optimizer."""
+"""Warnings and errors for users who come from another optimizer."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_warning_of_a_rate_for_adam_points_at_the_caller(kind: type[Apollo],
     [
         {},
         {"lr": 0.01},
-        {"lr": 0.0},  # what schedulers and tests begin with
+        {"lr": 0.0},  # schedulers and tests may begin with 0
         {"lr": 0.005, "sigma": 0.01},  # the authors' third release
         {"lr": 0.0009, "sigma": 0.09},
         {"lr": 1e-3, "rebound": "belief"},
@@ -81,7 +81,7 @@ def test_a_group_that_is_added_later_is_told() -> None:
 def test_no_warning_for_a_rate_that_a_schedule_has_lowered(
     recwarn: pytest.WarningsRecorder,
 ) -> None:
-    """Neither loading, copying nor groups taken over from a run at its end."""
+    """Loading, copying and reused groups of a finished run give no warning."""
     p = parameters([(3,)])
     optimizer = Apollo(p, lr=0.5)
     torch.optim.lr_scheduler.LinearLR(optimizer, 1e-4)
@@ -211,7 +211,7 @@ def test_what_is_no_state_of_an_optimizer_changes_nothing(checkpoint: bool) -> N
 
 
 def test_a_hook_may_translate_a_state() -> None:
-    """The check comes after the user's own hooks."""
+    """The check runs after the user's own hooks."""
     other = torch.optim.SGD(parameters([(3,)]), lr=0.1, momentum=0.9)
     run_steps(other, range(2))
     optimizer = Apollo(parameters([(3,)]))
@@ -259,7 +259,7 @@ def test_effective_lrs_are_of_the_parameters_with_the_most_steps() -> None:
             p.grad = None
     known = set(optimizer.state)
     assert optimizer.effective_lrs() == pytest.approx([0.5])
-    assert set(optimizer.state) == known  # asking makes no state
+    assert set(optimizer.state) == known  # reading the rate creates no state
 
 
 # repr

@@ -1,4 +1,4 @@
-"""The mathematics: the rule against the reference, and what the paper says must hold."""
+"""The mathematics: the update against the reference, and the paper's theorems."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_update_changes_nothing_in_place() -> None:
 
 
 def test_hand_computed_two_steps() -> None:
-    """A tensor of two elements, worked out on paper; beta = 0, eps = 0, sigma = 1, lr = 1."""
+    """Two elements, computed by hand, with beta = 0, eps = 0, sigma = 1, lr = 1."""
     p = torch.nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64, device=DEVICE))
     optimizer = make([p], Settings(lr=1.0, beta=0.0, eps=0.0, warmup_steps=0))
     p.grad = torch.tensor([1.0, 2.0], dtype=torch.float64, device=DEVICE)
@@ -227,7 +227,7 @@ def test_extreme_gradients(
     back_end: dict[str, Any],
     set_block: Any,
 ) -> None:
-    """Float32 follows float64 where squares and fourth powers leave float32 by far."""
+    """Float32 follows float64 where squares and fourth powers exceed float32's range by far."""
     set_block(1024)
     follow(scales, Settings(lr=0.1, warmup_steps=0, rebound=rebound), shape, back_end)
 
@@ -250,7 +250,7 @@ def test_extreme_sigma(sigma: float, back_end: dict[str, Any]) -> None:
 
 @BACK_ENDS
 def test_what_does_not_fit_saturates(back_end: dict[str, Any]) -> None:
-    """A B of 1e49 has no float32: it stays finite, and so does what follows."""
+    """B = 1e49 exceeds float32: it saturates, and later steps stay finite."""
     p = torch.nn.Parameter(torch.ones(40, device=DEVICE))
     optimizer = make([p], Settings(lr=0.1, eps=0.0, warmup_steps=0), **back_end)
     for g in of_scale([1e-30, 1e20, 1e20, 1.0, 1e-30, 1e20, 1.0], (40,)):
@@ -277,10 +277,10 @@ def follow(
         state = optimizer.state[p]
         compare.check("m", state["exp_avg"], reference.m, tolerances.EXTREME)
         compare.check("B", state["hessian_diag"], reference.B, tolerances.EXTREME)
-        # the step itself, to the rounding of the parameter it was taken from
+        # the step, to the rounding of the parameter
         made, wanted = as_numpy(p) - before, reference.theta - before
         room = np.abs(before).max() + np.abs(reference.theta).max()
-        # an element of B that cancelled is good to a share of the largest, and d = m / D with it
+        # where B cancelled, its error and that of d = m / D is relative to the largest B
         D = np.abs(reference.m) / np.where(reference.d == 0, 1, np.abs(reference.d))
         known = 1 + np.abs(reference.B).max() / np.where(D == 0, 1, D)
         limit = tolerances.EXTREME * known * np.abs(wanted)

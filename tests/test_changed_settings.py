@@ -26,7 +26,7 @@ def test_a_mode_chosen_in_mid_run() -> None:
 
 @BACK_ENDS
 def test_another_way_of_storing_in_mid_run(back_end: dict[str, Any]) -> None:
-    """A compensation begins at 0, whatever there was before; the state changes its type."""
+    """A new compensation begins at 0, and the state changes its type."""
     params = parameters([(3, 5), (300,)], torch.bfloat16)
     optimizer = Apollo(params, warmup_steps=0, lr=0.1, rounding="kahan", **back_end)
     group = optimizer.param_groups[0]
@@ -49,7 +49,7 @@ def test_another_way_of_storing_in_mid_run(back_end: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
 def test_autograd_through_a_rounded_step(rounding: Any) -> None:
-    """Straight through the rounding: the derivative is that of the step in float32."""
+    """The rounding is straight-through: the derivative is that of the float32 step."""
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         start = torch.linspace(-1, 1, 8).bfloat16().to(dtype).requires_grad_()

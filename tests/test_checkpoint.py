@@ -53,7 +53,7 @@ def test_continuation_is_bit_identical(
     values = [p.detach().clone() for p in params]
     run_steps(optimizer, range(4, 8))
 
-    # into an optimizer of other hyperparameters, whose state is of other steps
+    # into an optimizer with other hyperparameters and another state
     others = parameters(SHAPES, dtype)
     fresh = Apollo(others, lr=7.0, beta=0.5, sigma=2.0, warmup_steps=0)
     run_steps(fresh, range(1))
@@ -224,7 +224,7 @@ def test_the_users_hooks_are_called() -> None:
 # the authors' released optimizer
 
 
-# what is stored in 16 bits
+# state in 16 bits
 
 STORING: list[dict[str, Any]] = [
     {"rounding": "stochastic", "seed": 3},
@@ -257,7 +257,7 @@ def dtypes(optimizer: Apollo) -> set[torch.dtype]:
 
 
 def test_states_of_other_types() -> None:
-    """The settings are those that were saved; where they were saved without, the optimizer's."""
+    """Saved settings replace the optimizer's, which stay where none was saved."""
     narrow = {"state_dtype": torch.bfloat16}
     wide, small = Apollo(parameters(SHAPES)), Apollo(parameters(SHAPES), **narrow)
     for optimizer in (wide, small):
@@ -270,7 +270,7 @@ def test_states_of_other_types() -> None:
             run_steps(target, range(2, 3))
             assert dtypes(target) == dtypes(saved)
 
-    older = through_a_file(wide.state_dict())  # of a version without these settings
+    older = through_a_file(wide.state_dict())  # an earlier version lacks these settings
     for group in older["param_groups"]:
         for name in ("rounding", "state_dtype", "seed"):
             del group[name]

@@ -1,4 +1,4 @@
-"""What only a GPU can show: graphs, streams, devices, waiting, memory, tensors of 2^31 elements."""
+"""Tests that need a GPU: graphs, streams, devices, waiting, memory, 2^31 elements."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def settled(**others: Any) -> Settings:
 
 
 def fixed_gradients(params: list[torch.nn.Parameter]) -> None:
-    """Gradients whose memory stays, as a graph needs it."""
+    """Return gradients that keep their memory, as a CUDA graph needs."""
     for p in params:
         p.grad = torch.zeros_like(p)
 
@@ -77,7 +77,7 @@ def captured(optimizer: Apollo) -> torch.cuda.CUDAGraph:
 @BACK_ENDS
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_replays_are_eager_steps(mode: dict[str, Any], back_end: dict[str, Any]) -> None:
-    """Replays, an eager step after them, and a capture after new gradients, bit by bit."""
+    """Replays, later eager steps and a second capture are bit-identical to eager steps."""
     mine, theirs = parameters(), parameters()
     graphed = make(mine, settled(**mode), capturable=True, **back_end)
     eager = make(theirs, settled(**mode), capturable=True, **back_end)
@@ -108,7 +108,7 @@ def test_replays_are_eager_steps(mode: dict[str, Any], back_end: dict[str, Any])
     both(graphed.step)
     both(graph.replay)
 
-    kept = [p.grad for p in mine]  # so that the new ones lie elsewhere
+    kept = [p.grad for p in mine]  # keep them, so that new gradients have other addresses
     fixed_gradients(mine)
     both(graphed.step)
     other = captured(graphed)
@@ -123,7 +123,7 @@ def test_replays_are_eager_steps(mode: dict[str, Any], back_end: dict[str, Any])
 
 @NEEDS_FUSED
 def test_a_graph_outlives_its_optimizer() -> None:
-    """What a replay reads is kept, though the plan that it was made for is gone."""
+    """The memory that a replay reads outlives the plan of its step."""
     mine, theirs = parameters(), parameters()
     graphed = make(mine, settled(), capturable=True, fused=True)
     eager = make(theirs, settled(), capturable=True, fused=True)
@@ -152,7 +152,7 @@ def test_a_graph_outlives_its_optimizer() -> None:
 
 @BACK_ENDS
 def test_a_graph_needs_capturable(back_end: dict[str, Any]) -> None:
-    """The rates of one step would be repeated at every replay."""
+    """Without capturable every replay would repeat the rates of one step."""
     params = parameters()
     optimizer = make(params, settled(), **back_end)
     run_steps(optimizer, range(2))
@@ -165,7 +165,7 @@ def test_a_graph_needs_capturable(back_end: dict[str, Any]) -> None:
 @BACK_ENDS
 @pytest.mark.parametrize("capturable", [False, True], ids=["host", "capturable"])
 def test_steps_on_several_streams(capturable: bool, back_end: dict[str, Any]) -> None:
-    """Each after the one before, on another stream."""
+    """Each step waits for the one before, on another stream."""
     mine, theirs = parameters(), parameters()
     moving = make(mine, settled(), capturable=capturable, **back_end)
     staying = make(theirs, settled(), capturable=capturable, **back_end)
@@ -205,7 +205,7 @@ def test_optimizers_on_two_streams_at_once(back_end: dict[str, Any]) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("capturable", [False, True], ids=["host", "capturable"])
 def test_two_devices(capturable: bool) -> None:
-    """Each tensor as if all were on one device, whichever is the current one."""
+    """Results equal those on one device, whichever device is current."""
     together, apart = parameters(), parameters()
     others = [torch.device("cuda", i) for i in range(2)]
     apart = [
@@ -268,7 +268,7 @@ def test_groups_of_different_rates_wait_for_nothing(
 
 
 def test_waiting_is_noticed() -> None:
-    """The test above can fail."""
+    """Check that the test above can fail."""
     with no_waiting(), pytest.raises(RuntimeError, match="synchroniz"):
         torch.ones((), device=DEVICE).item()
 
@@ -281,7 +281,7 @@ def test_waiting_is_noticed() -> None:
 def test_the_same_bits_whatever_else_runs(
     mode: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over runs, beside other work on the device, and whatever the windows are."""
+    """Results are bit-identical over runs, beside other work, and for any windows."""
     from apollo_qn.backends.triton import launch_schedule
 
     results = []
@@ -340,7 +340,7 @@ def test_a_step_allocates_tables_only(capturable: bool) -> None:
     optimizer = make(params, settled(rebound="belief"), capturable=capturable, fused=True)
     run_steps(optimizer, range(2))
     for renewed in (False, True):
-        if renewed:  # of another set of gradients another plan is made
+        if renewed:  # other gradients need another plan
             params[1].grad = None
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -392,16 +392,16 @@ def test_more_than_two_to_the_31_elements() -> None:
                 largest = max(largest, float(b.abs().max()))
             assert (0 if t else -1) < largest < float("inf")  # B is 0 after the first step
             assert off <= limit * largest
-            # of 2^31 elements some are rounded apart twice, so the next step begins alike
+            # some elements may differ by two roundings; the next step begins from equal ones
             mine.copy_(theirs)
 
 
-# what is left of the host
+# overhead on the host
 
 
 @NEEDS_FUSED
 def test_fused_is_the_default() -> None:
-    """Bit by bit, where nothing is asked for."""
+    """Without fused and foreach, results are bit-identical to fused=True."""
     results = []
     for back_end in ({}, {"fused": True}):
         optimizer = make(parameters(), settled(), **back_end)

@@ -50,7 +50,7 @@ def test_a_step_that_inductor_compiles(mode: dict[str, Any], capturable: bool) -
 
 @BACK_ENDS
 def test_a_compiled_model_is_trained(back_end: dict[str, Any]) -> None:
-    """Loss and gradients from one graph; the step reads what the compiler has allocated."""
+    """The step reads gradients that the compiler has allocated."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = torch.nn.Sequential(

@@ -46,7 +46,7 @@ MODES = {
 def wanted(
     name: str, reference: ReferenceApollo, before: dict[str, Any], rate: float, threshold: float
 ) -> TensorDiagnostics:
-    """The same numbers in NumPy, from arrays that the reference keeps."""
+    """Return the same numbers in NumPy, from arrays that the reference keeps."""
     B, n = reference.B, reference.B.size
     s = reference.settings
     corrected = 1 - s.beta**reference.t
@@ -80,7 +80,7 @@ def check(found: TensorDiagnostics, expected: TensorDiagnostics, tolerance: floa
     for field in dataclasses.fields(TensorDiagnostics):
         value, right = getattr(found, field.name), getattr(expected, field.name)
         if isinstance(right, float) and field.name not in ("negative", "rectified"):
-            # a correction is a difference of B's, as exact as they are
+            # a correction is a difference of two B, and has their error
             scale = abs(right)
             if field.name.startswith(("curvature", "secant")):
                 scale = max(scale, expected.curvature_rms)
@@ -95,7 +95,7 @@ def check(found: TensorDiagnostics, expected: TensorDiagnostics, tolerance: floa
 def test_every_number_on_a_trajectory(
     mode: str, dtype: torch.dtype, back_end: dict[str, Any]
 ) -> None:
-    """Ten steps of each mode: what the recorder says of each is what NumPy says of it."""
+    """In ten steps of each mode the recorder gives the numbers of NumPy."""
     settings = MODES[mode]
     params = parameters(dtype=dtype)
     optimizer = make(
@@ -105,7 +105,7 @@ def test_every_number_on_a_trajectory(
     )
     alone = references(params, settings)
     for i, (p, one) in enumerate(zip(params, alone, strict=True)):
-        # these gradients do not depend on theta: by themselves they would leave B far below sigma
+        # gradients that do not depend on theta would leave B far below sigma
         B = 2 * normal(p.shape, "B", i, dtype=dtype)
         one.B = as_numpy(B)
         state = {"exp_avg": torch.zeros_like(B), "hessian_diag": B.clone()}
@@ -143,7 +143,7 @@ def belief(reference: ReferenceApollo, p: nn.Parameter) -> float:
 
 
 def test_half_precision_and_capturable() -> None:
-    """State of float32 and parameters of 16 bits; a step that is a tensor changes nothing."""
+    """The state is float32, parameters have 16 bits; capturable changes no number."""
     params = parameters(dtype=torch.bfloat16)
     optimizer = Apollo(params, lr=LR, warmup_steps=2, capturable=True)
     run_steps(optimizer, range(5))
@@ -185,7 +185,7 @@ def test_what_is_not_there_is_left_out() -> None:
 
 
 def test_nothing_waits_but_for_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All tensors together are fetched once; the corrections of a step not at all."""
+    """The numbers of all tensors are fetched once, corrections never."""
     params = parameters()
     optimizer = Apollo(params)
     run_steps(optimizer, range(2))
@@ -211,7 +211,7 @@ def test_nothing_waits_but_for_the_numbers(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_measured_trajectory_is_the_same_to_the_bit(mode: str) -> None:
-    """With a closure too; detached, the optimizer has nothing of the recorder."""
+    """Also with a closure; after detach the optimizer keeps nothing of the recorder."""
     found = []
     for recording in (False, True):
         params = parameters(dtype=torch.float32)
@@ -254,7 +254,7 @@ def test_with_a_closure_the_correction_is_that_of_its_gradients() -> None:
         with Recorder(optimizer, lambda _, one, records=records: records.append(one), every=3):
             for t in range(3):
                 if closing:
-                    give_gradients(params, 77)  # those of another batch
+                    give_gradients(params, 77)  # gradients of another batch
                     optimizer.step(
                         closure=lambda params=params, t=t: give_gradients(params, t)  # type: ignore[misc]
                     )
@@ -332,7 +332,7 @@ def test_zeros() -> None:
 
 
 class Written:
-    """Has what is needed of a SummaryWriter."""
+    """Writer that keeps what is written."""
 
     def __init__(self) -> None:
         self.numbers: dict[tuple[str, int], float] = {}
@@ -343,7 +343,7 @@ class Written:
 
 
 def test_tensorboard(tmp_path: Path) -> None:
-    """A real SummaryWriter is given what another one with its method is given."""
+    """A real SummaryWriter gets the same numbers as any writer with its method."""
     tensorboard = pytest.importorskip("torch.utils.tensorboard")
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     written = Written()

@@ -1,4 +1,4 @@
-"""What README and the pages of docs/ show: their code runs, their commands are commands.
+"""The code of README and docs/ runs, and their commands exist.
 
 Of a page every fenced ``python`` block is executed, in order, in one namespace, in a process of
 its own. What a page takes for granted (a model, data) stands in it as a comment that is not shown::
@@ -40,7 +40,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 LIMIT = 300.0  # seconds per page: a bound for hangs, not for busy machines
 
-# What README takes for granted; comments would be in the way of those who read it as it is.
+# Code that README takes for granted; hidden comments would disturb readers of its source.
 README_PRELUDE = """
 import torch
 model = torch.nn.Linear(4, 2)
@@ -61,11 +61,11 @@ class Block(NamedTuple):
 
 
 class Page(NamedTuple):
-    """What is tested of a page."""
+    """The tested parts of a page."""
 
     blocks: list[Block]
     needs: list[str]
-    commands: list[tuple[str, bool]]  # and whether they are whole
+    commands: list[tuple[str, bool]]  # words, and whether the command is complete
 
 
 def name(page: Path) -> str:
@@ -76,7 +76,7 @@ def read(path: Path) -> Page:
     page = Page([], [], [])
     if path.name == "README.md":
         page.blocks.append(Block(README_PRELUDE, 0, None))
-    kind = said = ""  # by the comment before
+    kind = said = ""  # set by the comment before the block
     for token in MarkdownIt("commonmark").enable("table").parse(path.read_text(encoding="utf-8")):
         if token.type == "html_block" and (comment := _COMMENT.search(token.content)):
             kind, said = comment[1].strip(), comment[2].strip()
@@ -100,7 +100,7 @@ def read(path: Path) -> Page:
 
 
 def _line(token: Token) -> int:
-    """Lines before the first of its content."""
+    """Return the number of lines before the content."""
     assert token.map is not None
     return token.map[0] + 1
 
@@ -122,7 +122,7 @@ def run_page(path: Path, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[Pool]:
-    """A new process a page; PyTorch has been imported in the one that they are copies of."""
+    """Yield a pool that runs each page in a new process, forked after PyTorch was imported."""
     context = multiprocessing.get_context("forkserver")
     # an optimizer imports torch._dynamo when it is made
     context.set_forkserver_preload(["torch._dynamo", "apollo_qn", "tests.test_docs"])
@@ -151,7 +151,7 @@ def test_what_a_page_shows_of_an_example_is_in_it() -> None:
 
 
 def commands() -> list[tuple[str, list[str], bool]]:
-    """Every call of the command line: where, its words, and whether they are all of them."""
+    """Return every command: its place, its words, and whether they are complete."""
     found = []
     for page in PAGES:
         for text, whole in read(page).commands:
@@ -204,7 +204,7 @@ def test_every_page_is_in_the_navigation() -> None:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built with warnings as errors."""
+    """Build the site with warnings as errors, and return its folder."""
     for package in ("mkdocs", "material", "mkdocstrings", "latex2mathml"):
         if find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
@@ -239,8 +239,8 @@ def test_the_site_is_whole(site: Path) -> None:
         text = page.read_text(encoding="utf-8")
         where = page.relative_to(site)
         assert "could not be found" not in text, where
-        # nothing of Sphinx's language, no formula that is not drawn
+        # no markup of Sphinx and no formula is left as text
         assert not re.search(r":(class|func|meth|mod):|\.\. code-block|arithmatex", text), where
-        # nothing is fetched from elsewhere
+        # pages fetch nothing from other sites
         assert not re.search(r'<(script|link|img)[^>]+(src|href)="(https?:)?//', text), where
     assert "<math" in (site / "method.html").read_text(encoding="utf-8")

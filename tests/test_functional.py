@@ -123,7 +123,7 @@ def test_lists_that_the_mode_needs() -> None:
 
 
 def test_compensations() -> None:
-    """For each 16-bit parameter one; what is given for the others is not touched."""
+    """Each 16-bit parameter needs one; entries of other parameters are not touched."""
     narrow, wide = torch.ones(3, dtype=torch.bfloat16), torch.ones(3)
     low, other = torch.zeros_like(narrow), torch.ones(5)
 

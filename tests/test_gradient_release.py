@@ -1,4 +1,4 @@
-"""The step in the backward pass is the ordinary one, bit by bit; what cannot go with it says so."""
+"""Steps in the backward pass are bit-identical to ordinary ones."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def make(net: Net, **settings: Any) -> Apollo:
 
 
 def pair(dtype: torch.dtype = torch.float32, **settings: Any) -> Iterator[tuple[Net, Apollo]]:
-    """The same twice."""
+    """Return two equal models with their optimizers."""
     for _ in range(2):
         net = Net(dtype)
         yield net, make(net, **settings)
@@ -110,7 +110,7 @@ def test_bit_by_bit_the_ordinary_step(mode: dict[str, Any], back_end: dict[str, 
     GradientRelease(released[1])
     assert_same_training(ordinary, released)
     steps = {int(state["step"]) for state in released[1].state.values()}
-    assert steps == {3, 6}  # the branches, and the others
+    assert steps == {3, 6}  # parameters of the branches have fewer steps than the others
     assert released[0].never not in released[1].state
 
 
@@ -124,7 +124,7 @@ def test_other_types(dtype: torch.dtype, back_end: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("release", [False, True])
 def test_gradients_are_freed_one_after_the_other(release: bool) -> None:
-    """While a parameter takes its step the gradient of no other is there."""
+    """No other gradient exists while a parameter is updated."""
     net, optimizer = next(pair())
     earlier: list[StorageWeakRef] = []
     seen = []
@@ -206,7 +206,7 @@ def test_hooks_and_closures() -> None:
 
 
 def test_a_backward_pass_before_the_closure_is_the_first_one() -> None:
-    """As where a trainer accumulates gradients, and gives the last pass as a closure."""
+    """Trainers accumulate gradients and pass the last backward pass as a closure."""
     _, (net, optimizer) = pair()
     GradientRelease(optimizer)
     loss_of(net, 0).backward()
@@ -230,7 +230,7 @@ def test_a_tensor_lr() -> None:
 
 @pytest.mark.parametrize("after_accumulation", [False, True])
 def test_clipped_tensor_by_tensor(after_accumulation: bool) -> None:
-    """By a hook of the parameter's own, as the documentation says."""
+    """Clip by a hook of the parameter, as the documentation says."""
 
     def clip(p: Tensor) -> None:
         nn.utils.clip_grad_norm_([p], 0.01)
@@ -259,7 +259,7 @@ def test_clipped_tensor_by_tensor(after_accumulation: bool) -> None:
 @pytest.mark.parametrize("last_by_hand", [False, True])
 @pytest.mark.parametrize("micro_steps", [2, 3])
 def test_accumulation(micro_steps: int, last_by_hand: bool) -> None:
-    """Parameters that only an earlier pass has reached take their step at the end."""
+    """Parameters that only an earlier pass reached are updated at the end."""
     ordinary, released = pair()
     release = GradientRelease(released[1])
     for t in range(4):
@@ -310,7 +310,7 @@ def test_saved_and_loaded_in_mid_run(at: int) -> None:
     released[0].load_state_dict(weights)
     released[1].load_state_dict(kept)
     gc.collect()
-    assert state() is None  # nothing keeps the state before alive
+    assert state() is None  # nothing keeps the previous state alive
     fresh_net, fresh = next(pair(rebound="belief"))
     fresh_net.load_state_dict(weights)
     fresh.load_state_dict(kept)
@@ -322,7 +322,7 @@ def test_copies_of_model_and_optimizer_are_ordinary() -> None:
     GradientRelease(optimizer)
     step(net, optimizer, 0)
     both = copy.deepcopy((net, optimizer))
-    GradientRelease(both[1])  # it has none
+    GradientRelease(both[1])  # this optimizer has no release yet
     assert_same_training((net, optimizer), both, range(1, 3))
 
 
@@ -360,7 +360,7 @@ def test_removed() -> None:
         loss_of(released[0], 4).backward()
         again.remove()
         assert all(p.grad is None for p in released[0].parameters())
-        release.remove()  # a second time, and after another has come
+        release.remove()  # a second time, while another release exists
         released[1].step()
     assert same(snapshot(ordinary[1]), snapshot(released[1]))
     loss_of(released[0], 5).backward()
@@ -388,11 +388,11 @@ def test_checkpointed_activations() -> None:
         assert same(snapshot(ordinary[1]), snapshot(released[1]))
 
 
-# what cannot go with it says so
+# errors of what does not work with a release
 
 
 def test_diagnostics_of_a_released_optimizer() -> None:
-    """There is no correction to be measured, and all else is."""
+    """Corrections cannot be measured; everything else is."""
     net = torch.nn.Linear(3, 2)
     optimizer = Apollo(net.parameters())
     found: list[Any] = []

@@ -1,4 +1,4 @@
-"""What gradient release refuses: reads of released gradients, second gradients, sparse ones."""
+"""Errors of gradient release: reading released gradients, second gradients, sparse ones."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_what_reads_a_released_gradient(read: Callable[[Any], Any]) -> None:
     assert same(before, snapshot(optimizer))
     assert params[0].grad.shape == params[0].shape
     assert "released gradient of shape (20, 8)" in repr(params[0].grad)
-    optimizer.step()  # it goes on without
+    optimizer.step()  # training continues without the release
     step(net, optimizer, 2)
 
 
@@ -63,7 +63,7 @@ def twice(net: Net, optimizer: Apollo) -> None:
 
 
 def discarded(net: Net, optimizer: Apollo) -> None:
-    """As of a generator's pass through the discriminator."""
+    """Discard gradients, as those of a generator's pass through the discriminator."""
     loss_of(net, 0).backward()
     optimizer.zero_grad()
     loss_of(net, 1).backward()

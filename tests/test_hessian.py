@@ -75,7 +75,7 @@ def network() -> tuple[Net, Callable[[dict[str, Tensor]], Tensor]]:
 
 
 def test_probes_are_as_near_as_they_say() -> None:
-    """On a network: within the standard errors, which are neither too small nor too large."""
+    """For a network the errors agree with the standard errors."""
     net, loss = network()
     params = dict(net.named_parameters())
     exact = diagnostics.exact_hessian_diagonal(loss, params, at_once=50)
@@ -100,7 +100,7 @@ def test_probes_are_as_near_as_they_say() -> None:
 
 
 def test_standard_errors_of_a_full_matrix() -> None:
-    """An element's variance is the sum of squares of the rest of its row."""
+    """The variance of an element is the sum of squares of the other elements of its row."""
     A = normal((10, 10), "A")
     H = A + A.t()
     found = diagnostics.hessian_diagonal(
@@ -115,7 +115,7 @@ def test_standard_errors_of_a_full_matrix() -> None:
 def scalar_quadratic(
     curvatures: Tensor, steps: int, **settings: Any
 ) -> tuple[Apollo, diagnostics.HessianDiagonal]:
-    """Apollo on sum h theta^2 / 2, each element a tensor of its own."""
+    """Train sum h theta^2 / 2 with Apollo, each element as a tensor of its own."""
     params = {f"p{i}": nn.Parameter(torch.ones((), dtype=torch.float64)) for i in range(5)}
 
     def loss(values: dict[str, Tensor]) -> Tensor:
@@ -138,7 +138,7 @@ CURVATURES = torch.tensor([-0.5, 0.1, 0.7, 1.3, 2.0], dtype=torch.float64)
     ids=str,
 )
 def test_b_is_the_rate_times_the_hessian(settings: dict[str, Any]) -> None:
-    """Of one element, at beta = 0 and eps = 0, the secant condition leaves no choice."""
+    """For one element, with beta = 0 and eps = 0, the secant condition determines B."""
     optimizer, exact = scalar_quadratic(CURVATURES, 2, lr=0.2, beta=0.0, eps=0.0, **settings)
     sign = -1 if settings.get("maximize") else 1
     decay = settings.get("weight_decay", 0.0)
@@ -190,7 +190,7 @@ def test_a_trained_network_beside_its_hessian(tmp_path: Path) -> None:
     optimizer, found = trained()
     assert [one.name for one in found][:2] == ["convolution.weight", "convolution.bias"]
     assert all(one.noise == 0 or math.isnan(one.noise) for one in found)
-    # no agreement is promised; each B is that of its parameter, over the rate of its last step
+    # B need not agree with the Hessian; check that each is its parameter's, divided by its rate
     states = [entry["hessian_diag"] for entry in optimizer.state.values()]
     for one, B in zip(found, states, strict=True):
         assert torch.equal(one.B, B.flatten() / 0.5)

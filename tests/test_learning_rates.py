@@ -1,4 +1,4 @@
-"""Rates on the pages: tables of benchmarks/learning_rates.py, and what clipping does for LoRA."""
+"""Rates of the docs: tables of benchmarks/learning_rates.py, and clipping with LoRA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an optimizer keeps, and what it gives back."""
+"""What an optimizer keeps alive, and what it frees."""
 
 from __future__ import annotations
 

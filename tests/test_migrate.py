@@ -28,7 +28,7 @@ from tests.test_checkpoint import dtypes, through_a_file
 
 
 def released_state_dict(released: ReleasedApollo, dtype: torch.dtype) -> dict[str, Any]:
-    """As ``torch.save`` of the release's state dict has it: ``step`` is a Python int."""
+    """Return a state dict as the release saves it, with ``step`` as a Python int."""
     return {
         "state": {
             i: {k: v if k == "step" else torch.tensor(v, dtype=dtype) for k, v in state.items()}
@@ -84,13 +84,13 @@ def test_the_released_state_continues_as_there(
             compare.check((i, "theta"), p, released.thetas[i], tolerances.RELEASED)
             wanted = released.state[i]["approx_hessian"]
             compare.check((i, "B"), optimizer.state[p]["hessian_diag"], wanted, tolerances.RELEASED)
-            # no third tensor has come with it
+            # the release's third tensor is gone
             shaped = {k for k, v in optimizer.state[p].items() if v.numel() == p.numel() != 1}
             assert shaped <= {"exp_avg", "hessian_diag"}
 
 
 def test_released_state_of_float32_in_a_scheduled_run() -> None:
-    """lr differs from base_lr when a scheduler has been at work; initial_lr comes along."""
+    """After a scheduler lr differs from base_lr, and groups have initial_lr."""
     released = ReleasedApollo([np.ones(5)], lr=0.01, warmup=2)
     for t in range(4):
         released.step([np.arange(1.0, 6.0) + t])
@@ -121,7 +121,7 @@ def test_the_first_release_had_a_sigma_of_1() -> None:
 def test_sigma_is_recovered_from_the_stored_update(
     sigma: float, decay: str, dtype: torch.dtype
 ) -> None:
-    """The second and the third release have the same keys; m / update tells them apart."""
+    """The second and third release have the same keys; m / update distinguishes them."""
     start = [normal((40,), "theta", i) for i in range(2)]
     released = ReleasedApollo(
         [as_numpy(p) for p in start], lr=0.1 * sigma, warmup=2, weight_decay=0.05,
@@ -192,7 +192,7 @@ def test_a_released_state_before_its_first_step_that_cannot_be_loaded(
 
 
 def test_groups_of_a_released_state_have_the_same_sigma() -> None:
-    """A group of frozen parameters does not tell it; the other one does."""
+    """A group of frozen parameters does not determine sigma; the other group does."""
     released = ReleasedApollo([np.ones(5)], lr=0.5, sigma=1.0)
     released.step([np.arange(1.0, 6.0)])
     saved = released_state_dict(released, torch.float32)

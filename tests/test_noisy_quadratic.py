@@ -1,4 +1,4 @@
-"""The script behind docs/stability.md: it trains as Apollo does, and shows what the page says."""
+"""The script behind docs/stability.md trains as Apollo does, and gives the page's numbers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def script() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-# the tests pass at every level; most of their time is XLA's, and it compiles faster at this one
+# XLA's compiler takes most of the time and is fastest at this level; tests pass at every level
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 jax = pytest.importorskip("jax")
 optax = pytest.importorskip("optax")
@@ -53,7 +53,7 @@ SOME_MODES = pytest.mark.parametrize(
 
 @pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
 def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
-    """Both types of arithmetic; JAX has float64 only where that is enabled."""
+    """Run with float32, and with float64, which must be enabled in JAX."""
     jax.config.update("jax_enable_x64", request.param == torch.float64)
     yield request.param
     jax.config.update("jax_enable_x64", False)
@@ -82,12 +82,12 @@ def gradients(shapes: Any, dtype: torch.dtype, steps: int = STEPS) -> list[list[
 
 
 def stacked(steps: list[list[Tensor]]) -> list[Any]:
-    """A list of leaves, whose first dimension is the step."""
+    """Return a list of leaves, whose first dimension is the step."""
     return [jnp.asarray(np.stack([g.numpy() for g in leaf])) for leaf in zip(*steps, strict=True)]
 
 
 def trainer(tx: Any) -> Any:
-    """Parameters and state after each step, stacked, as a function of start and gradients.
+    """Return a function from start and gradients to stacked parameters and states.
 
     It is one scan, so that no type may change.
     """
@@ -108,7 +108,7 @@ def train(tx: Any, params: Any, grads: Any) -> tuple[Any, Any]:
 def of_the_class(
     params: list[Any], steps: list[list[Tensor]], schedule: Any = None, **settings: Any
 ) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
-    """theta, m and B of each parameter after each step of :class:`apollo_qn.Apollo`."""
+    """Return theta, m and B of each parameter after each step of :class:`apollo_qn.Apollo`."""
     optimizer = Apollo(params, **settings, foreach=False)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule or (lambda t: 1.0))
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -122,7 +122,7 @@ def of_the_class(
 
 
 def compare(found: tuple[Any, ApolloState], wanted: Any, dtype: torch.dtype) -> None:
-    """What :func:`train` made of lists against :func:`of_the_class`, after each step."""
+    """Compare :func:`train` with :func:`of_the_class` after each step."""
     comparison = Comparison()
     xs, states = jax.tree.map(np.asarray, found)
     narrow, wide = tolerances.TRAJECTORY[dtype], tolerances.TRAJECTORY_B[dtype]
@@ -161,7 +161,7 @@ def test_trajectory_is_that_of_the_class(mode: dict[str, Any], dtype: torch.dtyp
 
 
 def test_schedule_and_warmup_multiply(dtype: torch.dtype) -> None:
-    """LambdaLR here, a function of the count there; the displacement knows the rates before."""
+    """A schedule of optax equals LambdaLR; the displacement uses the previous rates."""
     settings = {
         "warmup_steps": 6,
         "warmup_init_lr": 0.03,
@@ -216,7 +216,7 @@ def test_complex_leaf_is_a_real_one_of_pairs() -> None:
 @SOME_MODES
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_16_bit_parameter(mode: dict[str, Any], dtype: torch.dtype) -> None:
-    """State in float32 and a parameter rounded as the class rounds it, from the same parameter."""
+    """With a float32 state the parameter is rounded as in the class."""
     settings = {"lr": 0.3, "warmup_steps": 0, **mode}
     p = parameters([(40,)], dtype)[0]
     optimizer = Apollo([p], **settings)
@@ -245,7 +245,7 @@ def test_update_has_the_type_that_gradient_and_parameter_have_together() -> None
         assert jax.eval_shape(tx.update, x, tx.init(g), g)[0].dtype == wanted
 
 
-# numbers at the ends of their range
+# extreme numbers
 
 
 @cache
@@ -257,7 +257,7 @@ def compiled(*args: Any, **settings: Any) -> Any:
 @pytest.mark.parametrize("rebound", ["constant", "belief"])
 @pytest.mark.parametrize("scales", EXTREMES.values(), ids=EXTREMES.keys())
 def test_extreme_gradients(scales: list[float], rebound: str) -> None:
-    """Float32 follows the class where squares and fourth powers leave float32 by far."""
+    """Float32 follows the class where squares and fourth powers exceed float32's range by far."""
     settings = {"warmup_steps": 0, "rebound": rebound}
     p = torch.nn.Parameter(normal((300,), "theta").float())
     gs = of_scale(scales, (300,))
@@ -299,7 +299,7 @@ def test_displacement_that_cannot_be_rebuilt() -> None:
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.99, 0.999, 0.9999])
 def test_alpha_is_right_to_float32(beta: float) -> None:
-    """m of a gradient that is 1 from step 0 on is 1; of one that is 1 at step t alone, alpha."""
+    """Gradients of 1 give m = 1; a gradient that is 1 only at step t gives m = alpha."""
     alpha = apollo_qn.optax._alpha(beta)
     given = apollo_qn.optax._alpha(jnp.asarray(beta))
     for t in (0, 1, 2, 5, 17, 100, 2_000, 1_000_000):
@@ -343,7 +343,7 @@ def test_state_is_two_arrays_and_scalars() -> None:
 
 @ALL_MODES
 def test_types_of_the_state_never_change(mode: dict[str, Any], dtype: torch.dtype) -> None:
-    """Neither of arrays, nor of Python numbers, whose type is weak."""
+    """The types stay for arrays and for Python numbers, which JAX types weakly."""
     mixed = [1.0, jnp.ones(3, jnp.bfloat16), jnp.ones((), jnp.complex64), jnp.ones((0,))]
     tx = apollo(optax.constant_schedule(0.1), **mode)
     state = tx.init(mixed)
@@ -383,7 +383,7 @@ def test_eager_is_jit() -> None:
 
 @pytest.mark.slow
 def test_many_devices() -> None:
-    """Sharded arrays under jit, pmap and shard_map: in a process with eight devices."""
+    """Sharded arrays work under jit, pmap and shard_map, in a process with eight devices."""
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     run = subprocess.run(
         [sys.executable, "-m", "tests.optax_devices"],
@@ -396,7 +396,7 @@ def test_many_devices() -> None:
 
 @SOME_MODES
 def test_derivative_through_a_training(mode: dict[str, Any], x64: None) -> None:
-    """With respect to start, rate and a coefficient of the loss: as finite differences say."""
+    """Derivatives by start, rate and a coefficient of the loss equal finite differences."""
     coefficients = jnp.asarray([1.0, 3.0, 0.3])
 
     def loss(x: Any, scale: Any) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-# the tests pass at every level; most of their time is XLA's, and it compiles faster at this one
+# XLA's compiler takes most of the time and is fastest at this level; tests pass at every level
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 jax = pytest.importorskip("jax")
 optax = pytest.importorskip("optax")
@@ -50,7 +50,7 @@ def start_and_gradients(dtype: torch.dtype) -> tuple[Any, Any]:
 
 @SOME_MODES
 def test_hyperparameters_can_be_injected(mode: dict[str, Any]) -> None:
-    """All are arrays, even the number of steps; the rate is changed during the run."""
+    """All hyperparameters are arrays, even the number of steps; the rate changes."""
     settings = {"warmup_steps": 4, "warmup_init_lr": 0.01, **mode}
     tx = optax.inject_hyperparams(apollo)(0.3, **settings)
     [p], steps = parameters([(3, 5)]), gradients([(3, 5)], torch.float32, 8)
@@ -91,7 +91,7 @@ def test_schedules_of_other_hyperparameters_are_injected() -> None:
 
 
 def test_many_rates_are_tried_at_once() -> None:
-    """vmap over hyperparameters."""
+    """vmap runs over hyperparameters."""
     x, g = arrays(parameters([(40,)])), stacked(gradients([(40,)], torch.float32, 5))
 
     @jax.jit
@@ -167,7 +167,7 @@ def test_masked_leaves_pass() -> None:
     ids=["L2", "belief, decoupled"],
 )
 def test_accumulated_gradients(mode: dict[str, Any], dtype: torch.dtype) -> None:
-    """A step every two gradients is the step of their mean; nothing moves in between."""
+    """Accumulating two gradients takes the step of their mean; nothing moves in between."""
     inner = apollo(0.3, warmup_steps=2, **mode)
     x, g = start_and_gradients(dtype)
     twice = jnp.repeat(g, 2, axis=0)
@@ -195,7 +195,7 @@ def test_gradient_that_is_not_finite_is_passed_over() -> None:
 
 
 def test_state_is_mapped_as_the_parameters_are() -> None:
-    """optax.tree_map_params, with which shardings are given to a state."""
+    """optax.tree_map_params, which gives shardings to a state, maps this state too."""
     x = {"a": jnp.ones((2, 3)), "b": [jnp.ones(4)]}
     for mode in MODES.values():
         tx = apollo(**mode)
@@ -240,7 +240,7 @@ def test_schedule_that_starts_at_nothing() -> None:
     np.testing.assert_allclose(updates, -0.1 / 4, rtol=tolerances.CAPTURED_RATE)
 
 
-# what is refused
+# errors
 
 ADVICE = [
     ("lr", 0.5, "use learning_rate"),
@@ -271,7 +271,7 @@ def test_keywords_of_other_optimizers_get_advice(
 def test_what_is_an_argument_gets_no_advice() -> None:
     found = inspect.signature(apollo).parameters
     assert not set(found) & advice.OPTAX.keys()
-    # every argument that the class alone has, and every one of optax's usual optimizers
+    # every argument that only the class has, and those of optax's common optimizers
     others = {*inspect.signature(Apollo).parameters} - {"params"}
     for other in (optax.adamw, optax.sgd, optax.lion):
         others |= set(inspect.signature(other).parameters)
@@ -286,7 +286,7 @@ def test_a_rate_for_adam_gives_a_warning(recwarn: pytest.WarningsRecorder) -> No
     ) as told:
         apollow(3e-4)
     assert told[0].filename == __file__
-    assert "lr_range_test" not in str(told[0].message)  # it is for models of PyTorch
+    assert "lr_range_test" not in str(told[0].message)  # lr_range_test is for models of PyTorch
     with pytest.warns(LearningRateWarning, match=r"moves \(sigma=100\)\."):
         apollo(0.5, sigma=100)
     recwarn.clear()
@@ -354,7 +354,7 @@ def test_trees_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"floating or complex arrays, got int32 at \['b'\]"):
         tx.init({"b": jnp.arange(3)})
     without = apollo()
-    updates, _ = without.update(x, without.init(x))  # no decay: no need of parameters
+    updates, _ = without.update(x, without.init(x))  # without decay no parameters are needed
     assert updates["a"].shape == (2, 3)
 
 

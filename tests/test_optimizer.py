@@ -98,7 +98,7 @@ def test_zero_grad() -> None:
     optimizer.zero_grad()
     assert all(p.grad is None for p in params)
     before = snapshot(optimizer)
-    optimizer.step()  # no gradient: no step is counted
+    optimizer.step()  # without a gradient no step is counted
     assert same(before, snapshot(optimizer))
 
 
@@ -253,7 +253,7 @@ def test_state_is_two_tensors_and_scalars(
         assert p.dtype is dtype
         storages = {v.untyped_storage().data_ptr() for v in state.values()}
         assert len(storages) == len(state)
-    # nothing else of a parameter's size hangs on the optimizer
+    # the optimizer keeps nothing else of a parameter's size
     assert not [k for k, v in vars(optimizer).items() if isinstance(v, Tensor)]
 
 
@@ -309,7 +309,7 @@ def test_warmup(steps: int, init: float | None, back_end: dict[str, Any], captur
 
 @BACK_ENDS
 def test_a_schedule_and_decoupled_decay_follow_the_reference(back_end: dict[str, Any]) -> None:
-    """The displacement is rebuilt with the rate that was used, not with the one of now."""
+    """The displacement is rebuilt with the previous rate, not with the present one."""
     settings = Settings(lr=0.5, weight_decay=0.2, decoupled_weight_decay=True, warmup_steps=4)
     params = parameters(dtype=torch.float64)
     wanted = references(params, settings)
@@ -334,7 +334,7 @@ def test_a_schedule_and_decoupled_decay_follow_the_reference(back_end: dict[str,
 @pytest.mark.parametrize("warmup_steps", [0, 3])
 @pytest.mark.parametrize("mode", GROUP_MODES, ids=str)
 def test_autograd_through_the_step(mode: dict[str, Any], warmup_steps: int, steps: int) -> None:
-    """gradcheck of parameter and state after some steps, by parameter and gradients."""
+    """gradcheck holds for parameter and state after some steps, by parameter and gradients."""
     start = normal((4,), "start")
     grads = [normal((4,), "g", t) + 2 for t in range(steps)]
 
@@ -356,8 +356,8 @@ def test_autograd_to_the_learning_rate(mode: dict[str, Any]) -> None:
 
     def trained(lr: Tensor) -> tuple[Tensor, Tensor]:
         p = start.clone().requires_grad_()
-        p = p * 1  # no leaf
-        # the rate is set after construction: warmup's base is a number
+        p = p * 1  # not a leaf
+        # set the rate after construction, because the base of the warmup must be a number
         optimizer = differentiable(p, 0.3, 0, mode)
         optimizer.param_groups[0]["lr"] = lr
         for g in grads:
@@ -407,12 +407,12 @@ def test_a_compiled_step_follows_eager(
         np.testing.assert_allclose(got, wanted, rtol=0, atol=tolerances.COMPILED)
 
 
-# it optimizes
+# optimization
 
 
 @pytest.mark.parametrize(("lr", "rebound"), [(0.5, "constant"), (0.05, "belief")])
 def test_it_minimizes(lr: float, rebound: Any) -> None:
-    """A quadratic whose curvatures differ by a factor of 100."""
+    """Minimize a quadratic whose curvatures differ by a factor of 100."""
     curvature = torch.tensor([0.1, 1.0, 10.0], dtype=torch.float64, device=DEVICE)
     start_from = torch.tensor([1.0, -1.0, 1.0], dtype=torch.float64, device=DEVICE)
     p = torch.nn.Parameter(start_from)

@@ -1,4 +1,4 @@
-"""The range test: what it restores, what it does with runs that diverge, what it proposes."""
+"""The range test: restored states, diverging runs, and the proposal."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_it_proposes_a_rate_that_trains() -> None:
 
 
 def test_all_runs_start_from_the_same(silent: None) -> None:
-    """Weights, buffers, batches and dropout: the first losses are bit-identical."""
+    """All runs have the same weights, buffers, batches and dropout, so first losses are equal."""
     result = lr_range_test(network(), loss_of, regression(), RATES_AROUND, steps=12)
     assert len({curve[0] for curve in result.curves}) == 1
     assert len({curve[1] for curve in result.curves}) > 1
@@ -98,7 +98,7 @@ def test_everything_is_restored(error: Any, silent: None) -> None:
     before, seen = everything(model), []
 
     def drawing_loss(model: Any, batch: Any) -> Tensor:
-        model[0].calls = model[0].calls + 1  # another tensor in the place of the buffer
+        model[0].calls = model[0].calls + 1  # replaces the buffer by another tensor
         np.random.rand(), random.random()
         seen.append(model[0].training)
         if error and len(seen) == 15:
@@ -112,7 +112,7 @@ def test_everything_is_restored(error: Any, silent: None) -> None:
         lr_range_test(model, drawing_loss, regression(), [0.1, 1.0], steps=10)
     assert all(seen)  # the model was in training mode
     assert same(before, everything(model))
-    # the same tensors, in which an optimizer may hold state
+    # the same tensor objects, because an optimizer may hold their state
     for x, y in zip(tensors, (*model.parameters(), *model.buffers()), strict=True):
         assert x is y
 
@@ -255,12 +255,12 @@ def test_the_gradient_is_clipped(silent: None) -> None:
     ],
 )
 def test_the_proposal_is_the_middle_of_the_good_rates(losses: list[float], proposal: float) -> None:
-    """Good is within 2 % of what the best run has gained, here 0.04."""
+    """A loss is good within 2 % of the best run's progress, here 0.04."""
     assert propose([1.0, 2.0, 4.0, 8.0], losses, 3.0) == proposal
 
 
 def test_the_proposal_is_a_number_to_read() -> None:
-    """exp(log(5)) is not 5."""
+    """The proposal is rounded: exp(log(5)) is not 5."""
     assert propose([2.0, 5.0, 10.0], [3.0, 1.0, 3.0], 3.0) == 5.0
 
 

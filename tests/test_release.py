@@ -1,4 +1,4 @@
-"""What a release consists of agrees: versions, promised Pythons and torches, workflows, hooks."""
+"""The parts of a release agree: versions, promised Pythons and torches, workflows, hooks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def load(path: Path) -> Any:
 
 
 def constant(path: str, name: str) -> Any:
-    """A literal of a module that cannot be imported here."""
+    """Return a literal of a module that cannot be imported here."""
     for node in ast.parse(text(path)).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == name:
             return ast.literal_eval(node.value)
@@ -56,7 +56,7 @@ def released(
     address: str = "https://forge.example/apollo-qn",
     date: str = "2030-01-31",
 ) -> Path:
-    """Copy the files that a release is checked by, with this address and date instead of theirs."""
+    """Copy the files that the check of a release reads, with another address and date."""
     names = {*check_release.versions(), *check_release.WITH_ADDRESS}
     contents = {name: (source / name).read_text(encoding="utf-8") for name in names}
     found = re.search(r'^Repository = "(.+)"$', contents["pyproject.toml"], re.MULTILINE)
@@ -159,7 +159,7 @@ def test_the_hooks_have_the_pinned_versions() -> None:
     ]
     assert {hook["id"] for hook in hooks} >= {"ruff-format", "ruff-check", "mypy"}
     for hook in hooks:
-        if hook["language"] == "system":  # from the environment that holds the pins
+        if hook["language"] == "system":  # of the environment with the pinned versions
             assert hook["entry"].startswith(".venv/bin/")
         else:
             assert hook["additional_dependencies"]

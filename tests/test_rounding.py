@@ -1,4 +1,4 @@
-"""The random bits, and what is stored in 16 bits."""
+"""The random bits, and storing in 16 bits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Words = NDArray[np.uint32]
 
 
 def mixed(x: Words) -> Words:
-    """The hash in the arithmetic that it is meant in."""
+    """Return the hash in unsigned 32-bit arithmetic, for which it was designed."""
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x21F0AAAD)
     x = (x ^ (x >> np.uint32(15))) * np.uint32(0xD35A2D97)
     return x ^ (x >> np.uint32(15))
@@ -62,12 +62,12 @@ SEQUENCES = pytest.mark.parametrize(
 
 
 def bits(words: Tensor) -> Tensor:
-    """Shape (n, 32): -1 and 1."""
+    """Return the bits as -1 and 1, shape (n, 32)."""
     return ((words.unsqueeze(1) >> torch.arange(32)) & 1).double() * 2 - 1
 
 
 def test_the_hash_is_one_function_of_32_bits() -> None:
-    """In Python's numbers, in int64 tensors and in true 32-bit arithmetic."""
+    """The hash is the same for Python numbers, int64 tensors and 32-bit arithmetic."""
     edges = [0, 1, 2, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF]
     words = torch.cat([torch.tensor(edges), torch.arange(0, 1 << 32, 104_729)])
     found = rounding.mix(words)
@@ -90,7 +90,7 @@ def test_places_beyond_32_bits_draw_anew() -> None:
 
 @SEQUENCES
 def test_random_bits_are_uniform(sequence: Callable[[int], Tensor]) -> None:
-    """Each bit, and the 256 values of each byte: chi-square within 5 standard deviations."""
+    """Chi-square of each bit and of each byte's 256 values is within 5 standard deviations."""
     words = sequence(N)
     assert words.min() >= 0
     assert words.max() < 1 << 32
@@ -123,7 +123,7 @@ def test_each_bit_of_a_place_changes_half_of_the_word() -> None:
 
 
 def values(dtype: torch.dtype) -> Tensor:
-    """float32 numbers between those of ``dtype``: of all sizes, both signs, and below normal."""
+    """Return float32 numbers between those of ``dtype``: all sizes, both signs, subnormal."""
     info = torch.finfo(dtype)
     sizes = [1.001, 1.999, 3.14159, 1e-3, info.max * 0.999, info.tiny * 1.37, info.tiny * 0.9]
     sizes += [info.smallest_normal * x for x in (0.3, 0.01)] if dtype is torch.float16 else []
@@ -145,7 +145,7 @@ def test_the_mean_over_all_random_bits_is_the_value(dtype: torch.dtype) -> None:
         assert both[0] < x.double() < both[1]
         gap = float(both[1] - both[0])
         assert abs(float(found.double().mean() - x.double())) <= gap / (1 << dropped)
-        # neighbors: nothing lies between
+        # both are neighbors: no number lies between
         middle = ((both[0] + both[1]) / 2).to(dtype).double()
         assert middle in both.tolist()
 
@@ -176,7 +176,7 @@ def test_what_is_exact_or_beyond_is_not_drawn(dtype: torch.dtype) -> None:
 
 
 def test_what_a_compiler_rounds_is_the_nearest() -> None:
-    """In integers, where a cast there and back might be left out; ties and zeros too."""
+    """Compiled rounding uses integers, because a cast there and back may be removed."""
     every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.bfloat16).float()
     every = every[every.abs() < torch.finfo(torch.bfloat16).max]
     ties = every * (1 + 2.0**-8)
@@ -193,7 +193,7 @@ def test_high_and_low_are_the_value(dtype: torch.dtype) -> None:
     eps = torch.finfo(dtype).eps
     error = (rounding.join(high, low, torch.float32) - x).abs()
     assert (error <= x.abs() * eps**2 / 4 + torch.finfo(dtype).smallest_normal * eps / 2).all()
-    # and again: nothing is lost any more
+    # splitting again loses nothing
     both = rounding.join(high, low, torch.float32)
     again = rounding.join(*rounding.split(both, dtype), torch.float32)
     assert same(both, again)
@@ -212,7 +212,7 @@ def test_places_are_those_in_memory() -> None:
 
 
 def small_updates(steps: int, **settings: Any) -> tuple[float, float]:
-    """Mean and spread of 1,000 weights of 1 after updates of a 16th of an ulp below 1 each."""
+    """Return mean and spread of 1,000 weights of 1 after updates of a 16th of an ulp."""
     p = torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
     optimizer = Apollo([p], lr=2.0**-8 / 16, warmup_steps=0, **{"seed": 0, **settings})
     for _ in range(steps):
@@ -226,7 +226,7 @@ def small_updates(steps: int, **settings: Any) -> tuple[float, float]:
 
 @BACK_ENDS
 def test_small_updates_add_up(back_end: dict[str, Any]) -> None:
-    """Rounding to nearest loses every one of them."""
+    """Small updates add up; rounding to nearest loses all of them."""
     steps = 50
     wanted = 1 - steps * 2.0**-8 / 16
     assert small_updates(steps, rounding="nearest", **back_end) == (1.0, 0.0)
@@ -254,7 +254,7 @@ def trained(
 
 @BACK_ENDS
 def test_what_the_bits_depend_on(back_end: dict[str, Any]) -> None:
-    """Seed and position; not which other parameters have gradients."""
+    """The bits depend on seed and position, not on which other parameters have gradients."""
     found = trained(back_end)
     assert same(found, trained(back_end))
     assert not torch.equal(found[0], found[1])

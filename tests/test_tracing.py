@@ -1,4 +1,4 @@
-"""Compilers, tracers and transforms: the step is the plain algorithm there, or a clear error."""
+"""Compilers, tracers and transforms see the plain algorithm, or a clear error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def groups_of(params: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
-    """The usual two groups: decay for matrices alone."""
+    """Return the usual two groups: only matrices decay."""
     matrices = [p for p in params if p.dim() > 1]
     others = [p for p in params if p.dim() <= 1]
     return [{"params": matrices, "weight_decay": 0.1}, {"params": others, "lr": 0.05}]
@@ -92,7 +92,7 @@ def test_make_fx_records_the_step() -> None:
         if traced:
             before = [x.detach().clone() for x in (p, *optimizer.state[p].values())]
             function = make_fx(function)(torch.ones(3))
-            with torch.no_grad():  # tracing has done a step
+            with torch.no_grad():  # tracing has taken a step
                 for x, value in zip((p, *optimizer.state[p].values()), before, strict=True):
                     x.copy_(value)
         with torch.no_grad():
@@ -147,7 +147,7 @@ def test_functionalize() -> None:
 
 
 def test_inference_mode_and_back() -> None:
-    """Working memory that is made in inference mode serves outside of it."""
+    """Working memory that was made in inference mode can be used outside of it."""
     results = []
     for inference in (False, True):
         p = torch.nn.Parameter(torch.ones(3))

@@ -20,7 +20,7 @@ from tests.helpers import BACK_ENDS, give_gradients, normal, parameters, run_ste
 
 @BACK_ENDS
 def test_entries_of_a_wrapper_stay(back_end: dict[str, Any]) -> None:
-    """Before the first step, without a gradient, and through a checkpoint."""
+    """The entries stay before the first step, without a gradient, and through a checkpoint."""
     p, q = parameters([(3,), (4,)])
     optimizer = Apollo([p, q], **back_end)
     for x in (p, q):
@@ -90,13 +90,13 @@ def test_flattened_parameters_are_reported() -> None:
         optimizer.step()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        optimizer.step()  # told once
+        optimizer.step()  # the warning comes once
 
 
 def test_a_parameter_reshaped_before_its_first_step_is_told() -> None:
     p = torch.nn.Parameter(torch.ones(4, 3))
     optimizer = Apollo([p])
-    p.data = torch.ones(6)  # this rank's part of it
+    p.data = torch.ones(6)  # this rank's part of the flat parameter
     p.grad = torch.ones(6)
     with pytest.warns(ApolloWarning, match=r"of shape \(6,\) takes its first step"):
         optimizer.step()
@@ -133,7 +133,7 @@ def add_rows(k: str, v: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_rows_are_edited_as_gaussian_splatting_does(make: Any, settings: Any, edit: Any) -> None:
-    """Tools edit all but the 0-dim entries; Apollo by itself has no other than ``step``.
+    """Tools edit all entries except 0-dim ones, of which Apollo by default has only ``step``.
 
     The next step is that of an optimizer whose state is the edited one.
     """

@@ -24,7 +24,7 @@ TRAJECTORY_B = {torch.float64: 1e-12, torch.float32: 3e-5}
 CAPTURABLE = {torch.float64: 5e-6, torch.float32: 5e-6}
 CAPTURABLE_B = {torch.float64: 3e-4, torch.float32: 3e-4}
 
-# A 16-bit parameter after ONE step from the same parameter: half an ulp for its rounding, and one
+# A 16-bit parameter after one step from the same parameter: half an ulp for its rounding, and one
 # more where the float32 results straddle a rounding boundary. In units of torch.finfo(dtype).eps.
 ROUNDED_PARAMETER = 1.01
 

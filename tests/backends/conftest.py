@@ -12,7 +12,7 @@ from tests.helpers import ON_GPU
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> SetSizes:
-    """Fused means the Triton kernel, interpreted where there is no GPU; sets sizes."""
+    """Make the Triton kernel the fused back end; return a function that sets its sizes."""
     if ON_GPU and triton.why_not() is None:
         return interpreter.set_sizes(monkeypatch)
     if not interpreter.AVAILABLE:

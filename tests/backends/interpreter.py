@@ -16,12 +16,12 @@ REASON = "Triton's interpreter is for machines without a GPU, and needs Triton"
 
 SetSizes = Callable[..., None]
 
-# a block, the smallest run, the most runs of a tensor: borders come early
+# sizes of a block and of the smallest run, and the most runs of a tensor: small, for borders
 BLOCK, RUN, RUNS = 64, 128, 4
 
 
 def interpret(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Let the Triton back end serve the CPU; returns what sets other sizes."""
+    """Let the Triton back end serve the CPU; return a function that sets other sizes."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -29,7 +29,7 @@ def interpret(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     monkeypatch.setattr(triton, "DEVICES", {"cuda", "cpu"})
 
-    # each call of a helper replaces the whole language by the interpreter's: once a launch will do
+    # each call of a helper patches Triton's language for the interpreter; once per launch suffices
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched: set[str] = set()
 
@@ -43,7 +43,7 @@ def interpret(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         patched.clear()
         return launch(self, *args, **kwargs)
 
-    # it cuts off what a GPU rounds to the nearest (triton 3.7)
+    # the interpreter truncates where a GPU rounds to nearest (Triton 3.7)
     cast = interpreter.InterpreterBuilder.cast_impl
 
     def rounding_cast(self: Any, source: Any, target: Any) -> Any:
@@ -61,7 +61,7 @@ def interpret(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def set_sizes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Small blocks and runs; returns what sets others."""
+    """Set small blocks and runs; return a function that sets others."""
     from apollo_qn.backends.triton import kernel, launch_schedule
 
     def sizes(block: int = BLOCK, run: int = RUN, runs: int = RUNS, cache: int = 1 << 20) -> None:

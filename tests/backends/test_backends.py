@@ -62,7 +62,7 @@ def test_every_pair_of_options_follows_the_reference(
     back_end: dict[str, Any],
     set_block: SetBlock,
 ) -> None:
-    set_block(600)  # three tensors gathered, one in blocks, others alone
+    set_block(600)  # three tensors are gathered, one is split in blocks, others are alone
     settings = Settings(lr=0.3, sigma=0.5, maximize=maximize, warmup_steps=warmup_steps, **mode)
     params = parameters(dtype=dtype)
     wanted = references(params, settings)
@@ -163,7 +163,7 @@ def check_sixteen_bits(
 def test_what_is_stored_has_the_same_bits_everywhere(
     rounding: Any, state_dtype: torch.dtype | None, dtype: torch.dtype, set_block: SetBlock
 ) -> None:
-    """With numbers for which theta', m' and B' are exact, whatever the order of operations."""
+    """The numbers are such that theta', m' and B' are exact in any order of operations."""
     ends: list[dict[str, Any]] = [{"foreach": False}, {"foreach": True}]
     ends += [{"foreach": False, "capturable": True}, {"foreach": True, "capturable": True}]
     ends += [{"fused": True}] if cpu.why_not() is None else []
@@ -216,7 +216,7 @@ def tensors_of(optimizer: Apollo, p: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
 @pytest.mark.parametrize("block", [1, 200, 256, 257, 1024, 1029, 4096, 1 << 18])
 def test_sizes_around_blocks(mode: dict[str, Any], block: int, set_block: SetBlock) -> None:
-    """Gathered, in blocks and both; tensors just below and above the limit, and of one element."""
+    """Tensors just below and above the size of a block, and of one element."""
     set_block(block)
     border = (block // 4 - 1, block // 4, block // 4 + 1, block - 1, block, block + 1, 2 * block)
     sizes = [n for n in border if 0 <= n <= 8192]
@@ -256,7 +256,7 @@ def test_complex_parameters_are_viewed_as_real(
 def test_groups_differ_and_gradients_come_and_go(
     back_end: dict[str, Any], capturable: bool
 ) -> None:
-    """Different settings, types and numbers of steps done, all in one optimizer."""
+    """One optimizer has groups with different settings, types and numbers of steps."""
     sets = [
         Settings(lr=0.3, warmup_steps=5),
         Settings(lr=0.1, rebound="belief", eps=1e-2, beta=0.5, weight_decay=0.1, warmup_steps=0),
@@ -348,7 +348,7 @@ def test_a_bad_gradient_stays_in_its_tensor(
         else:
             assert same(p.data, q.data)
             assert same(dict(clean[1].state[p]), dict(spoilt[1].state[q]))
-    # nothing of it is left in memory that is kept from step to step
+    # nothing of the NaN is left in memory that is kept between steps
     again = trained(False)
     assert same(snapshot(clean[1]), snapshot(again[1]))
 
@@ -368,7 +368,7 @@ def test_deterministic(mode: dict[str, Any], back_end: dict[str, Any], set_block
 @BACK_ENDS
 @pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
 def test_a_tensor_alone_and_among_others(mode: dict[str, Any], back_end: dict[str, Any]) -> None:
-    """What happens to a tensor does not depend on what else is in the optimizer."""
+    """The step of a tensor does not depend on the other tensors of the optimizer."""
     settings = Settings(lr=0.3, warmup_steps=3, **mode)
     together = parameters()
     optimizer = make(together, settings, **back_end)
@@ -379,7 +379,7 @@ def test_a_tensor_alone_and_among_others(mode: dict[str, Any], back_end: dict[st
             give_gradients(parameters_with(q, i), t)
             alone.step()
         if ON_GPU and back_end.get("foreach"):
-            # there torch adds up the rows of a matrix in an order that depends on their number
+            # there the order in which torch sums a matrix depends on its number of rows
             compare = Comparison()
             compare.check(i, together[i], as_numpy(q), tolerances.TRAJECTORY[torch.float32])
         else:
@@ -387,5 +387,5 @@ def test_a_tensor_alone_and_among_others(mode: dict[str, Any], back_end: dict[st
 
 
 def parameters_with(p: torch.nn.Parameter, place: int) -> list[torch.nn.Parameter]:
-    """Return the list with ``p`` at its index; gradients are made by index."""
+    """Return the list with ``p`` at its index, because gradients are drawn by index."""
     return [*parameters()[:place], p]

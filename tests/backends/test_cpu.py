@@ -49,7 +49,7 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-# what builds the table of scalars, and the profiler's mark of a step
+# operations that build the table of scalars, and the profiler's mark of a step
 TABLES = {"lift_fresh", "detach", "empty", "_local_scalar_dense", "profiler::_record_function_exit"}
 TABLES |= {"profiler::_record_function_enter_new"}
 
@@ -60,7 +60,7 @@ def done_by_the_operator(optimizer: Apollo) -> bool:
         optimizer.step()
     others = watched.calls.keys() - TABLES - {"apollo_qn::step_"}
     assert not others, others
-    # of each group the first counter and its rate
+    # the first counter of each group, and its rate
     assert watched.calls["_local_scalar_dense"] <= 2 * len(optimizer.param_groups)
     return watched.calls["apollo_qn::step_"] == 1
 
@@ -111,7 +111,7 @@ def test_sixteen_million_elements(
         assert distance <= tolerances.SIXTEEN_MILLION, (name, float(distance))
 
 
-# of parameter, gradient and state, and how the parameter is rounded
+# dtypes of parameter, gradient and state, and the rounding of the parameter
 Kind = tuple[torch.dtype, torch.dtype, torch.dtype, Any]
 KINDS: list[Kind] = [
     (torch.float32, torch.float32, torch.float32, None),
@@ -123,15 +123,15 @@ KINDS: list[Kind] = [
     (torch.bfloat16, torch.bfloat16, torch.bfloat16, "stochastic"),
     (torch.bfloat16, torch.bfloat16, torch.float32, "kahan"),
 ]
-# every mode of the first five; of the others, which differ only in how they load and store, three
+# all modes of the first five kinds, three of the others: these differ in loads and stores only
 FEW = [MODES[i] for i in (0, 3, 6)]
 OF_KINDS = [(mode, kind) for i, kind in enumerate(KINDS) for mode in (MODES if i < 5 else FEW)]
-# the fast tests have each mode once and the first five kinds
+# fast: each mode once, and the first five kinds
 EVERY_KIND = slow_except("mode, kind", OF_KINDS, zip(MODES, itertools.cycle(KINDS[:5])))
 
 
 def trained(mode: dict[str, Any], kind: Kind, steps: int = 3) -> Train:
-    """A functional run over small and large tensors of one kind."""
+    """Train small and large tensors of one kind with the functional form."""
     dtype, grad_dtype, state, rounding = kind
 
     def train() -> list[Any]:

@@ -41,7 +41,7 @@ def test_shared_gradients_and_steps() -> None:
 
 
 def test_tensors_may_change_between_steps() -> None:
-    """New memory, new state, other gradients: found out at the next step."""
+    """The next step notices new memory, new state and other gradients."""
 
     def train(**back_end: Any) -> list[Any]:
         params = parameters([(3, 4), (300,), (2, 3, 4, 5), (70,)], torch.float64)
@@ -139,7 +139,7 @@ CHANGES = [
 
 @pytest.mark.parametrize("seed", range(20))
 def test_whatever_changes_between_steps(seed: int) -> None:
-    """Memory, layout, state and gradients change at random; the rule's numbers come out."""
+    """Memory, layout, state and gradients change at random; results follow the reference."""
     results = []
     for back_end in ({"fused": True}, {"foreach": False}):
         chance = random.Random(seed)

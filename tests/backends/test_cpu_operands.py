@@ -24,7 +24,7 @@ pytestmark = [NEEDS_KERNEL, NEEDS_CPU]
 
 
 def test_only_what_the_kernel_cannot_take_falls_back() -> None:
-    """Types, layouts and aliases that others serve, beside tensors that the kernel takes."""
+    """Unsupported types, layouts and aliases fall back; tensors beside them do not."""
     shapes = [(4, 6)] * 9
     settings: dict[str, Any] = {"lr": 0.3, "warmup_steps": 0}
 
@@ -89,7 +89,7 @@ def test_a_gradient_that_lies_in_a_parameter(shift: int) -> None:
 
 
 def test_a_gradient_that_is_another_parameter() -> None:
-    """The first reads what the second writes: in the order of the rule."""
+    """The first update reads what the second writes, so the order must be the reference's."""
 
     def train(**back_end: Any) -> list[Tensor]:
         a, b, c = (torch.nn.Parameter(torch.full((40,), float(i))) for i in range(3))
@@ -125,7 +125,7 @@ def test_tuples_for_lists() -> None:
 
 
 def test_gradients_that_come_and_go() -> None:
-    """Another gradient is missing in each step: counters differ from tensor to tensor."""
+    """A different gradient is missing in each step, so that counters differ between tensors."""
     optimizers = []
     for back_end in ({"fused": True}, {"foreach": False, "fused": False}):
         params = [torch.nn.Parameter(normal((n,), n, dtype=torch.float32)) for n in (5, 70, 9)]

@@ -1,4 +1,4 @@
-"""What a step reads, keeps and repeats: no waits for the device, bounded memory."""
+"""A step does not wait for the device, and its memory is bounded."""
 
 from __future__ import annotations
 
@@ -106,7 +106,8 @@ def test_operations_do_not_grow_with_the_tensors(mode: dict[str, Any], capturabl
         run_steps(optimizer, range(2))
         with Watched() as watched:
             optimizer.step()
-        for name in ("_local_scalar_dense", "view"):  # reading step on the host; no work
+        # ``step`` is read on the host, and views do no work
+        for name in ("_local_scalar_dense", "view"):
             watched.calls.pop(name, None)
         for p in params:
             assert p.grad is not None

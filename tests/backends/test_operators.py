@@ -1,4 +1,4 @@
-"""The CPU kernel as a torch operator: what it takes, and bit-identical results however it runs."""
+"""The CPU kernel as a torch operator: its operands, and bit-identical results."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def make(*shape: int, kind: int = 0) -> Quadruple:
 
 
 def replaced(place: int, x: Tensor) -> Quadruple:
-    """A quadruple of the shape of ``x``, which stands at ``place``."""
+    """Return a quadruple of the shape of ``x``, with ``x`` at ``place``."""
     tensors = [torch.randn(x.shape) for _ in range(4)]
     tensors[place] = x
     return tensors
 
 
 def lists(*quadruples: Quadruple) -> list[list[Tensor]]:
-    """Columns of the tensors, and their counters at the step of SCALARS."""
+    """Return the columns of the tensors, and their counters at the step of SCALARS."""
     steps = [torch.tensor(5.0) for _ in quadruples]
     return [*(list(column) for column in zip(*quadruples, strict=True)), steps]
 
@@ -111,7 +111,7 @@ BAD = {
 
 
 def refused(ops: Any, columns: list[list[Tensor]], *kept: list[Tensor]) -> list[int]:
-    """What check says of tensors of which step_ takes none."""
+    """Return the answer of ``check`` for tensors that ``step_`` refuses."""
     before = bits(columns)
     kinds: list[int] = ops.check(*columns, *(kept or NONE)).tolist()
     assert ops.step_(*columns, *(kept or NONE), None, None, SCALARS, None) is False

@@ -1,4 +1,4 @@
-"""Shards of a tensor, each measured and stepped by itself, step as the unsharded tensor does."""
+"""Shards that are measured and updated one by one step like the unsharded tensor."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.numpy_reference import ReferenceApollo, Settings
 
 SetBlock = Callable[[int], None]
 
-# 200,000: above what the kernel gives to all threads and a block of the foreach back end here
+# 200,000 elements: divided over threads by the kernel, and into blocks by foreach
 SIZES = [1, 300, 200_000]
 CUTS = [0.0, 0.3, 0.3, 0.9, 1.0]  # the second part is empty
 MODES: list[dict[str, Any]] = [
@@ -58,7 +58,7 @@ class Shards:
         s = StepScalars.at(float(self.t), self.h, self.previous_lr)
         lists = TensorLists(self.theta, gradients, self.m, self.B, thresholds=self.thresholds)
         lists.state_steps = [torch.tensor(float(self.t)) for _ in self.theta]
-        # one batch per shard and one batch of them all must be the same
+        # one batch per shard must equal one batch of all shards
         batches = [Batch(lists.select([i]), self.h, s) for i in range(len(lists))]
         if self.t % 2:
             batches = [Batch(lists, self.h, s)]
@@ -73,7 +73,7 @@ class Shards:
         self.previous_lr = float(s.rate)
 
     def power_of_2(self, sums: Sums) -> Tensor:
-        """The sums as the reduction gives them: with a scale that is a power of 2."""
+        """Return the sums with a scale that is a power of 2, as the reduction does."""
         scale = torch.exp2(torch.log2(sums.scale).floor()).where(sums.scale > 0, 1)
         share = (sums.scale / scale).double()
         largest = sums.k * 0 if sums.largest is None else sums.largest

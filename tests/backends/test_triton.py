@@ -37,20 +37,20 @@ from tests.numpy_reference import ReferenceApollo, Settings
 from tests.test_algorithm import EXTREMES
 from tests.test_algorithm import follow as follow_extremes
 
-# one element, around a block and a run, of several runs, of more runs than there may be of a block
+# one element, around a block and a run, several runs, and more runs than a tensor may have
 SHAPES: list[tuple[int, ...]] = [(), (0,), (63,), (2, 3, 4, 5), (RUN + 1,), (11, 30), (2, 301)]
 FUSED = {"fused": True}
 
 
 def tables(optimizer: Apollo) -> Any:
-    """The tables of the last launch."""
+    """Return the tables of the last launch."""
     assert optimizer._backends is not None
     ((_, found),) = optimizer._backends.triton._tables.values()
     return found
 
 
 def left_over(optimizer: Apollo) -> list[Tensor]:
-    """The parameters that the kernel hands back, among those that have a gradient."""
+    """Return the parameters with a gradient that the kernel hands back."""
     found = []
     for group in optimizer.param_groups:
         lists, h = optimizer._tensor_lists(group, group["params"], 0)
@@ -61,7 +61,7 @@ def left_over(optimizer: Apollo) -> list[Tensor]:
 
 
 def check_all_taken(optimizer: Apollo) -> None:
-    """The kernel takes every tensor that has an element."""
+    """Check that the kernel takes every tensor that has elements."""
     assert all(p.numel() == 0 for p in left_over(optimizer))
     assert tables(optimizer)
 
@@ -104,7 +104,7 @@ def test_sizes_around_borders(mode: dict[str, Any], cache: int, interpreted: Set
 
 @pytest.mark.parametrize("mode", [MODES[0], MODES[-1]], ids=["plain", "belief-decoupled"])
 def test_windows_change_no_bit(mode: dict[str, Any], interpreted: SetSizes) -> None:
-    """Nor do other tensors: each tensor has the bits that it has alone."""
+    """Results are bit-identical for any windows and any other tensors."""
     shapes = [(130,), (700,), (5,), (300,), (2000,), (129,)]
     settings = Settings(lr=0.3, warmup_steps=3, **mode)
 
@@ -122,7 +122,7 @@ def test_windows_change_no_bit(mode: dict[str, Any], interpreted: SetSizes) -> N
     one, launches = trained(1 << 20)
     assert launches == 2
     many, launches = trained(1)
-    assert launches == 1 + 5  # five tensors of more than one run, each a window
+    assert launches == 1 + 5  # five tensors have more than one run, and each is a window
     assert same(one, many)
     assert same(one[4:5], trained(1 << 20, slice(4, 5))[0])
 
@@ -158,7 +158,7 @@ def test_schedule(interpreted: SetSizes) -> None:
         assert all(len(found) == 1 for found in launches)
         assert launches[0].pop() + 1 == launches[1].pop()
     assert not seen
-    # 4 + 4 runs together; what exceeds a window alone
+    # 4 + 4 runs share a window; a tensor larger than a window is alone
     assert len(one.steps) == 4
 
 
@@ -243,7 +243,7 @@ def test_shards_step_as_the_unsharded_tensor(
 
 
 def test_strides_and_types_may_be_mixed(interpreted: SetSizes) -> None:
-    """What the kernel cannot take is left to another back end, the rest is not."""
+    """Only tensors that the kernel cannot take go to another back end."""
     dtypes = [torch.float32, torch.float64, torch.complex64, torch.bfloat16, torch.float32]
     params = [torch.nn.Parameter(normal((5, 7), i, dtype=dtype)) for i, dtype in enumerate(dtypes)]
     params.append(torch.nn.Parameter(normal((2, 6, 8), "sliced")[:, ::2, ::2]))
@@ -261,14 +261,14 @@ def test_strides_and_types_may_be_mixed(interpreted: SetSizes) -> None:
 
 
 def test_unaligned_tensors(interpreted: SetSizes) -> None:
-    """Views into a flat buffer begin anywhere: then no access of 16 bytes is promised."""
+    """Views into a flat buffer may be unaligned, so that 16 bytes must not be read at once."""
     flat = normal((1000,), "flat", dtype=torch.float32)
     params = [torch.nn.Parameter(flat[i : i + 300]) for i in (1, 350)]
     wanted = references(params, settings := Settings(lr=0.3))
     optimizer = make(params, settings, **FUSED)
     follow(optimizer, params, wanted, 2, torch.float32)
     assert tables(optimizer)._aligned == [False] * 2
-    # what one is read with does not depend on the others, whose sums would have other roundings
+    # how a tensor is read must not depend on others, because its sums would round differently
     both = parameters([(300,), (200,)])
     wanted = references(both, settings)
     optimizer = make(both, settings, **FUSED)
@@ -320,7 +320,7 @@ def test_a_checkpoint_goes_on(interpreted: SetSizes) -> None:
 
 
 def test_a_schedule_beyond_warmup(interpreted: SetSizes) -> None:
-    """As long as warmup, a schedule and the decay of beta^t take."""
+    """Train longer than warmup, schedule and the decay of beta^t take."""
     theta = normal((70,), "theta")
     p = torch.nn.Parameter(theta.float())
     settings = Settings(lr=0.3, warmup_steps=5, weight_decay=0.05, decoupled_weight_decay=True)
@@ -362,7 +362,7 @@ def test_the_kernel_is_the_default_where_it_compiles(
 
 
 def test_a_gpus_tensors_are_not_the_interpreters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its kernel would read addresses of the device in the host's memory."""
+    """The interpreter would read device addresses in host memory."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert not triton.serves(torch.device("cuda"))
     monkeypatch.delenv("TRITON_INTERPRET")

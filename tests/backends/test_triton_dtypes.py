@@ -42,7 +42,7 @@ from tests.numpy_reference import Settings
 def test_types(
     of_parameter: torch.dtype, of_gradient: torch.dtype, capturable: bool, interpreted: SetSizes
 ) -> None:
-    """One step after the other from the same rounded parameter, state in float32."""
+    """Each step starts from the same rounded parameter, with state in float32."""
     settings = Settings(lr=0.3, warmup_steps=0, rebound="belief", eps=0.1, weight_decay=0.05)
     theta = [normal(shape, "theta", shape).to(of_parameter) for shape in [(5,), (300,)]]
     wanted = references(theta, settings)
@@ -97,7 +97,7 @@ def test_what_is_stored_has_the_bits_of_the_rule(storing: Any, interpreted: SetS
 def test_random_rounding_has_the_bits_of_the_rule(
     dtype: torch.dtype, interpreted: SetSizes
 ) -> None:
-    """For every kind of finite number: subnormal, the largest, and beyond the target's range."""
+    """Finite numbers of every kind: subnormal, the largest, and beyond the target's range."""
     largest = torch.finfo(dtype).max
     numbers = [0.0, -0.0, 1.0, 0.3, -7e-3, largest, 1.0001 * largest]
     numbers += [2.0**-14, 2.0**-14 * 0.999, 1e-7, -3e-8, 1e-40, 2.0**-24, 65504.0, 65519.0, -1e-45]

@@ -51,7 +51,7 @@ def train(
     part: slice,
     schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
 ) -> None:
-    """Steps on a batch of 8, of which this rank sees ``part``."""
+    """Train on batches of 8, of which this rank sees ``part``."""
     for t in steps:
         x, y = normal((8, 10), "x", t, dtype=torch.float32), normal((8, 3), t, dtype=torch.float32)
         optimizer.zero_grad()
@@ -113,7 +113,7 @@ def save_checkpoints(folder: str) -> None:
 
 
 def load_checkpoints(folder: str) -> None:
-    """Go on from every form as one process does that never stopped."""
+    """Continue from every form of checkpoint as an uninterrupted process does."""
     alone, optimizer, schedule = scheduled(net())
     train(alone, optimizer, range(AFTER.stop), slice(None), schedule)
     for form, options in FORMS.items():
@@ -255,7 +255,7 @@ def batch_norm() -> None:
 
 
 def residual_network() -> None:
-    """DDP with it trains a network with batch normalization as one process does."""
+    """DDP with synchronized batch normalization trains as one process does."""
     from torch.nn.parallel import DistributedDataParallel
 
     from apollo_bench.training.sync_batch_norm import convert_sync_batch_norm

@@ -19,7 +19,7 @@ def on_ranks(world: int, *calls: str) -> tuple[list[str], str]:
     """Call functions one after the other, each ``"name"`` or ``"name argument"``.
 
     Returns:
-        Those calls that succeeded on all ranks, and what the ranks that failed said.
+        The calls that succeeded on all ranks, and the output of ranks that failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / f"rank{rank}" for rank in range(world)]
@@ -28,7 +28,7 @@ def on_ranks(world: int, *calls: str) -> tuple[list[str], str]:
             "WORLD_SIZE": str(world),
             "STORE": str(Path(folder) / "store"),
             "OMP_NUM_THREADS": "1",
-            "MALLOC_PERTURB_": "165",  # what reads freed memory finds other numbers there
+            "MALLOC_PERTURB_": "165",  # fills freed memory, so that reading it gives other numbers
             "GLOO_SOCKET_IFNAME": "lo",
             "PYTHONPATH": os.pathsep.join(
                 [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]

@@ -1,4 +1,4 @@
-"""One process or many: the same trajectory. The work is in ``work.py`` and ``models.py``."""
+"""Many processes give the trajectory of one. The work is in ``work.py`` and ``models.py``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WORK = (
     "diagnostics_of_shards",
 )
 
-# started once, for to start takes longer than most of the work
+# started once, because starting takes longer than most of the work
 _on_four_ranks = cache(lambda: on_ranks(4, *WORK))
 
 
@@ -46,7 +46,7 @@ def test_on_four_ranks(work: str) -> None:
 
 @pytest.mark.slow
 def test_checkpoints_of_four_ranks_on_two_and_on_one(tmp_path: Path) -> None:
-    """Saved sharded, flattened and full; the trajectory goes on as if nothing had happened."""
+    """Sharded, flattened and full checkpoints continue the trajectory without a difference."""
     assert on_ranks(4, f"save_checkpoints {tmp_path}")[1] == ""
     for world in (2, 1):
         assert on_ranks(world, f"load_checkpoints {tmp_path}")[1] == ""

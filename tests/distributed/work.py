@@ -41,7 +41,7 @@ BACK_ENDS: dict[str, dict[str, Any]] = {
 
 @contextmanager
 def counted() -> Iterator[list[str]]:
-    """The collectives that are called meanwhile, by name."""
+    """Yield a list that holds the names of the collectives that the body has called, at its end."""
     calls: list[str] = []
     with torch.profiler.profile() as profile:
         yield calls
@@ -54,7 +54,7 @@ def full(x: Any) -> Tensor:
 
 
 def distance(x: Any, y: Tensor) -> float:
-    """The largest difference, relative to the largest value."""
+    """Return the largest difference, relative to the largest value."""
     y = y.detach()
     return float((full(x) - y).abs().max() / y.abs().max().clamp(min=1e-30))
 
@@ -379,7 +379,7 @@ def gradient_release() -> None:
     with pytest.raises(RuntimeError, match=r"cannot be used with 2 processes.*Distributed"):
         GradientRelease(optimizer)
     with pytest.MonkeyPatch.context() as patch:
-        # as if the processes met only later
+        # as if the process group were initialized later
         patch.setattr(dist, "is_initialized", lambda: False)
         with pytest.raises(RuntimeError, match=r"DTensor.*shape \(4, 3\)"):
             GradientRelease(Apollo([p]))

@@ -12,14 +12,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "examples").glob("*.py"))
-# what a page needs beside torch and apollo-bench
+# packages that an example needs beside torch and apollo-bench
 NEEDS = {
     "huggingface_trainer": ("transformers", "accelerate"),
     "lightning_trainer": ("lightning",),
     "accelerate_loop": ("accelerate",),
     "optuna_tuning": ("optuna",),
 }
-# the default compiler is for use, and takes longer than the training
+# the default compiler would take longer than the training
 OPTIONS = {"compiled_step": ("--backend", "eager")}
 
 
@@ -47,7 +47,7 @@ def test_the_loss_falls(page: Path, tmp_path: Path) -> None:
     assert found is not None, done.stdout
     first, last = map(float, found.groups())
     assert last < 0.75 * first
-    assert not list(tmp_path.iterdir())  # nothing is left behind
+    assert not list(tmp_path.iterdir())  # the example leaves no file
 
 
 def test_the_table_names_every_page() -> None:

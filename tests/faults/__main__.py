@@ -81,7 +81,7 @@ def places(fault: Fault, root: Path) -> list[Path]:
 
 
 def misfit(fault: Fault) -> str | None:
-    """Say why the fault's old text or tests are not what the sources have."""
+    """Return why the fault does not fit the sources or tests; None if it fits."""
     found = places(fault, ROOT)
     if len(found) != 1:
         at = ", ".join(str(path.relative_to(ROOT)) for path in found)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
-    """Accelerate keeps one state for the process."""
+    """Reset Accelerate's state, which is shared by the process."""
     accelerate.state.AcceleratorState._reset_state(True)
     yield
     accelerate.state.AcceleratorState._reset_state(True)
@@ -33,7 +33,7 @@ def optimizer_of(model: nn.Module) -> Apollo:
 
 
 class Training:
-    """Prepared objects, and an epoch that goes on where it was."""
+    """Prepared objects, and an epoch that continues where it was."""
 
     def __init__(self, release: bool = False, parts: int = 2) -> None:
         self.accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=parts)

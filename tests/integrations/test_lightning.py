@@ -78,7 +78,7 @@ def test_it_is_the_plain_loop() -> None:
 
 
 class ByStep(Module):
-    """Its batch is that of the step: a resumed DataLoader does not go on where it was."""
+    """Takes the batch of the step's number, because a resumed DataLoader starts again."""
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         return loss_of(self.layers, self.trainer.global_step)

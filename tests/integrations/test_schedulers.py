@@ -1,4 +1,4 @@
-"""Every scheduler that torch has: what it sets is what a step uses, times the warmup."""
+"""Every scheduler of torch: a step uses the rate that it sets, times the warmup."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_all_of_torch() -> None:
 
 
 def warmed_up(rates_set: list[float]) -> list[float]:
-    """With warmup_steps=4 and warmup_init_lr a tenth of lr."""
+    """Return the rates after a warmup of 4 steps from a tenth of lr."""
     return [lr * (0.1 + 0.9 * t / 4 if t < 4 else 1.0) for t, lr in enumerate(rates_set)]
 
 

@@ -44,7 +44,7 @@ def train(model: nn.Module, optimizer: Apollo, steps: range) -> list[float]:
 @BACK_ENDS
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_a_skipped_step_leaves_no_trace(mode: dict[str, Any], back_end: dict[str, Any]) -> None:
-    """The training is the one without the batches whose gradients were infinite or NaN."""
+    """Training equals training without the batches whose gradients were not finite."""
     results = []
     spoilt = {0: float("inf"), 2: float("nan"), 5: float("inf")}
     for with_spoilt in (True, False):
@@ -72,7 +72,7 @@ def test_a_skipped_step_leaves_no_trace(mode: dict[str, Any], back_end: dict[str
         steps = {float(state["step"]) for state in optimizer.state.values()}
         assert steps == {5.0}
         results.append(snapshot(optimizer))
-    # powers of two: the scale itself changes no bit
+    # powers of two, so that scaling is exact
     assert same(*results)
 
 
@@ -123,7 +123,7 @@ def test_averaged_weights_and_their_statistics() -> None:
     swa_utils.update_bn(data, averaged)
     first = averaged.module[0](torch.cat(data))
     torch.testing.assert_close(averaged.module[1].running_mean, first.mean(0))
-    # the training itself does not notice
+    # training is unchanged
     alone = network(normalized=True)
     twin = Apollo(alone.parameters(), lr=0.5, warmup_steps=2)
     schedule = swa_utils.SWALR(twin, swa_lr=0.05, anneal_epochs=3, anneal_strategy="linear")
@@ -168,7 +168,7 @@ def test_clipped_gradients_are_the_step_s(clip: str, back_end: dict[str, Any]) -
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_accumulated_is_the_large_batch(parts: int) -> None:
-    """Also the warmup: a step is an update."""
+    """Accumulation equals the large batch, also in warmup, which counts updates."""
     results = []
     for whole in (True, False):
         model = network().double()
@@ -192,11 +192,11 @@ def test_accumulated_is_the_large_batch(parts: int) -> None:
         )
 
 
-# torch.compile of all of a step
+# torch.compile of a full training step
 
 
 def test_a_compiled_training_step_follows_eager() -> None:
-    """Compiled once: neither the warmup nor a schedule calls the compiler again."""
+    """Neither warmup nor a schedule makes the compiler run again."""
     torch._dynamo.reset()
     results = []
     for compiled in (False, True):
@@ -235,7 +235,7 @@ def test_a_compiled_training_step_follows_eager() -> None:
 
 
 def test_gradients_of_torch_func() -> None:
-    """The functional form with gradients of torch.func is the class with those of backward()."""
+    """The functional form with torch.func equals the class with backward()."""
     model, twin = network(), network()
     optimizer = Apollo(twin.parameters(), lr=0.5, warmup_steps=3)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -289,7 +289,7 @@ def test_an_ensemble_by_vmap_is_each_model_alone() -> None:
 
 
 def test_steps_may_be_differentiated_by_torch_func() -> None:
-    """The derivative of the result of two steps by the rate, against a finite difference."""
+    """The derivative of two steps by the rate equals a finite difference."""
     start = [p.detach().double() for p in network().parameters()]
     gradients = [normal(p.shape, "g", i) for i, p in enumerate(start)]
 

@@ -112,7 +112,7 @@ def test_hooks_of_state_dict_in_their_order() -> None:
 
 
 def test_hooks_of_load_state_dict_in_their_order() -> None:
-    """Those before may translate what is loaded; those after find the state that is used."""
+    """Pre-hooks may translate the loaded state; post-hooks see the final state."""
     model = network()
     optimizer = Apollo(model.parameters(), lr=0.5, rebound="belief")
     train(model, optimizer, range(2))
@@ -144,5 +144,5 @@ def test_hooks_of_load_state_dict_in_their_order() -> None:
     fresh.register_load_state_dict_post_hook(found_state("post, first"), prepend=True)
     fresh.load_state_dict(foreign)
     assert calls == ["pre, first", "pre", "post, first", "post"]
-    fresh.load_state_dict(foreign)  # what load_state_dict registered itself is gone
+    fresh.load_state_dict(foreign)  # the hooks that load_state_dict registered itself are gone
     assert len(calls) == 8

@@ -61,7 +61,7 @@ def by_class(folder: Path, kind: type[Apollo] = Apollo, **others: Any) -> Any:
 def ready_made(
     folder: Path, release: bool = False, kind: Any = transformers.Trainer, **others: Any
 ) -> Any:
-    """The same, made by hand."""
+    """Return a trainer whose optimizer and schedule are made by hand."""
     model = network()
     decayed = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
@@ -142,7 +142,7 @@ def test_the_range_test_takes_the_trainer_s_batches(tmp_path: Path) -> None:
 
 
 def test_the_logged_rate_has_the_warmup(tmp_path: Path) -> None:
-    """As examples/huggingface_trainer.py logs it."""
+    """Log the rate as examples/huggingface_trainer.py does."""
 
     class Logging(transformers.Trainer):  # type: ignore[misc, name-defined]
         def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -154,7 +154,7 @@ def test_the_logged_rate_has_the_warmup(tmp_path: Path) -> None:
     trainer.train()
     rates = [e["learning_rate"] for e in trainer.state.log_history if "loss" in e]
     peak = SETTINGS["lr"]
-    # after one and after two of three steps of warmup, then the cosine's own rate
+    # after one and two of three warmup steps, and then the rate of the cosine
     assert rates[0] == pytest.approx(peak * factor(1) * (1e-3 + 0.999 / 3), rel=1e-6)
     assert rates[1] == pytest.approx(peak * factor(2) * (1e-3 + 0.999 * 2 / 3), rel=1e-6)
     assert rates[3] == pytest.approx(peak * factor(4), rel=1e-6)
@@ -165,7 +165,7 @@ def factor(step: int) -> float:
 
 
 class WithoutNorms(transformers.Trainer):  # type: ignore[misc, name-defined]
-    """The Trainer looks at the gradients' norm even where it does not clip, to log it."""
+    """A Trainer that does not read the gradients' norm, which others log even without clipping."""
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> None:
         return None

@@ -64,7 +64,7 @@ def server(
 
     def run() -> None:
         ours.close()
-        # pytest replaces them, so that they would not go to the log
+        # pytest has replaced both streams; the log must get these
         sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))  # noqa: SIM115
         serve(theirs)
 

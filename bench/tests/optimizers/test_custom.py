@@ -38,7 +38,7 @@ SHAPES = [(7, 3, 3, 3), (7,), (5, 7), ()]
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The user's folder with her module, which is importable from there only."""
+    """Return the user's folder with a module that is importable from there only."""
     work = tmp_path / "work"
     work.mkdir()
     shutil.copy(Path(__file__).with_name(f"{MODULE}.py"), work)

@@ -1,4 +1,4 @@
-"""Models and data of a user: what they are called, how they are split, and what is refused."""
+"""Models and data of the user: names, splits and errors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MODULE = "custom_models"
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The user's folder with her module, which is importable from there only."""
+    """Return the user's folder with a module that is importable from there only."""
     shutil.copy(Path(__file__).with_name(f"{MODULE}.py"), tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
@@ -45,7 +45,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def images(folder: Path) -> Path:
-    """Five images of each of three classes, without splits."""
+    """Write five images of each of three classes, without splits."""
     for number, name in enumerate(WNIDS * 5):
         path = folder / "my birds" / name / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ def test_images_without_splits(folder: Path) -> None:
     assert len(found_names) == 15
     assert remarks[0] == "9 + 6 images of 3 classes."
     assert "40 % of each class's images" in remarks[1]
-    # the same wherever the folder lies
+    # the fingerprint does not depend on where the folder lies
     moved = shutil.copytree(
         folder / "my birds", folder / "elsewhere" / "x", copy_function=shutil.copy2
     )
@@ -142,12 +142,12 @@ def test_images_without_splits(folder: Path) -> None:
 
 
 def test_the_fingerprint_is_of_the_pixels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another picture of the same name, size and time is other data; known files are not read."""
+    """Other pixels under the same name, size and time are other data; known files are not read."""
     root = images(folder)
     before = custom_images.load(root, 0.4).fingerprint
     path = root / WNIDS[1] / "1.jpg"
     content, status = path.read_bytes(), path.stat()
-    end = content[-3] ^ 1  # of the compressed pixels
+    end = content[-3] ^ 1  # last byte of the compressed pixels
     path.write_bytes(content[:-3] + bytes([end]) + content[-2:])
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert path.stat().st_size == status.st_size

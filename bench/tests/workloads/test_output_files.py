@@ -93,7 +93,7 @@ def test_what_a_preparation_made_is_replaced(raw: Path, tmp_path: Path) -> None:
 
 
 def test_the_official_batches_are_not_overwritten(tmp_path: Path) -> None:
-    """Where --raw and --out are one folder, what prepare writes has the names of what it reads."""
+    """If --raw and --out are the same folder, prepare would overwrite what it reads."""
     official = write_pickles(tmp_path / cifar10.FOLDER)
     before = contents(tmp_path)
     command = ["prepare", "cifar10", "--raw", str(tmp_path), "--out", str(tmp_path)]
@@ -102,7 +102,8 @@ def test_the_official_batches_are_not_overwritten(tmp_path: Path) -> None:
     assert f"{official / 'data_batch_1'}: not made by prepare" in done.stderr
     assert contents(tmp_path) == before
     out = cifar10.prepare(cifar10.load(official), tmp_path / "out")
-    assert cifar10.prepare(cifar10.load(out), tmp_path / "out") == out  # its own are
+    # files that prepare made itself may be overwritten
+    assert cifar10.prepare(cifar10.load(out), tmp_path / "out") == out
 
 
 def test_a_corpus_of_translations_neither(tmp_path: Path) -> None:
@@ -143,7 +144,7 @@ def test_ctrl_c_ends_a_preparation_in_order(raw: Path, tmp_path: Path) -> None:
 def test_an_archive_is_not_written_among_runs(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A report would find each run twice, from then on."""
+    """A report would then find each run twice."""
     for variable in ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR"):
         monkeypatch.setenv(variable, str(tmp_path / "cache"))
     shutil.rmtree(finished / "runs" / "fashion-mnist-apollo-cosine-seed4")

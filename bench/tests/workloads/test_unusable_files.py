@@ -95,7 +95,7 @@ def test_a_link_to_itself(tree: Path) -> None:
 
 
 def blank_png(side: int) -> bytes:
-    """A black-and-white PNG of some kilobytes, whatever its side."""
+    """Return a black-and-white PNG of a few kilobytes, however large its side."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         checksum = zlib.crc32(kind + content)
@@ -134,7 +134,7 @@ def test_grey_of_16_bits_keeps_its_shades() -> None:
 
 
 def with_significant_bits(content: bytes, bits: bytes) -> bytes:
-    """A PNG that states its significant bits, directly behind its header."""
+    """Return a PNG with a chunk of significant bits behind its header."""
     chunk = b"sBIT" + bits
     stated = struct.pack(">I", len(bits)) + chunk + struct.pack(">I", zlib.crc32(chunk))
     return content[:33] + stated + content[33:]
@@ -149,7 +149,7 @@ def test_a_png_of_12_bits_in_16_keeps_its_shades(samples: Any) -> None:
     content = with_significant_bits(encoded(samples), b"\x0c")
     assert image_error(content) is None
     assert (numpy.asarray(decode(content, "grey.png"))[..., 0] == SHADES >> 4).all()
-    dark = samples // 40  # a picture that is dark in its own range
+    dark = samples // 40  # a dark picture
     content = with_significant_bits(encoded(dark), b"\x0c")
     if samples is SHADES:
         assert (numpy.asarray(decode(content, "grey.png"))[..., 0] == dark >> 4).all()
@@ -166,7 +166,7 @@ def test_a_tiff_that_states_its_range_keeps_its_shades(bits: int) -> None:
 
 
 def color_of_16_bits(samples: Any) -> bytes:
-    """A PNG of 16 bits in each of three channels, which Pillow does not write."""
+    """Return a PNG with 16 bits per channel, which Pillow cannot write."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         checksum = zlib.crc32(kind + content)
@@ -255,7 +255,7 @@ def test_unused_files_are_reported_before_training(
     assert [text[:50] for text in said] == ["Files of imagenet that are not used: 1 (1 .bmp). U"]
     data = run.directory.read()["data"]
     assert data["remarks"] == said
-    assert data["published"] is False  # beside the paper's numbers a report says so
+    assert data["published"] is False  # a report with the paper's numbers says so
     monkeypatch.setattr(imagenet, "_PUBLISHED", (3, 12, 6))
     request = request._replace(out=tmp_path / "published")
     [run] = run_experiment._prepare(request, Execution(), said.append)
@@ -285,7 +285,7 @@ def test_what_unpacks_without_end_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_sparse_member_of_an_archive_is_refused(tmp_path: Path) -> None:
-    """It takes no place in the archive and unpacks to a terabyte of zeros."""
+    """The member is tiny in the archive and unpacks to a terabyte of zeros."""
     path = tmp_path / "set.tar"
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
         member = tarfile.TarInfo(f"{cifar10.FOLDER}/data_batch_1")
@@ -305,7 +305,7 @@ OBJECTS = NUMPY + b"dtype\n(VO8\nI0\nI1\ntR"
 @pytest.mark.parametrize(
     "content",
     [
-        # an array whose one element is the object at an address of the file's choice
+        # an array whose element is the object at an address that the file chooses
         NUMPY + b"ndarray\n((I1\nt" + OBJECTS + BYTES % (b"B" * 8) + b"tR.",
         NUMPY + b"dtype\n(VO\ntR.",
         NUMPY + b"dtype\n(Vu1,O\ntR.",
@@ -355,7 +355,7 @@ def test_a_zero_byte_in_a_text(tmp_path: Path) -> None:
 
 
 def test_lines_that_end_in_carriage_returns(tmp_path: Path) -> None:
-    """One side of a translation or a whole text would be a single line."""
+    """Otherwise one side of a translation, or a text, would be a single line."""
     path = tmp_path / "train.en"
     path.write_bytes(b"one two\rthree\rfour\r")
     with pytest.raises(ExperimentError, match=r"train.en: lines end in carriage returns alone"):
@@ -366,7 +366,7 @@ def test_lines_that_end_in_carriage_returns(tmp_path: Path) -> None:
     zipped.write_bytes(gzip.compress(path.read_bytes()))
     with pytest.raises(ExperimentError, match=r"train.gz, line 1: lines end in carriage returns"):
         text_files.gzipped_lines(zipped, "mend it")
-    # those of Windows, and one within a sentence
+    # carriage returns of Windows, and one within a sentence
     path.write_bytes(b"one two\r\nthree \r four\r\nfive\r\n")
     assert read_lines(path, "mend it") == ["one two", "three four", "five"]
     assert [len(line) for lines in text_files.blocks(path) for line in lines] == [2, 2, 1]

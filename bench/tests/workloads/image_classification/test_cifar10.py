@@ -1,4 +1,4 @@
-"""CIFAR-10 from each of its forms, and what is said of files that are damaged."""
+"""CIFAR-10 from each of its forms, and errors for damaged files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def rows(count: int, seed: int) -> tuple[numpy.ndarray[Any, Any], list[int]]:
 
 
 def python2_pickle(data: numpy.ndarray[Any, Any], labels: list[int]) -> bytes:
-    """What Python 2 and the NumPy of its time wrote, as in the published archive."""
+    """Return a pickle as Python 2 and its NumPy wrote the published archive."""
     count = len(data).to_bytes(2, "little")
     array = (
         b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01M"
@@ -99,7 +99,7 @@ def write_parquet(folder: Path) -> Path:
 
 
 def write_hub(folder: Path) -> Path:
-    """As the set lies on the hub, its training split in two shards."""
+    """Write the set as the hub stores it, with the training split in two shards."""
     (folder / "plain_text").mkdir(parents=True)
     for name, names in {
         "train-00000-of-00002": cifar10.TRAIN[:2],
@@ -343,7 +343,7 @@ def test_the_hub(tmp_path: Path) -> None:
     """A folder laid out like the hub's, read by the hub's library; then the hub, unreachable."""
     pytest.importorskip("datasets")
     folder = write_hub(tmp_path / "set")
-    # its caches and its idea of the network are settled when it is imported
+    # the library reads the environment once, when it is imported
     environment = dict(os.environ, HF_HOME=str(tmp_path / "cache"), HF_HUB_OFFLINE="1")
     done = subprocess.run(
         [sys.executable, "-c", IN_ANOTHER_PROCESS, str(folder)],
@@ -391,6 +391,6 @@ def test_real_images() -> None:
     assert images.train_images.shape == (50_000, 3, 32, 32)
     assert images.train_labels.bincount().tolist() == [5_000] * 10
     assert images.test_labels.bincount().tolist() == [1_000] * 10
-    # the means that are told of CIFAR-10: 0.4914, 0.4822, 0.4465
+    # the known means of CIFAR-10: 0.4914, 0.4822, 0.4465
     mean = images.train_images.float().mean(dim=(0, 2, 3)) / 255
     torch.testing.assert_close(mean, torch.tensor([0.4914, 0.4822, 0.4465]), atol=5e-4, rtol=0)

@@ -35,7 +35,7 @@ def test_a_random_box_lies_in_the_image_with_area_and_aspect_as_asked() -> None:
     assert 0.74 <= min(aspects) <= 0.77
     assert 1.3 <= max(aspects) <= 1.35
     assert numpy.mean(left) == pytest.approx(numpy.mean(right), rel=0.05)
-    # of small areas, which always fit, the logarithm of the aspect is uniform
+    # small areas always fit, so that the logarithm of their aspect is uniform
     logs = numpy.log([a for a, area in zip(aspects, areas, strict=True) if area < 0.4])
     assert numpy.mean(logs) == pytest.approx(0, abs=0.02)
     assert numpy.std(logs) == pytest.approx(2 * math.log(4 / 3) / math.sqrt(12), rel=0.05)

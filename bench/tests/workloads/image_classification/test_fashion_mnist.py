@@ -53,7 +53,7 @@ def test_embedded_set_is_balanced_and_small() -> None:
 
 @pytest.mark.slow
 def test_script_makes_the_same_bytes(tmp_path: Path) -> None:
-    # the first 800 of each class of the subset are the subset
+    # the subset has 800 images per class, so that the script takes all of them
     subprocess.run(
         [sys.executable, SCRIPT, "--source", fashion_mnist.EMBEDDED, "--target", tmp_path],
         check=True,

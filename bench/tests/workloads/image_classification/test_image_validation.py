@@ -1,4 +1,4 @@
-"""Which damaged image files are found before training, and which whole ones pass."""
+"""Damaged image files are found before training, and intact ones pass."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def saved(image: Image.Image, kind: str) -> bytes:
 
 
 def with_thumbnail() -> bytes:
-    """A JPEG file with another one, end mark and all, in its header."""
+    """Return a JPEG whose header holds a complete JPEG with its own end marker."""
     content = jpeg(photograph(1, 64, 48))
     inner = b"Exif\x00\x00" + jpeg(photograph(2, 16, 16))
     return content[:2] + b"\xff\xe1" + (len(inner) + 2).to_bytes(2, "big") + inner + content[2:]
@@ -54,7 +54,7 @@ def test_files_cut_short(tmp_path: Path, kind: str, missing: float) -> None:
     lost = round(missing * len(content)) if missing < 1 else int(missing)
     path.write_bytes(content[: len(content) - lost])
     assert image_file_error(path) is not None
-    if kind != "bmp":  # as a download ends whose space was reserved
+    if kind != "bmp":  # zeros, as at the end of an interrupted download
         path.write_bytes(content[: len(content) - lost] + bytes(lost))
         assert image_file_error(path) is not None
 
@@ -69,7 +69,7 @@ def test_damage_inside(tmp_path: Path) -> None:
         == "not a whole image (broken PNG file (bad header checksum in b'IDAT'))"
     )
     content = bytearray(WHOLE["jpeg"])
-    tables = content.index(b"\xff\xc4")  # of Huffman's code, without which nothing is decoded
+    tables = content.index(b"\xff\xc4")  # the Huffman tables, without which nothing is decoded
     content[tables + 5 : tables + 21] = bytes([255] * 16)
     path.write_bytes(content)
     assert str(image_file_error(path)).startswith("not a")

@@ -131,7 +131,7 @@ def test_tasks_that_do_not_fit() -> None:
 
 @pytest.mark.parametrize(("width", "channels_last"), [(2, False), (4, False), (8, True)])
 def test_memory_of_networks_that_are_narrow(width: int, channels_last: bool) -> None:
-    """In channels-last memory the backward pass of a narrow one may write beyond its own."""
+    """In channels-last memory the backward pass of a narrow network may write beyond its memory."""
     source = InMemoryImageSource(
         fashion_mnist.load(), 10, SmallImageData(train_examples=32), torch.device("cpu")
     )

@@ -1,4 +1,4 @@
-"""ImageNet's folder tree: what is checked before training, and what the workers make of it."""
+"""ImageNet's folder tree: validation before training, and decoding in workers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ TINY = ResNetModel(family="resnet", depth=8, width=2)
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    # what is remembered of a tree stays out of the user's own cache
+    # keep the validation cache out of the user's own
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return write_tree(tmp_path / "imagenet")
 
@@ -171,13 +171,13 @@ def test_valid_files_are_cached_until_they_change(
     path = tree / "train" / WNIDS[1] / f"{WNIDS[1]}_0.JPEG"
     spoil(path, later=True)
     assert error_of(tree) == f"{path}: not an image"
-    assert len(read) == 4  # the folder of this class
+    assert len(read) == 4  # all images in the folder of this class
     assert error_of(tree) == f"{path}: not an image"
     path.write_bytes(jpeg(photograph(1, 40, 40)))
     imagenet.load(tree)
     spoil(path, later=False)
     assert error_of(tree) == f"{path}: not an image"
-    # a damaged memory is none
+    # a damaged cache is ignored
     path.write_bytes(jpeg(photograph(1, 40, 40)))
     for content in ("", "[1, 2]", "{", "null"):
         validated.write_text(content)
@@ -302,7 +302,7 @@ def test_damage_that_only_decoding_shows_is_named(tree: Path, workers: int) -> N
     table = content.index(b"\xff\xc4") + 5  # the lengths of the Huffman codes
     content[table : table + 16] = b"\xff" * 16
     task = task_of(tree, workers=workers)
-    path.write_bytes(content)  # after the check, or it would have been found then
+    path.write_bytes(content)  # after validation, which would have found the damage
     with pytest.raises(ExperimentError, match=rf"{path.name}: not a whole image") as caught:
         list(task.batches(1, 0, 0))
     assert "\n" not in str(caught.value)
@@ -312,7 +312,7 @@ def test_damage_that_only_decoding_shows_is_named(tree: Path, workers: int) -> N
 
 
 def test_a_small_shared_memory_is_not_filled(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The batches then come through a pipe, and are the same."""
+    """Batches come through a pipe instead, and are the same."""
     task = task_of(tree, workers=2)
     wanted = list(task.batches(1, 0, 0))
     assert fits_shared_memory(1, 2)
@@ -335,7 +335,7 @@ def test_a_worker_that_hangs_or_dies_is_reported(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def hang(self: object, index: int) -> bytes:
-        time.sleep(1)  # it is waited for as long, and then killed
+        time.sleep(1)  # longer than the time limit, so that the worker is killed
         return b""
 
     def die(self: object, index: int) -> bytes:
@@ -430,7 +430,7 @@ def test_the_hub(tree: Path, tmp_path: Path) -> None:
             }
             target = tmp_path / hub / "data" / f"{name}-00000-of-00001.parquet"
             pyarrow.parquet.write_table(pyarrow.table(rows), target)
-    # its caches and its idea of the network are settled when it is imported
+    # the library reads the environment once, when it is imported
     environment = dict(os.environ, HF_HOME=str(tmp_path / "cache"), HF_HUB_OFFLINE="1")
     done = subprocess.run(
         [

@@ -56,7 +56,7 @@ def test_shapes_after_every_stage(resnext50: ResNeXt) -> None:
         for layer in resnext50.features:
             x = layer(x)
             shapes.append(tuple(x.shape[1:]))
-    # of an image of 224: 112, 56, 56, 28, 14, 7
+    # sides of the features of an image of 224: 112, 56, 56, 28, 14, 7
     assert [shapes[i] for i in (0, 3, 6, 10, 16, 19)] == [
         (64, 32, 32),
         (64, 16, 16),
@@ -89,7 +89,7 @@ def test_initialization_of_he(resnext50: ResNeXt) -> None:
 
 
 def test_other_sizes() -> None:
-    # ResNeXt-101 32x8d: 88.79 million in the published models; shapes without the memory
+    # ResNeXt-101 32x8d: 88.79 million in the published models; meta tensors take no memory
     with torch.device("meta"):
         model = resnext(101, 32, 8)
     assert sum(p.numel() for p in model.parameters()) == 88_791_336

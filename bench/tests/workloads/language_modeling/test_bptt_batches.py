@@ -1,4 +1,4 @@
-"""Parallel streams: positions of all tokens, as a function of the step alone."""
+"""Parallel streams: the position of every token is a function of the step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ END = 7_000
 
 
 def corpus(count: int) -> TokenStream:
-    """Tokens 0, 1, 2, ..., each equal to its position, in several parts."""
+    """Return tokens 0, 1, 2, ..., each equal to its position, in several parts."""
     whole = numpy.arange(count, dtype=numpy.int32)
     return TokenStream([whole[: count // 3], whole[count // 3 : count - 5], whole[count - 5 :]])
 
@@ -41,7 +41,7 @@ def same(one: list[InputTargetPair], other: list[InputTargetPair]) -> bool:
 
 def test_streams_continue_from_batch_to_batch() -> None:
     sequences = BPTTBatches(corpus(100), batch=4, steps=5)
-    # 99 tokens have a next one: 24 for each stream, 4 whole pieces of 5
+    # 99 tokens have a next one: 24 per stream, which is 4 full pieces of 5
     assert sequences.batches == 4
     pairs = list(sequences.epoch())
     assert len(pairs) == 4
@@ -135,9 +135,9 @@ def test_held_out_tokens_are_targets_once(count: int, batch: int, steps: int) ->
     real = targets != IGNORED
     assert targets[real].tolist() == list(range(count))
     assert torch.equal(inputs[real], torch.tensor([END, *range(count - 1)]))
-    # they are looked up in an embedding
+    # ignored positions must still be valid tokens for the embedding
     assert ((inputs >= 0) & (inputs <= END)).all()
-    # within a stream nothing real comes after what is ignored
+    # in a stream only ignored targets follow an ignored one
     assert (real.int().diff(dim=1) <= 0).all()
 
 

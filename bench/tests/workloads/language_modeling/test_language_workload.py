@@ -1,4 +1,4 @@
-"""The tasks on text: losses, whatever the number of processes, and resumed runs."""
+"""The workloads on text: losses for any number of processes, and resumed runs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def spec_of(task: str, *settings: str, name: str = "apollo") -> RunSpec:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded texts with small held-out sets, because there are many runs."""
+    """Cut the held-out sets of the embedded texts, because there are many runs."""
     folder = tmp_path_factory.mktemp("texts")
     for split, count in (("train", 2000), ("valid", 70), ("test", 20)):
         sources = [wordnet.EMBEDDED / f"wordnet_{split}.txt.gz"]
@@ -91,7 +91,7 @@ def test_stopped_many_times_is_equal_to_never(task: str, texts: Path, tmp_path: 
 
 
 def test_the_loss_of_a_translation_has_smoothed_labels(texts: Path) -> None:
-    """Each target has 0.9 of the weight, all words share the rest; padding has none."""
+    """Each target has 0.9 of the weight, all words share 0.1, and padding has none."""
     made = tasks.make(spec_of("phrases", "model.dropout=0.0", "data.label_smoothing=0.1"), texts)
     torch.manual_seed(0)
     model = made.model()
@@ -143,7 +143,7 @@ def test_tallies_of_several_processes_add_up(task: str, texts: Path) -> None:
     torch.testing.assert_close(summed[:2], whole[:2], rtol=1e-5, atol=1e-4)
     if task == "wordnet":
         torch.testing.assert_close(summed, whole, rtol=1e-5, atol=1e-4)
-    else:  # an untrained model's beams are near to ties, which the rounding of a batch decides
+    else:  # beams of an untrained model are nearly tied, and rounding decides
         assert summed[-1] == whole[-1]
     both = made.metrics(whole, final=True)
     assert both.keys() >= {made.monitored.name, made.final.name}
@@ -186,7 +186,7 @@ def test_the_hidden_state_is_passed_on(texts: Path) -> None:
 
 
 class Oracle(Translation):
-    """Knows the references."""
+    """A translator that returns the references."""
 
     wrong: list[str] = []  # noqa: RUF012
 
@@ -216,7 +216,7 @@ def test_bleu_is_sacrebleus_in_any_division(texts: Path) -> None:
         assert 0 < expected < 90
         assert measured(1) == pytest.approx(expected)
         assert measured(3) == pytest.approx(expected)
-        # no four words in a row are right: smoothed
+        # no four words in a row are right, so that BLEU is smoothed
         made.wrong = [text.split()[0] + " und so weiter" for text in made._references]
         score = sacrebleu.corpus_bleu(made.wrong, [made._references])
         assert score.counts[3] == 0

@@ -1,4 +1,4 @@
-"""The language model: size, likelihoods, and the state that is carried over."""
+"""The language model: size, likelihoods, and the hidden state between pieces."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from apollo_bench.workloads.language_modeling.lstm import LanguageModel
 VOCABULARY = 20
 SOFTMAXES = pytest.mark.parametrize("cutoffs", [[], [5, 12]], ids=["full", "adaptive"])
 
-# one long pass against several pieces: sums in another order, on numbers of order 1
+# one long pass against several pieces: sums in another order, of numbers of order 1
 PIECES = 1e-6
 # 20 probabilities that add up to 1, each with the rounding of a logarithm of order 3
 TOTAL = 1e-5
@@ -62,7 +62,7 @@ def test_probabilities_of_all_words_add_up_to_1(cutoffs: list[int]) -> None:
     nats, _ = model(tokens, every_word, model.begin(VOCABULARY))
     assert (nats.shape, nats.dtype) == ((VOCABULARY, 3), torch.float32)
     assert torch.exp(-nats).sum(0).tolist() == pytest.approx([1.0] * 3, abs=TOTAL)
-    # and they differ from word to word, and from context to context
+    # likelihoods differ by word and by context
     assert nats.std(dim=0).min() > 0.01
     assert nats.std(dim=1).min() > 1e-4
 
@@ -105,7 +105,7 @@ def test_pieces_with_the_hidden_state_equal_one_long_pass(cutoffs: list[int]) ->
     for ours, theirs in zip(state, end, strict=True):
         assert ours.shape == (2, 3, 16)
         assert torch.allclose(ours, theirs, rtol=0, atol=PIECES)
-    # and without it they do not
+    # without the state the likelihoods differ
     alone, _ = model(tokens[:, 6:], targets[:, 6:], model.begin(3))
     assert not torch.allclose(alone, whole[:, 6:], rtol=0, atol=100 * PIECES)
 

@@ -1,4 +1,4 @@
-"""The benchmark's shards become token files: exact, in parallel, resumed after a kill."""
+"""Preparation of the shards as token files: exact, parallel, resumed after a kill."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def text(corpus: Corpus, tokens: TokenStream) -> str:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """The files that depend on the text alone; the validation cache also has paths and times."""
+    """Return the files that depend on the text only; the cache also has paths and times."""
     files = (path for path in out.rglob("*") if path.is_file() and path.name != "checked.json")
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
@@ -76,7 +76,7 @@ def test_sentences(tmp_path: Path) -> None:
         "the dog barks . </S> the <UNK> barks . </S> the café . </S> the dog . </S>"
     )
     assert text(corpus, corpus.test) == "dog barks </S>"
-    # markers in the text are no ends of sentences
+    # markers in the text do not end sentences
     assert text(corpus, corpus.valid) == "<UNK> the dog <UNK> </S> the <UNK> </S> barks . </S>"
     assert corpus.vocabulary.words == VOCABULARY
     assert corpus.empty_lines == 2
@@ -124,7 +124,7 @@ def test_processes_make_the_same_files(tmp_path: Path) -> None:
 
 
 def test_vocabulary_from_the_text(tmp_path: Path) -> None:
-    """Words count if all shards together have enough of them."""
+    """Words are counted over all shards."""
     raw = write_raw(tmp_path / "raw", {**LINES, "train/1": "b b a\nd a d\n", "train/2": "a b c\n"})
     for out, workers in ((tmp_path / "one", 1), (tmp_path / "two", 2)):
         prepare(raw, out, None, workers, lambda *news: None)
@@ -291,7 +291,7 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
         for split, numbers in (("train", (1, 2)), ("heldout", (0, 1, 2)))
         for number in numbers
     }
-    lines["train/2"] *= 10  # still at work when the first of the others is done
+    lines["train/2"] *= 10  # still being prepared when the first of the others is done
     raw = write_raw(tmp_path / "raw", lines)
     words = write_vocabulary(tmp_path / "words.txt")
     script = tmp_path / "prepare.py"
@@ -306,7 +306,7 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     while "shards 1 5" not in child.stdout.readline():
         assert child.poll() is None
     workers = descendants(child.pid)
-    assert len(workers) >= 3  # two of them, and what they are copied from
+    assert len(workers) >= 3  # two workers, and the server that they are forked from
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     child.stdout.close()

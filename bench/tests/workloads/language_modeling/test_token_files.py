@@ -1,4 +1,4 @@
-"""Token files: whole, checked, mapped; and several of them as one stream."""
+"""Token files: complete, checked, memory-mapped, and several of them as one stream."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_missing(tmp_path: Path, missing: str) -> None:
 
 
 def test_failed_writing_leaves_no_description(tmp_path: Path) -> None:
-    """The description of an earlier file must not stay beside half a new one."""
+    """The old description must not stay beside half of a new file."""
     path = write(tmp_path / "a.tokens")
 
     def blocks() -> Iterator[TokenIds]:

@@ -1,4 +1,4 @@
-"""Words and their numbers, and files of words."""
+"""Words, their ids, and vocabulary files."""
 
 from __future__ import annotations
 

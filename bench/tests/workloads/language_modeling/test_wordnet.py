@@ -73,7 +73,7 @@ def test_embedded_size_and_licence() -> None:
         wordnet.EMBEDDED / "LICENSE"
     ).read_text("ascii")
     for name in wordnet.FILES:
-        # flags and time of the header: neither a name nor a time
+        # the gzip header has neither file name nor time
         assert (wordnet.EMBEDDED / name).read_bytes()[3:8] == bytes(5)
 
 

@@ -1,4 +1,4 @@
-"""Beam search against simple searches, written without any optimization."""
+"""Beam search compared with simple searches without optimizations."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def sources(n: int, time: int, seed: int = 1, vocabulary: int = VOCABULARY) -> T
 
 
 def chances(model: Transformer, source: Tensor, words: list[int]) -> list[list[float]]:
-    """Log probabilities of the word after each, by the decoder without a cache."""
+    """Return log probabilities of the next words, by the decoder without a cache."""
     with torch.no_grad():
         logits = model.eval()(source[None], torch.tensor([[BEGIN, *words]]))
     rows: list[list[float]] = logits[0].log_softmax(-1).tolist()
@@ -108,7 +108,7 @@ def test_it_is_the_search_described(beams: int, penalty: float) -> None:
         found = search(model, source, beam_size=beams, length_penalty=penalty, max_length=(1, 2))
         assert found == expected
         lengths |= {len(words) for words in found}
-    # some ended of themselves
+    # some ended before the limit
     assert len(lengths) > 1
     assert min(lengths) < 7
 
@@ -134,7 +134,7 @@ def test_a_batch_of_different_lengths_gives_what_each_gives_alone() -> None:
     for row, length in zip(source, lengths, strict=True):
         row[length:] = PAD
 
-    # the limit too is each sentence's own
+    # each sentence has its own limit
     def found_in(some: Tensor) -> list[list[int]]:
         return search(model, some, max_length=(1.5, 1))
 
@@ -155,7 +155,7 @@ def test_padding_changes_nothing() -> None:
 
 
 class Scripted(Transformer):
-    """Probabilities of the next word by the last word alone."""
+    """Model whose next word depends on the last word only."""
 
     def __init__(self, table: dict[int, dict[int, float]], unlikely: float = 1e-9) -> None:
         super().__init__(VOCABULARY, 4, 4, 1, 1, padding=PAD, max_length=40)
@@ -228,7 +228,7 @@ def test_neither_padding_nor_begin_nor_an_empty_sentence_is_produced() -> None:
     model = Scripted({word: row for word in range(VOCABULARY)})
     source = sources(2, 3)
     assert search(model, source, beam_size=4, max_length=(0, 5)) == [[3]] * 2
-    # where one word serves for both, as in fairseq, it can end
+    # as in fairseq one word may be both begin and end; sentences then still end
     assert (
         beam_search(model, source, begin=END, end=END, beam_size=4, max_length=(0, 5))
         == [[BEGIN]] * 2

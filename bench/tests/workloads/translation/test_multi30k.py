@@ -130,7 +130,7 @@ def test_wmt14_as_the_organizers_pack_it(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "newstest2014-deen-src.en.sgm").write_bytes(marked(TEST.source, "srcset"))
     (folder / "newstest2014-deen-ref.de.sgm").write_bytes(marked(TEST.target, "refset"))
-    # of the other direction
+    # the test set of the other direction
     (folder / "newstest2014-deen-src.de.sgm").write_bytes(marked(["falsch"], "srcset"))
     assert_is_the_corpus(wmt14.load(tmp_path))
     (folder / "newstest2014-deen-ref.de.sgm").write_bytes(marked(TEST.target[:1], "refset"))

@@ -105,7 +105,7 @@ def test_limits_hold_for_every_kept_pair(
     sides = numpy.array(lengths, numpy.int64).reshape(-1, 2).T
     kept, counts = passes_filter(sides[0], sides[1], LengthLimits(1, max_length, ratio))
     for (one, other), good in zip(lengths, kept.tolist(), strict=True):
-        # the order of Moses's own tests
+        # in the order of Moses's own checks
         assert good == (
             0 < one <= max_length
             and 0 < other <= max_length

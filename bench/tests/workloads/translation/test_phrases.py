@@ -1,4 +1,4 @@
-"""The embedded phrases: intact, made by the script, nothing of the tests in the training set."""
+"""The embedded phrases: intact, made by the script, no test phrase in the training set."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_the_script_makes_the_embedded_files(
             assert gzip.decompress(ours) == gzip.decompress(theirs), name
             assert theirs[4:8] == bytes(4), f"{name} has a time in it"
             assert not theirs[3], f"{name} has a file name in it"
-        # zlib-ng packs the same text into other bytes
+        # zlib-ng compresses the same text to other bytes
         if "ng" not in zlib.ZLIB_RUNTIME_VERSION:
             assert ours == theirs, name
 

@@ -45,7 +45,7 @@ def test_special_tokens_are_the_first(subwords: Subwords) -> None:
 
 
 def test_every_byte_comes_back(subwords: Subwords) -> None:
-    """The first bytes of the vocabulary have the numbers after those of the special tokens."""
+    """Ids of single bytes follow those of the special tokens."""
     text = "".join(map(chr, range(33, 127)))
     assert subwords.decode(subwords.encode(text)) == text
     assert subwords.decode([len(SPECIAL)]) != ""
@@ -122,7 +122,7 @@ def test_a_vocabulary_too_small() -> None:
     with pytest.raises(ExperimentError, match="of 259 subwords: at least 260 are needed"):
         Subwords.learned(TEXT, SMALLEST - 1)
     assert Subwords.learned(TEXT, SMALLEST).size == SMALLEST
-    # the text has no more to learn
+    # the text has no more pairs that occur twice
     assert Subwords.learned(TEXT, 10_000).size < 400
 
 
@@ -183,7 +183,7 @@ def test_cleaning_counts_subwords() -> None:
 
 def test_longer_than_the_model() -> None:
     pairs = EncodedPairs(sentences(4, 9, 1), sentences(6, 2, 10))
-    # one place is taken by the begin or the end
+    # begin or end takes one position
     assert pairs.fitting(11)[1] == 0
     kept, skipped = pairs.fitting(10)
     assert (kept.size, skipped) == (2, 1)

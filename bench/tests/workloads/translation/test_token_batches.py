@@ -37,7 +37,7 @@ def test_groups_hold_every_pair_once_within_the_limit(of: Lengths, room: int) ->
     for examples in groups:
         for side in (source, target):
             assert side[examples].max() * len(examples) <= max_tokens
-    # sorted: what a batch holds is no longer than what the next one holds
+    # sorted: no pair of a batch is longer than those of the next batch
     longer = numpy.maximum(source, target)
     for one, following in itertools.pairwise(groups):
         assert longer[one].max() <= longer[following].min()
@@ -66,7 +66,7 @@ def test_every_process_gets_a_pair_of_every_batch(of: Lengths, world: int, room:
 
 
 def test_groups_are_full() -> None:
-    # the last is evened out with the one before it, as far as it has room; the others take no more
+    # the last batch is balanced with the one before it, as far as that has room
     groups = group(*[numpy.full(101, 10)] * 2, 100)
     assert [len(one) for one in groups] == [10] * 9 + [6, 5]
     groups = group(numpy.array([1] * 11 + [50]), numpy.array([1] * 12), 100)

@@ -19,9 +19,9 @@ from apollo_bench.workloads.translation.transformer import (
 
 PAD, VOCABULARY, WIDTH = 1, 23, 16
 
-# the same sums in another order, on logits of order 1, through three layers
+# sums in another order, for logits of order 1 after three layers
 ROUNDED = 1e-5
-# what a change that counts is bigger than
+# smallest change that counts as a change
 SEEN = 1e-3
 
 
@@ -178,7 +178,7 @@ def test_padding_changes_nothing(model: Transformer, training: bool) -> None:
     wide = model(wider, padded(target, 2))
     assert torch.allclose(wide[:, :3], logits, rtol=0, atol=ROUNDED)
     assert bool(wide.isfinite().all())
-    # a mask that hid nothing would show
+    # without a mask the result would differ
     unmasked = model(torch.where(wider == PAD, 2, wider), target)
     assert (unmasked - logits).abs().amax(-1).min() > SEEN
 
@@ -194,7 +194,7 @@ def test_sentences_of_a_batch_are_independent(model: Transformer) -> None:
 
 
 def test_step_by_step_equals_forward(model: Transformer) -> None:
-    # the beams of a sentence are four targets of its own
+    # each sentence has four targets, one per beam
     source, targets = words(3, 5), words(12, 6, seed=2)
     source[1, 3:] = PAD
     expected = model(source.repeat_interleave(4, 0), targets)
@@ -266,7 +266,7 @@ def test_dropout_of_embeddings_and_sublayers() -> None:
                 lambda _, __, y: shares.append((y == 0).float().mean().item())
             )
     model(words(8, 10), words(8, 10))
-    # embeddings of both sides; two sublayers and three
+    # dropouts: embeddings of both sides, two sublayers, three sublayers
     assert len(shares) == 2 + 2 * 2 + 2 * 3
     assert shares == pytest.approx([0.25] * len(shares), abs=0.06)
 
@@ -279,7 +279,7 @@ def test_every_parameter_learns(model: Transformer) -> None:
     functional.cross_entropy(logits.flatten(0, 1), target.flatten()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
-        # a bias of the keys adds the same to every score of a query, which the softmax takes away
+        # a bias of the keys adds the same to all scores of a query, and softmax ignores it
         if not name.endswith("key.bias"):
             assert parameter.grad.abs().max() > 1e-6, name
 
