@@ -101,7 +101,7 @@ def words(split: str) -> Tensor:
 
 @cache
 def definitions(split: str) -> Tensor:
-    """Characters of WordNet's definitions."""
+    """Return the characters of WordNet's definitions."""
     name = f"wordnet_{split}.txt.gz"
     lines = gzipped_lines(wordnet.EMBEDDED / name, "reinstall apollo-bench")
     return characters("\n".join(" ".join(line) for line in lines[:30000]))
@@ -109,7 +109,7 @@ def definitions(split: str) -> Tensor:
 
 @cache
 def sentences(split: str) -> Tensor:
-    """Characters of English phrases and of their translations."""
+    """Return the characters of English phrases and of their translations."""
     pairs = getattr(phrases.load(), split)
     return characters("\n".join(f"{en}\t{de}" for en, de in zip(*pairs, strict=True)))
 
@@ -175,7 +175,7 @@ class LSTM(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and two linear layers, with the norms before them."""
+    """A pre-norm block: attention and two linear layers."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
     pip install . ./bench accelerate
     python examples/accelerate_loop.py      # or: accelerate launch examples/accelerate_loop.py
 
-A step is that of an update: with accumulation Apollo's warmup counts updates, not batches.
+With accumulation Apollo's warmup counts updates, not batches.
 """
 
 from __future__ import annotations

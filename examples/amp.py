@@ -3,8 +3,8 @@
     pip install . ./bench
     python examples/amp.py
 
-A step that the scaler skips, because a gradient is infinite, leaves Apollo's state and its warmup
-untouched. Apollo's state is float32 whatever the parameters are.
+If a gradient is infinite, the scaler skips the step, and Apollo's state and warmup do not change.
+Apollo's state is float32 also for 16-bit parameters.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main() -> None:
     inputs, labels = images.train_images.to(device).float() / 255, images.train_labels.to(device)
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10)).to(device)
     optimizer = Apollo(model.parameters(), lr=0.5, warmup_steps=10)
-    scaler = torch.amp.GradScaler(device)  # bfloat16 would not need it
+    scaler = torch.amp.GradScaler(device)  # bfloat16 needs no scaler
 
     losses = []
     for batch in torch.randperm(len(inputs)).split(64)[:60]:
@@ -34,7 +34,7 @@ def main() -> None:
         with torch.autocast(device, dtype):
             loss = functional.cross_entropy(model(inputs[batch]), labels[batch])
         scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)  # so that the norm that is clipped is the gradient's own
+        scaler.unscale_(optimizer)  # before clipping, which needs the true norm
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()

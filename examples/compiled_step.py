@@ -1,11 +1,11 @@
-"""A training step that torch.compile has compiled: the passes and Apollo's step in one function.
+"""A compiled training step: forward, backward and Apollo's step in one function.
 
     pip install . ./bench
     python examples/compiled_step.py [--backend inductor]
 
-In eager mode Apollo's own fused kernel serves CPU tensors; under a compiler the plain rule is
-traced, and the compiler fuses it. With ``capturable=True`` the number of the step and the rate are
-tensors, so that the step is not compiled anew when they change: that is why lr is a tensor here.
+In eager mode Apollo's fused kernel updates CPU tensors. Under torch.compile the plain algorithm is
+traced, and the compiler fuses it. With ``capturable=True`` and a tensor as lr, the number of
+the step and the rate are tensors, so that a change of them does not compile the step again.
 """
 
 from __future__ import annotations

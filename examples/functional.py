@@ -3,9 +3,9 @@
     pip install . ./bench
     python examples/functional.py
 
-The state is the caller's. Apollo's sums run over each tensor, so that of the stacked weights of an
-ensemble each model's part must be a tensor of its own: ``unbind`` gives views, which are updated in
-place.
+The caller owns the state. Apollo's sums run over each tensor. The weights of an ensemble are
+stacked, so each model's part must become a tensor of its own: ``unbind`` gives views, which are
+updated in place.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
         nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.ReLU(), nn.Linear(32, 10))
         for _ in range(MODELS)
     ]
-    stacked, buffers = stack_module_state(models)  # each tensor with MODELS in front
+    stacked, buffers = stack_module_state(models)  # each tensor has a first dimension of MODELS
 
     def loss_of(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return functional.cross_entropy(functional_call(models[0], (weights, buffers), (x,)), y)

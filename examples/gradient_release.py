@@ -1,10 +1,10 @@
-"""Steps in the backward pass: the gradients are never all in memory, the numbers are the same.
+"""Steps in the backward pass: gradients are never all in memory, and results are the same.
 
     pip install . ./bench
     python examples/gradient_release.py
 
-The loop stays as it is. Not with it: clipping over the whole model, GradScaler, several processes;
-each says so. ``python benchmarks/gradient_release.py`` measures the memory.
+The training loop does not change. Clipping over the model, GradScaler and several processes raise
+an error. ``python benchmarks/gradient_release.py`` measures the memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional
 from apollo_bench.workloads.image_classification import fashion_mnist
 from apollo_qn import Apollo, GradientRelease
 
-MICRO = 2  # batches whose gradients make one step
+MICRO = 2  # batches per step
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     for batch in torch.randperm(len(inputs)).split(64)[:60]:
         micro = batch.chunk(MICRO)
         for i, part in enumerate(micro):
-            with release.accumulate(i < MICRO - 1):  # all but the last: only sum
+            with release.accumulate(i < MICRO - 1):  # all passes but the last only add up
                 loss = functional.cross_entropy(model(inputs[part]), labels[part]) / MICRO
                 loss.backward()
         optimizer.step()  # ends the step

@@ -3,8 +3,8 @@
     pip install . ./bench transformers accelerate
     python examples/huggingface_trainer.py
 
-The Trainer clips gradients to a norm of 1 unless it is told otherwise, and has a schedule of its
-own. Apollo warms up by itself, so the schedule begins without a warmup.
+By default the Trainer clips gradients to a norm of 1 and has a schedule. Apollo warms up by itself,
+so the schedule begins without a warmup.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STEPS, BATCH, LENGTH = 60, 8, 32
 
 
 def sentences(words: int) -> list[dict[str, torch.Tensor]]:
-    """Pieces of LENGTH words; the model itself shifts the labels."""
+    """Return pieces of LENGTH words; the model itself shifts the labels."""
     corpus = wordnet.load(size=words)
     tokens = torch.from_numpy(corpus.train[: STEPS * BATCH * LENGTH]).long()
     return [{"input_ids": piece, "labels": piece} for piece in tokens.view(-1, LENGTH)]
@@ -53,7 +53,7 @@ def main() -> None:
                 folder,
                 max_steps=STEPS,
                 per_device_train_batch_size=BATCH,
-                weight_decay=1e-4,  # the Trainer leaves biases and norms without
+                weight_decay=1e-4,  # the Trainer exempts biases and norms
                 lr_scheduler_type="cosine",
                 max_grad_norm=1.0,
                 logging_steps=5,
@@ -63,7 +63,7 @@ def main() -> None:
                 disable_tqdm=True,
             ),
             train_dataset=sentences(words),
-            # lr is Apollo's, far from Adam's; learning_rate above would not be used
+            # Apollo's lr, not Adam's; learning_rate above is not used
             optimizer_cls_and_kwargs=(Apollo, {"lr": 5.0, "warmup_steps": 5}),
             # or, made by hand: optimizers=(Apollo(groups, lr=5.0), scheduler)
         )

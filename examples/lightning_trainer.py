@@ -36,7 +36,7 @@ class Network(LightningModule):
         self.losses: list[float] = []
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
-        """Cross entropy."""
+        """Return the cross entropy."""
         images, labels = batch
         loss = functional.cross_entropy(self.layers(images), labels)
         self.log("loss", loss)
@@ -48,7 +48,7 @@ class Network(LightningModule):
         self.log("lr", optimizer.effective_lrs()[0])
 
     def configure_optimizers(self) -> Any:
-        """Apollo, with a schedule that is advanced at each step."""
+        """Return Apollo, and a schedule that advances at each step."""
         optimizer = Apollo(self.parameters(), lr=0.5, weight_decay=5e-4, warmup_steps=10)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
         return {

@@ -3,8 +3,8 @@
     pip install . ./bench optuna
     python examples/optuna_tuning.py
 
-Only lr is searched, not sigma: (lr, sigma) and (c lr, c sigma) give the same training (Theorem 1 of
-the paper), so that both together search one line twice. Powers of ten on either side of 0.5 suit
+Only lr is searched, not sigma, because (lr, sigma) and (c lr, c sigma) give the same training
+(Theorem 1 of the paper). Powers of ten on either side of 0.5 suit
 convolutional networks, of 10 LSTMs and Transformers.
 """
 
@@ -26,13 +26,13 @@ held_out = slice(len(inputs) - 1000, len(inputs))
 
 
 def held_out_loss(model: nn.Module) -> float:
-    """On images that no trial trains on."""
+    """Return the loss on images that no trial trains on."""
     with torch.no_grad():
         return functional.cross_entropy(model(inputs[held_out]), labels[held_out]).item()
 
 
 def objective(trial: optuna.Trial) -> float:
-    """The loss on held-out images after a short training."""
+    """Return the loss on held-out images after a short training."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.ReLU(), nn.Linear(32, 10))
     optimizer = Apollo(
@@ -61,7 +61,7 @@ def main() -> None:
         sampler=optuna.samplers.TPESampler(seed=0),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=3),
     )
-    study.enqueue_trial({"lr": 0.005, "weight_decay": 1e-4})  # a rate for Adam's taste, to beat
+    study.enqueue_trial({"lr": 0.005, "weight_decay": 1e-4})  # a rate for Adam, to be beaten
     study.optimize(objective, TRIALS)
     first = study.trials[0].value
     assert first is not None

@@ -3,8 +3,8 @@
     pip install . ./bench
     python examples/schedulers_and_swa.py
 
-Apollo's warmup multiplies what the scheduler sets, so the schedule has no warmup of its own. The
-rates of a schedule are Apollo's: swa_lr is a part of lr, not of Adam's.
+Apollo's warmup multiplies what the scheduler sets, so the schedule has no warmup of its own. All
+rates are Apollo's: choose swa_lr as a fraction of lr.
 """
 
 from __future__ import annotations
