@@ -9,6 +9,7 @@ CUSTOM = ("bench/tests/optimizers/test_custom.py",)
 BASELINE = ("bench/tests/runs/test_baseline.py",)
 CUSTOM_PARTS = ("bench/tests/workloads/test_custom_parts.py",)
 OVERVIEW = ("bench/tests/report/test_overview.py",)
+CURVES = ("bench/tests/report/test_curves.py",)
 UNUSABLE = ("bench/tests/workloads/test_unusable_files.py",)
 
 FAULTS = [
@@ -161,5 +162,27 @@ FAULTS = [
         "    best = min(found[index][unit] for found in times.values())\n",
         "    best = max(found[index][unit] for found in times.values())\n",
         OVERVIEW,
+    ),
+    # the curves of many optimizers
+    Fault(
+        "two optimizers have one marker on the page",
+        BENCH,
+        '"p": ("circle_cross", "⊕")',
+        '"p": ("circle", "●")',
+        CURVES,
+    ),
+    Fault(
+        "a dark color is that of another optimizer",
+        BENCH,
+        '"#CC79A7", "D", "#FA57E9"',
+        '"#CC79A7", "D", "#F697E8"',
+        CURVES,
+    ),
+    Fault(
+        "learning rates are always on a linear axis",
+        BENCH,
+        '        figure["log"] |= max(peaks) > _RATES_APART * min(peaks)\n',
+        "",
+        CURVES,
     ),
 ]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
-from matplotlib import colors
+from matplotlib.colors import to_rgb
+from numpy.typing import NDArray
 
 from apollo_bench.config import recipe
+from apollo_bench.optimizers import plot_style
 from apollo_bench.optimizers.plot_style import STYLES, style_of
 from apollo_bench.report import curves
 from apollo_bench.report.summary import collect
@@ -87,6 +91,19 @@ def test_axes_that_tell_the_curves_apart(recipe_file: Path, tmp_path: Path) -> N
     assert figures["training loss"]["span"] is None
 
 
+@pytest.mark.parametrize(("rate", "logarithmic"), [(0.12, False), (0.05, True)])
+def test_learning_rates_that_are_far_apart_have_a_logarithmic_axis(
+    recipe_file: Path, tmp_path: Path, rate: float, logarithmic: bool
+) -> None:
+    plan = recipe.load(str(recipe_file))
+    for name, peak in (("sgd", 0.5), ("adam", rate)):
+        decay = [{"loss": 1.0, "lr": peak * share} for share in (0.5, 1.0, 0.5, 0.0)]
+        made_up(tmp_path, plan.run(name, 1), [50.0] * 4, steps=decay)
+    figure = panel(tmp_path)["learning rate"]
+    assert figure["log"] is logarithmic
+    assert figure["log_span"] == [rate / 100, 0.75]
+
+
 def test_sweeps_and_searches_are_against_their_settings(recipe_file: Path, tmp_path: Path) -> None:
     plan = recipe.load(str(recipe_file), ["sweeps.lr-robustness.values=[1, 10]"])
     for spec in plan.sweep("lr-robustness", ["sgd", "apollo"], 1):
@@ -123,16 +140,49 @@ def test_long_runs_keep_records_at_common_steps() -> None:
     assert loading._thinned(records[:7]) == records[:7]
 
 
-@pytest.mark.parametrize("name", [*STYLES, "mine-0", "mine-1"])
-def test_every_color_is_seen_on_a_dark_page(name: str) -> None:
-    def luminance(color: str) -> float:
-        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in rgb(color)]
-        return sum(w * x for w, x in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+# every optimizer with a style of its own, and as many others as have one color each
+NAMES = [*STYLES, *(f"mine-{i}" for i in range(7))]
 
-    def rgb(color: str) -> tuple[float, float, float]:
-        return colors.to_rgb(color)
 
-    found = curves.dark_color(name)
-    assert (luminance(found) + 0.05) / (luminance("#14171a") + 0.05) >= 4.5
-    own = luminance(style_of(name).color)
-    assert luminance(found) == pytest.approx(own) or own < 0.3
+def linear(color: str) -> list[float]:
+    return [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in to_rgb(color)]
+
+
+def luminance(color: str) -> float:
+    return sum(w * x for w, x in zip((0.2126, 0.7152, 0.0722), linear(color), strict=True))
+
+
+def cielab(color: str) -> NDArray[numpy.float64]:
+    """Coordinates in which equal distances look about equally different."""
+    to_xyz = ((0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505))
+    x, y, z = numpy.cbrt(numpy.array(to_xyz) @ linear(color) / (0.9505, 1.0, 1.089))
+    return numpy.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.fixture
+def first_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other test has taken a color."""
+    monkeypatch.setattr(plot_style, "_given", {})
+
+
+@pytest.mark.usefixtures("first_names")
+def test_every_color_is_seen_on_a_dark_page() -> None:
+    for style in map(style_of, NAMES):
+        assert (luminance(style.dark) + 0.05) / (luminance("#14171a") + 0.05) >= 4.5
+        own = luminance(style.color)
+        assert luminance(style.dark) == pytest.approx(own) or own < 0.3
+
+
+@pytest.mark.usefixtures("first_names")
+@pytest.mark.parametrize(("page", "apart"), [("color", 18), ("dark", 30)])
+def test_colors_are_told_apart(page: str, apart: float) -> None:
+    found = {name: cielab(getattr(style_of(name), page)) for name in NAMES}
+    for one, other in itertools.combinations(NAMES, 2):
+        assert numpy.linalg.norm(found[one] - found[other]) > apart, (one, other)
+
+
+@pytest.mark.usefixtures("first_names")
+def test_markers_and_their_symbols_are_told_apart() -> None:
+    looks = [curves._line_style(name) for name in NAMES]
+    for key in ("marker", "symbol"):
+        assert len({look[key] for look in looks}) == len(NAMES) == 21

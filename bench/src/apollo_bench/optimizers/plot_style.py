@@ -7,30 +7,31 @@ from typing import Any, NamedTuple
 
 
 class Style(NamedTuple):
-    """Label, color and marker."""
+    """Label, colors and marker."""
 
     label: str
     color: str
     marker: str
+    dark: str  # color on a dark page, chosen to be as unlike the others as possible
 
 
 # Palette of Okabe and Ito, which color-blind readers can tell apart; markers for gray print.
 STYLES = {
-    "sgd": Style("SGD", "#0072B2", "s"),
-    "adam": Style("Adam", "#009E73", "^"),
-    "radam": Style("RAdam", "#CC79A7", "D"),
-    "adam-adj": Style("Adam-adj", "#56B4E9", "v"),
-    "radam-adj": Style("RAdam-adj", "#E69F00", "P"),
-    "apollo": Style("Apollo", "#D55E00", "o"),
+    "sgd": Style("SGD", "#0072B2", "s", "#0F90FA"),
+    "adam": Style("Adam", "#009E73", "^", "#21FAAE"),
+    "radam": Style("RAdam", "#CC79A7", "D", "#FA57E9"),
+    "adam-adj": Style("Adam-adj", "#56B4E9", "v", "#56B4E9"),
+    "radam-adj": Style("RAdam-adj", "#E69F00", "P", "#E69F00"),
+    "apollo": Style("Apollo", "#D55E00", "o", "#FA5512"),
     # not in the paper
-    "nesterov": Style("SGD, Nesterov", "#88CCEE", "+"),
-    "adamw": Style("AdamW", "#117733", "<"),
-    "nadamw": Style("NAdamW", "#332288", "X"),
-    "muon": Style("Muon", "#000000", "x"),
-    "apollow": Style("ApolloW", "#661100", "d"),
-    "apollo-belief": Style("Apollo, belief", "#999933", "h"),
-    "apollo-averaged": Style("Apollo, averaged B", "#004488", "4"),
-    "apollow-belief": Style("ApolloW, belief", "#AA4499", "*"),
+    "nesterov": Style("SGD, Nesterov", "#3ABE15", "+", "#3ABE15"),
+    "adamw": Style("AdamW", "#117733", "<", "#699A46"),
+    "nadamw": Style("NAdamW", "#332288", "X", "#AB81FE"),
+    "muon": Style("Muon", "#000000", "x", "#F3F3F3"),
+    "apollow": Style("ApolloW", "#661100", "d", "#BC9762"),
+    "apollo-belief": Style("Apollo, belief", "#999933", "h", "#CEE300"),
+    "apollo-averaged": Style("Apollo, averaged B", "#004488", "4", "#9084BD"),
+    "apollow-belief": Style("ApolloW, belief", "#AA4499", "*", "#F9429D"),
 }
 
 # short names of classes, as their authors write them
@@ -49,15 +50,15 @@ _LABELS = {
     "sophia": "Sophia",
 }
 
-# for optimizers that are not in the paper: from Tol's palettes, unlike the colors above
+# color, marker and color on a dark page of other optimizers; most colors are from Tol's palettes
 _MORE = (
-    ("#882255", ">"),
-    ("#44AA99", "p"),
-    ("#888888", "8"),
-    ("#CC6677", "1"),
-    ("#6699CC", "2"),
-    ("#997700", "3"),
-    ("#EE99AA", "H"),
+    ("#882255", ">", "#F697E8"),
+    ("#44AA99", "p", "#44AA99"),
+    ("#888888", "8", "#979797"),
+    ("#CC6677", "1", "#FE4666"),
+    ("#FE004A", "2", "#DB6D4A"),
+    ("#997700", "3", "#ECED8C"),
+    ("#EE99AA", "H", "#EE99AA"),
 )
 _given: dict[str, int] = {}  # index of the color that a name has in this process
 

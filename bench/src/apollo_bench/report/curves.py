@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas
-from matplotlib import colors
 
 from apollo_bench.optimizers.plot_style import style_of
 from apollo_bench.report.performance_profile import MAX_RATIO, Profiles, Unit
@@ -22,9 +21,9 @@ Curve = dict[str, Any]  # of an optimizer
 
 _DIGITS = 5  # significant digits of a coordinate
 _POINTS = 200  # of a performance profile
+_RATES_APART = 5.0  # ratio of learning rates from which their axis is logarithmic
+_DECAY_SHOWN = 100.0  # of the smallest learning rate, on a logarithmic axis
 _FEW = 5  # points; a shorter curve is shown whole
-_DARK_PAGE = 0.02  # luminance of the dark page's background, about
-_CONTRAST = 4.5  # of a line on the dark page, at least (WCAG)
 # marker in matplotlib, in Bokeh and as a character of the legend
 _MARKERS = {
     "s": ("square", "■"),
@@ -32,15 +31,24 @@ _MARKERS = {
     "D": ("diamond", "◆"),
     "d": ("diamond_cross", "◈"),
     "v": ("inverted_triangle", "▼"),
-    "P": ("cross", "✚"),
+    "P": ("plus", "✚"),
     "o": ("circle", "●"),
     "X": ("x", "✖"),
-    "x": ("x", "✖"),
+    "x": ("circle_x", "⊗"),
     "h": ("hex", "⬢"),
     "*": ("star", "★"),
-    "+": ("cross", "✚"),
+    "+": ("cross", "+"),
+    "<": ("square_pin", "✦"),
+    "4": ("y", "Y"),
+    # of optimizers that have no style of their own
+    ">": ("triangle_dot", "◬"),
+    "p": ("circle_cross", "⊕"),
+    "8": ("square_x", "⊠"),
+    "1": ("square_cross", "⊞"),
+    "2": ("asterisk", "✱"),
+    "3": ("circle_y", "Ⓨ"),
+    "H": ("triangle_pin", "△"),
 }
-_OTHER_MARKER = ("circle_dot", "◉")
 
 
 def panels(summary: Summary) -> list[list[Figure]]:
@@ -83,7 +91,7 @@ def _over_time(section: ScheduleSection) -> list[Figure]:
         _figure(section, "training loss", "loss", _steps)
         if recorded  # archives hold evaluations only
         else _figure(section, "training loss", "train_loss", _evaluations),
-        _figure(section, "learning rate", "lr", _steps),
+        _learning_rates(section),
         _figure(section, "norm of the gradient", "gradient_norm", _steps),
     ]
     return [figure for figure in figures if figure["curves"]]
@@ -106,6 +114,17 @@ def _figure(
 ) -> Figure:
     curves = [_curve(row, key, records) for row in section.rows]
     return _scaled(title, [curve for curve in curves if curve["mean"]], rises)
+
+
+def _learning_rates(section: ScheduleSection) -> Figure:
+    """Return the figure of learning rates; logarithmic where those of optimizers differ much."""
+    figure = _figure(section, "learning rate", "lr", _steps)
+    peaks = [max(curve["mean"]) for curve in figure["curves"]]
+    if peaks and min(peaks) > 0:
+        figure["log"] |= max(peaks) > _RATES_APART * min(peaks)
+        # a schedule that ends near zero would take most of a logarithmic axis
+        figure["log_span"] = [_short(min(peaks) / _DECAY_SHOWN), _short(1.5 * max(peaks))]
+    return figure
 
 
 def _scaled(title: str, curves: list[Curve], rises: bool) -> Figure:
@@ -232,29 +251,15 @@ def _against(
 
 def _line_style(name: str, label: str | None = None) -> Curve:
     style = style_of(name)
-    marker, symbol = _MARKERS.get(style.marker, _OTHER_MARKER)
+    marker, symbol = _MARKERS[style.marker]
     return {
         "name": name,
         "label": label or style.label,
         "color": style.color,
-        "dark": dark_color(name),
+        "dark": style.dark,
         "marker": marker,
         "symbol": symbol,
     }
-
-
-def dark_color(name: str) -> str:
-    """Return the color of an optimizer on a dark page, lightened if the contrast is too low."""
-    red, green, blue = colors.to_rgb(style_of(name).color)
-    while (_luminance((red, green, blue)) + 0.05) / (_DARK_PAGE + 0.05) < _CONTRAST:
-        red, green, blue = (x + 0.05 * (1 - x) for x in (red, green, blue))
-    return colors.to_hex((red, green, blue))
-
-
-def _luminance(rgb: Iterable[float]) -> float:
-    """Return the relative luminance of WCAG."""
-    red, green, blue = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in rgb)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 def _short(value: float) -> float:

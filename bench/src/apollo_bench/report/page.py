@@ -174,7 +174,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters |= {
         "color": lambda name: style_of(name).color,
-        "dark_color": curves.dark_color,
+        "dark_color": lambda name: style_of(name).dark,
         "base64": lambda content: base64.b64encode(content).decode("ascii"),
         "unbroken": _unbroken,
         "execution": narrative.describe_execution,

@@ -126,6 +126,9 @@
     plot.toolbar.active_drag = touch ? null : plot.toolbar.tools.find((t) => t.type === "BoxZoomTool");
     plot.toolbar.active_scroll = null;
     if (figure.span && !log) plot.y_range = new Bokeh.Range1d({ start: figure.span[0], end: figure.span[1] });
+    if (figure.log_span && log) {
+      plot.y_range = new Bokeh.Range1d({ start: figure.log_span[0], end: figure.log_span[1] });
+    }
     if (figure.ticks) {
       const [axis] = plot.below;
       axis.ticker = new Bokeh.FixedTicker({ ticks: figure.ticks });
@@ -151,9 +154,12 @@
       }
       const line = plot.line({ ...at, y: { field: "y" }, color: paint, line_width: 2 });
       const points = { x: { field: "x" }, y: { field: "y" }, source: source(marked(x, curve.mean)) };
+      // filled, a cross within a circle would have the color of the circle
+      const hollow = /[a-z]_(x|y|cross|dot)$/.test(curve.marker);
+      const fill = hollow ? null : paint;
       own.mean.push(
         line,
-        plot.scatter({ ...points, marker: curve.marker, size: 7, line_color: paint, fill_color: paint }),
+        plot.scatter({ ...points, marker: curve.marker, size: hollow ? 9 : 7, line_color: paint, fill_color: fill }),
       );
       const seeds = { xs: curve.seeds.map((one) => one[unit]), ys: curve.seeds.map((one) => one.value) };
       own.seeds.push(
