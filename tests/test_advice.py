@@ -47,7 +47,7 @@ def test_the_warning_of_a_rate_for_adam_points_at_the_caller(kind: type[Apollo],
     ],
     ids=str,
 )
-def test_other_rates_are_not_told(
+def test_other_rates_give_no_warning(
     settings: dict[str, Any], recwarn: pytest.WarningsRecorder
 ) -> None:
     Apollo(parameters([(3,)]), **settings)
@@ -70,7 +70,7 @@ def test_once_per_optimizer_and_its_group_is_named(recwarn: pytest.WarningsRecor
     assert "group 1" in str(told.message)
 
 
-def test_a_group_that_is_added_later_is_told() -> None:
+def test_a_small_rate_of_a_later_group_gives_a_warning() -> None:
     a, b = parameters([(3,), (4,)])
     optimizer = Apollo([a])
     with pytest.warns(LearningRateWarning, match="group 1") as told:

@@ -76,7 +76,7 @@ def test_displacement_is_rebuilt(lr: float | Tensor) -> None:
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_displacement_that_cannot_be_rebuilt_is_d(as_tensor: bool) -> None:
+def test_an_undetermined_displacement_is_d(as_tensor: bool) -> None:
     h = hyperparameters(weight_decay=0.5, decoupled_weight_decay=True)
     lr: Any = torch.tensor(2.0) if as_tensor else 2.0
     t: Any = torch.tensor(3.0) if as_tensor else 3.0
@@ -309,7 +309,7 @@ def test_secant_coefficient_is_finite_where_the_result_is(
     assert math.log10(float(got)) == pytest.approx(wanted, abs=1e-9)
 
 
-def test_nothing_is_learnt_from_no_displacement() -> None:
+def test_no_displacement_leaves_b_unchanged() -> None:
     zero = torch.zeros((), dtype=torch.float64)
     assert secant.secant_coefficient(zero, zero, zero, 0.0) == 0
     assert secant.secant_coefficient(zero, zero, zero, 1e-4) == 0

@@ -297,7 +297,7 @@ def test_a_compensation_must_fit(shape: tuple[int, ...]) -> None:
     assert same(before, snapshot(optimizer))
 
 
-def test_a_state_that_says_nothing_of_storing_is_stored_as_the_group_says() -> None:
+def test_a_state_without_storage_settings_uses_the_groups() -> None:
     storing = {"rounding": "kahan", "state_dtype": "bfloat16", "seed": 5}
     older, newer = (Apollo(parameters([(30,)], torch.bfloat16), warmup_steps=0) for _ in range(2))
     newer.param_groups[0].update(storing)

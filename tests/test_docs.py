@@ -232,7 +232,7 @@ def test_the_reference_has_the_signatures(site: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_site_is_whole(site: Path) -> None:
+def test_the_site_is_complete(site: Path) -> None:
     pages = list(site.rglob("*.html"))
     assert len(pages) > 10
     for page in pages:

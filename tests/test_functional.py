@@ -174,7 +174,7 @@ def test_positions_tell_the_bits_apart() -> None:
         trained([1])
 
 
-def test_choices_that_cannot_be() -> None:
+def test_impossible_choices_are_refused() -> None:
     with pytest.raises(RuntimeError, match="cannot both"):
         apollo(*lists(), fused=True, foreach=True)
     with pytest.raises(RuntimeError, match="differentiable=True"):

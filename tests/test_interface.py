@@ -110,7 +110,7 @@ def test_bad_values_name_argument_value_and_range(name: str, value: Any, what: s
     assert set(group) == {"params", name}
 
 
-def test_values_that_do_not_go_together() -> None:
+def test_contradicting_values_are_refused() -> None:
     p = parameters([(3,)])
     with pytest.raises(ValueError, match="eps must be > 0 with rebound='belief'"):
         Apollo(p, eps=0.0, rebound="belief")

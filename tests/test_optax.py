@@ -237,7 +237,7 @@ def test_16_bit_parameter(mode: dict[str, Any], dtype: torch.dtype) -> None:
         assert float((got - p.detach().float()).abs().max()) <= allowed
 
 
-def test_update_has_the_type_that_gradient_and_parameter_have_together() -> None:
+def test_an_update_has_the_promoted_type_of_gradient_and_parameter() -> None:
     half, single = jnp.ones(3, jnp.bfloat16), jnp.ones(3, jnp.float32)
     tx = apollo(weight_decay=0.1)
     for g, x, wanted in [(half, half, "bfloat16"), (half, single, "float32")]:

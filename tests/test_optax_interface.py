@@ -230,7 +230,7 @@ def test_tree_without_leaves() -> None:
         assert int(state.count) == 1
 
 
-def test_schedule_that_starts_at_nothing() -> None:
+def test_a_schedule_that_starts_at_zero() -> None:
     tx = apollo(lambda t: 0.1 * t, warmup_steps=4, warmup_init_lr=0.05)
     x = jnp.ones(3)
     state = tx.init(x)
@@ -333,7 +333,7 @@ def test_bad_values_are_refused_as_by_the_class(name: str, value: Any) -> None:
     assert str(found.value) == (f"learning_rate{message[2:]}" if name == "lr" else message)
 
 
-def test_values_that_do_not_go_together() -> None:
+def test_contradicting_values_are_refused() -> None:
     with pytest.raises(ValueError, match="eps must be > 0 with rebound='belief'"):
         apollo(eps=0.0, rebound="belief")
     with pytest.raises(ValueError, match="warmup_init_lr must be None or 0 where learning_rate"):

@@ -411,7 +411,7 @@ def test_a_compiled_step_follows_eager(
 
 
 @pytest.mark.parametrize(("lr", "rebound"), [(0.5, "constant"), (0.05, "belief")])
-def test_it_minimizes(lr: float, rebound: Any) -> None:
+def test_a_quadratic_is_minimized(lr: float, rebound: Any) -> None:
     """Minimize a quadratic whose curvatures differ by a factor of 100."""
     curvature = torch.tensor([0.1, 1.0, 10.0], dtype=torch.float64, device=DEVICE)
     start_from = torch.tensor([1.0, -1.0, 1.0], dtype=torch.float64, device=DEVICE)

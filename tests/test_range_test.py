@@ -162,13 +162,13 @@ def test_no_rate_trains() -> None:
 
 
 @pytest.mark.parametrize(("rates", "what"), [([2.0, 50.0, 200.0], "first"), ([1e-4, 1e-3], "last")])
-def test_the_best_rate_at_a_border_is_told(rates: list[float], what: str) -> None:
+def test_a_best_rate_at_the_border_gives_a_warning(rates: list[float], what: str) -> None:
     with pytest.warns(ApolloWarning, match=f"best rate is the {what} that was tried") as told:
         lr_range_test(network(), loss_of, regression(), rates, steps=20)
     assert len(told) == 1  # no warning about small rates, which are tried on purpose
 
 
-def test_progress_within_the_noise_of_the_batches_is_told() -> None:
+def test_progress_within_the_noise_of_the_batches_gives_a_warning() -> None:
     model = nn.Linear(1, 1, bias=False)
     batches = [torch.tensor(0.5), *map(torch.tensor, (-1.0, 1.0) * 10)]
 

@@ -166,7 +166,7 @@ def test_the_hooks_have_the_pinned_versions() -> None:
             assert set(hook["additional_dependencies"]) <= pins
 
 
-def test_the_forms_ask_for_what_is_there() -> None:
+def test_issue_forms_ask_for_existing_things() -> None:
     forms = {path.stem: load(path) for path in (GITHUB / "ISSUE_TEMPLATE").glob("*.yml")}
     assert set(forms) == {"bug", "config", "feature", "results"}
     for name in ("bug", "feature", "results"):

@@ -84,7 +84,7 @@ def test_keys_of_parameters_and_steps_all_differ() -> None:
     assert rounding.rng_key(1, 0) != rounding.rng_key(1 << 32, 0)
 
 
-def test_places_beyond_32_bits_draw_anew() -> None:
+def test_offsets_beyond_32_bits_have_other_bits() -> None:
     assert not torch.equal(drawn(n=100), drawn(first=1 << 32, n=100))
 
 

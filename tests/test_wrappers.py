@@ -93,7 +93,7 @@ def test_flattened_parameters_are_reported() -> None:
         optimizer.step()  # the warning comes once
 
 
-def test_a_parameter_reshaped_before_its_first_step_is_told() -> None:
+def test_a_parameter_reshaped_before_its_first_step_is_reported() -> None:
     p = torch.nn.Parameter(torch.ones(4, 3))
     optimizer = Apollo([p])
     p.data = torch.ones(6)  # this rank's part of the flat parameter
@@ -102,7 +102,7 @@ def test_a_parameter_reshaped_before_its_first_step_is_told() -> None:
         optimizer.step()
 
 
-def test_a_replacement_of_the_same_shape_is_not_told(recwarn: pytest.WarningsRecorder) -> None:
+def test_a_replacement_of_the_same_shape_is_not_reported(recwarn: pytest.WarningsRecorder) -> None:
     p = torch.nn.Parameter(torch.ones(4))
     optimizer = Apollo([p])
     optimizer.param_groups[0]["params"] = [torch.nn.Parameter(torch.ones(4))]
@@ -181,7 +181,7 @@ def test_saved_counters_of_any_kind_go_on(value: Any) -> None:
     assert fresh.state[params[0]]["step"].dtype is torch.float32
 
 
-def test_a_counter_that_is_none_is_refused() -> None:
+def test_an_invalid_counter_is_refused() -> None:
     optimizer = Apollo(parameters([(3,)]))
     run_steps(optimizer, range(1))
     saved = optimizer.state_dict()

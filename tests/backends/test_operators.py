@@ -221,9 +221,7 @@ UNKNOWN = {
 
 @pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.parametrize("case", [*UNEQUAL, *UNKNOWN])
-def test_nothing_is_done_where_one_counter_is_unlike_the_others(
-    ops: Any, case: str, place: int
-) -> None:
+def test_unequal_counters_change_nothing(ops: Any, case: str, place: int) -> None:
     columns = lists(make(3), make(4), make(5))
     columns.append(rates_of(columns))
     which, wrong = {**UNEQUAL, **UNKNOWN}[case]

@@ -14,7 +14,7 @@ from bench.tests.conftest import TINY
 from bench.tests.helpers import prepared, spec_of
 
 
-def test_it_is_that_of_all_tensors_together() -> None:
+def test_the_norm_is_over_all_tensors() -> None:
     network = nn.Linear(2, 3)
     network.weight.grad = torch.full((3, 2), 2.0)
     assert float(gradient_norm(network)) == pytest.approx(24**0.5)  # one parameter has no gradient

@@ -106,7 +106,7 @@ def test_the_official_batches_are_not_overwritten(tmp_path: Path) -> None:
     assert cifar10.prepare(cifar10.load(out), tmp_path / "out") == out
 
 
-def test_a_corpus_of_translations_neither(tmp_path: Path) -> None:
+def test_prepare_does_not_overwrite_a_corpus_of_translations(tmp_path: Path) -> None:
     text = phrases.load()
     text = text._replace(
         train=text.train._replace(source=text.train[0][:9], target=text.train[1][:9])

@@ -139,7 +139,7 @@ def times(out: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in out.glob("*/*.tokens")}
 
 
-def test_only_what_changed_is_done_again(tmp_path: Path) -> None:
+def test_only_changed_shards_are_prepared_again(tmp_path: Path) -> None:
     first, _ = prepared(tmp_path)
     before = times(tmp_path / "out")
     prepared_again(tmp_path)

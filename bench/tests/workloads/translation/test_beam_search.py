@@ -235,7 +235,7 @@ def test_neither_padding_nor_begin_nor_an_empty_sentence_is_produced() -> None:
     )
 
 
-def test_an_impossible_end_is_none() -> None:
+def test_an_end_of_probability_zero_does_not_count() -> None:
     # after 4 there is no end; were it counted, twelve would have ended long before 15 words
     table = {BEGIN: {3: 1.0}, 3: {4: 0.999, END: 0.001}, 4: {3: 1.0}}
     model = Scripted(table, unlikely=0.0)
