@@ -143,8 +143,8 @@ def advises(function: _Call, advice: Mapping[str, str] = _KEYWORDS, name: str = 
 _SMALLEST_RATE = 0.01  # of lr / sigma; a fiftieth of the paper's smallest rate
 _SMALL_RATE = (
     "{name}={lr:g} is a rate for Adam, at which Apollo hardly moves{where}. Apollo's usual rates "
-    "are 0.5 to 10 for convolutional networks, 2 to 4 for MLPs, LoRA and fine-tuning and, with the "
-    "gradient's norm clipped to 1, 10 to 100 for LSTMs and 2 to 10 for Transformers; {test}"
+    "are 0.5 to 10 for convolutional networks and, with the gradient's norm clipped to 1, 2 to 4 "
+    "for MLPs, LoRA and fine-tuning, 2 to 10 for Transformers and 10 to 100 for LSTMs; {test}"
     "docs/choosing.md says more. If you mean this rate, filter the category "
     "apollo_qn.LearningRateWarning"
 )

@@ -61,9 +61,9 @@ class Apollo(Optimizer):
         params: tensors, (name, tensor) pairs or group dicts. A group may override every keyword
             except ``differentiable``.
         lr: learning rate eta, a float >= 0 or a tensor of one element. Usual rates are 0.5 to
-            10 for convolutional networks and, with the gradient's norm clipped to 1, 10 to 100 for
-            LSTMs and 2 to 10 for Transformers; or ten times the rate of SGD with momentum 0.9.
-            Apollo hardly moves at a rate of Adam's, such as 3e-4, and a warning says so.
+            10 for convolutional networks and, with the gradient's norm clipped to 1, 2 to 4 for
+            MLPs, LoRA and fine-tuning, 2 to 10 for Transformers, 10 to 100 for LSTMs; or ten times
+            SGD's with momentum 0.9. Apollo hardly moves at 3e-4, a rate for Adam, and warns.
         beta: decay of the moving average of gradients, in [0, 1). It may be a tensor of one element
             if ``differentiable`` is True.
         eps: number added to \|\|d\|\|_4 after division by sigma, >= 0.

@@ -111,7 +111,8 @@ def lr_range_test(
         clip_norm: largest norm of the gradient. None means that it is not clipped.
         optimizer: function that makes the optimizer. It is called as
             ``optimizer(params, lr=..., warmup_steps=...)``, with the parameters that require a
-            gradient. To fix other settings use ``functools.partial``.
+            gradient. To fix other settings use ``functools.partial``; for an optimizer without
+            ``warmup_steps`` give a function that leaves them out.
         callback: function that is called with rate and loss after each run, such as ``print``.
 
     Returns:
