@@ -202,6 +202,18 @@ def test_every_page_is_in_the_navigation() -> None:
     assert sorted(leaves(settings["nav"])) == sorted(pages)
 
 
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_the_search_finds_a_name_by_its_parts() -> None:
+    yaml = pytest.importorskip("yaml")
+    plugins = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["plugins"]
+    (settings,) = [p["search"] for p in plugins if isinstance(p, dict) and "search" in p]
+    words = re.split(settings["separator"], "optimizer.load_state_dict(state)")
+    assert words[:4] == ["optimizer", "load", "state", "dict"]
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the site with warnings as errors, and return its folder."""
