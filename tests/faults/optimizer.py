@@ -351,6 +351,20 @@ FAULTS = [
         ADVICE,
     ),
     Fault(
+        "a model's state is not told from an optimizer's",
+        QN,
+        'if "param_groups" not in state_dict or "state" not in state_dict:',
+        "if False:",
+        ADVICE,
+    ),
+    Fault(
+        "the proposal of a range test is not rounded",
+        QN,
+        'return float(f"{mean:.3g}")',
+        "return mean",
+        RANGE_TEST,
+    ),
+    Fault(
         "a group's keywords of other optimizers are kept",
         QN,
         "            advice.check_keywords(param_group)\n",
