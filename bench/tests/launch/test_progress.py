@@ -133,10 +133,14 @@ def test_time_left() -> None:
 
 def test_stopped_runs_have_no_time_left() -> None:
     runs = [state("one", status="running"), state("two")]
-    runs[0].step, runs[0].seconds = 20, 10.0
-    for status, said in (("running", True), ("stopped", False)):
+    for status, step, said in (
+        ("running", 0, False),
+        ("running", 20, True),
+        ("stopped", 20, False),
+    ):
         for run in runs:
             run.status = status  # type: ignore[assignment]
+            run.step, run.seconds = step, 0.5 * step
         console = Console(file=io.StringIO(), width=200)
         PlainLines(console).update(runs, 1)
         text = console.file.getvalue()  # type: ignore[attr-defined]

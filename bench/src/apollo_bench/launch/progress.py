@@ -121,6 +121,7 @@ class PlainLines:
 
     def update(self, runs: list[RunState], jobs: int) -> None:
         """Print the changes since the last call."""
+        left = seconds_left(runs, jobs) if _goes_on(runs) else None
         for run in runs:
             now = (run.status, run.evaluated)
             if self._shown.get(run.name, ("waiting", run.evaluated)) != now:
@@ -132,7 +133,7 @@ class PlainLines:
                     f"loss {_number(run.loss, 4)}",
                     f"{run.metric.label} {_number(run.score, 2)} {run.metric.unit}".rstrip(),
                     _number(run.speed, 0, f" {run.unit}/s"),
-                    f"{duration(seconds_left(runs, jobs))} left in all" if _goes_on(runs) else "",
+                    "" if left is None else f"{duration(left)} left in all",
                     run.reason,
                 ]
                 text = "  ".join(part for part in parts if part)
