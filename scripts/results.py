@@ -303,14 +303,14 @@ def overview() -> str:
 
 
 def score(section: ScheduleSection, names: tuple[str, ...]) -> str:
-    """Return mean and standard deviation; the best is bold."""
+    """Return mean and standard deviation; a winner is bold."""
     for row in section.rows:
         if row.name in names:
             if row.score is None:
                 return "diverged"
             text = row.score.text(2)
             text += f" ({row.diverged} of {len(row.runs)} diverged)" if row.diverged else ""
-            return f"**{text}**" if row is section.best else text
+            return f"**{text}**" if row is section.winner else text
     # with hardly any weight decay, ApolloW and Apollo are the same
     if names[0].startswith("apollow"):
         return f"as {names[0].replace('apollow', 'Apollo').replace('-', ', ')}"

@@ -125,8 +125,32 @@ def test_leads_are_paired_by_seed(recipe_file: Path, tmp_path: Path) -> None:
     assert (low, high) == (0.84, 1.26)
     assert leads["Adam"].startswith("+1.10 [")
     assert float(cells(summary, "p")["SGD"]) < 0.001
-    best = [row[0].text for row in tables.tables(summary)[0].rows if any(x.best for x in row)]
-    assert best == ["Apollo"]
+    assert bold(summary) == []  # the interval of the lead over Adam, of two seeds, contains 0
+
+
+def bold(summary: Summary) -> list[str]:
+    rows = tables.tables(summary)[0].rows
+    return [row[0].text for row in rows if any(cell.best for cell in row)]
+
+
+@pytest.mark.parametrize(
+    ("apollo", "winners"),
+    [
+        ([81.0, 86.2, 91.1, 95.9], ["Apollo"]),  # ahead with every seed
+        ([81.0, 86.2, 89.9, 95.9], []),  # better on average
+        ([79.0, 84.1, 88.8, 94.1], ["SGD"]),
+    ],
+)
+def test_a_tie_has_no_winner_in_bold(
+    apollo: list[float], winners: list[str], recipe_file: Path, tmp_path: Path
+) -> None:
+    finals = {"sgd": [80.0, 85.0, 90.0, 95.0], "apollo": apollo}
+    assert bold(summarize(tmp_path, recipe.load(str(recipe_file)), finals)) == winners
+
+
+def test_one_seed_has_no_winner(recipe_file: Path, tmp_path: Path) -> None:
+    finals = {"sgd": [80.0], "apollo": [90.0]}
+    assert bold(summarize(tmp_path, recipe.load(str(recipe_file)), finals)) == []
 
 
 def test_time_to_target(recipe_file: Path, tmp_path: Path) -> None:

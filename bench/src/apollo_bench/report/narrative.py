@@ -231,7 +231,8 @@ def describe_execution(run: Run) -> str:
 def _on_differences(summary: Summary) -> str:
     text = (
         "Apollo's lead is the mean paired difference over seeds. Brackets give Student's 95 % "
-        "interval. p is from a two-sided paired t-test, without correction for multiple rows."
+        "interval. p is from a two-sided paired t-test, without correction for multiple rows. A "
+        "mean is bold if the interval of its lead over each other row does not contain 0."
     )
     targets = [
         f"{section.target:.2f}" + (f" ({section.schedule})" if len(summary.sections) > 1 else "")

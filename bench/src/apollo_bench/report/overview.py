@@ -88,7 +88,7 @@ def _table(summaries: list[Summary], found: Profiles | None, units: list[Unit]) 
             row = row_of(section, name) if name in scores else None
             row = row or next((other for other in section.rows if other.name == name), None)
             text = NOTHING if row is None or row.score is None else row.score.text(2)
-            cells.append(Cell(text, row is not None and row is section.best))
+            cells.append(Cell(text, row is not None and row is section.winner))
         rows.append(cells)
     return Table("Overview", columns, rows)
 

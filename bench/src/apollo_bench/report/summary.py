@@ -175,6 +175,30 @@ def best_of(rows: list[Row]) -> Row | None:
     return max(sound, key=merit, default=None)
 
 
+def winner_of(rows: list[Row]) -> Row | None:
+    """Return the row with the best mean if it is ahead of each other row beyond chance.
+
+    It is if Student's 95 % interval of the difference, paired by seed, does not contain 0. A row
+    of which a run diverged is behind. With one seed there is no interval, so nobody wins.
+    """
+    best = best_of(rows)
+    if len(rows) < 2:
+        return None
+    for row in rows:
+        if best is None or row is best or row.score is None or (row.diverged and not best.diverged):
+            continue
+        lead = lead_of(best, row)
+        if lead is None or lead.low is None or lead.low <= 0:
+            return None
+    return best
+
+
+def lead_of(one: Row, other: Row) -> Difference | None:
+    """Return by how much the metric of one row is better than that of another, paired by seed."""
+    pair = one.by_seed(), other.by_seed()
+    return difference(*(pair if one.metric.higher_is_better else pair[::-1]))
+
+
 @dataclass(frozen=True)
 class ScheduleSection:
     """All rows of one schedule."""
@@ -200,6 +224,11 @@ class ScheduleSection:
     def best(self) -> Row | None:
         """The row with the best mean, as in ``best_of``."""
         return best_of(self.rows)
+
+    @property
+    def winner(self) -> Row | None:
+        """The row that is ahead of all others beyond chance, as in ``winner_of``."""
+        return winner_of(self.rows)
 
     @property
     def best_other(self) -> Row | None:
@@ -242,8 +271,7 @@ class ScheduleSection:
     def _between(self, one: Row | None, other: Row | None) -> Difference | None:
         if one is None or other is None or one is other:
             return None
-        pair = one.by_seed(), other.by_seed()
-        return difference(*(pair if self.metric.higher_is_better else pair[::-1]))
+        return lead_of(one, other)
 
     @functools.cached_property
     def target(self) -> float | None:

@@ -13,7 +13,7 @@ from typing import Literal
 from apollo_bench.console_table import Cell, Column, Table
 from apollo_bench.report.run_table import run_table, sampled_settings
 from apollo_bench.report.statistics import Difference, SampleStats, sample_stats
-from apollo_bench.report.summary import Row, ScheduleSection, Summary, best_of
+from apollo_bench.report.summary import Row, ScheduleSection, Summary, best_of, winner_of
 
 NOTHING = "-"
 
@@ -142,12 +142,12 @@ def _comparison(summary: Summary, section: ScheduleSection) -> Table:
         for texts in [[make(row) for row in section.rows]]
         if column.on_console or any(text != NOTHING for text in texts)
     ]
-    rows = []
+    rows, winner = [], section.winner
     for index, row in enumerate(section.rows):
         cells = [Cell(texts[index]) for _, texts in shown]
         cells[0] = cells[0]._replace(color=row.name)
         score = [column.title for column, _ in shown].index(summary.metric.title)
-        cells[score] = cells[score]._replace(best=row is section.best)
+        cells[score] = cells[score]._replace(best=row is winner)
         rows.append(cells)
     return Table(_heading(summary, section), [column for column, _ in shown], rows)
 
@@ -156,8 +156,8 @@ def _sweep(summary: Summary, section: ScheduleSection) -> Table:
     factor = summary.sweep == "lr-robustness"
     values = sorted({row.point.value for row in section.rows if row.point is not None})
     at = {(row.name, row.point.value): row for row in section.rows if row.point is not None}
-    best = {
-        value: best_of([row for (_, point), row in at.items() if point == value])
+    winners = {
+        value: winner_of([row for (_, point), row in at.items() if point == value])
         for value in values
     }
     rows = []
@@ -169,7 +169,9 @@ def _sweep(summary: Summary, section: ScheduleSection) -> Table:
         for value, row in zip(values, own_rows, strict=True):
             score = None if row is None else row.score
             text = NOTHING if row is None else _outcome(row)
-            cells.append(Cell(text, row is not None and score is not None and row is best[value]))
+            cells.append(
+                Cell(text, row is not None and score is not None and row is winners[value])
+            )
         bad = sum(row.diverged > 0 for row in there)
         span = f"{max(means) - min(means):.2f}" if means else NOTHING
         # divergence is worse than any number
