@@ -23,9 +23,7 @@ if find_spec("apollo_bench") is None:  # their models and data are the evaluatio
 def pytest_configure(config: pytest.Config) -> None:
     """Raise one error, instead of one per test, if the device is missing."""
     if cpu.why_not() is not None:  # as with a torch that is too old for the kernel
-        config.addinivalue_line(
-            "filterwarnings", "ignore:Apollo. the fused CPU kernel:UserWarning:apollo_qn"
-        )
+        config.addinivalue_line("filterwarnings", "ignore:Apollo. the fused CPU kernel")
     kind, _, number = _DEVICE.partition(":")
     if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
         raise pytest.UsageError(

@@ -9,7 +9,6 @@ back end that compares them, and reads all of them if that back end then refuses
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apollo_qn import distributed
+from apollo_qn import advice, distributed
 from apollo_qn import rounding as storage
 from apollo_qn.backends import cpu, triton
 from apollo_qn.backends.base import Backend, Batch, TensorLists, is_plain, joined
@@ -366,7 +365,7 @@ def _fused_backend(lists: TensorLists, h: Hyperparameters, backends: Backends) -
 
 @cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=2)
+    advice.warn(message, advice.ApolloWarning)
 
 
 def _by_device(lists: TensorLists) -> list[TensorLists]:

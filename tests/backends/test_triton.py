@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from apollo_qn import Apollo
+from apollo_qn import Apollo, ApolloWarning
 from apollo_qn.backends import cpu, triton
 from apollo_qn.backends.base import Batch
 from apollo_qn.hyperparameters import StepScalars
@@ -354,7 +354,7 @@ def test_the_kernel_is_the_default_where_it_compiles(
 
     monkeypatch.setattr(launch_schedule, "try_compiler", fail)
     triton._why_not_default.cache_clear()
-    with pytest.warns(UserWarning, match="no C compiler.*foreach back end serves"):
+    with pytest.warns(ApolloWarning, match="no C compiler.*foreach back end serves"):
         optimizer = trained()
     assert optimizer._backends is not None
     assert not optimizer._backends.triton._tables
