@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import venv
 import zipfile
@@ -122,7 +123,10 @@ def build(project: Path, out: Path, environment: dict[str, str]) -> Path:
         environment=environment,
     )
     (wheel,) = out.glob("*.whl")
-    (_,) = out.glob("*.tar.gz")
+    (sdist,) = out.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        if any("/tests/" in name for name in archive.getnames()):
+            sys.exit(f"{sdist.name} holds tests, which need the repository")
     return wheel
 
 
