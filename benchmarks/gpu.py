@@ -2,9 +2,10 @@
 
     python benchmarks/gpu.py --out FOLDER [--device cuda] [--only PART ...]
 
-It needs torch with Triton and numpy, and for the tests pytest, pytest-timeout and hypothesis. It
-installs nothing and writes to FOLDER only. Each part is a process with its own time limit. A part
-writes its results to FOLDER as soon as it has them; if one part fails, the others still run:
+It needs torch with Triton and numpy, and for the tests pytest, pytest-timeout, hypothesis and
+allpairspy. It installs nothing and writes to FOLDER only. Each part is a process with its own time
+limit. A part writes its results to FOLDER as soon as it has them; if one part fails, the others
+still run:
 
     about        versions and device
     tests        tests/test_cuda*.py, then tests/backends/test_backends.py with the fused back end
