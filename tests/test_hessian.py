@@ -198,12 +198,25 @@ def test_a_trained_network_beside_its_hessian(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     figure = diagnostics.plot(found)
     assert len([axes for axes in figure.axes if axes.get_visible()]) == len(found)
+    for axes, one in zip(figure.axes, found, strict=False):
+        points = axes.containers[0].lines[0]
+        finite = one.hessian.isfinite()
+        assert points.get_xdata().tolist() == one.hessian[finite].tolist()
+        assert points.get_ydata().tolist() == one.B[finite].tolist()
     figure.savefig(tmp_path / "hessian.png")
     assert (tmp_path / "hessian.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="comparisons must be at least one"):
         diagnostics.plot([])
     with pytest.raises(ValueError, match="columns must be a whole number >= 1, got 0"):
         diagnostics.plot(found, columns=0)
+
+
+def test_a_panel_has_few_points() -> None:
+    pytest.importorskip("matplotlib")
+    values = torch.arange(1.0, 10_001)
+    one = diagnostics.Comparison("large", values, 2 * values, torch.zeros(10_000))
+    points = diagnostics.plot([one]).axes[0].containers[0].lines[0]
+    assert points.get_ydata().tolist() == values[::3].tolist()  # B is the second argument
 
 
 def test_what_the_hessian_refuses() -> None:

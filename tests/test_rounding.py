@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from apollo_qn import Apollo, rounding
+from apollo_qn.backends import layout
 from tests.helpers import BACK_ENDS, normal, same
 
 NARROW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -209,6 +210,50 @@ def test_places_are_those_in_memory() -> None:
     assert same(rounding.memory_offsets(last).permute(0, 2, 3, 1).flatten(), torch.arange(120))
     assert rounding.memory_offsets(x[:, ::2])[1, 1, 0, 3] == 60 + 40 + 3
     assert rounding.memory_offsets(torch.empty(())).item() == 0
+
+
+def test_foreach_draws_the_bits_of_each_element() -> None:
+    """The bits in a matrix of several tensors are those of each tensor alone, row by row."""
+    params = [torch.empty(700), torch.empty(3), torch.empty(2, 30, 4, 5)]
+    params.append(torch.empty(2, 30, 4, 5).contiguous(memory_format=torch.channels_last))
+    firsts, seconds = (torch.arange(1, 5) * factor for factor in (1 << 20, 77))
+    shapes = tuple(p.shape for p in params)
+    rows = layout.RowLayout(shapes, torch.device("cpu"), torch.float32)
+    found = rows.views(rows.random_bits(params, firsts, seconds))
+    for p, bits, first, second in zip(params, found, firsts, seconds, strict=True):
+        assert same(bits, rounding.random_bits(rounding.memory_offsets(p), first, second))
+
+
+@BACK_ENDS
+def test_every_back_end_draws_the_same_bits(back_end: dict[str, Any]) -> None:
+    """The first step subtracts lr * g, which is exact, so that only the bits could differ."""
+
+    def stepped(**settings: Any) -> list[Tensor]:
+        params = [torch.nn.Parameter(torch.ones(n, dtype=torch.bfloat16)) for n in (700, 3, 5000)]
+        optimizer = Apollo(params, lr=2.0**-9, warmup_steps=0, seed=5, **settings)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        return [p.detach() for p in params]
+
+    found = stepped(**back_end)
+    assert set(found[0].tolist()) == {1.0, 1 - 2.0**-8}
+    assert same(found, stepped(foreach=False, fused=False))
+
+
+@BACK_ENDS
+def test_a_state_of_16_bits_is_rounded_at_random(back_end: dict[str, Any]) -> None:
+    """Elements with equal gradients have equal B, which is stored as one of two neighbors."""
+    p = torch.nn.Parameter(torch.ones(4000))
+    settings = {"lr": 0.1, "warmup_steps": 0, "seed": 0, "state_dtype": torch.bfloat16}
+    optimizer = Apollo([p], **settings, **back_end)
+    for g in (1.0, 0.3):
+        p.grad = torch.full_like(p, g)
+        optimizer.step()
+    B = optimizer.state[p]["hessian_diag"]
+    low, high = B.float().unique().tolist()
+    assert abs(high - low) <= 2.0**-7 * max(abs(high), abs(low))  # neighbors
+    assert 100 < int(B.float().eq(low).sum()) < 3900
 
 
 def small_updates(steps: int, **settings: Any) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """Deliberate faults, each of which a fast test must notice; ``python -m tests.faults`` tries them.
 
-``optimizer.py``, ``bench.py``, ``workloads.py`` and ``custom_parts.py`` hold the tables.
+The other modules hold the tables: ``optimizer.py`` and ``back_ends.py`` for the optimizer, the
+others for the evaluation.
 """
 
 from __future__ import annotations

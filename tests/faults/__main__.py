@@ -19,9 +19,19 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.faults import Fault, bench, custom_parts, optimizer, workloads
+from tests.faults import (
+    Fault,
+    back_ends,
+    bench,
+    custom_parts,
+    data_sets,
+    evaluation,
+    optimizer,
+    workloads,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
+TABLES = (optimizer, back_ends, bench, evaluation, workloads, data_sets, custom_parts)
 COPIES = 2
 COMPILED = (".c", ".h", ".cpp")
 SOURCES = (".py", ".toml", *COMPILED)
@@ -33,7 +43,8 @@ def main() -> int:
     words = sys.argv[1:]
     faults = [
         fault
-        for fault in (*optimizer.FAULTS, *bench.FAULTS, *workloads.FAULTS, *custom_parts.FAULTS)
+        for table in TABLES
+        for fault in table.FAULTS
         if not words or any(word in f"{fault.what} {fault.where} {fault.tests}" for word in words)
     ]
     missed = {fault.what: why for fault in faults if (why := misfit(fault))}

@@ -393,6 +393,11 @@ def test_runs_that_do_not_compare(recipe_file: Path, tmp_path: Path) -> None:
         made_up(tmp_path / name, changed.run("sgd", 9), [50.0])
         with pytest.raises(ExperimentError, match=expected):
             collect([base, tmp_path / name])
+    of_other_data = made_up(tmp_path / "fingerprint", plan.run("sgd", 9), [50.0])
+    text = of_other_data.manifest.read_text()
+    of_other_data.manifest.write_text(text.replace('"made up"', '"of other data"'))
+    with pytest.raises(ExperimentError, match="differ in data: they cannot stand"):
+        collect([base, tmp_path / "fingerprint"])
     made_up(tmp_path / "copy", plan.run("sgd", 1), [50.0, 60.0])
     with pytest.raises(ExperimentError, match="are the same run twice"):
         collect([base, tmp_path / "copy"])

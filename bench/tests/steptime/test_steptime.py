@@ -17,7 +17,15 @@ from typer.testing import CliRunner
 
 from apollo_bench.cli import app
 from apollo_bench.errors import ExperimentError
-from apollo_bench.steptime import candidates, measurement, parameter_sets, presentation, timing
+from apollo_bench.interrupts import Interrupted
+from apollo_bench.steptime import (
+    benchmark,
+    candidates,
+    measurement,
+    parameter_sets,
+    presentation,
+    timing,
+)
 from apollo_bench.steptime.candidates import CANDIDATES, PEER, REFERENCE, Candidate
 from apollo_bench.steptime.measurement import SetResult, Timings
 from bench.tests.helpers import PATIENCE
@@ -249,6 +257,33 @@ def test_ctrl_c_leaves_what_is_complete(tmp_path: Path) -> None:
     record = json.loads((out / "steptime.json").read_text())
     assert record["sets"][0]["name"] == "many-tensors/1000"
     assert not [name for name in os.listdir(out) if name.endswith(".tmp")]
+
+
+def test_an_interrupted_set_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first set is complete; the second is interrupted before anything is measured."""
+    made = iter(
+        [
+            SetResult("one", "One", 1, 10, 4, [1.0], [taken(PEER, [1.0], [1.0])]),
+            SetResult("two", "Two", 1, 10, 4, [], [], interrupted=True),
+        ]
+    )
+
+    def measured(*_: object, **__: object) -> SetResult:
+        result = next(made)
+        if result.interrupted:
+            signal.raise_signal(signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(benchmark, "measure", measured)
+    options = benchmark.BenchmarkOptions(
+        ["one-tensor/1000", "many-tensors/1000"], [PEER], 1, 1.0, None, "float32", 0
+    )
+    shown: list[SetResult] = []
+    with pytest.raises(Interrupted):
+        benchmark.run(options, tmp_path, "command", lambda *_: None, shown.append)
+    assert [result.name for result in shown] == ["one"]
+    record = json.loads((tmp_path / "steptime.json").read_text())
+    assert [found["name"] for found in record["sets"]] == ["one"]
 
 
 def test_a_bad_option_is_one_line() -> None:

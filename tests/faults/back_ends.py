@@ -1,0 +1,162 @@
+"""Faults of the back ends' parts, and of the optimizer's messages, seeds and pictures."""
+
+from __future__ import annotations
+
+from tests.faults import Fault
+
+QN = "src/apollo_qn"
+CPU = f"{QN}/backends/cpu"
+BACK_ENDS = ("tests/backends/test_backends.py",)
+KERNEL = ("tests/backends/test_cpu.py", "tests/backends/test_cpu_operands.py")
+TRITON = ("tests/backends/test_triton.py",)
+HESSIAN = ("tests/test_hessian.py",)
+OPTIMIZER = ("tests/test_optimizer.py",)
+WRAPPERS = ("tests/test_wrappers.py",)
+ROUNDING = ("tests/test_rounding.py",)
+
+FAULTS = [
+    # the CPU kernel
+    Fault(
+        "the kernel rounds bfloat16 towards zero",
+        f"{CPU}/numbers.h",
+        "const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;",
+        "const uint32_t rounded = bits >> 16;",
+        (*ROUNDING, *KERNEL),
+    ),
+    Fault(
+        "the kernel's random bits are not those of the other back ends",
+        f"{CPU}/numbers.h",
+        "x = (x ^ x >> 15) * 0xd35a2d97u;",
+        "x = (x ^ x >> 16) * 0xd35a2d97u;",
+        ROUNDING,
+    ),
+    Fault(
+        "a small tensor ignores the sums over its shards",
+        f"{CPU}/schedule.h",
+        "if (t.sums && !out) total = from_shard(*t.sums);",
+        "if (false) total = from_shard(*t.sums);",
+        ("tests/backends/test_shards.py",),
+    ),
+    Fault(
+        "the last portion of small tensors is left out",
+        f"{CPU}/schedule.h",
+        "if (elements) portions_.push_back(items.size());",
+        "if (elements && portions_.empty()) portions_.push_back(items.size());",
+        KERNEL,
+    ),
+    Fault(
+        "the kernel takes a state of another type",
+        f"{CPU}/tensor_lists.h",
+        "&& g == of<typename K::G>() && m == of<typename K::M>())",
+        "&& g == of<typename K::G>())",
+        ("tests/backends/test_operators.py", *KERNEL),
+    ),
+    Fault(
+        "a missing list is not filled for the tensors without it",
+        f"{CPU}/__init__.py",
+        "nothing if tensor is None else tensor",
+        "nothing",
+        (*ROUNDING, *KERNEL),
+    ),
+    # other back ends
+    Fault(
+        "the sum of a tensor is its largest row",
+        f"{QN}/backends/layout.py",
+        'self.wide), "sum")',
+        'self.wide), "max")',
+        BACK_ENDS,
+    ),
+    Fault(
+        "each row of a matrix draws the same random bits",
+        f"{QN}/backends/layout.py",
+        "firsts[self.tensor_of_row]) * ROW",
+        "firsts[self.tensor_of_row]) * 0",
+        ROUNDING,
+    ),
+    Fault(
+        "the reference rounds the parameter alone at random",
+        f"{QN}/backends/reference.py",
+        "if random is not None and m.dtype in rounding.DROPPED:",
+        "if False:",
+        ROUNDING,
+    ),
+    Fault(
+        "the kernels take decoupled decay for L2",
+        f"{QN}/backends/base.py",
+        "h.weight_decay if h.l2 else 0.0",
+        "h.weight_decay",
+        (*BACK_ENDS, *KERNEL),
+    ),
+    Fault(
+        "a run of elements is updated a second time",
+        f"{QN}/backends/triton/launch_schedule.py",
+        "start = number * self.length[i]",
+        "start = 0 * number",
+        TRITON,
+    ),
+    Fault(
+        "a window of large tensors is not updated",
+        f"{QN}/backends/triton/launch_schedule.py",
+        "(kernel.APPLY, reversed(before)),",
+        "(kernel.APPLY, ()),",
+        TRITON,
+    ),
+    # settings, messages, seeds
+    Fault(
+        "the shape of a state is not checked",
+        f"{QN}/validation.py",
+        "if x.shape == p.shape:",
+        "if True:",
+        WRAPPERS,
+    ),
+    Fault(
+        "a list of another length is taken",
+        f"{QN}/validation.py",
+        "if len(column) != len(params):",
+        "if False:",
+        ("tests/test_functional.py",),
+    ),
+    Fault(
+        "all optimizers have one seed",
+        f"{QN}/seeds.py",
+        'value = int(torch.randint(1 << 62, (), device="cpu"))',
+        "value = 0",
+        WRAPPERS,
+    ),
+    Fault(
+        "a resumed run draws other random numbers than the first",
+        f"{QN}/seeds.py",
+        "torch.set_rng_state(self.before)",
+        "pass",
+        WRAPPERS,
+    ),
+    Fault(
+        "repr does not show first what differs",
+        f"{QN}/summary.py",
+        "return name not in expected or bool(group[name] != expected[name])",
+        "return False",
+        (*OPTIMIZER, "tests/test_advice.py", "tests/test_interface.py"),
+    ),
+    Fault(
+        "a transform of torch.func is not noticed",
+        f"{QN}/tracing.py",
+        "        or torch._C._functorch.peek_interpreter_stack() is not None\n",
+        "",
+        ("tests/test_tracing.py",),
+    ),
+    # pictures
+    Fault(
+        "the Hessian is drawn over B",
+        f"{QN}/diagnostics/picture.py",
+        "for v in (one.hessian, one.B, one.standard_error)",
+        "for v in (one.B, one.hessian, one.standard_error)",
+        HESSIAN,
+    ),
+    Fault(
+        "all elements of a large tensor are drawn",
+        f"{QN}/diagnostics/picture.py",
+        "step = math.ceil(one.B.numel() / _MAX_POINTS)",
+        "step = 1",
+        HESSIAN,
+    ),
+]

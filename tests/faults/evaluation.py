@@ -1,0 +1,209 @@
+"""Faults of the evaluation: options, runs, step times, figures, and scripts."""
+
+from __future__ import annotations
+
+from tests.faults import Fault
+
+BENCH = "bench/src/apollo_bench"
+TESTS = "bench/tests"
+CUSTOM = (f"{TESTS}/optimizers/test_custom.py",)
+LOCAL = (f"{TESTS}/launch/test_local_processes.py",)
+REPORT = (f"{TESTS}/report/test_report.py",)
+FIGURES = (f"{TESTS}/report/test_figures.py",)
+OVERVIEW = (f"{TESTS}/report/test_overview.py",)
+STEPTIME = (f"{TESTS}/steptime/test_steptime.py",)
+RECIPES = (f"{TESTS}/config",)
+RESULTS = (f"{TESTS}/test_results.py",)
+LENGTHS = (f"{TESTS}/test_lengths.py",)
+RELEASE = ("tests/test_release.py",)
+
+FAULTS = [
+    # files and options
+    Fault(
+        "a file is written in its place",
+        f"{BENCH}/atomic_write.py",
+        'temporary = path.with_name(path.name + ".tmp")',
+        "temporary = path",
+        (f"{TESTS}/runs/test_damaged_runs.py", f"{TESTS}/workloads/language_modeling"),
+    ),
+    Fault(
+        "defaults of an own optimizer are not completed",
+        f"{BENCH}/config/custom_optimizer.py",
+        "arguments = complete_arguments(target, arguments, key)",
+        "arguments = dict(arguments)",
+        CUSTOM,
+    ),
+    Fault(
+        "runs share no cores",
+        f"{BENCH}/config/execution.py",
+        "threads = threads or max(1, available_cores() // (jobs * devices))",
+        "threads = threads or available_cores()",
+        LOCAL,
+    ),
+    Fault(
+        "--set changes the first of the selected optimizers alone",
+        f"{BENCH}/config/overrides.py",
+        "for name in chosen[first] or tables:",
+        "for name in list(chosen[first] or tables)[:1]:",
+        (*RECIPES, f"{TESTS}/cli"),
+    ),
+    Fault(
+        "a config error names no allowed keys",
+        f"{BENCH}/config/config_errors.py",
+        "if owner is not None:\n                message +=",
+        "if False:\n                message +=",
+        RECIPES,
+    ),
+    # launch
+    Fault(
+        "a killed worker counts as stopped",
+        f"{BENCH}/launch/run_scheduler.py",
+        'self.status = "failed"\n            lines',
+        'self.status = "stopped"\n            lines',
+        (f"{TESTS}/launch/test_run_scheduler.py",),
+    ),
+    Fault(
+        "the time left is that of the whole run",
+        f"{BENCH}/launch/run_scheduler.py",
+        "return self.seconds / self.step * (self.steps - self.step)",
+        "return self.seconds / self.step * self.steps",
+        (f"{TESTS}/launch/test_progress.py",),
+    ),
+    Fault(
+        "two runs may share a directory",
+        f"{BENCH}/launch/run_experiment.py",
+        "if other is not spec and other != spec:",
+        "if False:",
+        (f"{TESTS}/cli", *RECIPES),
+    ),
+    Fault(
+        "an own model is not tried before the runs",
+        f"{BENCH}/launch/custom_code_checks.py",
+        "    _check_models(specs, workloads)\n",
+        "",
+        (f"{TESTS}/workloads/test_custom_parts.py",),
+    ),
+    # runs
+    Fault(
+        "runs with other data stand in one table",
+        f"{BENCH}/runs/compatibility.py",
+        "(spec.data, run.fingerprint)",
+        "spec.data",
+        (*REPORT, f"{TESTS}/runs/test_baseline.py"),
+    ),
+    Fault(
+        "a timer counts seconds",
+        f"{BENCH}/training/step_timer.py",
+        "1e3 * (time.perf_counter() - before)",
+        "time.perf_counter() - before",
+        (f"{TESTS}/training/test_step_timer.py",),
+    ),
+    # step times
+    Fault(
+        "the scaled vocabulary keeps its cutoffs",
+        f"{BENCH}/steptime/parameter_sets.py",
+        "[cutoff // scale for cutoff in cutoffs]",
+        "cutoffs",
+        STEPTIME,
+    ),
+    Fault(
+        "AdamW is measured if it is named",
+        f"{BENCH}/steptime/candidates.py",
+        "if c.name in names or c.name == PEER]",
+        "if c.name in names]",
+        STEPTIME,
+    ),
+    Fault(
+        "a table of step times leaves out what is not available",
+        f"{BENCH}/steptime/presentation.py",
+        'f"{timings.name}: not available, {timings.unavailable}"',
+        'f"{timings.name}: not available"',
+        STEPTIME,
+    ),
+    Fault(
+        "an interrupted benchmark writes an incomplete set",
+        f"{BENCH}/steptime/benchmark.py",
+        "            if result.copy_times:\n",
+        "            if True:\n",
+        STEPTIME,
+    ),
+    # figures and tables
+    Fault(
+        "bars show the standard deviation",
+        f"{BENCH}/report/figures.py",
+        "index, value.mean, xerr",
+        "index, value.std or 0.0, xerr",
+        FIGURES,
+    ),
+    Fault(
+        "an axis shows 5e-04",
+        f"{BENCH}/report/figure_axes.py",
+        'return f"{float(digits):g}e{int(exponent)}"',
+        'return f"{float(digits):g}e{exponent}"',
+        REPORT,
+    ),
+    Fault(
+        "the share that sigma rectifies is no percentage",
+        f"{BENCH}/report/curvature_figures.py",
+        "lambda tensors: 100 * tensors.rectified",
+        "lambda tensors: tensors.rectified",
+        FIGURES,
+    ),
+    Fault(
+        "a trial's rate is not a multiple of the best",
+        f"{BENCH}/report/sweep_figures.py",
+        "(first_setting(row) / setting, row.score.mean)",
+        "(first_setting(row), row.score.mean)",
+        FIGURES,
+    ),
+    Fault(
+        "seconds of differently executed runs are compared",
+        f"{BENCH}/report/overview.py",
+        'return ["updates", "seconds"] if same_execution else ["updates"]',
+        'return ["updates", "seconds"]',
+        OVERVIEW,
+    ),
+    Fault(
+        "the table of runs has the value of the first seed",
+        f"{BENCH}/report/run_table.py",
+        '"seed": spec.seed,',
+        '"seed": 0,',
+        REPORT,
+    ),
+    # scripts
+    Fault(
+        "a committed table is not compared",
+        "scripts/results.py",
+        "    if there != content:\n",
+        "    if False:\n",
+        RESULTS,
+    ),
+    Fault(
+        "runs with other settings than the protocol's pass",
+        "scripts/results.py",
+        "elif there[label] != asked[label]:",
+        "elif False:",
+        RESULTS,
+    ),
+    Fault(
+        "the worse warmup is chosen",
+        "scripts/lengths.py",
+        "score > best[method][0]:",
+        "score < best[method][0]:",
+        LENGTHS,
+    ),
+    Fault(
+        "an interval of 95 % is one of 90 %",
+        "scripts/lengths.py",
+        "stats.t.ppf(0.975, count - 1)",
+        "stats.t.ppf(0.95, count - 1)",
+        LENGTHS,
+    ),
+    Fault(
+        "a tag is released without a date",
+        "scripts/check_release.py",
+        'found.append(f"{name} has no date of the release, such as 2030-01-31")',
+        "pass",
+        RELEASE,
+    ),
+]
