@@ -12,7 +12,6 @@ REPORT = (f"{TESTS}/report/test_report.py",)
 FIGURES = (f"{TESTS}/report/test_figures.py",)
 OVERVIEW = (f"{TESTS}/report/test_overview.py",)
 STEPTIME = (f"{TESTS}/steptime/test_steptime.py",)
-RECIPES = (f"{TESTS}/config",)
 RESULTS = (f"{TESTS}/test_results.py",)
 LENGTHS = (f"{TESTS}/test_lengths.py",)
 RELEASE = ("tests/test_release.py",)
@@ -24,7 +23,7 @@ FAULTS = [
         f"{BENCH}/atomic_write.py",
         'temporary = path.with_name(path.name + ".tmp")',
         "temporary = path",
-        (f"{TESTS}/runs/test_damaged_runs.py", f"{TESTS}/workloads/language_modeling"),
+        (f"{TESTS}/runs/test_damaged_runs.py",),
     ),
     Fault(
         "defaults of an own optimizer are not completed",
@@ -45,14 +44,14 @@ FAULTS = [
         f"{BENCH}/config/overrides.py",
         "for name in chosen[first] or tables:",
         "for name in list(chosen[first] or tables)[:1]:",
-        (*RECIPES, f"{TESTS}/cli"),
+        (f"{TESTS}/config/test_recipe.py",),
     ),
     Fault(
         "a config error names no allowed keys",
         f"{BENCH}/config/config_errors.py",
         "if owner is not None:\n                message +=",
         "if False:\n                message +=",
-        RECIPES,
+        (f"{TESTS}/config/test_recipe.py",),
     ),
     # launch
     Fault(
@@ -74,7 +73,7 @@ FAULTS = [
         f"{BENCH}/launch/run_experiment.py",
         "if other is not spec and other != spec:",
         "if False:",
-        (f"{TESTS}/cli", *RECIPES),
+        (f"{TESTS}/cli/test_compare.py",),
     ),
     Fault(
         "an own model is not tried before the runs",
@@ -89,7 +88,7 @@ FAULTS = [
         f"{BENCH}/runs/compatibility.py",
         "(spec.data, run.fingerprint)",
         "spec.data",
-        (*REPORT, f"{TESTS}/runs/test_baseline.py"),
+        REPORT,
     ),
     Fault(
         "a timer counts seconds",
