@@ -76,7 +76,28 @@ FAULTS = [
         "arguments: dict[str, Any] = {}",
         CUSTOM,
     ),
+    Fault(
+        "the state of an own language model is lost between batches",
+        f"{LANGUAGE}/custom_language_model.py",
+        "before = (state[0] if len(state) == 1 else state) if state else None",
+        "before = None",
+        (f"{TESTS}/language_modeling/test_custom_language_model.py",),
+    ),
+    Fault(
+        "an own translator's next word is its first",
+        f"{TRANSLATION}/custom_translator.py",
+        "return logits[:, -1].view(n, beams, -1)",
+        "return logits[:, 0].view(n, beams, -1)",
+        (f"{TESTS}/translation/test_custom_translator.py",),
+    ),
     # images
+    Fault(
+        "a label may be the number of classes",
+        f"{IMAGES}/image_set.py",
+        "(classes is not None and value >= classes)",
+        "(classes is not None and value > classes)",
+        CIFAR10,
+    ),
     Fault(
         "labels beyond the last class are taken",
         f"{IMAGES}/fashion_mnist.py",

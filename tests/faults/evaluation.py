@@ -53,6 +53,20 @@ FAULTS = [
         "if False:\n                message +=",
         (f"{TESTS}/config/test_recipe.py",),
     ),
+    Fault(
+        "own data have the name of a recipe",
+        f"{BENCH}/cli/selection.py",
+        'return f"own-{name}" if name in recipe.recipe_names() else name or kind',
+        "return name or kind",
+        (f"{TESTS}/workloads/test_custom_parts.py",),
+    ),
+    Fault(
+        "own code may change between preparation and training",
+        f"{BENCH}/user_code.py",
+        'if source["version"] != now["version"] and now["folder"] is not None:',
+        "if False:",
+        CUSTOM,
+    ),
     # launch
     Fault(
         "a killed worker counts as stopped",
