@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 
 import pytest
 from rich.console import Console
 
+from apollo_bench import entry
 from apollo_bench.console_table import Cell, Column, ConsoleTable, Table
 
 TITLES = ("validation perplexity", "training loss", "wall time (s)", "optimizer step (ms)", "runs")
@@ -39,6 +41,19 @@ def test_no_number_is_cut(width: int) -> None:
     blocks = sum(line.startswith("SGD") for line in lines)
     assert text.count("my_module") == blocks, "each block says which optimizer"
     assert (blocks == 1) == (width == 160)
+
+
+@pytest.mark.parametrize("width", [160, 80, 60])
+def test_a_terminal_of_ascii_has_room_for_two_characters(width: int) -> None:
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="apollo-bench")
+    codecs.register_error("apollo-bench", entry._spell)
+    Console(width=width, file=file).print(ConsoleTable(table()))
+    file.seek(0)
+    lines = file.read().splitlines()
+    assert max(map(len, lines)) <= width
+    text = "\n".join(lines)
+    assert [text.count(value.replace("±", "+-")) for value in VALUES[:4]] == [2] * 4
+    assert "?" not in text
 
 
 def test_what_fits_is_one_table() -> None:

@@ -59,20 +59,27 @@ class ConsoleTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[rich.Table]:
         """Yield the tables that fit the width, each with the first column."""
+        if options.ascii_only:  # where ± is printed as two characters, which need room
+            yield from ConsoleTable(_with_ascii_signs(self._table)).blocks(options.max_width)
+        else:
+            yield from self.blocks(options.max_width)
+
+    def blocks(self, width: int) -> Iterator[rich.Table]:
+        """Yield the tables that fit a width, each with the first column."""
         first, *others = self._shown
-        names = min(self._width(first), max(_SHORTEST_NAME, options.max_width // 3))
+        names = min(self._width(first), max(_SHORTEST_NAME, width // 3))
         blocks: list[list[int]] = []
         room = 0
         for index in others:
             needed = self._width(index) + _GAP
             if not blocks or needed > room:
                 blocks.append([])
-                room = options.max_width - names
+                room = width - names
             blocks[-1].append(index)
             room -= needed
         for number, block in enumerate(blocks or [[]]):
             heading = self._table.heading if number == 0 else ""
-            yield self._block([first, *block], heading, names, options.max_width)
+            yield self._block([first, *block], heading, names, width)
 
     def _width(self, index: int) -> int:
         """Return the width of a column, whose title may be broken between words."""
@@ -98,11 +105,10 @@ class ConsoleTable:
             justify: Literal["left", "right"] = "left" if first else "right"
             made.add_column(self._table.columns[index].title, justify=justify, width=room)
         for row in self._table.rows:
-            unbroken = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
             made.add_row(
                 *(
                     Text(
-                        row[index].text.replace(" ± ", unbroken),
+                        _unbroken(row[index].text),
                         style="bold" if row[index].best else "",
                         overflow="ellipsis" if index == indices[0] else "fold",
                         no_wrap=index == indices[0],
@@ -111,3 +117,17 @@ class ConsoleTable:
                 )
             )
         return made
+
+
+def _with_ascii_signs(table: Table) -> Table:
+    rows = [
+        [cell._replace(text=cell.text.replace("±", "+-")) for cell in row] for row in table.rows
+    ]
+    return table._replace(rows=rows)
+
+
+def _unbroken(text: str) -> str:
+    """Return a text that is not broken before or after the sign of its deviation."""
+    for sign in ("±", "+-"):
+        text = text.replace(f" {sign} ", f"\N{NO-BREAK SPACE}{sign}\N{NO-BREAK SPACE}")
+    return text

@@ -11,7 +11,9 @@ from types import FrameType
 
 _SHOW_CURSOR = b"\x1b[?25h"  # progress bars hide it
 # for terminals that have ASCII only
-_SPELLED = {"±": "+-", "…": "...", "×": "x", "–": "-", "—": "-", "σ": "sigma"}
+_SPELLED = {
+    "±": "+-", "…": "...", "×": "x", "–": "-", "—": "-", "σ": "sigma", "\N{NO-BREAK SPACE}": " "
+}  # fmt: skip
 
 
 def main() -> None:
