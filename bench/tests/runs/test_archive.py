@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from typer.testing import CliRunner
 from apollo_bench.cli import app
 from apollo_bench.errors import ExperimentError
 from apollo_bench.report import page
-from apollo_bench.runs import archive, compatibility
+from apollo_bench.runs import archive, compatibility, loading
 from apollo_bench.runs.run_directory import RunDirectory
 from apollo_bench.training.loop import train
 from bench.tests.conftest import settings_of_a_worker
@@ -119,6 +121,28 @@ def test_a_table_of_other_runs_is_named(ended: Path, tmp_path: Path) -> None:
     # the message says that the command makes all tables again
     assert archive.write(compatibility.find_run_directories(ended), tmp_path / "kept") == 4
     assert table.read_text().splitlines(keepends=True) == lines
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda rows: [rows[0], rows[2], rows[1], *rows[3:]], r"damaged \(an evaluation at step"),
+        (lambda rows: [*rows[:2], *rows[1:]], r"damaged \(an evaluation at step"),
+        (lambda rows: [*rows, "nobody" + rows[-1][rows[-1].index(",") :]], "lacks: nobody"),
+    ],
+    ids=["out of order", "twice", "of no run"],
+)
+def test_rows_that_were_edited_are_named(
+    ended: Path, tmp_path: Path, change: Callable[[list[str]], list[str]], expected: str
+) -> None:
+    archive.write(compatibility.find_run_directories(ended), tmp_path / "kept")
+    table, runs = (tmp_path / "kept" / name for name in (archive.EVALUATIONS, archive.RUNS))
+    table.write_text("\n".join(change(table.read_text().splitlines())) + "\n")
+    content = json.loads(runs.read_text())
+    content[archive.EVALUATIONS] = hashlib.sha256(table.read_bytes()).hexdigest()
+    runs.write_text(json.dumps(content))
+    with pytest.raises(ExperimentError, match=expected):
+        loading.load_runs([tmp_path / "kept"])
 
 
 def test_the_command(ended: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,6 +153,9 @@ def read(folder: Path) -> list[Archived]:
         curvature: dict[str, list[Curvature]] = {}
         if CURVATURE in content:
             curvature = _curvatures(_verified_table(folder / CURVATURE, content[CURVATURE]))
+        labels = {run["run"] for run in content["runs"]}
+        if strange := sorted({*lines, *curvature} - labels):
+            raise ExperimentError(f"{folder}: a table has runs that {RUNS} lacks: {strange[0]}")
         return [
             Archived(
                 folder / run["run"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -115,7 +116,7 @@ def checked_result(result: Any, where: Path) -> dict[str, Any]:
 def check_evaluations(
     evaluations: list[dict[str, Any]], metric: str, where: Path, end: int | None
 ) -> None:
-    """Raise ExperimentError for an evaluation without ``metric``, or if the last is missing.
+    """Raise ExperimentError for evaluations without ``metric``, out of order or without the last.
 
     Args:
         evaluations: records of metrics.jsonl, or lines of an archive.
@@ -127,6 +128,12 @@ def check_evaluations(
         found = _checked({"kind": "evaluation", **record}, _Evaluation, where)
         if metric not in found:
             raise ExperimentError(f"{where}: damaged ({metric} is missing at step {found['step']})")
+    for before, after in itertools.pairwise(evaluations):
+        if after["step"] <= before["step"]:
+            raise ExperimentError(
+                f"{where}: damaged (an evaluation at step {after['step']} follows one at step "
+                f"{before['step']})"
+            )
     last = evaluations[-1]["step"] if evaluations else 0
     if end is not None and last != end:
         raise cut_short(where, last, end)
