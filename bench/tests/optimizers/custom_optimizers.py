@@ -109,6 +109,11 @@ class InsistsOnClosure(SignDescent):
         assert closure is not None, "a closure is needed"
 
 
+class Leaves(SignDescent):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        raise SystemExit(3)
+
+
 class Unsavable(SignDescent):
     def _update(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         self.state[p]["hook"] = lambda: None

@@ -152,6 +152,7 @@ def test_mistakes_name_argument_value_and_what_is_right(
     [
         (of("SignDescent") + "\nmomentum = 2", "making SignDescent raised ValueError: momentum is"),
         (of("InsistsOnClosure"), ".step() without a closure raised AssertionError: a closure is"),
+        (of("Leaves"), ".step() without a closure raised SystemExit: 3 ("),
         (of("Unsavable"), "saving the state of Unsavable raised "),
         (of("Unreadable"), "the state dict of Unreadable must hold tensors, numbers,"),
         (of("make_nothing"), "it must return a torch.optim.Optimizer, got a NoneType"),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from apollo_bench.config.custom_optimizer import CustomSettings, import_optimizer
 from apollo_bench.errors import ExperimentError, first_line
 from apollo_bench.signatures import call_arguments, name_of, takes, unknown_arguments
+from apollo_bench.user_code import origin_of
 
 _STEPS = 3  # trial steps before the optimizer's state is saved
 _LARGEST = 3  # largest size of a dimension in a trial
@@ -48,7 +49,7 @@ def build_custom(
             arguments[faster] = True
     try:
         optimizer = target(list(parameters), **arguments)
-    except Exception as error:  # its own errors are of any type
+    except (Exception, SystemExit) as error:  # its own errors are of any type
         raise _refused(key, settings, f"making {name_of(target)}", error) from error
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ExperimentError(
@@ -110,7 +111,7 @@ def try_steps(
                 f"{key}.class is {settings.class_path!r}: the state dict of {name} must hold "
                 "tensors, numbers, strings, lists and dicts only, got other objects"
             ) from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _refused(key, settings, f"saving the state of {name}", error) from error
         remarks = []
         for one, where in ((optimizer, problem), (restored, twin)):
@@ -165,7 +166,7 @@ def _needs_graph(
     for number in range(_STEPS):
         try:
             problem.step(optimizer, needs_graph)
-        except Exception as error:  # its own errors are of any type
+        except (Exception, SystemExit) as error:  # its own errors are of any type
             # message of torch.autograd.grad for gradients without a graph
             if needs_graph or number or "does not require grad" not in str(error):
                 what = f"{type(optimizer).__name__}.step() without a closure"
@@ -197,7 +198,7 @@ def _refused(
 ) -> ExperimentError:
     return ExperimentError(
         f"{key}.class is {settings.class_path!r}: {what} raised {type(error).__name__}: "
-        f"{first_line(error)}"
+        f"{first_line(error)}{origin_of(error)}"
     )
 
 
