@@ -346,19 +346,61 @@ def test_the_kernel_is_the_default_where_it_compiles(
         run_steps(optimizer, range(2))
         return optimizer
 
-    triton._why_not_default.cache_clear()
+    triton._compiler_errors.clear()
     check_all_taken(trained())
 
     def fail(device: torch.device) -> None:
         raise RuntimeError("no C compiler")
 
     monkeypatch.setattr(launch_schedule, "try_compiler", fail)
-    triton._why_not_default.cache_clear()
+    triton._compiler_errors.clear()
     with pytest.warns(ApolloWarning, match="no C compiler.*foreach back end serves"):
         optimizer = trained()
     assert optimizer._backends is not None
     assert not optimizer._backends.triton._tables
-    triton._why_not_default.cache_clear()
+    triton._compiler_errors.clear()
+
+
+@pytest.mark.parametrize("why", ["another kind of GPU", "no compiler"])
+def test_a_capture_uses_the_back_end_of_the_step_before(
+    why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a CUDA graph captures, nothing is compiled, but earlier answers hold."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(triton, "why_not", lambda: None)
+    device = torch.device("cuda", 77)
+    if why == "no compiler":
+        monkeypatch.setattr(triton, "_why_not_tried", lambda _: None)
+        monkeypatch.setattr(triton, "_compiler_errors", {})
+        assert triton.why_not_default(device) is None
+        triton._compiler_errors[device] = why
+    else:
+        monkeypatch.setattr(triton, "_why_not_tried", lambda _: why)
+    assert triton.why_not_default(device) == why
+
+
+def test_a_schedule_that_could_not_be_uploaded_is_not_kept(
+    interpreted: SetSizes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next step makes it again; otherwise programs would read rows of the old schedule."""
+    from apollo_qn.backends.triton import launch_schedule
+
+    results = []
+    for fails in (False, True):
+        params = parameters([(300,), (40,)])
+        optimizer = make(params, Settings(lr=0.3), **FUSED)
+        run_steps(optimizer, range(2))
+        give_gradients(params, 2)
+        # another alignment needs another schedule
+        params[0].grad = torch.cat([torch.zeros(1).to(params[0]), params[0].grad])[1:]  # type: ignore[list-item]
+        if fails:
+            with monkeypatch.context() as patch:
+                patch.setattr(launch_schedule, "_on_device", lambda table, device: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    optimizer.step()
+        optimizer.step()
+        results.append([p.detach().clone() for p in params])
+    assert same(*results)
 
 
 def test_a_gpus_tensors_are_not_the_interpreters(monkeypatch: pytest.MonkeyPatch) -> None:

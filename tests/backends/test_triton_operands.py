@@ -130,3 +130,5 @@ def test_the_type_of_a_threshold(interpreted: SetSizes) -> None:
     rows = [row() | {"thresholds": torch.zeros((), device=DEVICE)} for _ in range(2)]
     rows[1]["thresholds"] = rows[1]["thresholds"].double()
     assert taken(*rows, rebound="belief") == [True, False]
+    rows[1]["thresholds"] = torch.zeros(0, device=DEVICE)  # at address 0
+    assert taken(*rows, rebound="belief") == [True, False]

@@ -57,19 +57,28 @@ def serves(device: torch.device) -> bool:
 
 def why_not_default(device: torch.device) -> str | None:
     """Return the reason why the kernel is not chosen on this device unless ``fused`` is True."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return None  # nothing can be compiled now; the step before the capture has been asked
-    return _why_not_default(device)
+    if (reason := why_not() or _why_not_tried(device)) is not None:
+        return reason
+    if device not in _compiler_errors:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None  # nothing can be compiled now; the launch asks for an earlier step
+        _compiler_errors[device] = _compiler_error(device)
+    return _compiler_errors[device]
+
+
+_compiler_errors: dict[torch.device, str | None] = {}
 
 
 @cache
-def _why_not_default(device: torch.device) -> str | None:
-    if (reason := why_not()) is not None:
-        return reason
+def _why_not_tried(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "the Triton kernel has not been tried on ROCm"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < _CAPABILITY:
         return f"the Triton kernel has not been tried on {torch.cuda.get_device_name(device)}"
+    return None
+
+
+def _compiler_error(device: torch.device) -> str | None:
     from apollo_qn.backends.triton import launch_schedule
 
     try:
@@ -248,7 +257,9 @@ class _Columns:
         if not TYPES.issuperset(self.types):
             return False
         for threshold, (p, _, m) in zip(self._columns[3], self.types, strict=True):
-            if threshold is not None and threshold.dtype is not arithmetic(p, m):
+            if threshold is None:
+                continue
+            if threshold.dtype is not arithmetic(p, m) or threshold.numel() != 1:
                 return False
         try:
             addresses = self.addresses

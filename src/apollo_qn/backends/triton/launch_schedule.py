@@ -153,18 +153,18 @@ class Tables:
 
     def _schedule(self, aligned: list[bool]) -> None:
         """Build the table of work."""
-        self._aligned = aligned
         kahan = [low != 0 for low in self._addresses[4]]
         kinds = list(zip(self._types, kahan, aligned, strict=True))
         # sets per alignment, so that how a tensor is read does not depend on the others
-        self._sets = [
+        sets = [
             _Set(*kind, [i for i, other in enumerate(kinds) if other == kind])
             for kind in dict.fromkeys(kinds)
         ]
         work = _WorkTable(self._n)
-        for one in self._sets:
+        for one in sets:
             _schedule(one, work, self._shared, _budget(self._device))
-        self._work = _on_device(torch.cat(work.pieces), self._device)
+        self._work = _on_device(torch.cat(work.pieces), self._device)  # may raise
+        self._sets, self._aligned = sets, aligned
 
     def launch(
         self,
@@ -190,15 +190,14 @@ class Tables:
         words[::2], words[1::2] = gradients, array("q", which)
         if isinstance(scalars, array):
             words.frombytes(scalars.tobytes())
+        aligned = self._aligned
         if gradients != self._gradients:
-            self._gradients = gradients
             there = torch.frombuffer(gradients, dtype=torch.int64) % _ALIGNMENT == 0
             aligned = (there & self._aligned_states).tolist()
-        else:
-            aligned = self._aligned
         with _on(self._device):
             if aligned != self._aligned:
                 self._schedule(aligned)
+            self._gradients = gradients
             uploaded = self._upload(words, self._tensors, self._work, self._rows)
             self._record_stream(uploaded)
             numbers = scalars
