@@ -155,6 +155,34 @@ def test_compensations() -> None:
         step(None, seed=-1)
 
 
+@BACK_ENDS
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("params", torch.ones(3, dtype=torch.int64), "params must be floating or complex"),
+        ("grads", None, "grads must hold tensors, got None"),
+        ("grads", torch.ones(3, dtype=torch.complex64), "gradient is of type torch.complex64"),
+        ("grads", torch.ones(3, device="meta"), "gradient is of type torch.float32 on meta"),
+        ("exp_avgs", torch.ones(3, dtype=torch.float16), "exp_avgs must be bfloat16, float32"),
+        ("state_steps", torch.tensor(0), "state_steps must be floating 0-dim .*int64"),
+        ("state_steps", 0, "state_steps must be floating 0-dim tensors, got 0"),
+        ("thresholds", torch.zeros(0), r"thresholds must be floating 0-dim .*\(0,\)"),
+        ("thresholds", torch.zeros((), device="meta"), "thresholds must lie on .*got meta"),
+    ],
+    ids=str,
+)
+def test_wrong_tensors_change_nothing(
+    name: str, value: Any, message: str, back_end: dict[str, Any]
+) -> None:
+    names = ("params", "grads", "exp_avgs", "hessian_diags")
+    given: dict[str, Any] = {key: [torch.ones(3), torch.ones(3)] for key in names}
+    given |= {key: [torch.ones(()), torch.ones(())] for key in ("state_steps", "thresholds")}
+    given[name][1] = value
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        apollo(**given, rebound="belief", warmup_steps=0, **back_end)
+    assert all(column[0].eq(1).all() for column in given.values())
+
+
 def test_positions_tell_the_bits_apart() -> None:
     def trained(positions: list[int] | None) -> list[Tensor]:
         params = [torch.ones(200, dtype=torch.bfloat16) for _ in range(2)]

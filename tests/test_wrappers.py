@@ -79,6 +79,70 @@ def test_an_error_changes_nothing(first: bool, back_end: dict[str, Any]) -> None
     assert set(optimizer.state) == (set() if first else {a, b, c})
 
 
+@BACK_ENDS
+@pytest.mark.parametrize("how", ["stored otherwise", "another type"])
+def test_an_error_undoes_the_conversion_of_a_state(how: str, back_end: dict[str, Any]) -> None:
+    """Also the state of a group that was converted before the error was found in the next."""
+    a, b = parameters([(3,), (4,)], torch.bfloat16)
+    optimizer = Apollo([{"params": [a]}, {"params": [b]}], seed=0, rounding="kahan", **back_end)
+    run_steps(optimizer, range(2))
+    give_gradients([a, b], 2)
+    if how == "another type":
+        a.grad = None
+        a.data = a.data.half()  # needs a new compensation
+        a.grad = torch.ones_like(a)
+    else:
+        optimizer.param_groups[0].update(state_dtype="bfloat16", rounding="nearest")
+    optimizer.state[b]["exp_avg"] = torch.zeros(5)
+    before = {name: value.clone() for name, value in optimizer.state[a].items()}
+    with pytest.raises(RuntimeError, match="exp_avg has the shape"):
+        optimizer.step()
+    assert same(before, dict(optimizer.state[a]))
+    assert {"compensation"} < before.keys()
+
+
+@BACK_ENDS
+@pytest.mark.parametrize(
+    ("name", "value"), [("sigma", 0.0), ("beta", 1.0), ("eps", None), ("rebound", "belif")]
+)
+def test_a_bad_setting_of_a_group_changes_nothing(
+    name: str, value: Any, back_end: dict[str, Any]
+) -> None:
+    a, b = parameters([(3,), (4,)])
+    optimizer = Apollo([{"params": [a]}, {"params": [b]}], warmup_steps=0, **back_end)
+    give_gradients([a, b], 0)
+    before = [a.detach().clone(), b.detach().clone()]
+    optimizer.param_groups[1][name] = value
+    with pytest.raises(ValueError, match=f"{name} must be .*got {value!r}"):
+        optimizer.step()
+    assert same(before, [a.detach(), b.detach()])
+    assert not optimizer.state
+
+
+@BACK_ENDS
+def test_a_counter_that_is_not_a_number_changes_nothing(back_end: dict[str, Any]) -> None:
+    params = parameters([(3,), (4,)])
+    optimizer = Apollo(params, warmup_steps=0, **back_end)
+    run_steps(optimizer, range(1))
+    optimizer.state[params[1]]["step"].fill_(float("nan"))
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(RuntimeError, match="step counter or a previous_lr is not a number"):
+        optimizer.step()
+    assert same(before, [p.detach() for p in params])
+
+
+@BACK_ENDS
+def test_a_parameter_that_is_conjugated_lazily_is_refused(back_end: dict[str, Any]) -> None:
+    """As in torch.optim.Adam; the update of a resolved copy would be lost."""
+    p = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64).conj())
+    assert p.is_conj()
+    p.grad = torch.ones(3, dtype=torch.complex64)
+    optimizer = Apollo([p], **back_end)
+    with pytest.raises(RuntimeError, match="conjugated"):
+        optimizer.step()
+    assert not optimizer.state
+
+
 def test_flattened_parameters_are_reported() -> None:
     """DeepSpeed, apex and Megatron replace the tensors of a group by one flat vector."""
     net = torch.nn.Linear(3, 2)

@@ -35,6 +35,9 @@ Mesh: TypeAlias = Any  # torch.distributed.device_mesh.DeviceMesh, which is not 
 _LARGEST_EXPONENT = {torch.float32: 120, torch.float64: 1000}
 
 
+_CACHED_INDICES = 64  # lists of rows that a reduction keeps on the device
+
+
 @dataclass(frozen=True, slots=True)
 class _Shard:
     """Placement of a sharded tensor: its mesh, and the mesh dimensions that it is sharded over."""
@@ -272,6 +275,8 @@ class Reduction:
     def _index(self, rows: list[int]) -> Tensor:
         key = tuple(rows)
         if key not in self._indices:
+            if len(self._indices) >= _CACHED_INDICES:  # the subsets of tensors differ at each step
+                self._indices.clear()
             self._indices[key] = torch.tensor(rows, device=self.device)
         return self._indices[key]
 

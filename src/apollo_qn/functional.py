@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from apollo_qn import advice
@@ -18,7 +19,7 @@ from apollo_qn.hyperparameters import (
 )
 from apollo_qn.plan import Backends, execute, prepare
 from apollo_qn.rounding import Rounding
-from apollo_qn.validation import check_length, required_list
+from apollo_qn.validation import check_length, check_lists, required_list
 
 
 @partial(advice.advises, advice=advice.FUNCTIONAL, name="apollo")
@@ -75,10 +76,10 @@ def apollo(
     Raises:
         TypeError: a keyword is one of another optimizer, such as ``betas``; the message says what
             to use instead.
-        ValueError: the lists differ in length; a list that the mode needs is missing; ``rounding``
-            or ``seed`` is out of its range.
-        RuntimeError: a gradient is sparse; shapes differ; ``fused=True`` without a fused back end;
-            ``foreach``, ``fused`` and ``differentiable`` exclude each other.
+        ValueError: the lists differ in length, or hold other things than said above; a list that
+            the mode needs is missing; ``rounding`` or ``seed`` is out of its range.
+        RuntimeError: a gradient is sparse; shapes or devices differ; ``fused=True`` without a fused
+            back end; ``foreach``, ``fused`` and ``differentiable`` exclude each other.
 
     Example:
         >>> theta, g = torch.ones(3), torch.full((3,), 0.5)
@@ -127,4 +128,6 @@ def apollo(
         list(compensations or []) if rounding == "kahan" else [],
         [storage.rng_key(seed, number) for number in numbers],
     )
+    if not torch.compiler.is_compiling():
+        check_lists(tensors)
     execute(prepare([(tensors, h)], Backends()))

@@ -22,6 +22,7 @@ from apollo_qn.state import (
     NewState,
     add_missing_state,
     compensations_of,
+    drop_compensation,
     dtype_name,
     follow_state_dtype,
     hyperparameters,
@@ -324,7 +325,7 @@ class Apollo(Optimizer):
                 plan.execute(step)
             except Exception:
                 if step is None or not step.started:
-                    new.remove(self.state)
+                    new.undo(self.state)
                 raise
             if new.entries and self._given_shapes and not self._has_warned_of_shapes:
                 others = [p for p in new.parameters if p.shape not in self._given_shapes]
@@ -369,7 +370,7 @@ class Apollo(Optimizer):
         Args:
             first: position of the group's first parameter in the optimizer.
             among: parameters that take part. None means all of the group.
-            new: record of the state that was created, so that it can be removed again.
+            new: record of the state that was created or converted, so that it can be undone.
         """
         group["state_dtype"] = dtype_name(group["state_dtype"])
         validation.check_storage(group, group["params"])
@@ -397,13 +398,12 @@ class Apollo(Optimizer):
                     for p, state in zip(params, states, strict=True):
                         add_missing_state(state, p, group, new)
                 column[:] = map(itemgetter(name), states)
-        follow_state_dtype(group, params, states, exp_avgs, hessian_diags)
+        follow_state_dtype(group, params, states, exp_avgs, hessian_diags, new)
         if group["rounding"] == "kahan":
             compensations += compensations_of(params, states, new)
         else:
-            for state in states:
-                if "compensation" in state:
-                    del state["compensation"]  # it would be stale if "kahan" were chosen again
+            for state in (each for each in states if "compensation" in each):
+                drop_compensation(state, new)  # it would be stale if "kahan" were chosen again
         if group["state_dtype"] is not None or not storage.NARROW.isdisjoint(
             {p.dtype for p in params}
         ):

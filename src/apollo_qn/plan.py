@@ -20,7 +20,7 @@ from torch import Tensor
 from apollo_qn import advice, distributed
 from apollo_qn import rounding as storage
 from apollo_qn.backends import cpu, triton
-from apollo_qn.backends.base import Backend, Batch, TensorLists, is_plain, joined
+from apollo_qn.backends.base import Backend, Batch, TensorLists, is_plain
 from apollo_qn.backends.foreach import Foreach
 from apollo_qn.backends.reference import Reference
 from apollo_qn.distributed import Group, Reduction
@@ -132,6 +132,7 @@ def execute(step: Step) -> None:
         # hand back now, because the first part must not change if a later one is refused
         for part in step.fused:
             _hand_back(step, part)
+        _check_counters(step.fused)
     if step.reduction is not None:
         _reduce(step, step.reduction)
     for part in step.fused:
@@ -139,8 +140,8 @@ def execute(step: Step) -> None:
             _hand_back(step, part)
             if part.batches and not part.run():
                 raise RuntimeError(
-                    "a step counter or a previous_lr is not a number, or another thread changed it "
-                    "during the step: load a valid state, and step in one thread at a time"
+                    "another thread changed a step counter or a previous_lr during the step: step "
+                    "in one thread at a time"
                 )
         step.started = True
     step.started = True
@@ -174,6 +175,18 @@ def _hand_back(step: Step, part: Part) -> None:
     part.batches = kept
 
 
+def _check_counters(parts: list[Part]) -> None:
+    """Raise RuntimeError if two parts count on one tensor; the second would find it changed."""
+    found = [
+        {id(counter) for batch in part.batches for counter in batch.tensors.state_steps}
+        for part in parts
+    ]
+    if sum(map(len, found)) > len(set().union(*found)):
+        raise RuntimeError(
+            "a sharded and a plain parameter share a tensor of state_steps: give each its own"
+        )
+
+
 def _is_sharded(batch: Batch) -> bool:
     return len(batch.tensors.rows) > 0  # Dynamo of torch 2.10 cannot trace bool() of a list
 
@@ -204,7 +217,8 @@ def _merged(batches: list[Batch]) -> list[Batch]:
             sizes = [len(batch.tensors) for batch in members]
             every = [rate for rate, size in zip(rates, sizes, strict=True) for _ in range(size)]
             scalars = scalars._replace(rate=_on_device(every, first.tensors.params[0].device))
-        result.append(replace(first, tensors=joined([b.tensors for b in members]), scalars=scalars))
+        tensors = TensorLists.concatenate([batch.tensors for batch in members])
+        result.append(replace(first, tensors=tensors, scalars=scalars))
     return result
 
 
@@ -237,13 +251,12 @@ def _real(batch: Batch) -> Batch:
     if lists.params[0].is_complex():
 
         def view(tensors: list[Any]) -> list[Any]:
-            # resolve_conj, because a gradient may be conjugated lazily
-            return [x if x is None else torch.view_as_real(x.resolve_conj()) for x in tensors]
+            return [x if x is None else torch.view_as_real(x) for x in tensors]
 
         lists = replace(
             lists,
             params=view(lists.params),
-            grads=view(lists.grads),
+            grads=view([g.resolve_conj() for g in lists.grads]),  # may be conjugated lazily
             exp_avgs=view(lists.exp_avgs),
             hessian_diags=view(lists.hessian_diags),
             compensations=view(lists.compensations),
@@ -272,6 +285,8 @@ def _batches(lists: TensorLists, h: Hyperparameters, only_first: bool = False) -
         on_host and lists.previous_lrs and not h.differentiable
     ):  # otherwise autograd runs through the rate
         rates = [x.item() for x in lists.previous_lrs[read]]
+    if on_host and any(x != x for x in (*steps, *rates)):
+        raise RuntimeError("a step counter or a previous_lr is not a number: load a valid state")
     columns: tuple[list[Any], ...] = (shard, steps, rates)
     indices: dict[Any, list[int] | None] = {}
     if all(len(set(column)) == 1 for column in columns):

@@ -67,16 +67,19 @@ def _stacked(scalars: list[Tensor]) -> list[Tensor]:
 
 
 class NewState:
-    """Record of the state that a step created, so that a refused step can remove it."""
+    """Record of the state that a step created or converted, so that a refused step can undo it."""
 
     def __init__(self) -> None:
         self.parameters: list[Tensor] = []  # parameters that had no state before
         self.entries: list[tuple[dict[str, Any], str]] = []
+        self.replaced: list[tuple[dict[str, Any], str, Tensor]] = []  # with the tensor from before
 
-    def remove(self, state: Any) -> None:
-        """Remove the recorded entries from ``state``."""
+    def undo(self, state: Any) -> None:
+        """Remove the created entries from ``state``, and put the replaced ones back."""
         for entries, name in self.entries:
             entries.pop(name, None)
+        for entries, name, before in reversed(self.replaced):
+            entries[name] = before
         for p in self.parameters:
             state.pop(p, None)
 
@@ -110,7 +113,7 @@ def compensations_of(
     for p, state in zip(params, states, strict=True):
         low = state.get("compensation")
         if low is not None and low.dtype is not p.dtype:
-            del state["compensation"]  # the parameter's type has changed
+            drop_compensation(state, new)  # the parameter's type has changed
         if "compensation" not in state and p.dtype in storage.NARROW:
             with torch.inference_mode(False):
                 state["compensation"] = torch.zeros_like(p)
@@ -119,12 +122,20 @@ def compensations_of(
     return [state.get("compensation") for state in states]
 
 
+def drop_compensation(state: dict[str, Any], new: NewState | None) -> None:
+    """Remove the compensation of a parameter, if it has one."""
+    low = state.pop("compensation", None)
+    if low is not None and new is not None:
+        new.replaced.append((state, "compensation", low))
+
+
 def follow_state_dtype(
     group: dict[str, Any],
     params: list[Tensor],
     states: list[dict[str, Any]],
     exp_avgs: list[Tensor],
     hessian_diags: list[Tensor],
+    new: NewState | None,
 ) -> None:
     """Convert m and B where the group's ``state_dtype`` has changed since they were made."""
     asked = _dtype(group["state_dtype"])
@@ -133,8 +144,10 @@ def follow_state_dtype(
         return
     for p, state in zip(params, states, strict=True):
         for name in TENSORS:
-            dtype = stored_dtype(state[name].dtype, p, asked)
-            state[name] = state[name].to(dtype)
+            before = state[name]
+            state[name] = before.to(stored_dtype(before.dtype, p, asked))
+            if new is not None and state[name] is not before:
+                new.replaced.append((state, name, before))
     exp_avgs[:] = [state["exp_avg"] for state in states]
     hessian_diags[:] = [state["hessian_diag"] for state in states]
 

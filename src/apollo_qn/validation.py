@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from apollo_qn import rounding as storage
 from apollo_qn.backends import cpu, triton
 from apollo_qn.backends.base import TensorLists
-from apollo_qn.distributed import Group
+from apollo_qn.distributed import Group, is_sharded
 from apollo_qn.hyperparameters import Hyperparameters, check_ranges, number
 from apollo_qn.state import dtype_name
 
@@ -29,11 +30,54 @@ def required_list(
     return list(tensors)
 
 
+# Types of m and B.
+_STATE_TYPES = {
+    *(torch.bfloat16, torch.float32, torch.float64),
+    *(torch.complex64, torch.complex128),
+}
+
+
+def check_lists(lists: TensorLists) -> None:
+    """Raise ValueError for tensors that a caller's lists must not hold."""
+    for name in ("params", "grads", "exp_avgs", "hessian_diags"):
+        for x in getattr(lists, name):
+            if not isinstance(x, Tensor):
+                raise ValueError(f"{name} must hold tensors, got {x!r}")
+            if name == "params" and not (x.is_floating_point() or x.is_complex()):
+                raise ValueError(f"params must be floating or complex, got {x.dtype}")
+            if name in ("exp_avgs", "hessian_diags") and x.dtype not in _STATE_TYPES:
+                raise ValueError(f"{name} must be bfloat16, float32 or float64, got {x.dtype}")
+    for name in ("state_steps", "previous_lrs", "thresholds"):
+        for x in getattr(lists, name):
+            if not isinstance(x, Tensor) or x.dim() or not x.is_floating_point():
+                got = f"shape {tuple(x.shape)} and {x.dtype}" if isinstance(x, Tensor) else repr(x)
+                raise ValueError(f"{name} must be floating 0-dim tensors, got {got}")
+    for p, x in zip(lists.params, lists.thresholds, strict=bool(lists.thresholds)):
+        if x.device != p.device:
+            raise ValueError(
+                f"thresholds must lie on their parameters' devices, got {x.device} for {p.device}"
+            )
+
+
+@lru_cache(maxsize=256)
+def _check_numbers(beta: Any, eps: Any, sigma: Any, weight_decay: Any, rebound: Any) -> None:
+    """Raise ValueError for a number that a user has put into a group; cached, for its speed."""
+    given = {"beta": beta, "eps": eps, "sigma": sigma, "weight_decay": weight_decay}
+    given = {name: value for name, value in given.items() if value is not _TENSOR}
+    check_ranges({**given, "rebound": rebound})
+
+
+_TENSOR = object()  # stands for a tensor, which a cache must not keep alive
+
+
 def checked_group(lists: TensorLists, h: Hyperparameters, traced: bool) -> Group:
     """Validate a group; return it with the learning rate as a number if possible."""
     check_back_end_choice(h.foreach, h.fused, h.differentiable)
     for name in ("grads", "exp_avgs", "hessian_diags", "state_steps"):
         check_length(name, getattr(lists, name), lists.params)
+    if not torch.compiler.is_compiling():
+        beta, decay = (_TENSOR if isinstance(x, Tensor) else x for x in (h.beta, h.weight_decay))
+        _check_numbers(beta, h.eps, h.sigma, decay, h.rebound)
     if h.rounding == "kahan":
         lists = replace(lists, compensations=_compensations(lists))
     if torch.compiler.is_compiling():
@@ -94,8 +138,18 @@ def _compensations(lists: TensorLists) -> list[Tensor | None]:
 
 
 def check_tensors(lists: TensorLists, describe: Callable[[Tensor], str]) -> None:
-    """Raise RuntimeError for sparse gradients and differing shapes, which no back end takes."""
+    """Raise RuntimeError for gradients and shapes that no back end takes."""
     for p, g in zip(lists.params, lists.grads, strict=True):
+        if g.device != p.device or g.is_complex() != p.is_complex():
+            raise RuntimeError(
+                f"a gradient is of type {g.dtype} on {g.device}, but belongs to {describe(p)} of "
+                f"type {p.dtype} on {p.device}"
+            )
+        if is_sharded(g) and not is_sharded(p):
+            raise RuntimeError(
+                f"a gradient is a DTensor, but belongs to {describe(p)}, which is a plain tensor: "
+                "distribute the parameter too, or give it the full gradient"
+            )
         if g.is_sparse:
             raise RuntimeError(
                 f"Apollo needs dense gradients, got a sparse one for {describe(p)}; build its "

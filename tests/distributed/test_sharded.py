@@ -33,6 +33,7 @@ _on_four_ranks = cache(lambda: on_ranks(4, *WORK))
 def test_on_two_ranks() -> None:
     """The one fast test that starts processes: all modes and back ends, two steps."""
     calls = ["sharded_as_unsharded float32 2", "gradients_placed_otherwise", "gradient_release"]
+    calls += ["nothing_changes_at_an_error", "indices_stay_few"]
     done, failures = on_ranks(2, *calls)
     assert done == calls, failures
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from apollo_qn import Apollo, GradientRelease, diagnostics
+from apollo_qn import Apollo, GradientRelease, apollo, diagnostics, distributed
 from tests import tolerances
 from tests.helpers import gradient, normal
 
@@ -176,6 +176,52 @@ def sixteen_bits() -> None:
                 assert torch.equal(parts[2][rank], parts[2][other]) == (other == rank)
                 assert torch.equal(parts[3][rank], parts[3][other])
             assert torch.equal(full(spread[3]), alone[3])  # replicated
+
+
+def nothing_changes_at_an_error() -> None:
+    """An error about a plain parameter leaves its sharded neighbor unchanged, and vice versa."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def tensors() -> list[Any]:
+        return [placed(torch.ones(4), mesh, [Shard(0)]), torch.ones(4)]
+
+    counter = torch.zeros(())
+    sharded, plain = tensors()
+    with pytest.raises(RuntimeError, match="share a tensor of state_steps"):
+        apollo([sharded, plain], tensors(), tensors(), tensors(), [counter, counter], fused=True)
+    assert torch.equal(full(sharded), plain)
+    assert counter == 0
+    for back_end, which in itertools.product(BACK_ENDS.values(), range(2)):
+        params = [nn.Parameter(x) for x in tensors()]
+        optimizer = Apollo(params, seed=0, warmup_steps=0, **back_end)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        before = [full(p).clone() for p in params]
+        optimizer.state[params[which]]["step"].fill_(float("nan"))
+        with pytest.raises(RuntimeError, match="not a number"):
+            optimizer.step()
+        optimizer.state[params[which]]["step"].fill_(1.0)
+        params[1].grad = torch.ones_like(params[0])
+        with pytest.raises(RuntimeError, match=r"DTensor.*belongs to a parameter of shape \(4,\)"):
+            optimizer.step()
+        assert all(torch.equal(full(p), x) for p, x in zip(params, before, strict=True))
+
+
+def indices_stay_few() -> None:
+    """Their number does not grow with the subsets of tensors that have a gradient."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "_CACHED_INDICES", 4)
+        params = [nn.Parameter(placed(torch.ones(4), mesh, [Shard(0)])) for _ in range(6)]
+        optimizer = Apollo(params, seed=0)
+        for t in range(18):
+            for i, p in enumerate(params):
+                p.grad = None if i == t * t % 6 else torch.ones_like(p)
+            optimizer.step()
+            assert optimizer._backends is not None
+            assert optimizer._backends.reduction is not None
+            assert len(optimizer._backends.reduction._indices) <= 4
 
 
 def _everywhere(x: Tensor) -> list[Tensor]:

@@ -52,16 +52,16 @@ class TensorLists:
         columns = (getattr(self, each.name) for each in fields(self))
         return TensorLists(*(change(column) if column else [] for column in columns))
 
+    @classmethod
+    def concatenate(cls, lists: Sequence[TensorLists]) -> TensorLists:
+        """Concatenate the lists of several groups, which must all need the same lists."""
+        names = [each.name for each in fields(cls)]
+        return cls(*([x for each in lists for x in getattr(each, name)] for name in names))
+
     @property
     def large(self) -> list[list[Tensor]]:
         """Return the four lists of tensors that have the parameters' shapes."""
         return [self.params, self.grads, self.exp_avgs, self.hessian_diags]
-
-
-def joined(lists: Sequence[TensorLists]) -> TensorLists:
-    """Concatenate the lists of several groups, which must all need the same lists."""
-    names = [each.name for each in fields(TensorLists)]
-    return TensorLists(*([x for each in lists for x in getattr(each, name)] for name in names))
 
 
 @dataclass(frozen=True, slots=True)

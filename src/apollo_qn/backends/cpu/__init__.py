@@ -105,8 +105,8 @@ class _Arguments:
         needed = ("params", "grads", "exp_avgs", "hessian_diags", "state_steps")
         optional = ("thresholds", "compensations", "previous_lrs")
         self.tensors = [
-            *(_joined(lists, name) for name in needed),
-            *(_filled(lists, name) for name in optional),
+            *(_concatenate(lists, name) for name in needed),
+            *(_concatenate_and_fill(lists, name) for name in optional),
         ]
         self.plain = all(map(is_plain, self.tensors))
 
@@ -126,15 +126,15 @@ class _Arguments:
         return rows, rng_keys, table
 
 
-def _joined(lists: list[TensorLists], name: str) -> list[Tensor]:
+def _concatenate(lists: list[TensorLists], name: str) -> list[Tensor]:
     if len(lists) == 1:
         column: list[Tensor] = getattr(lists[0], name)
         return column
     return [tensor for each in lists for tensor in getattr(each, name)]
 
 
-def _filled(lists: list[TensorLists], name: str) -> list[Tensor]:
-    """Join a list that only some tensors need, with an empty tensor for the others."""
+def _concatenate_and_fill(lists: list[TensorLists], name: str) -> list[Tensor]:
+    """Concatenate a list that only some tensors need, with an empty tensor for the others."""
     if not any(getattr(each, name) for each in lists):
         return []
     nothing = torch.empty(0, device="cpu")
