@@ -51,6 +51,29 @@ def test_groups_in_one_graph_follow_eager(options: dict[str, Any]) -> None:
         torch.testing.assert_close(other, one, rtol=0, atol=tolerances.COMPILED)
 
 
+def test_the_functional_form_in_one_graph() -> None:
+    torch._dynamo.reset()
+
+    def step(grads: list[Tensor], lists: list[list[Tensor]], rates: list[Tensor]) -> None:
+        params, *states = lists
+        apollo(
+            params, grads, *states, lr=0.1, warmup_steps=2, weight_decay=0.1,
+            decoupled_weight_decay=True, previous_lrs=rates,
+        )  # fmt: skip
+
+    results = []
+    for function in (step, torch.compile(step, backend="eager", fullgraph=True)):
+        params = [normal(shape, "theta", dtype=torch.float32) for shape in ((4, 3), (5,))]
+        lists = [params, *([torch.zeros_like(p) for p in params] for _ in range(2))]
+        lists.append([torch.zeros(()) for _ in params])
+        rates = [torch.zeros((), dtype=torch.float64) for _ in params]
+        for t in range(3):
+            function([normal(p.shape, "g", t, dtype=torch.float32) for p in params], lists, rates)
+        results.append([x for column in (*lists, rates) for x in column])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, one, rtol=0, atol=tolerances.COMPILED)
+
+
 def test_optimizers_one_after_the_other_are_freed() -> None:
     """A compiled step keeps neither model nor optimizer alive, and the next one compiles too."""
     torch._dynamo.reset()

@@ -17,7 +17,7 @@ from apollo_qn.hyperparameters import (
     check_ranges,
     warmup_start,
 )
-from apollo_qn.plan import Backends, execute, prepare
+from apollo_qn.plan import TRACED, Backends, execute, prepare
 from apollo_qn.rounding import Rounding
 from apollo_qn.validation import check_length, check_lists, required_list
 
@@ -128,6 +128,8 @@ def apollo(
         list(compensations or []) if rounding == "kahan" else [],
         [storage.rng_key(seed, number) for number in numbers],
     )
-    if not torch.compiler.is_compiling():
-        check_lists(tensors)
+    if torch.compiler.is_compiling():
+        execute(prepare([(tensors, h)], TRACED))
+        return
+    check_lists(tensors)
     execute(prepare([(tensors, h)], Backends()))
