@@ -103,6 +103,11 @@ def error_of(text: str, path: Path) -> str:
             "'muon', 'apollo', 'apollow', 'apollo-averaged'",
         ),
         (
+            'method = "sgd"',
+            'clas = "my_module:X"',
+            "optimizers.sgd.method: missing, allowed are 'sgd', ",
+        ),
+        (
             "weight_decay = { equal_strength_to",
             "weight_decay = { equal",
             "optimizers.adam.weight_decay.equal_strength_to: missing; "

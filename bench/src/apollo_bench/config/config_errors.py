@@ -45,6 +45,8 @@ def describe(error: ValidationError, schema: type[ConfigSection]) -> str:
         elif item["type"] == "union_tag_not_found":
             shown.append(item["ctx"]["discriminator"].strip("'()"))
             message = "missing"
+            if shown[-1] == "method":
+                message += f", allowed are {allowed_methods()}"
         elif item["type"] != "value_error" or len(str(item["input"])) < 40:
             message = f"is {item['input']!r}: {message}"
         lines.append(f"{'.'.join(shown) or 'recipe'}: {message}")
