@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import os
@@ -111,17 +112,68 @@ def describe_source(path: str) -> dict[str, str | None]:
 
     Returns:
         ``path``; ``folder``, which must be importable on every machine of the run; and ``version``:
-        that of an installed package, or the SHA-256 of the user's own module.
+        that of an installed package, or the SHA-256 of the user's own module and of the modules
+        of the same folder that it imports.
     """
     module_name = path.partition(":")[0]
     module = sys.modules[module_name]
     file = getattr(module, "__file__", None)
     if file is None or _is_installed(Path(file)):
         return {"path": path, "folder": None, "version": _installed_version(module)}
-    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
     depth = module_name.count(".") + (Path(file).name == "__init__.py")
     folder = Path(file).resolve().parents[depth]
-    return {"path": path, "folder": str(folder), "version": f"sha256:{digest}"}
+    version = f"sha256:{_digest(module_name, Path(file).resolve(), folder)}"
+    return {"path": path, "folder": str(folder), "version": version}
+
+
+def _digest(module_name: str, file: Path, folder: Path) -> str:
+    """Return the SHA-256 of a module and of the modules in ``folder`` that it imports.
+
+    The imports are read from the source: which modules a process has loaded depends on its tasks.
+    """
+    found: dict[Path, str] = {}
+    files = [file, *_files_of([module_name], folder)]
+    while files:
+        one = files.pop()
+        if one not in found:
+            content = one.read_bytes()
+            found[one] = hashlib.sha256(content).hexdigest()
+            if one.suffix == ".py":
+                package = one.parent.relative_to(folder).parts
+                files += _files_of(_imported_modules(content, package), folder)
+    if len(found) == 1:
+        return found[file]
+    lines = [f"{one.relative_to(folder).as_posix()} {found[one]}" for one in sorted(found)]
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _files_of(modules: Iterable[str], folder: Path) -> list[Path]:
+    """Return the files in a folder of modules and of the packages that they are in."""
+    files = []
+    for name in modules:
+        parts = name.split(".")
+        for end in range(1, len(parts) + 1):
+            place = folder.joinpath(*parts[:end])
+            candidates = (place / "__init__.py", place.with_name(f"{place.name}.py"))
+            files += [file for file in candidates if file.is_file()][:1]
+    return files
+
+
+def _imported_modules(source: bytes, package: tuple[str, ...]) -> set[str]:
+    """Return the absolute names that a source imports; some may be no modules but their content."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return set()
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            names |= {f"{base}.{alias.name}".lstrip(".") for alias in node.names}
+    return names
 
 
 def require_sources(sources: Iterable[dict[str, Any]]) -> None:
@@ -137,7 +189,7 @@ def require_sources(sources: Iterable[dict[str, Any]]) -> None:
         now = describe_source(source["path"])
         if source["version"] != now["version"] and now["folder"] is not None:
             raise ExperimentError(
-                f"{source['path']}: its file has changed since the run was prepared; start the "
+                f"{source['path']}: its code has changed since the run was prepared; start the "
                 "command again, with another --out if the run has begun"
             )
 

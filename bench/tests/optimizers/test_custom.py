@@ -339,6 +339,39 @@ def test_workers_elsewhere_find_the_code_and_notice_another(folder: Path, tmp_pa
     assert str(installed["version"]).startswith("torch ")
 
 
+def test_modules_beside_the_file_are_part_of_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run is not mixed with other code, wherever the user keeps her update rule."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    parts = (
+        "pack_a/__init__.py",
+        "pack_a/entry.py",
+        "pack_a/rule.py",
+        "pack_a/deep.py",
+        "beside.py",
+    )
+    (tmp_path / "pack_a").mkdir()
+    texts = ("", "from . import rule", "from pack_a.deep import f\nimport beside", "f = 1", "")
+    for name, text in zip((*parts, "unrelated.py"), (*texts, "import beside"), strict=True):
+        (tmp_path / name).write_text(f"{text}\n")
+    user_code.import_object("pack_a.entry:rule", "code")
+
+    def version() -> str | None:
+        return user_code.describe_source("pack_a.entry:rule")["version"]
+
+    before = {version()}
+    (tmp_path / "unrelated.py").write_text("changed = 1\n")
+    assert before == {version()}
+    for count, name in enumerate(parts, 2):
+        with (tmp_path / name).open("a") as file:
+            file.write("# changed\n")
+        before.add(version())
+        assert len(before) == count, name
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("pack_a", "beside")]:
+        del sys.modules[name]
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
