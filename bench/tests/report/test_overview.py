@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
@@ -9,6 +10,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from apollo_bench.config import recipe
 from apollo_bench.report import overview, page
@@ -171,6 +173,16 @@ def test_the_page_begins_with_contents_and_overview(
 
 
 @pytest.mark.usefixtures("no_other_figures")
+def test_an_overview_without_scores_is_not_printed(tmp_path: Path) -> None:
+    for task, reached in REACHED.items():
+        write_runs(tmp_path, task, {"apollo": reached["apollo"]})
+    console = Console(width=80, file=io.StringIO(), record=True)
+    page.show(collect([tmp_path]), console)
+    text = console.export_text()
+    assert text.count("Best mean") == 2
+    assert "Overview" not in text
+
+
 def test_a_report_on_one_task_has_no_overview(tmp_path: Path) -> None:
     write_runs(tmp_path, "wordnet", REACHED["wordnet"])  # type: ignore[arg-type]
     found = collect([tmp_path])

@@ -91,11 +91,16 @@ def show(summaries: list[Summary], console: Console) -> None:
         if len(summaries) > 1:
             console.print(f"\n[bold]{summary.task}[/bold]")
         for table in tables.tables(summary):
-            if sum(column.on_console for column in table.columns) > 1:
-                console.print(ConsoleTable(table))
+            _print(table, console)
         console.print(narrative.headline(summary), highlight=False, markup=False)
     if (first := overview.overview(summaries)) is not None:
-        console.print(ConsoleTable(first.table))
+        _print(first.table, console)
+
+
+def _print(table: Table, console: Console) -> None:
+    """Print a table, unless it has only names for the console."""
+    if sum(column.on_console for column in table.columns) > 1:
+        console.print(ConsoleTable(table))
 
 
 def _markdown(summaries: list[Summary], first: Overview | None, left_out: list[str]) -> str:
