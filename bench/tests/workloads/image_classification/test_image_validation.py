@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from apollo_bench.workloads.image_classification.image_validation import image_file_error
+from apollo_bench.workloads.image_classification.image_validation import check_image_file
 from bench.tests.image_trees import jpeg, photograph
+
+
+def image_file_error(path: Path) -> str | None:
+    return check_image_file(path)[0]
 
 
 def saved(image: Image.Image, kind: str) -> bytes:
