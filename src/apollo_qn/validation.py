@@ -219,9 +219,15 @@ def check_settings(given: dict[str, Any]) -> None:
     check_back_end_choice(given["foreach"], given["fused"], given["differentiable"])
 
 
+@lru_cache(maxsize=256)
+def _check_rounding(rounding: Any, seed: Any) -> None:
+    """Raise ValueError for a rounding or seed out of its range; cached, for its speed."""
+    check_ranges({"rounding": rounding, "seed": seed})
+
+
 def check_storage(given: dict[str, Any], params: Iterable[Any] = ()) -> None:
     """Raise ValueError for a rounding, seed or state_dtype that is unknown or does not fit."""
-    check_ranges({name: given[name] for name in ("rounding", "seed")})
+    _check_rounding(given["rounding"], given["seed"])
     chosen = dtype_name(given["state_dtype"])
     if chosen not in (None, "bfloat16"):
         raise ValueError(
