@@ -53,7 +53,7 @@ def main() -> None:
             return
         no_compiler = {"CXX": str(shutil.which("false"))}
         said = try_out(folder / "pure", "pure", no_compiler)
-        if said.count("UserWarning: Apollo") != 1:
+        if said.count("ApolloWarning: Apollo") != 1:
             sys.exit(f"without a compiler the wheel must say so once, it says: {said!r}")
         told = on_a_terminal(
             *(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps"),
