@@ -9,7 +9,6 @@ or a table no longer fits the sources.
 
 from __future__ import annotations
 
-import os
 import queue
 import shutil
 import subprocess
@@ -26,6 +25,7 @@ from tests.faults import (
     custom_parts,
     data_sets,
     evaluation,
+    forked_pytest,
     optimizer,
     workloads,
 )
@@ -122,7 +122,7 @@ def trial(fault: Fault, copies: queue.Queue[Path]) -> str | None:
             build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
             subprocess.run(build, cwd=root, check=True, capture_output=True)
         code, said = run_tests(root, fault.tests, "-x")
-    except subprocess.TimeoutExpired:
+    except TimeoutError:
         # a slow machine looks the same as a hang, so that this proves nothing
         with _print:
             print(f"{fault.what}: too slow", flush=True)
@@ -142,20 +142,9 @@ def trial(fault: Fault, copies: queue.Queue[Path]) -> str | None:
 def run_tests(root: Path, tests: object, *options: str, limit: int = LIMIT) -> tuple[int, str]:
     """Run the fast tests of these files with the sources of ``root``."""
     assert isinstance(tests, tuple | list)
-    paths = [str(root / "src"), str(root / "bench/src"), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
-        "PYTHONDONTWRITEBYTECODE": "1",  # a change within a second would keep the old bytecode
-        "OMP_NUM_THREADS": "1",
-    }
     # a fast test needs 2 seconds: one that needs 60 hangs, which is a failure
-    command = [sys.executable, "-m", "pytest", "-m", "not slow", "--timeout=60", "--tb=line", "-rf"]
-    done = subprocess.run(
-        [*command, "-p", "no:cacheprovider", *options, *tests],
-        cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=limit,
-    )  # fmt: skip
-    return done.returncode, done.stdout + done.stderr
+    arguments = ["-m", "not slow", "--timeout=60", "--tb=line", "-rf", "-p", "no:cacheprovider"]
+    return forked_pytest.run(root, [*arguments, *options, *tests], limit)
 
 
 if __name__ == "__main__":
