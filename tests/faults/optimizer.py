@@ -219,7 +219,7 @@ FAULTS = [
         ROUNDING,
     ),
     # the class
-    Fault("a step counts twice", QN, "steps, 1.0)", "steps, 2.0)", BACK_ENDS),
+    Fault("a step counts twice", QN, "alpha=1.0)", "alpha=2.0)", BACK_ENDS),
     Fault(
         "a schedule's warmup rises from 0",
         QN,
