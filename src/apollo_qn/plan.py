@@ -21,7 +21,7 @@ from torch import Tensor
 from apollo_qn import advice, distributed
 from apollo_qn import rounding as storage
 from apollo_qn.backends import cpu, triton
-from apollo_qn.backends.base import Backend, Batch, TensorLists, is_plain
+from apollo_qn.backends.base import Backend, Batch, TensorLists, copy_to_device, is_plain
 from apollo_qn.backends.foreach import Foreach
 from apollo_qn.backends.reference import Reference
 from apollo_qn.distributed import Group, Reduction
@@ -217,18 +217,11 @@ def _merged(batches: list[Batch]) -> list[Batch]:
         if len(set(rates)) > 1:
             sizes = [len(batch.tensors) for batch in members]
             every = [rate for rate, size in zip(rates, sizes, strict=True) for _ in range(size)]
-            scalars = scalars._replace(rate=_on_device(every, first.tensors.params[0].device))
+            column = torch.tensor(every, dtype=torch.float64, device="cpu")
+            scalars = scalars._replace(rate=copy_to_device(column, first.tensors.params[0].device))
         tensors = TensorLists.concatenate([batch.tensors for batch in members])
         result.append(replace(first, tensors=tensors, scalars=scalars))
     return result
-
-
-def _on_device(numbers: list[Any], device: torch.device) -> Tensor:
-    """Copy numbers to a device without waiting for it."""
-    column = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-    if device.type == "cuda":
-        column = column.pin_memory()
-    return column.to(device, non_blocking=True)
 
 
 def _split_homogeneous(step: Step, batch: Batch) -> None:

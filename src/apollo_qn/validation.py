@@ -59,12 +59,10 @@ def check_lists(lists: TensorLists) -> None:
             )
 
 
-@lru_cache(maxsize=256)
-def _check_numbers(beta: Any, eps: Any, sigma: Any, weight_decay: Any, rebound: Any) -> None:
-    """Raise ValueError for a number that a user has put into a group; cached, for its speed."""
-    given = {"beta": beta, "eps": eps, "sigma": sigma, "weight_decay": weight_decay}
-    given = {name: value for name, value in given.items() if value is not _TENSOR}
-    check_ranges({**given, "rebound": rebound})
+@lru_cache(maxsize=512)
+def _check_once(**given: Any) -> None:
+    """Call ``check_ranges``, but for settings that were found valid before; a step is fast."""
+    check_ranges({name: value for name, value in given.items() if value is not _TENSOR})
 
 
 _TENSOR = object()  # stands for a tensor, which a cache must not keep alive
@@ -77,7 +75,7 @@ def checked_group(lists: TensorLists, h: Hyperparameters, traced: bool) -> Group
         check_length(name, getattr(lists, name), lists.params)
     if not torch.compiler.is_compiling():
         beta, decay = (_TENSOR if isinstance(x, Tensor) else x for x in (h.beta, h.weight_decay))
-        _check_numbers(beta, h.eps, h.sigma, decay, h.rebound)
+        _check_once(beta=beta, eps=h.eps, sigma=h.sigma, weight_decay=decay, rebound=h.rebound)
     if h.rounding == "kahan":
         lists = replace(lists, compensations=_compensations(lists))
     if torch.compiler.is_compiling():
@@ -219,15 +217,9 @@ def check_settings(given: dict[str, Any]) -> None:
     check_back_end_choice(given["foreach"], given["fused"], given["differentiable"])
 
 
-@lru_cache(maxsize=256)
-def _check_rounding(rounding: Any, seed: Any) -> None:
-    """Raise ValueError for a rounding or seed out of its range; cached, for its speed."""
-    check_ranges({"rounding": rounding, "seed": seed})
-
-
 def check_storage(given: dict[str, Any], params: Iterable[Any] = ()) -> None:
     """Raise ValueError for a rounding, seed or state_dtype that is unknown or does not fit."""
-    _check_rounding(given["rounding"], given["seed"])
+    _check_once(rounding=given["rounding"], seed=given["seed"])
     chosen = dtype_name(given["state_dtype"])
     if chosen not in (None, "bfloat16"):
         raise ValueError(

@@ -58,6 +58,11 @@ class TensorLists:
         names = [each.name for each in fields(cls)]
         return cls(*([x for each in lists for x in getattr(each, name)] for name in names))
 
+    @staticmethod
+    def column(lists: Sequence[TensorLists], name: str) -> list[Any]:
+        """Concatenate one list of several groups, with None for groups that do not need it."""
+        return [x for each in lists for x in getattr(each, name) or [None] * len(each)]
+
     @property
     def large(self) -> list[list[Tensor]]:
         """Return the four lists of tensors that have the parameters' shapes."""
@@ -130,6 +135,13 @@ def step_scalars(batch: Batch) -> tuple[Any, ...]:
         *(h.weight_decay if h.l2 else 0.0, h.weight_decay if h.decoupled else 0.0),
         *(float(h.decays), float(h.belief), float(h.rounding == "stochastic"), s.t),
     )
+
+
+def copy_to_device(host: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor in host memory to a device; a CUDA device is not waited for."""
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
 def increment_version(tensors: Sequence[Tensor]) -> None:

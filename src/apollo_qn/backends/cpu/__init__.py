@@ -138,11 +138,7 @@ def _concatenate_and_fill(lists: list[TensorLists], name: str) -> list[Tensor]:
     if not any(getattr(each, name) for each in lists):
         return []
     nothing = torch.empty(0, device="cpu")
-    return [
-        nothing if tensor is None else tensor
-        for each in lists
-        for tensor in getattr(each, name) or [None] * len(each)
-    ]
+    return [nothing if x is None else x for x in TensorLists.column(lists, name)]
 
 
 def _plain_members(batch: Batch) -> list[bool]:

@@ -17,7 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apollo_qn.backends.base import Backend, Batch, increment_version, is_plain, step_scalars
+from apollo_qn.backends.base import (
+    Backend,
+    Batch,
+    TensorLists,
+    increment_version,
+    is_plain,
+    step_scalars,
+)
 from apollo_qn.secant import Sums, arithmetic
 
 _f16, _bf16, _f32, _f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -146,7 +153,7 @@ class Triton(Backend):
         *addresses, gradients = columns.addresses
         sizes = columns.sizes
         rows = list(range(len(sizes))) if table is not None else [-1] * len(sizes)
-        rng_keys = [key or 0 for key in columns.column("rng_keys")]
+        rng_keys = [key or 0 for key in TensorLists.column(columns.lists, "rng_keys")]
         signature = (addresses, sizes, columns.types, rows, rng_keys)
         key = (device, capturable)
         known, tables = self._tables.get(key, (None, None))
@@ -217,7 +224,8 @@ class _Columns:
     def __init__(self, batches: list[Batch]) -> None:
         self.batches = batches
         names = ("params", "exp_avgs", "hessian_diags", "thresholds", "compensations", "grads")
-        self._columns = [self.column(name) for name in names]
+        self.lists = [batch.tensors for batch in batches]
+        self._columns = [TensorLists.column(self.lists, name) for name in names]
         self.params, m, self._hessian_diags, thresholds, low, self.grads = self._columns
         self._thresholds, self._low = ([x for x in xs if x is not None] for xs in (thresholds, low))
         self._large: list[list[Tensor]] = [self.params, m, self._hessian_diags, self.grads]
@@ -225,11 +233,6 @@ class _Columns:
             zip(*(map(_DTYPE, xs) for xs in (self.params, self.grads, m)), strict=True)
         )
         self.sizes = list(map(Tensor.numel, self.params))
-
-    def column(self, name: str) -> list[Any]:
-        """Return a tensor list of all batches, with None where a batch does not need it."""
-        lists = (batch.tensors for batch in self.batches)
-        return [x for each in lists for x in getattr(each, name) or [None] * len(each)]
 
     @property
     def written(self) -> list[Tensor]:

@@ -23,6 +23,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from apollo_qn.backends.base import copy_to_device
 from apollo_qn.backends.triton import kernel
 from apollo_qn.secant import arithmetic
 
@@ -283,14 +284,12 @@ def _stream(device: torch.device) -> Any:
 
 def _on_device(table: Tensor, device: torch.device) -> Tensor:
     """Copy a table to the device without waiting."""
-    if device.type != "cuda":
-        return table.to(device)
-    if torch.cuda.is_current_stream_capturing():
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "the first step with these tensors is being captured in a CUDA graph: do one before, "
             "as torch.cuda.graph asks of every warmup"
         )
-    return table.pin_memory().to(device, non_blocking=True)
+    return copy_to_device(table, device)
 
 
 class _Upload:
