@@ -108,7 +108,7 @@ class ConsoleTable:
             made.add_row(
                 *(
                     Text(
-                        _unbroken(row[index].text),
+                        unbroken(row[index].text),
                         style="bold" if row[index].best else "",
                         overflow="ellipsis" if index == indices[0] else "fold",
                         no_wrap=index == indices[0],
@@ -126,7 +126,7 @@ def _with_ascii_signs(table: Table) -> Table:
     return table._replace(rows=rows)
 
 
-def _unbroken(text: str) -> str:
+def unbroken(text: str) -> str:
     """Return a text that is not broken before or after the sign of its deviation."""
     for sign in ("±", "+-"):
         text = text.replace(f" {sign} ", f"\N{NO-BREAK SPACE}{sign}\N{NO-BREAK SPACE}")

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from apollo_bench.atomic_write import write_atomically
 from apollo_bench.config.custom_optimizer import CustomSettings
-from apollo_bench.console_table import ConsoleTable, Table
+from apollo_bench.console_table import ConsoleTable, Table, unbroken
 from apollo_bench.optimizers.plot_style import style_of
 from apollo_bench.report import curves, figures, narrative, overview, tables
 from apollo_bench.report.figure_axes import FigureFile
@@ -210,11 +210,7 @@ def _split(table: Table) -> dict[str, Any]:
 def _unbroken(text: str) -> str:
     """Return a cell's text with a possible line break before an interval only."""
     space = "\N{NO-BREAK SPACE}"
-    return (
-        text.replace(" ± ", f"{space}±{space}")
-        .replace(", +", f",{space}+")
-        .replace(", -", f",{space}-")
-    )
+    return unbroken(text).replace(", +", f",{space}+").replace(", -", f",{space}-")
 
 
 def _links(run: Run, out: Path) -> tuple[str | None, str | None]:

@@ -66,6 +66,11 @@ class Difference:
     high: float | None
     p: float | None  # of a two-sided paired t-test; None for one pair or equal differences
 
+    @property
+    def is_lead(self) -> bool:
+        """Whether the interval lies above 0."""
+        return self.low is not None and self.low > 0
+
     def text(self, digits: int) -> str:
         """Return the values as "+0.34 [-0.10, +0.71]"."""
         mean = f"{self.mean:+.{digits}f}"

@@ -182,15 +182,14 @@ def winner_of(rows: list[Row]) -> Row | None:
     of which a run diverged is behind. With one seed there is no interval, so nobody wins.
     """
     best = best_of(rows)
-    if len(rows) < 2:
+    if best is None or len(rows) < 2:
         return None
-    for row in rows:
-        if best is None or row is best or row.score is None or (row.diverged and not best.diverged):
-            continue
-        lead = lead_of(best, row)
-        if lead is None or lead.low is None or lead.low <= 0:
-            return None
-    return best
+    leads = [
+        lead_of(best, row)
+        for row in rows
+        if row is not best and row.score is not None and (best.diverged or not row.diverged)
+    ]
+    return best if all(lead is not None and lead.is_lead for lead in leads) else None
 
 
 def lead_of(one: Row, other: Row) -> Difference | None:
