@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+QN = "src/apollo_qn"
+BENCH = "bench/src/apollo_bench"
+BENCH_TESTS = "bench/tests"
+
 
 class Fault(NamedTuple):
     """A change of the sources that makes a result wrong.

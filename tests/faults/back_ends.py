@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from tests.faults import Fault
+from tests.faults import QN, Fault
 
-QN = "src/apollo_qn"
 CPU = f"{QN}/backends/cpu"
 BACK_ENDS = ("tests/backends/test_backends.py",)
 TRITON = ("tests/backends/test_triton.py",)
@@ -52,7 +51,7 @@ FAULTS = [
     Fault(
         "a missing list is not filled for the tensors without it",
         f"{CPU}/__init__.py",
-        "nothing if tensor is None else tensor",
+        "nothing if x is None else x",
         "nothing",
         ROUNDING,
     ),

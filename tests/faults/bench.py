@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from tests.faults import Fault
+from tests.faults import BENCH, BENCH_TESTS, Fault
 
-BENCH = "bench/src/apollo_bench"
-TESTS = "bench/tests"
-IMAGES = f"{TESTS}/workloads/image_classification"
-LANGUAGE = f"{TESTS}/workloads/language_modeling"
-LOOP = (f"{TESTS}/training/test_loop.py",)
-DAMAGED = (f"{TESTS}/runs/test_damaged_runs.py",)
-ENTRY = (f"{TESTS}/cli/test_entry.py",)
-REPORT = (f"{TESTS}/report",)
+LANGUAGE = f"{BENCH_TESTS}/workloads/language_modeling"
+LOOP = (f"{BENCH_TESTS}/training/test_loop.py",)
+DAMAGED = (f"{BENCH_TESTS}/runs/test_damaged_runs.py",)
+ENTRY = (f"{BENCH_TESTS}/cli/test_entry.py",)
 
 FAULTS = [
     # training
-    Fault(
-        "the best mean is bold, a tie too",
-        BENCH,
-        "lead.low is None or lead.low <= 0:",
-        "lead.low is None:",
-        ("bench/tests/report/test_report.py",),
-    ),
     Fault(
         "the records before the checkpoint are lost on resumption",
         BENCH,
@@ -97,14 +86,14 @@ FAULTS = [
         BENCH,
         "max_norm=self.spec.train.clip_norm",
         "max_norm=1e9",
-        (f"{TESTS}/launch/test_local_processes.py",),
+        (f"{BENCH_TESTS}/launch/test_local_processes.py",),
     ),
     Fault(
         "parts of a batch count alike",
         BENCH,
         "return loss * (len(labels) / len(batch[1])), ()",
         "return loss, ()",
-        (f"{TESTS}/launch/test_local_processes.py",),
+        (f"{BENCH_TESTS}/launch/test_local_processes.py",),
     ),
     Fault(
         "the average is of the last evaluation alone",
@@ -154,7 +143,7 @@ FAULTS = [
         BENCH,
         'if not one.get("published")',
         "if False",
-        (f"{TESTS}/report/test_report.py", f"{TESTS}/report/test_report_sweeps.py"),
+        (f"{BENCH_TESTS}/report/test_report.py", f"{BENCH_TESTS}/report/test_report_sweeps.py"),
     ),
     # workers, progress and the page
     Fault(
@@ -162,77 +151,77 @@ FAULTS = [
         BENCH,
         "connection.send((number, process.pid, process.exitcode))",
         "connection.send((number, process.pid, 0))",
-        (f"{TESTS}/launch/test_fork_server.py",),
+        (f"{BENCH_TESTS}/launch/test_fork_server.py",),
     ),
     Fault(
         "a forked worker outlives its server",
         BENCH,
         "    os.environ[worker.PARENT_PID] = str(os.getppid())\n",
         "",
-        (f"{TESTS}/launch/test_fork_server.py",),
+        (f"{BENCH_TESTS}/launch/test_fork_server.py",),
     ),
     Fault(
         "the data are read for every worker",
         BENCH,
         "        if key not in workloads:\n",
         "        if True:\n",
-        (f"{TESTS}/launch/test_fork_server.py",),
+        (f"{BENCH_TESTS}/launch/test_fork_server.py",),
     ),
     Fault(
         "a column of the terminal is cut",
         BENCH,
         "if _SHORTEST_NAME + _width_of_numbers(columns) > width:",
         "if False:",
-        (f"{TESTS}/launch/test_progress.py",),
+        (f"{BENCH_TESTS}/launch/test_progress.py",),
     ),
     Fault(
         "waiting runs have a line each",
         BENCH,
         'item for item in enumerate(runs) if item[1].status != "waiting"',
         "item for item in enumerate(runs)",
-        (f"{TESTS}/launch/test_progress.py",),
+        (f"{BENCH_TESTS}/launch/test_progress.py",),
     ),
     Fault(
         "columns that do not fit are left out",
         BENCH,
         "            if not blocks or needed > room:\n",
         "            if not blocks:\n",
-        (f"{TESTS}/test_console_table.py",),
+        (f"{BENCH_TESTS}/test_console_table.py",),
     ),
     Fault(
         "a run that is behind makes the mean jump",
         BENCH,
         "[(ends >= step).sum() for step in means.index]",
         "len(ends)",
-        (f"{TESTS}/report/test_curves.py",),
+        (f"{BENCH_TESTS}/report/test_curves.py",),
     ),
     Fault(
         "a name ends the script of the page",
         BENCH,
         """.replace("<", "\\\\u003c")""",
         "",
-        (f"{TESTS}/report/test_page.py",),
+        (f"{BENCH_TESTS}/report/test_page.py",),
     ),
     Fault(
         "a watched report is never whole",
         BENCH,
         "page.write(paths, out, target, warn_once, with_figures=not received)",
         "[]",
-        (f"{TESTS}/report/test_watch.py",),
+        (f"{BENCH_TESTS}/report/test_watch.py",),
     ),
     Fault(
         "the norm of the gradient is that of one tensor",
         BENCH,
         "gradients = [p.grad for p in network.parameters() if p.grad is not None]",
         "gradients = [p.grad for p in network.parameters() if p.grad is not None][:1]",
-        (f"{TESTS}/training/test_gradient_norm.py",),
+        (f"{BENCH_TESTS}/training/test_gradient_norm.py",),
     ),
     Fault(
         "the commit is that of another checkout",
         BENCH,
         'if not _git(package, "ls-files", "--error-unmatch", "__init__.py"):',
         "if False:",
-        (f"{TESTS}/runs/test_source_commit.py",),
+        (f"{BENCH_TESTS}/runs/test_source_commit.py",),
     ),
     # schedules and recipes
     Fault(
@@ -240,28 +229,28 @@ FAULTS = [
         BENCH,
         "sum(step >= edge for edge in edges)",
         "sum(step > edge for edge in edges)",
-        (f"{TESTS}/config/test_recipe.py",),
+        (f"{BENCH_TESTS}/config/test_recipe.py",),
     ),
     Fault(
         "a cosine ends one step early",
         BENCH,
         "math.cos(math.pi * min(step, steps) / steps)",
         "math.cos(math.pi * min(step + 1, steps) / steps)",
-        (f"{TESTS}/config/test_recipe.py",),
+        (f"{BENCH_TESTS}/config/test_recipe.py",),
     ),
     Fault(
         "a warmup is one step late",
         BENCH,
         "min(1.0, (step + 1) / warmup)",
         "min(1.0, step / warmup)",
-        (f"{TESTS}/config/test_recipe.py",),
+        (f"{BENCH_TESTS}/config/test_recipe.py",),
     ),
     Fault(
         "a shortened schedule keeps its milestones",
         BENCH,
         "milestone * share for milestone",
         "milestone for milestone",
-        (f"{TESTS}/config/test_recipe.py",),
+        (f"{BENCH_TESTS}/config/test_recipe.py",),
     ),
     # optimizers
     Fault(
@@ -269,14 +258,14 @@ FAULTS = [
         BENCH,
         "p.dim() >= 2 and id(p) not in outer",
         "p.dim() >= 2",
-        (f"{TESTS}/optimizers/test_muon.py",),
+        (f"{BENCH_TESTS}/optimizers/test_muon.py",),
     ),
     Fault(
         "the average of B is not corrected",
         BENCH,
         "correction = 1 - beta**steps if steps else 1.0",
         "correction = 1.0",
-        (f"{TESTS}/optimizers/test_averaged_apollo.py",),
+        (f"{BENCH_TESTS}/optimizers/test_averaged_apollo.py",),
     ),
     # the search
     Fault(
@@ -284,14 +273,14 @@ FAULTS = [
         BENCH,
         "known[number] * (1 if metric.higher_is_better else -1)",
         "known[number] * (-1 if metric.higher_is_better else 1)",
-        (f"{TESTS}/search/test_trials.py",),
+        (f"{BENCH_TESTS}/search/test_trials.py",),
     ),
     Fault(
         "trials are spaced evenly, not by factors",
         BENCH,
         "math.exp(math.log(low) + share * math.log(high / low))",
         "low + share * (high - low)",
-        (f"{TESTS}/search/test_trials.py",),
+        (f"{BENCH_TESTS}/search/test_trials.py",),
     ),
     # runs that are kept, and what is shown of them
     Fault(
@@ -299,28 +288,28 @@ FAULTS = [
         BENCH,
         "    for line in lines:\n        times = _rounded",
         "    for line in lines[:-1]:\n        times = _rounded",
-        (f"{TESTS}/runs/test_archive.py",),
+        (f"{BENCH_TESTS}/runs/test_archive.py",),
     ),
     Fault(
         "lines of the curvature after the checkpoint stay",
         BENCH,
         "self._file.truncate(_bytes_until(path, step))",
         "pass",
-        (f"{TESTS}/runs/test_curvature_log.py",),
+        (f"{BENCH_TESTS}/runs/test_curvature_log.py",),
     ),
     Fault(
         "the time left counts no jobs",
         BENCH,
         "max([sum(rest) / jobs, *rest], default=0.0)",
         "sum(rest)",
-        (f"{TESTS}/launch/test_progress.py",),
+        (f"{BENCH_TESTS}/launch/test_progress.py",),
     ),
     Fault(
         "a step's ratio is of the means",
         BENCH,
         "statistics.median(a / b for a, b in zip(self.times, self.peer, strict=True))",
         "statistics.fmean(self.times) / statistics.fmean(self.peer)",
-        (f"{TESTS}/steptime/test_steptime.py",),
+        (f"{BENCH_TESTS}/steptime/test_steptime.py",),
     ),
     Fault(
         "equally frequent words are in no order",
@@ -331,32 +320,39 @@ FAULTS = [
     ),
     # the report
     Fault(
+        "the best mean is bold, a tie too",
+        BENCH,
+        "return self.low is not None and self.low > 0",
+        "return self.low is not None",
+        ("bench/tests/report/test_report.py",),
+    ),
+    Fault(
         "the spread is of the population",
         BENCH,
         "statistics.stdev(known)",
         "statistics.pstdev(known)",
-        (f"{TESTS}/report/test_report.py",),
+        (f"{BENCH_TESTS}/report/test_report.py",),
     ),
     Fault(
         "a difference has the wrong sign",
         BENCH,
         "one[seed] - other[seed] for seed in seeds",
         "other[seed] - one[seed] for seed in seeds",
-        (f"{TESTS}/report/test_report.py",),
+        (f"{BENCH_TESTS}/report/test_report.py",),
     ),
     Fault(
         "a row with diverged runs may be the best",
         BENCH,
         "sound = [row for row in scored if not row.diverged] or scored",
         "sound = scored",
-        (f"{TESTS}/report/test_report.py",),
+        (f"{BENCH_TESTS}/report/test_report.py",),
     ),
     Fault(
         "the target is reached one evaluation late",
         BENCH,
         'lines[0]["step"], lines[0]["time"]["seconds"], True',
         'lines[-1]["step"], lines[-1]["time"]["seconds"], True',
-        (f"{TESTS}/report/test_overview.py",),
+        (f"{BENCH_TESTS}/report/test_overview.py",),
     ),
     # single modules
     Fault(
@@ -364,76 +360,76 @@ FAULTS = [
         f"{BENCH}/config/equal_strength.py",
         "reference.weight_decay * reference.lr / this.lr",
         "reference.weight_decay * this.lr / reference.lr",
-        (f"{TESTS}/config/test_recipe.py",),
+        (f"{BENCH_TESTS}/config/test_recipe.py",),
     ),
     Fault(
         "a larger rate keeps its decay",
         f"{BENCH}/config/equal_strength.py",
         "settings.weight_decay / factor",
         "settings.weight_decay",
-        (f"{TESTS}/config/test_recipe_sweeps.py",),
+        (f"{BENCH_TESTS}/config/test_recipe_sweeps.py",),
     ),
     Fault(
         "processes of several machines count as those of one",
         f"{BENCH}/training/process_group.py",
         '"nodes": world // devices',
         '"nodes": 1',
-        (f"{TESTS}/training/test_process_group.py",),
+        (f"{BENCH_TESTS}/training/test_process_group.py",),
     ),
     Fault(
         "the running variance of all processes is of the population",
         f"{BENCH}/training/sync_batch_norm.py",
         "variance * count / (count - 1)",
         "variance",
-        (f"{TESTS}/training/test_sync_batch_norm.py",),
+        (f"{BENCH_TESTS}/training/test_sync_batch_norm.py",),
     ),
     Fault(
         "a checkpoint holds one shard",
         f"{BENCH}/training/full_state_dict.py",
         "return state.full_tensor() if",
         "return state.to_local() if",
-        (f"{TESTS}/training/test_full_state_dict.py",),
+        (f"{BENCH_TESTS}/training/test_full_state_dict.py",),
     ),
     Fault(
         "loaded state is not sharded",
         f"{BENCH}/training/full_state_dict.py",
         "if not _is_dtensor(like):",
         "if True:",
-        (f"{TESTS}/training/test_full_state_dict.py",),
+        (f"{BENCH_TESTS}/training/test_full_state_dict.py",),
     ),
     Fault(
         "the largest rate is not marked as an end of the range",
         f"{BENCH}/report/tables.py",
         "chosen in (values[0], values[-1])",
         "chosen == values[0]",
-        (f"{TESTS}/report/test_report_sweeps.py",),
+        (f"{BENCH_TESTS}/report/test_report_sweeps.py",),
     ),
     Fault(
         "trials are in the order of their numbers",
         f"{BENCH}/report/tables.py",
         "return sorted(rows, key=lambda row: float(getattr(row.runs[0].spec.optimizer, key)))",
         "return rows",
-        (f"{TESTS}/report/test_report_sweeps.py",),
+        (f"{BENCH_TESTS}/report/test_report_sweeps.py",),
     ),
     Fault(
         "the time of a step is in seconds",
         f"{BENCH}/steptime/timing.py",
         "return 1e3 * (time.perf_counter() - start)",
         "return time.perf_counter() - start",
-        (f"{TESTS}/steptime/test_steptime.py",),
+        (f"{BENCH_TESTS}/steptime/test_steptime.py",),
     ),
     Fault(
         "memory is in kilobytes",
         f"{BENCH}/steptime/timing.py",
         "int(found.group(1)) * 1024",
         "int(found.group(1))",
-        (f"{TESTS}/steptime/test_steptime.py",),
+        (f"{BENCH_TESTS}/steptime/test_steptime.py",),
     ),
     Fault(
         "seeds of neighbors are equal",
         f"{BENCH}/seeds.py",
         '",".join(str(part) for part in parts)',
         '"".join(str(part) for part in parts)',
-        (f"{TESTS}/test_seeds.py",),
+        (f"{BENCH_TESTS}/test_seeds.py",),
     ),
 ]

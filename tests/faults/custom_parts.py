@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from tests.faults import Fault
+from tests.faults import BENCH, Fault
 
-BENCH = "bench/src/apollo_bench"
 CUSTOM = ("bench/tests/optimizers/test_custom.py",)
 BASELINE = ("bench/tests/runs/test_baseline.py",)
 CUSTOM_PARTS = ("bench/tests/workloads/test_custom_parts.py",)

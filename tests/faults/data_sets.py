@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tests.faults import Fault
+from tests.faults import BENCH, BENCH_TESTS, Fault
 
-WORKLOADS = "bench/src/apollo_bench/workloads"
-TESTS = "bench/tests/workloads"
+WORKLOADS = f"{BENCH}/workloads"
+TESTS = f"{BENCH_TESTS}/workloads"
 IMAGES = f"{WORKLOADS}/image_classification"
 LANGUAGE = f"{WORKLOADS}/language_modeling"
 TRANSLATION = f"{WORKLOADS}/translation"

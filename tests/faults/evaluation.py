@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from tests.faults import Fault
+from tests.faults import BENCH, BENCH_TESTS, Fault
 
-BENCH = "bench/src/apollo_bench"
-TESTS = "bench/tests"
-CUSTOM = (f"{TESTS}/optimizers/test_custom.py",)
-LOCAL = (f"{TESTS}/launch/test_local_processes.py",)
-REPORT = (f"{TESTS}/report/test_report.py",)
-FIGURES = (f"{TESTS}/report/test_figures.py",)
-OVERVIEW = (f"{TESTS}/report/test_overview.py",)
-STEPTIME = (f"{TESTS}/steptime/test_steptime.py",)
-RESULTS = (f"{TESTS}/test_results.py",)
-LENGTHS = (f"{TESTS}/test_lengths.py",)
+CUSTOM = (f"{BENCH_TESTS}/optimizers/test_custom.py",)
+LOCAL = (f"{BENCH_TESTS}/launch/test_local_processes.py",)
+REPORT = (f"{BENCH_TESTS}/report/test_report.py",)
+FIGURES = (f"{BENCH_TESTS}/report/test_figures.py",)
+OVERVIEW = (f"{BENCH_TESTS}/report/test_overview.py",)
+STEPTIME = (f"{BENCH_TESTS}/steptime/test_steptime.py",)
+RESULTS = (f"{BENCH_TESTS}/test_results.py",)
+LENGTHS = (f"{BENCH_TESTS}/test_lengths.py",)
 RELEASE = ("tests/test_release.py",)
 
 FAULTS = [
@@ -23,7 +21,7 @@ FAULTS = [
         f"{BENCH}/atomic_write.py",
         'temporary = path.with_name(path.name + ".tmp")',
         "temporary = path",
-        (f"{TESTS}/runs/test_damaged_runs.py",),
+        (f"{BENCH_TESTS}/runs/test_damaged_runs.py",),
     ),
     Fault(
         "defaults of an own optimizer are not completed",
@@ -44,21 +42,21 @@ FAULTS = [
         f"{BENCH}/config/overrides.py",
         "for name in chosen[first] or tables:",
         "for name in list(chosen[first] or tables)[:1]:",
-        (f"{TESTS}/config/test_recipe.py",),
+        (f"{BENCH_TESTS}/config/test_recipe.py",),
     ),
     Fault(
         "a config error names no allowed keys",
         f"{BENCH}/config/config_errors.py",
         "if owner is not None:\n                message +=",
         "if False:\n                message +=",
-        (f"{TESTS}/config/test_recipe.py",),
+        (f"{BENCH_TESTS}/config/test_recipe.py",),
     ),
     Fault(
         "own data have the name of a recipe",
         f"{BENCH}/cli/selection.py",
         'return f"own-{name}" if name in recipe.recipe_names() else name or kind',
         "return name or kind",
-        (f"{TESTS}/workloads/test_custom_parts.py",),
+        (f"{BENCH_TESTS}/workloads/test_custom_parts.py",),
     ),
     Fault(
         "own code may change between preparation and training",
@@ -73,28 +71,28 @@ FAULTS = [
         f"{BENCH}/launch/run_scheduler.py",
         'self.status = "failed"\n            lines',
         'self.status = "stopped"\n            lines',
-        (f"{TESTS}/launch/test_run_scheduler.py",),
+        (f"{BENCH_TESTS}/launch/test_run_scheduler.py",),
     ),
     Fault(
         "the time left is that of the whole run",
         f"{BENCH}/launch/run_scheduler.py",
         "return self.seconds / self.step * (self.steps - self.step)",
         "return self.seconds / self.step * self.steps",
-        (f"{TESTS}/launch/test_progress.py",),
+        (f"{BENCH_TESTS}/launch/test_progress.py",),
     ),
     Fault(
         "two runs may share a directory",
         f"{BENCH}/launch/run_experiment.py",
         "if other is not spec and other != spec:",
         "if False:",
-        (f"{TESTS}/cli/test_compare.py",),
+        (f"{BENCH_TESTS}/cli/test_compare.py",),
     ),
     Fault(
         "an own model is not tried before the runs",
         f"{BENCH}/launch/custom_code_checks.py",
         "    _check_models(specs, workloads)\n",
         "",
-        (f"{TESTS}/workloads/test_custom_parts.py",),
+        (f"{BENCH_TESTS}/workloads/test_custom_parts.py",),
     ),
     # runs
     Fault(
@@ -109,7 +107,7 @@ FAULTS = [
         f"{BENCH}/training/step_timer.py",
         "1e3 * (time.perf_counter() - before)",
         "time.perf_counter() - before",
-        (f"{TESTS}/training/test_step_timer.py",),
+        (f"{BENCH_TESTS}/training/test_step_timer.py",),
     ),
     # step times
     Fault(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from tests.faults import Fault
+from tests.faults import QN, Fault
 
-QN = "src/apollo_qn"
 RULE = ("tests/test_algorithm.py", "tests/test_golden.py")
 BACK_ENDS = ("tests/backends/test_backends.py", "tests/backends/test_device_waits.py")
 CPU = tuple(f"tests/backends/test_cpu{part}.py" for part in ("", "_changes", "_operands"))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from tests.faults import Fault
+from tests.faults import BENCH, BENCH_TESTS, Fault
 
-BENCH = "bench/src/apollo_bench"
-TESTS = "bench/tests"
-IMAGES = f"{TESTS}/workloads/image_classification"
-LANGUAGE = f"{TESTS}/workloads/language_modeling"
-TRANSLATION = f"{TESTS}/workloads/translation"
-LOOP = (f"{TESTS}/training/test_loop.py",)
-UNUSABLE = (f"{TESTS}/workloads/test_unusable_files.py",)
+IMAGES = f"{BENCH_TESTS}/workloads/image_classification"
+LANGUAGE = f"{BENCH_TESTS}/workloads/language_modeling"
+TRANSLATION = f"{BENCH_TESTS}/workloads/translation"
+UNUSABLE = (f"{BENCH_TESTS}/workloads/test_unusable_files.py",)
 
 FAULTS = [
     # files of the user
@@ -19,21 +16,21 @@ FAULTS = [
         BENCH,
         "if os.path.lexists(folder / name):",
         "if False:",
-        (f"{TESTS}/workloads/test_output_files.py",),
+        (f"{BENCH_TESTS}/workloads/test_output_files.py",),
     ),
     Fault(
         "prepare removes all that lies beside its counts",
         BENCH,
         "    for path in counted:\n        path.unlink()\n",
         "    for path in counted[0].parent.iterdir():\n        path.unlink()\n",
-        (f"{TESTS}/workloads/test_output_files.py",),
+        (f"{BENCH_TESTS}/workloads/test_output_files.py",),
     ),
     Fault(
         "an archive is written among its runs",
         BENCH,
         "    if compatibility.find_run_directories(out):\n",
         "    if False:\n",
-        (f"{TESTS}/workloads/test_output_files.py",),
+        (f"{BENCH_TESTS}/workloads/test_output_files.py",),
     ),
     Fault(
         "a pipe is waited for",
