@@ -104,12 +104,17 @@ inline void add(Sums &total, const Sums &part)
     total.k += k;
 }
 
-// Prefetches a thread's next tensors into the cache while the thread measures others, at the same pace.
-// Measuring is bound by arithmetic, such as its divisions, and so leaves memory bandwidth for this.
+// Prefetches what a thread measures next into the cache while the thread measures, at the same pace: its
+// next small tensors, or the same large tensor some elements ahead, because the hardware's prefetching
+// stops at the end of a page. Measuring leaves memory bandwidth for this.
 class Prefetcher {
   public:
     Prefetcher() = default;
     Prefetcher(const Item *first, const Item *end) : item_(first), end_(end) { open(); }
+    Prefetcher(const Item &large, size_t at) : item_(&large), end_(&large + 1), left_(large.n)
+    {
+        begin(large.scalars->decay != 0, at + 4 * STEP);
+    }
 
     INLINE void advance(size_t measured)
     {
@@ -135,19 +140,25 @@ class Prefetcher {
     const char *at_[STREAMS] = {};
     size_t size_[STREAMS] = {};
 
-    // Skips large tensors, which the hardware prefetches. Prefetching here made them 1.25 times slower.
+    // Skips large tensors, which all threads process together.
     void open()
     {
         while (item_ != end_ && item_->n > SMALL) item_++;
         if (item_ == end_) return;
         left_ = item_->n;
+        begin(true, 0);
+    }
+
+    void begin(bool with_theta, size_t place)
+    {
         const auto [p, g, state] = SIZES.of[item_->kind];
         const char *const start[STREAMS] = {item_->g, item_->m, item_->B, item_->p,
                                             item_->compensation};
-        const size_t size[STREAMS] = {g, state, state, p, item_->compensation ? p : 0};
+        const size_t theta = with_theta ? p : 0;
+        const size_t size[STREAMS] = {g, state, state, theta, item_->compensation ? theta : 0};
         for (int k = 0; k < STREAMS; k++) {
             size_[k] = size[k];
-            at_[k] = start[k];
+            at_[k] = start[k] + place * size[k];
         }
     }
 };
@@ -220,11 +231,12 @@ INLINE Sums measure_block(const typename K::P *__restrict p, const typename K::P
         ahead.advance(end - i);
         for (; i + LANES <= end; i += LANES)
             for (size_t j = 0; j < LANES; j++) MEASURE(i + j, j);
-        for (size_t j = 0; j < LANES; j++) {
-            q4_sum[j] += (double)q4[j];
-            k_sum[j] += (double)k[j];
-            q4[j] = k[j] = 0;
-        }
+// unrolled, GCC 12 would not vectorize these
+#pragma GCC unroll 1
+        for (size_t j = 0; j < LANES; j++) q4_sum[j] += (double)q4[j];
+#pragma GCC unroll 1
+        for (size_t j = 0; j < LANES; j++) k_sum[j] += (double)k[j];
+        for (size_t j = 0; j < LANES; j++) q4[j] = k[j] = 0;
     }
     for (size_t j = 0; i < n; i++, j++) MEASURE(i, j);
 #undef MEASURE

@@ -119,7 +119,7 @@ class Schedule {
         } else {
             parallel_for((int64_t)first, (int64_t)end, 1, [&](int64_t begin, int64_t stop) {
                 const Flushing flushing;
-                Prefetcher ahead;
+                Prefetcher ahead(t, chunks_[begin].at);
                 for (int64_t k = begin; k < stop; k++) {
                     const size_t at = chunks_[k].at;
                     chunks_[k].sums = kernel_.of[t.kind].measure(t, at, length(at), s, ahead);

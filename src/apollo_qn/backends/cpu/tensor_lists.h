@@ -84,16 +84,18 @@ class TensorList {
     size_t size() const { return tensors_.size(); }
     AtenTensorHandle operator[](size_t i) const { return tensors_[i]; }
 
-    // Reads layout and storage size of the tensors from `begin` on, to bring their descriptions into the
-    // cache. The elements of all tensors have displaced them since the last step. In a loop as short as
+    // Reads layout, dimension and storage size of the tensors from `begin` on, to bring all cache lines of
+    // their descriptions into the cache. The elements of all tensors have displaced them since the last step. In a loop as short as
     // this one the processor waits for many cache misses at the same time.
     void prefetch(size_t begin) const
     {
         int32_t layout = 0;
-        int64_t storage = 0;
-        for (size_t i = begin; i < std::min(begin + AT_ONCE, size()); i++)
+        int64_t dim = 0, storage = 0;
+        for (size_t i = begin; i < std::min(begin + AT_ONCE, size()); i++) {
+            (void)aoti_torch_get_dim(tensors_[i], &dim);
             if (!aoti_torch_get_layout(tensors_[i], &layout) && layout == dtypes().strided)
                 (void)aoti_torch_get_storage_size(tensors_[i], &storage);
+        }
     }
 
   private:
