@@ -14,11 +14,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from scipy import stats
+from matplotlib.figure import Figure
 
 from apollo_bench.config import recipe
 from apollo_bench.config.equal_strength import scale_lr
 from apollo_bench.config.recipe import Recipe, RunSpec
+from apollo_bench.optimizers.plot_style import style_of
+from apollo_bench.report.figure_axes import mark_empty
+from apollo_bench.report.statistics import Difference, difference
 from apollo_bench.runs import loading
 from apollo_bench.runs.archive import RUNS
 from apollo_bench.search.best_trials import best_trial, mean_score
@@ -26,7 +29,7 @@ from apollo_bench.search.trials import make_trials
 from apollo_bench.workloads.tasks import TASKS as FAMILIES
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-TASKS = ("multi30k", "cifar10", "wordnet")
+TASKS = {"multi30k": "Translation", "cifar10": "Images", "wordnet": "Language"}
 LENGTHS = {"16th": "1/16", "quarter": "1/4", "whole": "1"}
 SEARCHED = {"16th": "16th", "quarter": "quarter", "whole": "quarter"}  # length of the search
 OTHER_WARMUP = "-long-warmup"  # ends the name of the second form of an optimizer
@@ -146,13 +149,6 @@ def by_method(path: Path) -> dict[str, list[loading.Run]]:
     return found
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Return the 95 % interval of Student's t for the mean of two values or more."""
-    mean, count = statistics.fmean(values), len(values)
-    half = stats.t.ppf(0.975, count - 1) * statistics.stdev(values) / count**0.5
-    return mean - half, mean + half
-
-
 def scores(runs: list[loading.Run], metric: str) -> dict[int, float]:
     """Return the metric of the finished runs by seed."""
     values = {run.spec.seed: run.final(metric) for run in runs}
@@ -167,25 +163,24 @@ def tables(task: str, results: Path = RESULTS) -> Iterator[str]:
         results: folder of the archives.
     """
     metric = FAMILIES[task].final
-    sign = 1 if metric.higher_is_better else -1
     comparisons = {length: f"{task}/length-{length}-comparison" for length in LENGTHS}
     there = [length for length in LENGTHS if comparisons[length] in measured(results)]
     missing = [LENGTHS[length] for length in LENGTHS if length not in there]
     found = {length: by_method(results / comparisons[length]) for length in there}
     if there:
         head = " | ".join(f"length {LENGTHS[length]}" for length in there)
-        yield f"| {metric.label} | {head} |"
+        yield f"| {metric.title} | {head} |"
         yield "|---" * (len(there) + 1) + "|"
         methods = [name for name in LABELS if any(name in runs for runs in found.values())]
         for name in methods:
             cells = [_score(found[length][name], metric.name) for length in there]
             yield f"| {LABELS[name]} | {' | '.join(cells)} |"
         yield ""
-        yield f"| Apollo's lead over | {head} |"
+        yield f"| Apollo's lead in {metric.title} over | {head} |"
         yield "|---" * (len(there) + 1) + "|"
         for name in methods:
             if name != OURS:
-                cells = [_lead(found[x][OURS], found[x][name], metric.name, sign) for x in there]
+                cells = [_lead(lead(task, length, name, results)) for length in there]
                 yield f"| {LABELS[name]} | {' | '.join(cells)} |"
         yield ""
     if missing:
@@ -202,14 +197,55 @@ def _score(runs: list[loading.Run], metric: str) -> str:
     return f"{text} (lr {runs[0].spec.optimizer.lr:.3g}, warmup {warmup})"
 
 
-def _lead(ours: list[loading.Run], other: list[loading.Run], metric: str, sign: int) -> str:
-    one, two = scores(ours, metric), scores(other, metric)
-    values = [sign * (one[seed] - two[seed]) for seed in sorted(one.keys() & two.keys())]
-    if len(values) < 2:
+def lead(task: str, length: str, method: str, results: Path = RESULTS) -> Difference | None:
+    """Return Apollo's lead over a method at a length that is measured; > 0 if Apollo is better."""
+    metric = FAMILIES[task].final
+    found = by_method(results / f"{task}/length-{length}-comparison")
+    ours, other = scores(found[OURS], metric.name), scores(found[method], metric.name)
+    return difference(ours, other) if metric.higher_is_better else difference(other, ours)
+
+
+def _lead(found: Difference | None) -> str:
+    if found is None or found.low is None or found.high is None:
         return "-"
-    low, high = interval(values)
-    verdict = "ahead" if low > 0 else "behind" if high < 0 else "undecided"
-    return f"{statistics.fmean(values):+.2f} [{low:+.2f}, {high:+.2f}], {verdict}"
+    verdict = "ahead" if found.is_lead else "behind" if found.high < 0 else "undecided"
+    return f"{found.text(2)}, {verdict}"
+
+
+def figure(results: Path = RESULTS) -> Figure:
+    """Draw Apollo's lead over each other optimizer against the length, one panel per task."""
+    drawn = Figure(figsize=(10.5, 3.8), layout="constrained")
+    panels = drawn.subplots(1, len(TASKS))
+    for axes, task in zip(panels, TASKS, strict=True):
+        there = [x for x in LENGTHS if f"{task}/length-{x}-comparison" in measured(results)]
+        others = [name for name in LABELS if name not in (OURS, "apollow")]
+        for place, method in enumerate(others):
+            found = {length: lead(task, length, method, results) for length in there}
+            points = [
+                (list(LENGTHS).index(length) + 0.1 * (place - 1.5), one.mean, one.low, one.high)
+                for length, one in found.items()
+                if one is not None and one.low is not None and one.high is not None
+            ]
+            if points:
+                x, mean, low, high = zip(*points, strict=True)
+                below = [m - at for m, at in zip(mean, low, strict=True)]
+                above = [at - m for m, at in zip(mean, high, strict=True)]
+                style = style_of(method)
+                axes.errorbar(
+                    x, mean, yerr=(below, above), color=style.color, marker=style.marker,
+                    markersize=5, linewidth=1.2, capsize=3, label=f"over {LABELS[method]}",
+                )  # fmt: skip
+        axes.axhline(0.0, color="0.5", linewidth=0.8)
+        axes.set_xticks(range(len(LENGTHS)), LENGTHS.values())
+        axes.set_xlim(-0.4, len(LENGTHS) - 0.6)
+        axes.set_xlabel("length of the training")
+        axes.set_ylabel(f"Apollo's lead, {FAMILIES[task].final.title}")
+        axes.set_title(TASKS[task])
+        if not axes.containers:
+            mark_empty(axes)
+    handles, labels = panels[0].get_legend_handles_labels()
+    drawn.legend(handles, labels, frameon=False, ncols=len(LABELS), loc="outside lower center")
+    return drawn
 
 
 def curvature(results: Path = RESULTS) -> Iterator[str]:

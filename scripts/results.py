@@ -102,6 +102,7 @@ def main() -> int:
     errors += check_lengths()
     if all((RESULTS / task / "comparison" / RUNS).exists() for task in TASKS):
         errors += [error for path in PAGES for error in blocks(path, check)]
+    errors += draw_lengths(check)
     for error in errors:
         print(error, file=sys.stderr)
     print(f"{len(archives())} archives, {'wrong' if errors else 'as the metrics give them'}")
@@ -139,6 +140,18 @@ def check_lengths() -> Iterator[str]:
     for task, found in data.items():
         if len(found) > 1:
             yield f"{task}: the lengths were not all trained on the same data"
+
+
+def draw_lengths(check: bool) -> Iterator[str]:
+    """Draw the figure of the leads by length, or yield how its data differ from the committed."""
+    data = "\n".join(line for task in lengths.TASKS for line in lengths.tables(task, RESULTS))
+    target = FIGURES / "results_lengths.png"
+    if not check:
+        lengths.figure(RESULTS).savefig(target, metadata={"Software": None}, dpi=150)
+    elif not target.exists():
+        yield f"{target.relative_to(ROOT)}: missing"
+    digest = hashlib.sha256(data.encode()).hexdigest()
+    yield from put(RESULTS / "lengths.sha256", f"{digest}  {target.name}\n", check)
 
 
 @functools.cache

@@ -107,9 +107,33 @@ def test_the_options_make_the_recipe_what_was_chosen(
     )
 
 
-def test_the_interval_is_students(lengths: ModuleType) -> None:
+def test_the_lead_is_positive_where_apollo_is_better(
+    lengths: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"apollo": {1: 3.0, 2: 4.0, 3: 5.0}, "sgd": {1: 2.0, 2: 2.0, 3: 2.0}}
+    runs = {
+        name: [
+            SimpleNamespace(spec=SimpleNamespace(seed=seed), final=lambda _, value=value: value)
+            for seed, value in of_seed.items()
+        ]
+        for name, of_seed in values.items()
+    }
+    monkeypatch.setattr(lengths, "by_method", lambda path: runs)
+    bleu = lengths.lead("multi30k", "whole", "sgd")
     # interval of 1, 2, 3: 2 ± 4.303 / sqrt(3)
-    assert lengths.interval([1.0, 2.0, 3.0]) == pytest.approx((-0.4842, 4.4842), abs=1e-4)
+    assert (bleu.low, bleu.high) == pytest.approx((-0.4842, 4.4842), abs=1e-4)
+    assert lengths.lead("wordnet", "whole", "sgd").mean == -2.0  # of perplexity less is better
+
+
+def test_the_figure_shows_every_measured_lead(lengths: ModuleType) -> None:
+    drawn = lengths.figure()
+    for axes, task in zip(drawn.axes, lengths.TASKS, strict=True):
+        there = [
+            x for x in lengths.LENGTHS if f"{task}/length-{x}-comparison" in lengths.measured()
+        ]
+        assert [len(bars.lines[0].get_xdata()) for bars in axes.containers] == [len(there)] * (
+            4 if there else 0
+        )
 
 
 def test_missing_measurements_are_reported(lengths: ModuleType, tmp_path: Path) -> None:
