@@ -205,9 +205,16 @@ FAULTS = [
     ),
     Fault(
         "an interval of 95 % is one of 90 %",
+        "bench/src/apollo_bench/report/statistics.py",
+        "test.confidence_interval(0.95)",
+        "test.confidence_interval(0.90)",
+        LENGTHS,
+    ),
+    Fault(
+        "a lower perplexity counts as behind",
         "scripts/lengths.py",
-        "stats.t.ppf(0.975, count - 1)",
-        "stats.t.ppf(0.95, count - 1)",
+        "if metric.higher_is_better else difference(other, ours)",
+        "if True else difference(other, ours)",
         LENGTHS,
     ),
     Fault(
