@@ -122,6 +122,20 @@ def test_a_compensation_is_of_the_parameters_type() -> None:
     assert optimizer.state[p]["compensation"].dtype is torch.float16
 
 
+@pytest.mark.parametrize("mode", [{"capturable": True}, {"differentiable": True}], ids=str)
+def test_another_default_device_does_not_matter(mode: dict[str, Any]) -> None:
+    results = []
+    for default in ("cpu", "meta"):
+        p = torch.ones(3, device="cpu", requires_grad=not mode.get("differentiable"))
+        optimizer = ApolloW([p], lr=0.1, weight_decay=0.1, warmup_steps=3, **mode)
+        for t in range(3):
+            p.grad = torch.full((3,), 1.0 + t, device="cpu")
+            with torch.device(default):
+                optimizer.step()
+        results.append(p.detach())
+    assert torch.equal(*results)
+
+
 def test_a_rate_of_one_element_may_have_a_dimension() -> None:
     params = parameters([(3,)], torch.float64)
     lr = torch.full((1,), 0.5, dtype=torch.float64)

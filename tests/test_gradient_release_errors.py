@@ -25,6 +25,9 @@ READS: dict[str, Callable[[list[nn.Parameter]], Any]] = {
     "a norm": lambda params: sum(p.grad.norm() ** 2 for p in params) ** 0.5,
     "noise": lambda params: [torch.randn_like(p.grad) + p.grad for p in params],
     "zeros": lambda params: [p.grad.zero_() for p in params],
+    "share_memory_": lambda params: [p.grad.share_memory_() for p in params],
+    "untyped_storage": lambda params: [p.grad.untyped_storage() for p in params],
+    "data_ptr": lambda params: [p.grad.data_ptr() for p in params],
 }
 
 

@@ -27,22 +27,36 @@ def test_foreach_s_memory_does_not_grow_with_the_subsets_of_gradients(capturable
                 p.grad = None
         optimizer.step()
     backend = optimizer._backends.foreach  # type: ignore[union-attr]
-    rows = sum(layout.rows for layout in backend._layouts.values())
-    assert rows == backend._cached_rows <= foreach.CACHED_ROWS
+    size = sum(layout.nbytes for layout in backend._layouts.values())
+    assert size == backend._cached_bytes <= foreach.CACHED_BYTES
     memory = sum(x.numel() * x.itemsize for x in backend._memory.values())
     assert memory <= 32 << 20
 
 
 def test_the_oldest_layouts_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(foreach, "CACHED_ROWS", 3)
-    for n in (10, 20, 30, 40):
-        params = parameters([(n,), (n + 1,)])
-        optimizer = Apollo(params, foreach=True)
-        for t in range(3):
-            give_gradients(params, t)
-            params[t % 2].grad = None
-            optimizer.step()
-        assert len(optimizer._backends.foreach._layouts) <= 3  # type: ignore[union-attr]
+    params = parameters([(10 + i,) for i in range(6)])
+    optimizer = Apollo(params, foreach=True)
+    for t in range(6):
+        give_gradients(params, t)
+        params[t].grad = None
+        optimizer.step()
+        layouts = optimizer._backends.foreach._layouts  # type: ignore[union-attr]
+        if t == 0:
+            [first] = layouts.values()
+            monkeypatch.setattr(foreach, "CACHED_BYTES", 3 * first.nbytes)
+    assert [first is each for each in layouts.values()] == [False] * 3
+
+
+def test_layouts_of_few_rows_are_bounded_too() -> None:
+    """A layout of one short vector takes kilobytes."""
+    p = torch.nn.Parameter(torch.zeros(1, 1))
+    optimizer = Apollo([p], foreach=True)
+    for n in range(1, 1200):
+        p.data, p.grad = torch.zeros(n, 1), torch.zeros(n, 1)
+        optimizer.state.clear()
+        optimizer.step()
+    layouts = optimizer._backends.foreach._layouts  # type: ignore[union-attr]
+    assert 100 < len(layouts) < 1000
 
 
 @BACK_ENDS

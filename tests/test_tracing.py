@@ -51,6 +51,41 @@ def test_groups_in_one_graph_follow_eager(options: dict[str, Any]) -> None:
         torch.testing.assert_close(other, one, rtol=0, atol=tolerances.COMPILED)
 
 
+def test_a_compiled_differentiable_step_runs_untraced() -> None:
+    """The compiler would lose the derivatives of m and B."""
+    torch._dynamo.reset()
+    gradients = []
+    for backend in (None, "aot_eager"):
+        start = torch.tensor([1.0, 2.0], requires_grad=True)
+        p = start.clone()
+        optimizer = Apollo([p], lr=0.1, differentiable=True, warmup_steps=0)
+        step: Any = optimizer.step
+        if backend:
+            step = torch.compile(lambda o=optimizer: o.step(), backend=backend)
+        for _ in range(2):
+            p.grad = 2 * p
+            step()
+        gradients += torch.autograd.grad(p.square().sum(), start)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    whole = torch.compile(lambda: optimizer.step(), backend="eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match=r"differentiable=True cannot be compiled"):
+        whole()
+
+
+def test_kahan_rounding_can_be_turned_off_where_a_step_is_compiled() -> None:
+    torch._dynamo.reset()
+    params = [p.detach().bfloat16().requires_grad_() for p in parameters([(7, 5), (9,), (3,)])]
+    groups = [{"params": params[:1]}, {"params": params[1:]}]
+    optimizer = Apollo(groups, lr=torch.tensor(0.1), warmup_steps=0, capturable=True)
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    for t, rounding in enumerate((None, None, "kahan", None)):
+        optimizer.param_groups[1]["rounding"] = rounding
+        for i, p in enumerate(params):
+            p.grad = normal(p.shape, t, i, dtype=p.dtype)
+        step()
+    assert not optimizer.state[params[1]]["compensation"].any()
+
+
 def test_the_functional_form_in_one_graph() -> None:
     torch._dynamo.reset()
 

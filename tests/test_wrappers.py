@@ -132,6 +132,31 @@ def test_a_counter_that_is_not_a_number_changes_nothing(back_end: dict[str, Any]
 
 
 @BACK_ENDS
+def test_an_integer_counter_that_was_not_loaded_is_refused(back_end: dict[str, Any]) -> None:
+    params = parameters([(3,), (4,)])
+    optimizer = Apollo([("first", params[0]), ("second", params[1])], warmup_steps=0, **back_end)
+    run_steps(optimizer, range(1))
+    optimizer.state[params[1]]["step"] = torch.tensor(1)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(RuntimeError, match=r"counter of the parameter 'second'.*int64"):
+        optimizer.step()
+    assert same(before, [p.detach() for p in params])
+
+
+@BACK_ENDS
+def test_a_scheduled_weight_decay_may_be_a_tensor(back_end: dict[str, Any]) -> None:
+    """As torch.linspace(...)[i] is; the constructor takes a number."""
+    results = []
+    for decay in (0.5, torch.tensor(0.5)):
+        params = parameters([(3,), (40,)])
+        optimizer = Apollo(params, warmup_steps=0, weight_decay=0.1, **back_end)
+        optimizer.param_groups[0]["weight_decay"] = decay
+        run_steps(optimizer, range(3))
+        results.append([p.detach() for p in params])
+    assert same(*results)
+
+
+@BACK_ENDS
 def test_a_parameter_that_is_conjugated_lazily_is_refused(back_end: dict[str, Any]) -> None:
     """As in torch.optim.Adam; the update of a resolved copy would be lost."""
     p = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64).conj())
@@ -164,6 +189,20 @@ def test_a_parameter_reshaped_before_its_first_step_is_reported() -> None:
     p.grad = torch.ones(6)
     with pytest.warns(ApolloWarning, match=r"of shape \(6,\) takes its first step"):
         optimizer.step()
+
+
+def test_new_shapes_that_no_wrapper_made_are_not_reported(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    net = torch.nn.Sequential(torch.nn.LazyLinear(4), torch.nn.Linear(4, 2))
+    points = torch.nn.Parameter(torch.ones(5, 3))
+    optimizer = Apollo([*net.parameters()])
+    other = Apollo([points], foreach=True)
+    other.param_groups[0]["params"] = [points := torch.nn.Parameter(torch.ones(9, 3))]
+    (net(torch.ones(2, 3)).sum() + points.sum()).backward()
+    optimizer.step()
+    other.step()
+    assert not recwarn.list
 
 
 def test_a_replacement_of_the_same_shape_is_not_reported(recwarn: pytest.WarningsRecorder) -> None:

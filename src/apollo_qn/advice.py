@@ -6,9 +6,11 @@ import functools
 import reprlib
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
+import torch
+from torch import Tensor
 from torch.optim.optimizer import StateDict
 
 _Call = TypeVar("_Call", bound=Callable[..., Any])
@@ -38,15 +40,34 @@ def _is_internal(module: str) -> bool:
     return module.partition(".")[0] in ("apollo_qn", "torch")
 
 
+NOT_COMPILED = (
+    "differentiable=True cannot be compiled through step(), because the compiler would lose the "
+    "derivatives of m and B: compile a function that calls apollo_qn.apollo"
+)
+
 # parameters that a wrapper has replaced
 
-FLATTENED = (
+_FLATTENED = (
     "takes its first step, but no parameter of that shape was given to this optimizer. Apollo's "
     "sums run over each tensor: where a wrapper has flattened or sharded the parameters (FSDP1, "
     "DeepSpeed ZeRO, apex), the trajectory is another one. Shard with "
     "torch.distributed.fsdp.fully_shard (FSDP2), or give the optimizer the parameters after they "
     "have been changed"
 )
+
+
+def warn_of_flattened(
+    new: Sequence[Tensor], given: Collection[torch.Size], describe: Callable[[Tensor], str]
+) -> bool:
+    """Warn of a vector that takes its first step and whose shape no given parameter had.
+
+    Returns:
+        Whether there was one.
+    """
+    vectors = [p for p in new if p.dim() == 1 and p.shape not in given]
+    if vectors:
+        warn(f"{describe(vectors[0])} {_FLATTENED}", ApolloWarning)
+    return len(vectors) > 0
 
 
 # keywords of other optimizers

@@ -242,6 +242,12 @@ class _Released(Tensor):
     def __init__(self, p: Tensor) -> None:
         """Take shape, strides, type and device from the parameter ``p``."""
 
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError(_RELEASED.format(tuple(self.shape)))
+
+    # these would read the missing memory without a dispatch
+    data_ptr = storage = untyped_storage = share_memory_ = _refuse
+
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"<released gradient of shape {tuple(self.shape)}>"
 

@@ -79,8 +79,8 @@ class Hyperparameters(NamedTuple):
             return self.lr
         w, share = self.warmup_start, t / self.warmup_steps
         factor = w + (1 - w) * share
-        if isinstance(factor, Tensor):
-            return self.lr * torch.where(torch.as_tensor(share) >= 1, 1, factor)
+        if isinstance(share, Tensor):
+            return self.lr * torch.where(share >= 1, 1, factor)
         return self.lr * factor if share < 1 else self.lr
 
     def offset(self, t: Scalar) -> Scalar:
@@ -169,8 +169,13 @@ def _displacement_weights(t: Scalar, lr: Scalar, weight_decay: Scalar) -> tuple[
     """
     kept = 1 - lr * weight_decay
     if isinstance(kept, Tensor) or isinstance(t, Tensor):
-        kept = torch.as_tensor(kept)
-        known = (kept.abs() >= UNDETERMINED) & torch.as_tensor(t > 0, device=kept.device)
+        started = t > 0
+        if not isinstance(kept, Tensor):
+            assert isinstance(t, Tensor)
+            kept = torch.full_like(t, kept)
+        if isinstance(started, Tensor):
+            started = started.to(kept.device)
+        known = (kept.abs() >= UNDETERMINED) & started
         safe = torch.where(known, kept, 1)
         return 1 / safe, torch.where(known, weight_decay / safe, 0)
     if t == 0 or abs(kept) < UNDETERMINED:

@@ -105,8 +105,7 @@ class Apollo(Optimizer):
             run therefore draws the same bits.
 
     Raises:
-        TypeError: a keyword is one of another optimizer, such as ``betas``; the message says what
-            Apollo has instead.
+        TypeError: a keyword is one of another optimizer, such as ``betas``.
         ValueError: a hyperparameter is out of its range; FSDP1 has flattened a parameter; a loaded
             state has a wrong shape.
         RuntimeError: a gradient is sparse; no back end serves the choice of ``foreach``, ``fused``
@@ -123,8 +122,8 @@ class Apollo(Optimizer):
     """
 
     _backends: plan.Backends | None = None
-    _given_shapes: set[torch.Size] | None = None  # shapes of the parameters when they were added
-    _has_warned_of_shapes = False
+    _given_shapes: frozenset[torch.Size] = frozenset()  # of the parameters when they were added
+    _checks_shapes = True  # until the first warning, or if the shapes are not known
     _has_warned_of_rate = False
     _default_seed: DefaultSeed | None = None  # until a state is loaded
 
@@ -184,11 +183,10 @@ class Apollo(Optimizer):
                 param_group["state_dtype"] = dtype_name(param_group["state_dtype"])
             settings = {**self.defaults, **param_group}
             validation.check_settings(settings)
-            if settings["differentiable"] != self.defaults["differentiable"]:
+            if settings["differentiable"] != (given := self.defaults["differentiable"]):
                 raise ValueError(
-                    "differentiable must be the same for all groups, got "
-                    f"{settings['differentiable']!r} in a group of an optimizer with "
-                    f"{self.defaults['differentiable']!r}: give the constructor the value"
+                    f"differentiable must be the same for all groups, {given!r} as the constructor "
+                    f"was given, got {settings['differentiable']!r}"
                 )
             # the warmup divides warmup_init_lr by this, even after a scheduler has changed lr
             settings.setdefault("warmup_base_lr", number(settings["lr"]))
@@ -204,9 +202,11 @@ class Apollo(Optimizer):
                 distributed.check_parameter(tensor)
                 validation.check_storage(settings, [tensor])
         super().add_param_group(param_group)
-        lazy = torch.nn.parameter.UninitializedParameter
-        shapes = {p.shape for p in self.param_groups[-1]["params"] if not isinstance(p, lazy)}
-        self._given_shapes = (self._given_shapes or set()) | shapes
+        added = self.param_groups[-1]["params"]
+        if any(isinstance(p, torch.nn.parameter.UninitializedParameter) for p in added):
+            self._checks_shapes = False
+        else:
+            self._given_shapes |= {p.shape for p in added}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -312,6 +312,8 @@ class Apollo(Optimizer):
         """Update parameters, given as (group, some of its parameters, position of the first)."""
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             if torch.compiler.is_compiling():
+                if self.defaults["differentiable"]:
+                    raise RuntimeError(advice.NOT_COMPILED)  # without fullgraph, it runs untraced
                 lists = [self._tensor_lists(*group) for group in groups]
                 plan.execute(plan.prepare(lists, plan.TRACED))
                 return
@@ -327,11 +329,9 @@ class Apollo(Optimizer):
                 if step is None or not step.started:
                     new.undo(self.state)
                 raise
-            if new.entries and self._given_shapes and not self._has_warned_of_shapes:
-                others = [p for p in new.parameters if p.shape not in self._given_shapes]
-                if others:
-                    self._has_warned_of_shapes = True
-                    advice.warn(f"{describe(others[0])} {advice.FLATTENED}", advice.ApolloWarning)
+            if new.parameters and self._given_shapes and self._checks_shapes:
+                known = self._given_shapes
+                self._checks_shapes = not advice.warn_of_flattened(new.parameters, known, describe)
 
     def _tensor_lists(
         self,

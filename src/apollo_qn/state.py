@@ -113,7 +113,9 @@ def compensations_of(
     for p, state in zip(params, states, strict=True):
         low = state.get("compensation")
         if low is not None and low.dtype is not p.dtype:
-            drop_compensation(state, new)  # the parameter's type has changed
+            del state["compensation"]  # the parameter's type has changed
+            if new is not None:
+                new.replaced.append((state, "compensation", low))
         if "compensation" not in state and p.dtype in storage.NARROW:
             with torch.inference_mode(False):
                 state["compensation"] = torch.zeros_like(p)
@@ -123,10 +125,15 @@ def compensations_of(
 
 
 def drop_compensation(state: dict[str, Any], new: NewState | None) -> None:
-    """Remove the compensation of a parameter, if it has one."""
-    low = state.pop("compensation", None)
-    if low is not None and new is not None:
-        new.replaced.append((state, "compensation", low))
+    """Remove the compensation of a parameter that has one.
+
+    While a step is compiled (``new`` is None) set it to 0 instead, because the compiler has already
+    made its guards on the entry.
+    """
+    if new is None:
+        state["compensation"].zero_()
+    else:
+        new.replaced.append((state, "compensation", state.pop("compensation")))
 
 
 def follow_state_dtype(
@@ -145,7 +152,8 @@ def follow_state_dtype(
     for p, state in zip(params, states, strict=True):
         for name in TENSORS:
             before = state[name]
-            state[name] = before.to(stored_dtype(before.dtype, p, asked))
+            with torch.inference_mode(False):  # later steps may run outside of this mode
+                state[name] = before.to(stored_dtype(before.dtype, p, asked))
             if new is not None and state[name] is not before:
                 new.replaced.append((state, name, before))
     exp_avgs[:] = [state["exp_avg"] for state in states]

@@ -74,6 +74,8 @@ def checked_group(lists: TensorLists, h: Hyperparameters, traced: bool) -> Group
     for name in ("grads", "exp_avgs", "hessian_diags", "state_steps"):
         check_length(name, getattr(lists, name), lists.params)
     if not torch.compiler.is_compiling():
+        if not h.differentiable and any(isinstance(x, Tensor) for x in (h.beta, h.weight_decay)):
+            h = h._replace(beta=number(h.beta), weight_decay=number(h.weight_decay))
         beta, decay = (_TENSOR if isinstance(x, Tensor) else x for x in (h.beta, h.weight_decay))
         _check_once(beta=beta, eps=h.eps, sigma=h.sigma, weight_decay=decay, rebound=h.rebound)
     if h.rounding == "kahan":
@@ -152,6 +154,12 @@ def check_tensors(lists: TensorLists, describe: Callable[[Tensor], str]) -> None
             raise RuntimeError(
                 f"Apollo needs dense gradients, got a sparse one for {describe(p)}; build its "
                 "embedding with sparse=False"
+            )
+    for p, step in zip(lists.params, lists.state_steps, strict=True):
+        if not step.is_floating_point():
+            raise RuntimeError(
+                f"the step counter of {describe(p)} must be a floating tensor, got one of type "
+                f"{step.dtype}; load_state_dict converts saved counters"
             )
     check_shapes(lists, describe)
 

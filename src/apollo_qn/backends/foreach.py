@@ -26,19 +26,19 @@ from apollo_qn.secant import Sums, arithmetic, saturate, secant_coefficient
 # Elements processed at once. The bound limits temporaries; on a CPU they then fit its cache.
 BLOCK = {"cpu": 1 << 18}
 BLOCK_ELSEWHERE = 1 << 24
-CACHED_ROWS = 1 << 17  # rows of all layouts that an instance caches: 2 MB of indices
+CACHED_BYTES = 4 << 20  # size of all layouts that an instance caches
 
 
 class Foreach(Backend):
     """Back end that updates many tensors in few calls.
 
-    An instance caches layouts between steps, at most ``CACHED_ROWS`` rows. On a CPU it also keeps
+    An instance caches layouts between steps, at most ``CACHED_BYTES``. On a CPU it also keeps
     the matrices' memory, the size of a few blocks.
     """
 
     def __init__(self) -> None:
         self._layouts: OrderedDict[Any, RowLayout] = OrderedDict()
-        self._cached_rows = 0
+        self._cached_bytes = 0
         self._memory: dict[torch.dtype, Tensor] = {}
 
     def measure(self, batches: list[Batch]) -> list[Sums]:
@@ -81,9 +81,9 @@ class Foreach(Backend):
         if layout is None:
             with torch.inference_mode(False):
                 layout = self._layouts[key] = RowLayout(*key)
-            self._cached_rows += layout.rows
-            while self._cached_rows > CACHED_ROWS and len(self._layouts) > 1:
-                self._cached_rows -= self._layouts.popitem(last=False)[1].rows
+            self._cached_bytes += layout.nbytes
+            while self._cached_bytes > CACHED_BYTES and len(self._layouts) > 1:
+                self._cached_bytes -= self._layouts.popitem(last=False)[1].nbytes
         self._layouts.move_to_end(key)
         size = (matrices, layout.rows, ROW)
         numel = matrices * layout.rows * ROW

@@ -37,6 +37,11 @@ class RowLayout:
         # position of each row's first element in its tensor
         self.positions = (torch.arange(self.rows, device=device) - firsts[self.tensor_of_row]) * ROW
 
+    @property
+    def nbytes(self) -> int:
+        """Return about how much memory the layout takes, with its shapes and Python objects."""
+        return 16 * self.rows + 256 * len(self.shapes) + 4096
+
     def views(self, matrix: Tensor) -> list[Tensor]:
         """Return a view of each tensor in ``matrix``, in the tensor's shape."""
         pieces = matrix.view(-1).split_with_sizes(self.sizes)[::2]
