@@ -13,7 +13,7 @@ sum over ranks gathers all slots.
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from apollo_qn import rounding
-from apollo_qn.backends.base import TensorLists
+from apollo_qn.backends.base import TensorLists, unnamed
 from apollo_qn.hyperparameters import Hyperparameters
 from apollo_qn.secant import Sums, arithmetic
 
@@ -33,7 +33,6 @@ Mesh: TypeAlias = Any  # torch.distributed.device_mesh.DeviceMesh, which is not 
 
 # Largest |e| of a scale 2^e, so that 2^e and 2^-e are normal numbers of the state's type.
 _LARGEST_EXPONENT = {torch.float32: 120, torch.float64: 1000}
-
 
 _CACHED_INDICES = 64  # lists of rows that a reduction keeps on the device
 
@@ -86,12 +85,17 @@ def place_like(p: Any, tensor: Any) -> Any:
     return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
 
 
-def localize(groups: list[Group], before: Reduction | None) -> tuple[list[Group], Reduction | None]:
+def localize(
+    groups: list[Group],
+    before: Reduction | None,
+    describe: Callable[[Tensor], str] = unnamed,
+) -> tuple[list[Group], Reduction | None]:
     """Return the groups with local shards, and the reduction of their sums to global sums.
 
     Args:
         groups: groups whose parameters are full tensors or DTensors.
         before: reduction that the last call returned. It is reused if nothing has changed.
+        describe: function that returns the name of a parameter for a message.
 
     Raises:
         RuntimeError: a sharded parameter that cannot be served.
@@ -100,7 +104,7 @@ def localize(groups: list[Group], before: Reduction | None) -> tuple[list[Group]
     if kind is None or not any(isinstance(p, kind) for lists, _ in groups for p in lists.params):
         return groups, None
     shards: list[_Shard] = []
-    local = [(_local_lists(lists, h, kind, shards), h) for lists, h in groups]
+    local = [(_local_lists(lists, h, kind, shards, describe), h) for lists, h in groups]
     if not shards:
         return local, None
     devices = {
@@ -120,7 +124,11 @@ def localize(groups: list[Group], before: Reduction | None) -> tuple[list[Group]
 
 
 def _local_lists(
-    lists: TensorLists, h: Hyperparameters, kind: Any, shards: list[_Shard]
+    lists: TensorLists,
+    h: Hyperparameters,
+    kind: Any,
+    shards: list[_Shard],
+    describe: Callable[[Tensor], str],
 ) -> TensorLists:
     """Return the local tensors of one group, and append its shards to ``shards``."""
     if h.differentiable and any(isinstance(p, kind) for p in lists.params):
@@ -134,7 +142,7 @@ def _local_lists(
         if isinstance(p, kind):
             key = (id(p.device_mesh), p.placements, p.dtype, m.dtype)
             if key not in known:
-                known[key] = _shard(p, m, h.belief)
+                known[key] = _shard(p, m, h.belief, describe)
             shard = known[key]
         rows.append(-1 if shard is None else len(shards))
         if shard is not None:
@@ -142,7 +150,9 @@ def _local_lists(
 
     def local_state(column: list[Any], name: str) -> list[Any]:
         return [
-            _local_shard(_checked_state(x, p, name)) if isinstance(p, kind) and x is not None else x
+            _local_shard(_checked_state(x, p, name, describe))
+            if isinstance(p, kind) and x is not None
+            else x
             for x, p in zip(column, lists.params, strict=bool(column))
         ]
 
@@ -150,7 +160,7 @@ def _local_lists(
         lists,
         params=[_local_shard(p) if isinstance(p, kind) else p for p in lists.params],
         grads=[
-            _local_shard(_placed_like(g, p)) if isinstance(p, kind) else g
+            _local_shard(_placed_like(g, p, describe)) if isinstance(p, kind) else g
             for g, p in zip(lists.grads, lists.params, strict=True)
         ],
         exp_avgs=local_state(lists.exp_avgs, "exp_avg"),
@@ -164,13 +174,12 @@ def _local_lists(
     )
 
 
-def _shard(p: Any, m: Tensor, belief: bool) -> _Shard | None:
+def _shard(p: Any, m: Tensor, belief: bool, describe: Callable[[Tensor], str]) -> _Shard | None:
     """Return the placement of a sharded parameter; None if the local tensor is the full one."""
     mesh, placements = p.device_mesh, p.placements
     if any(placement.is_partial() for placement in placements):
         raise RuntimeError(
-            f"a parameter must be sharded or replicated, got the placements {placements} for one "
-            f"of shape {tuple(p.shape)}"
+            f"{describe(p)} must be sharded or replicated, got the placements {placements}"
         )
     coordinate = mesh.get_coordinate()
     if coordinate is None:
@@ -187,12 +196,12 @@ def _shard(p: Any, m: Tensor, belief: bool) -> _Shard | None:
     return _Shard(mesh, sharded_dims, dtype, belief, index) if sharded_dims else None
 
 
-def _placed_like(tensor: Any, p: Any) -> Any:
+def _placed_like(tensor: Any, p: Any, describe: Callable[[Tensor], str] = unnamed) -> Any:
     """Return a gradient or loaded state with the placements of its parameter ``p``, a DTensor."""
     if not is_sharded(tensor):
         raise RuntimeError(
-            f"the gradient and state of a sharded parameter of shape {tuple(p.shape)} must be "
-            f"DTensors too, got a plain tensor of shape {tuple(tensor.shape)}"
+            f"the gradient and state of {describe(p)}, which is a DTensor, must be DTensors too, "
+            f"got a plain tensor of shape {tuple(tensor.shape)}"
         )
     return (
         tensor if _same_placement(tensor, p) else tensor.redistribute(p.device_mesh, p.placements)
@@ -206,13 +215,13 @@ def _same_placement(tensor: Any, p: Any) -> bool:
     )
 
 
-def _checked_state(tensor: Any, p: Any, name: str) -> Any:
+def _checked_state(tensor: Any, p: Any, name: str, describe: Callable[[Tensor], str]) -> Any:
     """Return the state tensor, or raise RuntimeError if its parameter was resharded since."""
     if not is_sharded(tensor) or not _same_placement(tensor, p):
         found = tensor.placements if is_sharded(tensor) else "a plain tensor"
         raise RuntimeError(
-            f"{name} of a parameter of shape {tuple(p.shape)} has the placements {found}, the "
-            f"parameter {p.placements}: it was resharded after its state had been made. Save the "
+            f"{name} of {describe(p)} has the placements {found}, the parameter itself "
+            f"{p.placements}: it was resharded after its state had been made. Save the "
             "state dict before, reshard, and load the state dict again"
         )
     return tensor

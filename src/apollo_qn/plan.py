@@ -21,7 +21,7 @@ from torch import Tensor
 from apollo_qn import advice, distributed
 from apollo_qn import rounding as storage
 from apollo_qn.backends import cpu, triton
-from apollo_qn.backends.base import Backend, Batch, TensorLists, copy_to_device, is_plain
+from apollo_qn.backends.base import Backend, Batch, TensorLists, copy_to_device, is_plain, unnamed
 from apollo_qn.backends.foreach import Foreach
 from apollo_qn.backends.reference import Reference
 from apollo_qn.distributed import Group, Reduction
@@ -101,14 +101,14 @@ def prepare(
     Raises:
         ValueError, RuntimeError: as :func:`apollo_qn.apollo` does.
     """
-    describe = describe or (lambda p: f"a parameter of shape {tuple(p.shape)}")
+    describe = describe or unnamed
     traced = is_traced()
-    groups = [checked_group(lists, h, traced) for lists, h in groups if lists.params]
+    groups = [checked_group(lists, h, traced, describe) for lists, h in groups if lists.params]
     reduction = None
     if torch.compiler.is_compiling() or not all(is_plain(lists.params) for lists, _ in groups):
         for lists, _ in groups:
             check_shapes(lists, describe)  # shards do not show the shape of the full tensor
-        groups, reduction = distributed.localize(groups, backends.reduction)
+        groups, reduction = distributed.localize(groups, backends.reduction, describe)
     step = Step(describe, backends, traced, reduction)
     for lists, h in groups:
         for local in _by_device(lists):

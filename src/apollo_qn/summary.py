@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from apollo_qn.backends.base import unnamed
+
 
 def describe(optimizer: Optimizer) -> str:
     """Return one block of lines per group: lr, what differs from the defaults, and the rest."""
@@ -52,4 +54,4 @@ def parameter_name(groups: list[dict[str, Any]], p: Tensor) -> str:
         for name, q in zip(group.get("param_names", ()), group["params"], strict=False):
             if q is p:
                 return f"the parameter {name!r} of shape {tuple(p.shape)}"
-    return f"a parameter of shape {tuple(p.shape)}"
+    return unnamed(p)

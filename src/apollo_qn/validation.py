@@ -68,7 +68,9 @@ def _check_once(**given: Any) -> None:
 _TENSOR = object()  # stands for a tensor, which a cache must not keep alive
 
 
-def checked_group(lists: TensorLists, h: Hyperparameters, traced: bool) -> Group:
+def checked_group(
+    lists: TensorLists, h: Hyperparameters, traced: bool, describe: Callable[[Tensor], str]
+) -> Group:
     """Validate a group; return it with the learning rate as a number if possible."""
     check_back_end_choice(h.foreach, h.fused, h.differentiable)
     for name in ("grads", "exp_avgs", "hessian_diags", "state_steps"):
@@ -79,7 +81,7 @@ def checked_group(lists: TensorLists, h: Hyperparameters, traced: bool) -> Group
         beta, decay = (_TENSOR if isinstance(x, Tensor) else x for x in (h.beta, h.weight_decay))
         _check_once(beta=beta, eps=h.eps, sigma=h.sigma, weight_decay=decay, rebound=h.rebound)
     if h.rounding == "kahan":
-        lists = replace(lists, compensations=_compensations(lists))
+        lists = replace(lists, compensations=_compensations(lists, describe))
     if torch.compiler.is_compiling():
         return lists, h
     if traced:
@@ -120,7 +122,7 @@ def check_length(
         )
 
 
-def _compensations(lists: TensorLists) -> list[Tensor | None]:
+def _compensations(lists: TensorLists, describe: Callable[[Tensor], str]) -> list[Tensor | None]:
     """Return the compensations of 16-bit parameters, None for others; empty if none is 16-bit."""
     narrow = [p.dtype in storage.NARROW for p in lists.params]
     if not any(narrow):
@@ -131,8 +133,8 @@ def _compensations(lists: TensorLists) -> list[Tensor | None]:
         if on and (low is None or low.shape != p.shape or low.dtype is not p.dtype):
             what = None if low is None else f"shape {tuple(low.shape)} and {low.dtype}"
             raise ValueError(
-                f"compensations must have its parameter's shape {tuple(p.shape)} and type "
-                f"{p.dtype}, got {what}"
+                f"compensations must have, for {describe(p)}, this shape and the type {p.dtype}, "
+                f"got {what}"
             )
     return found
 

@@ -331,14 +331,14 @@ def a_parameter_is_resharded() -> None:
     """The state keeps the old placements, which is an error, not a silently wrong step."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     p = nn.Parameter(placed(torch.ones(4, 4), mesh, [Shard(0)]))
-    optimizer = Apollo([p], warmup_steps=0)
+    optimizer = Apollo([("w", p)], warmup_steps=0)
     p.grad = placed(torch.ones(4, 4), mesh, [Shard(0)])
     optimizer.step()
     q = nn.Parameter(p.detach().redistribute(mesh, [Shard(1)]))
     q.grad = placed(torch.ones(4, 4), mesh, [Shard(1)])
     optimizer.state[q] = optimizer.state.pop(p)
     optimizer.param_groups[0]["params"] = [q]
-    with pytest.raises(RuntimeError, match="resharded after its state had been made"):
+    with pytest.raises(RuntimeError, match=r"the parameter 'w'.*resharded after its state"):
         optimizer.step()
 
 
@@ -360,8 +360,8 @@ def refusals() -> None:
         Apollo([p], differentiable=True, foreach=False).step()
     partial = nn.Parameter(DTensor.from_local(torch.ones(2), mesh, [Partial()]))
     partial.grad = DTensor.from_local(torch.ones(2), mesh, [Partial()])
-    with pytest.raises(RuntimeError, match="must be sharded or replicated"):
-        Apollo([partial]).step()
+    with pytest.raises(RuntimeError, match=r"the parameter 'w'.*must be sharded or replicated"):
+        Apollo([("w", partial)]).step()
     assert torch.equal(full(p), torch.ones(8, 2))
 
 

@@ -126,6 +126,11 @@ class Backend:
         raise NotImplementedError
 
 
+def unnamed(p: Tensor) -> str:
+    """Return how a message describes a parameter whose name is not known."""
+    return f"a parameter of shape {tuple(p.shape)}"
+
+
 def step_scalars(batch: Batch) -> tuple[Any, ...]:
     """Return the row of scalars that the fused kernels read, as ``Scalars`` in ``kernel.h``."""
     h, s = batch.h, batch.scalars
