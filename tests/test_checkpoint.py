@@ -221,7 +221,70 @@ def test_the_users_hooks_are_called() -> None:
     assert state["hessian_diag"].any()
 
 
-# the authors' released optimizer
+def test_messages_name_the_parameter() -> None:
+    a, b = parameters([(3,), (4,)])
+    optimizer = Apollo([("embedding", a), ("weight", b)])
+    run_steps(optimizer, range(1))
+    for changes, message in (
+        ({"exp_avg": torch.zeros(3)}, r"exp_avg must have .* \(4,\), got \(3,\)"),
+        ({"step": None}, "step must be a number or a 0-dim tensor, got None"),
+        ({"step": torch.zeros(2)}, r"step must have one element, got shape \(2,\)"),
+    ):
+        saved = optimizer.state_dict()
+        saved["state"][1] = {**saved["state"][1], **changes}
+        with pytest.raises(ValueError, match=f"{message} for the parameter 'weight' of shape"):
+            optimizer.load_state_dict(saved)
+    saved["state"][1] = {"step": 1}
+    with pytest.raises(ValueError, match=r"the parameter 'weight' of shape .* lacks 'exp_avg'"):
+        optimizer.load_state_dict(saved)
+
+
+def test_entries_of_other_code_beside_the_parameters_are_kept() -> None:
+    """``torch.optim.Adam`` keeps them too."""
+    optimizer = Apollo(parameters([(3,)]))
+    run_steps(optimizer, range(1))
+    others = {"plain": 5, "text": "approx_hessian", "none": None}
+    optimizer.state.update(others)
+    fresh = Apollo(parameters([(3,)]))
+    fresh.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert {name: fresh.state[name] for name in others} == others
+
+
+@BACK_ENDS
+@pytest.mark.parametrize("capturable", [False, True], ids=["host", "capturable"])
+def test_a_state_that_was_loaded_in_inference_mode_trains_on(
+    capturable: bool, back_end: dict[str, Any]
+) -> None:
+    settings = {"lr": 0.3, "rebound": "belief", "weight_decay": 0.1, "rounding": "kahan", "seed": 0}
+    params = parameters(SHAPES, torch.bfloat16)
+    optimizer = ApolloW(params, **settings, capturable=capturable, **back_end)
+    run_steps(optimizer, range(2))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    fresh = ApolloW(others, **settings, capturable=capturable, **back_end)
+    file.seek(0)
+    with torch.inference_mode():
+        fresh.load_state_dict(torch.load(file, weights_only=True))
+    for each in (optimizer, fresh):
+        run_steps(each, range(2, 3))
+    assert same(snapshot(optimizer), snapshot(fresh))
+
+
+def test_saved_numbers_keep_their_digits() -> None:
+    """The default type does not round them."""
+    optimizer = ApolloW(parameters([(3,)]), weight_decay=0.1)
+    run_steps(optimizer, range(1))
+    saved = optimizer.state_dict()
+    saved["state"][0].update(step=301.0, previous_lr=0.1)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        optimizer.load_state_dict(saved)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    (state,) = optimizer.state.values()
+    assert (state["step"].item(), state["previous_lr"].item()) == (301.0, 0.1)
+    assert (state["step"].dtype, state["previous_lr"].dtype) == (torch.float32, torch.float64)
 
 
 # state in 16 bits

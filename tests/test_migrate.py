@@ -138,6 +138,161 @@ def test_sigma_is_recovered_from_the_stored_update(
     assert optimizer.param_groups[0]["sigma"] == sigma
 
 
+def released_with_a_tiny_direction(
+    dtype: torch.dtype, **settings: Any
+) -> tuple[dict[str, Any], torch.nn.Parameter, float]:
+    """Return a release's state after 4 steps, its parameter and the last threshold of belief.
+
+    The direction of the first element is lost in the rounding of its decayed parameter.
+    """
+    defaults = {"lr": 1.0, "warmup": 0, "weight_decay": 0.05, "weight_decay_type": "decoupled"}
+    start = as_numpy(normal((40,), "theta"))
+    released = ReleasedApollo([start], **{**defaults, **settings})
+    threshold = 0.0
+    for t in range(4):
+        g = as_numpy(gradient(torch.Size((40,)), torch.float64, 0, t)) / 4
+        g[0] *= 1e-10
+        threshold = float(np.max(np.abs(g - released.state[0]["exp_avg_grad"])))
+        released.step([g])
+    p = torch.nn.Parameter(torch.tensor(released.thetas[0], dtype=dtype, device=DEVICE))
+    return released_state_dict(released, dtype), p, threshold
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("changed_lr", [None, 0.1, 0.0])
+@pytest.mark.parametrize("sigma", [1.0, 0.01])
+def test_decoupled_decay_hides_neither_sigma_nor_the_last_rate(
+    sigma: float, changed_lr: float | None, dtype: torch.dtype
+) -> None:
+    """A scheduler may have changed lr between the last step and the save."""
+    saved, p, _ = released_with_a_tiny_direction(dtype, sigma=sigma)
+    if changed_lr is not None:
+        saved["param_groups"][0]["lr"] = changed_lr
+    optimizer = Apollo([p])
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["sigma"] == sigma
+    found = optimizer.state[p]["previous_lr"].item()
+    if changed_lr is None:
+        assert found == 1.0
+    else:
+        tolerance = (
+            tolerances.RECOVERED_FROM_FLOAT32 if dtype is torch.float32 else tolerances.RELEASED
+        )
+        assert found == pytest.approx(1.0, rel=tolerance)
+
+
+def test_the_last_rate_of_a_warmup_is_that_of_the_release() -> None:
+    """Its warmup ignores the rate that a scheduler has set."""
+    saved, p, _ = released_with_a_tiny_direction(torch.float64, warmup=8, init_lr=0.2)
+    saved["param_groups"][0]["lr"] = 0.1
+    optimizer = Apollo([p])
+    optimizer.load_state_dict(saved)
+    assert optimizer.state[p]["previous_lr"].item() == pytest.approx(0.5, rel=tolerances.RATE)
+
+
+def test_the_last_rate_is_the_groups_where_the_parameter_is_another() -> None:
+    saved, _, _ = released_with_a_tiny_direction(torch.float32)
+    other = torch.nn.Parameter(normal((40,), "other", dtype=torch.float32))
+    optimizer = Apollo([other])
+    optimizer.load_state_dict(saved)
+    assert optimizer.state[other]["previous_lr"].item() == 1.0
+
+
+@pytest.mark.parametrize("changed_lr", [1.0, 0.1])
+def test_the_threshold_is_not_that_of_a_lost_direction(changed_lr: float) -> None:
+    saved, p, threshold = released_with_a_tiny_direction(torch.float32, rebound="belief", eps=0.1)
+    saved["param_groups"][0]["lr"] = changed_lr
+    optimizer = Apollo([p])
+    optimizer.load_state_dict(saved)
+    found = optimizer.state[p]["threshold"].item()
+    # a wrong rate changes the direction by that times wd = 0.05 of the update, which is at most
+    # twice the directions that count
+    tolerance = 2 * 0.05 * (1.0 - changed_lr) + tolerances.RECOVERED_FROM_FLOAT32
+    assert found == pytest.approx(threshold, rel=tolerance)
+
+
+def of_a_port(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    """Return a state of the release with changed entries; those that are ``...`` are left out."""
+    released = ReleasedApollo([np.ones(5)], lr=0.5, warmup=4)
+    for t in range(3):
+        released.step([np.arange(1.0, 6.0) + t])
+    saved = released_state_dict(released, torch.float32)
+    for entries, changes in ((saved["state"][0], state), (saved["param_groups"][0], group)):
+        entries.update(changes)
+        for name in [name for name, value in changes.items() if value is ...]:
+            del entries[name]
+    return saved
+
+
+@pytest.mark.parametrize(
+    ("state", "group", "message"),
+    [
+        *[
+            ({name: ...}, {}, f"state of the parameter 'weight' of shape .* lacks '{name}'")
+            for name in ("step", "exp_avg_grad", "approx_hessian", "update")
+        ],
+        *[
+            (
+                {name: value},
+                {},
+                rf"{name} must have its parameter's shape \(5,\), got {got} for .*'weight'",
+            )
+            for name in ("exp_avg_grad", "approx_hessian", "update")
+            for value, got in ((None, "None"), (torch.ones(1), r"\(1,\)"))
+        ],
+        ({"step": None}, {}, "step must be a number or a 0-dim tensor, got None for .*'weight'"),
+        ({"step": -1}, {}, "step must be a finite number >= 0, got -1 for .*'weight'"),
+        ({"step": float("nan")}, {}, "step must be a finite number >= 0, got nan"),
+        ({"update": torch.ones(5, dtype=torch.int64)}, {}, "update must be of a floating-point"),
+        ({}, {"lr": "1"}, "lr must be a finite number >= 0, got '1', in a saved parameter group"),
+        ({}, {"base_lr": None}, "warmup_base_lr must be a finite number >= 0, got None"),
+        ({}, {"base_lr": 0.0}, "warmup_init_lr must be None or 0 where warmup_base_lr is 0"),
+        ({}, {"warmup": -1}, "warmup_steps must be a whole number >= 0, got -1"),
+        ({}, {"rebound": "none"}, "rebound must be 'constant' or 'belief', got 'none'"),
+    ],
+)
+def test_a_wrong_entry_of_a_port_is_named(
+    state: dict[str, Any], group: dict[str, Any], message: str
+) -> None:
+    (p,) = parameters([(5,)])
+    optimizer = Apollo([("weight", p)])
+    run_steps(optimizer, range(1))
+    before, lr = snapshot(optimizer), optimizer.param_groups[0]["lr"]
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(of_a_port(state, group))
+    assert same(before, snapshot(optimizer))
+    assert optimizer.param_groups[0]["lr"] == lr
+
+
+@pytest.mark.parametrize(
+    ("group", "next_lr"),
+    [
+        ({"lr": 0.0, "base_lr": 0.0, "init_lr": 0.0}, 0.0),
+        ({"init_lr": None}, 0.5 * (1e-3 + (1 - 1e-3) * 3 / 4)),
+        ({"init_lr": None, "warmup": 0}, 0.5),
+        ({"lr": torch.tensor(0.5), "warmup": 0}, 0.5),
+    ],
+    ids=["lr 0", "no init_lr", "no warmup", "tensor"],
+)
+def test_settings_of_a_port_that_have_a_meaning(group: dict[str, Any], next_lr: float) -> None:
+    optimizer = Apollo(parameters([(5,)]))
+    optimizer.load_state_dict(of_a_port({}, group))
+    assert optimizer.effective_lrs() == [pytest.approx(next_lr, rel=tolerances.RATE)]
+    run_steps(optimizer, range(1))
+
+
+def test_the_counter_of_a_release_has_all_its_digits() -> None:
+    saved = of_a_port({"step": 301}, {"weight_decay_type": "decoupled", "lr": 0.1})
+    optimizer = Apollo(parameters([(5,)]))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        optimizer.load_state_dict(saved)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    (state,) = optimizer.state.values()
+    assert (state["step"].item(), state["previous_lr"].item()) == (301.0, 0.1)
+
+
 def unstarted(**group: Any) -> dict[str, Any]:
     """Return the state of a released optimizer that has taken no step."""
     saved = released_state_dict(ReleasedApollo([np.ones(5)], lr=0.5, warmup=7), torch.float32)

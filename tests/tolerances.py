@@ -65,6 +65,10 @@ COMPILED = 1e-5
 # that D's minimum inherits.
 RELEASED = 1e-9
 
+# Numbers recovered from a release's float32 state. A rate of 1 is a share of wd = 0.05 of the
+# update: one roundoff over 0.05. The threshold is a mean of such elements.
+RECOVERED_FROM_FLOAT32 = 1.2e-6
+
 # Golden trajectories (12 steps of 6 elements whose noise is as large as their mean, so that d
 # nearly cancels in some): theta and m, B. Ten times what well-conditioned trajectories have.
 GOLDEN = {torch.float64: (4e-14, 1e-11), torch.float32: (2e-5, 3e-4)}

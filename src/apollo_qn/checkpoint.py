@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from torch.optim.optimizer import StateDict
 from apollo_qn import migrate
 from apollo_qn.advice import check_origin
 from apollo_qn.distributed import is_sharded, place_like
+from apollo_qn.saved_entries import Describe, check_present, check_scalar, check_tensor
 from apollo_qn.state import SCALARS, TENSORS, state_dtype, stored_dtype
+from apollo_qn.summary import parameter_name
 
 _STORAGE = ("rounding", "state_dtype", "seed")
 
@@ -44,7 +47,7 @@ def prepare(state_dict: StateDict, groups: list[dict[str, Any]]) -> StateDict:
         saved_groups.append(settings)
     result["param_groups"] = saved_groups
     for p, _, state in _entries(result, groups):
-        _check(p, state)
+        _check(p, state, partial(parameter_name, groups))
     return result
 
 
@@ -58,32 +61,23 @@ def _entries(
                 yield p, group, state_dict["state"][key]
 
 
-def _check(p: Tensor, state: dict[str, Any]) -> None:
+def _check(p: Tensor, state: dict[str, Any], describe: Describe) -> None:
     """Raise ValueError if a saved state does not fit its parameter."""
     needed = ("step", *TENSORS)
     if not any(name in state for name in needed):
         return  # no state of Apollo
-    for name in needed:
-        if name not in state:
-            raise ValueError(f"a parameter's state lacks {name!r}; it has {sorted(state)}")
+    check_present(needed, state, p, describe)
     for name in SCALARS:
-        value = state.get(name, 0)
-        if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
-            raise ValueError(f"{name} must be a number or a 0-dim tensor, got {value!r}")
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")
+        check_scalar(name, state.get(name, 0), p, describe)
     for name in (*TENSORS, "compensation"):
         if name not in state:
             continue
-        if not isinstance(state[name], Tensor) or state[name].shape != p.shape:
-            found = state[name]
-            got = tuple(found.shape) if isinstance(found, Tensor) else repr(found)
-            raise ValueError(f"{name} must have its parameter's shape {tuple(p.shape)}, got {got}")
+        check_tensor(name, state[name], p, describe)
         if is_sharded(state[name]) and not is_sharded(p):
             raise ValueError(
-                f"{name} must be a plain tensor as its parameter of shape {tuple(p.shape)} is, "
-                "got a DTensor; save a state of full tensors, with get_optimizer_state_dict("
-                "..., options=StateDictOptions(full_state_dict=True)), or shard the parameter"
+                f"{name} must be a plain tensor as {describe(p)} is, got a DTensor; save a state "
+                "of full tensors, with get_optimizer_state_dict(..., options=StateDictOptions("
+                "full_state_dict=True)), or shard the parameter"
             )
 
 
@@ -96,24 +90,32 @@ def restore(
     the float32 state of a bfloat16 parameter. The saved state of a sharded parameter may be a full
     tensor. Entries that are not Apollo's stay as torch has loaded them.
     """
-    for p, group, saved in _entries(state_dict, groups):
-        host = torch.device("cpu")
-        on_device = group["capturable"]
-        destinations = {
-            "step": (p.device if on_device else host, torch.float32),
-            "previous_lr": (
-                p.device if on_device else host,
-                torch.float32 if on_device and not p.is_cpu else torch.float64,
-            ),
-            "threshold": (p.device, state_dtype(p).to_real()),
-        }
-        for name, (device, dtype) in destinations.items():
-            if name in saved:
-                value = torch.as_tensor(saved[name]).detach().clone().reshape(())
-                state[p][name] = value.to(device=device, dtype=dtype)
-        for name in (*TENSORS, "compensation"):
-            if name in saved:
-                state[p][name] = _restored(saved[name], p, group, name)
+    with torch.inference_mode(False):  # later steps may run outside of this mode
+        for p, group, saved in _entries(state_dict, groups):
+            for name, (device, dtype) in _scalar_types(p, group["capturable"]).items():
+                if name in saved:
+                    state[p][name] = _scalar(saved[name]).to(device=device, dtype=dtype)
+            for name in (*TENSORS, "compensation"):
+                if name in saved:
+                    state[p][name] = _restored(saved[name], p, group, name)
+
+
+def _scalar_types(p: Tensor, capturable: bool) -> dict[str, tuple[torch.device, torch.dtype]]:
+    """Return the device and the type of each scalar of a parameter's state."""
+    device = p.device if capturable else torch.device("cpu")
+    return {
+        "step": (device, torch.float32),
+        "previous_lr": (device, torch.float64 if device.type == "cpu" else torch.float32),
+        "threshold": (p.device, state_dtype(p).to_real()),
+    }
+
+
+def _scalar(value: float | Tensor) -> Tensor:
+    """Return a copy of a saved scalar as a 0-dim tensor."""
+    if isinstance(value, Tensor):
+        return value.detach().clone().reshape(())
+    # neither the default type, which may be bfloat16, nor the default device
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def _restored(value: Tensor, p: Tensor, group: dict[str, Any], name: str) -> Tensor:

@@ -248,10 +248,24 @@ FAULTS = [
         ("tests/test_checkpoint.py", "tests/test_migrate.py"),
     ),
     Fault(
+        "the rate of the authors' last step is the one that a scheduler set after it",
+        QN,
+        "return max(self.rate + change, 0.0) if fits else self.rate",
+        "return self.rate",
+        ("tests/test_migrate.py",),
+    ),
+    Fault(
+        "the authors' directions that are mostly rounding tell the threshold",
+        QN,
+        "known &= share >= share[known].max() / 2",
+        "pass",
+        ("tests/test_migrate.py",),
+    ),
+    Fault(
         "the authors' D is taken without its offset",
         QN,
-        "(D.min() - offset).clamp(min=0)",
-        "D.min().clamp(min=0)",
+        "(smallest - self.offset).clamp(min=0)",
+        "smallest.clamp(min=0)",
         ("tests/test_checkpoint.py", "tests/test_migrate.py"),
     ),
     Fault(
