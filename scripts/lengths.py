@@ -27,6 +27,7 @@ from apollo_bench.runs.archive import RUNS
 from apollo_bench.search.best_trials import best_trial, mean_score
 from apollo_bench.search.trials import make_trials
 from apollo_bench.workloads.tasks import TASKS as FAMILIES
+from apollo_bench.workloads.workload import Metric
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 TASKS = {"multi30k": "Translation", "cifar10": "Images", "wordnet": "Language"}
@@ -176,13 +177,17 @@ def tables(task: str, results: Path = RESULTS) -> Iterator[str]:
             cells = [_score(found[length][name], metric.name) for length in there]
             yield f"| {LABELS[name]} | {' | '.join(cells)} |"
         yield ""
-        yield f"| Apollo's lead in {metric.title} over | {head} |"
-        yield "|---" * (len(there) + 1) + "|"
-        for name in methods:
-            if name != OURS:
-                cells = [_lead(lead(task, length, name, results)) for length in there]
-                yield f"| {LABELS[name]} | {' | '.join(cells)} |"
-        yield ""
+        shown = [metric]
+        if FAMILIES[task].monitored.higher_is_better is not metric.higher_is_better:
+            shown.append(FAMILIES[task].monitored)  # perplexity says other things than BLEU
+        for each in shown:
+            yield f"| Apollo's lead in {each.title} over | {head} |"
+            yield "|---" * (len(there) + 1) + "|"
+            for name in methods:
+                if name != OURS:
+                    cells = [_lead(lead(task, length, name, each, results)) for length in there]
+                    yield f"| {LABELS[name]} | {' | '.join(cells)} |"
+            yield ""
     if missing:
         yield f"Not measured yet: {task} at the length {' and '.join(missing)}."
 
@@ -197,9 +202,10 @@ def _score(runs: list[loading.Run], metric: str) -> str:
     return f"{text} (lr {runs[0].spec.optimizer.lr:.3g}, warmup {warmup})"
 
 
-def lead(task: str, length: str, method: str, results: Path = RESULTS) -> Difference | None:
+def lead(
+    task: str, length: str, method: str, metric: Metric, results: Path = RESULTS
+) -> Difference | None:
     """Return Apollo's lead over a method at a length that is measured; > 0 if Apollo is better."""
-    metric = FAMILIES[task].final
     found = by_method(results / f"{task}/length-{length}-comparison")
     ours, other = scores(found[OURS], metric.name), scores(found[method], metric.name)
     return difference(ours, other) if metric.higher_is_better else difference(other, ours)
@@ -218,9 +224,10 @@ def figure(results: Path = RESULTS) -> Figure:
     panels = drawn.subplots(1, len(TASKS))
     for axes, task in zip(panels, TASKS, strict=True):
         there = [x for x in LENGTHS if f"{task}/length-{x}-comparison" in measured(results)]
+        metric = FAMILIES[task].final
         others = [name for name in LABELS if name not in (OURS, "apollow")]
         for place, method in enumerate(others):
-            found = {length: lead(task, length, method, results) for length in there}
+            found = {length: lead(task, length, method, metric, results) for length in there}
             points = [
                 (list(LENGTHS).index(length) + 0.1 * (place - 1.5), one.mean, one.low, one.high)
                 for length, one in found.items()
@@ -239,7 +246,7 @@ def figure(results: Path = RESULTS) -> Figure:
         axes.set_xticks(range(len(LENGTHS)), LENGTHS.values())
         axes.set_xlim(-0.4, len(LENGTHS) - 0.6)
         axes.set_xlabel("length of the training")
-        axes.set_ylabel(f"Apollo's lead, {FAMILIES[task].final.title}")
+        axes.set_ylabel(f"Apollo's lead, {metric.title}")
         axes.set_title(TASKS[task])
         if not axes.containers:
             mark_empty(axes)

@@ -283,7 +283,7 @@ def block(name: str) -> str:
     if name.startswith("lengths/"):
         task = name.removeprefix("lengths/")
         lines = lengths.curvature(RESULTS) if task == "curvature" else lengths.tables(task, RESULTS)
-        return "\n".join(lines) + "\n"
+        return "\n".join(lines).rstrip() + "\n"
     if not (RESULTS / name / RUNS).exists():
         return f"(not measured: {name})\n"
     summary = summary_of(name)
