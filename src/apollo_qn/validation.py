@@ -76,7 +76,8 @@ def checked_group(
     for name in ("grads", "exp_avgs", "hessian_diags", "state_steps"):
         check_length(name, getattr(lists, name), lists.params)
     if not torch.compiler.is_compiling():
-        if not h.differentiable and any(isinstance(x, Tensor) for x in (h.beta, h.weight_decay)):
+        given_tensor = isinstance(h.beta, Tensor) or isinstance(h.weight_decay, Tensor)
+        if given_tensor and not h.differentiable:
             h = h._replace(beta=number(h.beta), weight_decay=number(h.weight_decay))
         beta, decay = (_TENSOR if isinstance(x, Tensor) else x for x in (h.beta, h.weight_decay))
         _check_once(beta=beta, eps=h.eps, sigma=h.sigma, weight_decay=decay, rebound=h.rebound)
