@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -101,6 +102,17 @@ def gradient(shape: torch.Size, dtype: torch.dtype, place: int, t: int) -> Tenso
 def give_gradients(params: list[torch.nn.Parameter], t: int) -> None:
     for i, p in enumerate(params):
         p.grad = gradient(p.shape, p.dtype, i, t).clone()
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make ``dtype`` torch's default type within the block."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def run_steps(optimizer: torch.optim.Optimizer, steps: Iterable[int]) -> None:

@@ -17,6 +17,7 @@ from tests.helpers import (
     DEVICE,
     WHY_NOT_FUSED,
     as_numpy,
+    default_dtype,
     make,
     parameters,
     run_steps,
@@ -277,11 +278,8 @@ def test_saved_numbers_keep_their_digits() -> None:
     run_steps(optimizer, range(1))
     saved = optimizer.state_dict()
     saved["state"][0].update(step=301.0, previous_lr=0.1)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with default_dtype(torch.bfloat16):
         optimizer.load_state_dict(saved)
-    finally:
-        torch.set_default_dtype(torch.float32)
     (state,) = optimizer.state.values()
     assert (state["step"].item(), state["previous_lr"].item()) == (301.0, 0.1)
     assert (state["step"].dtype, state["previous_lr"].dtype) == (torch.float32, torch.float64)

@@ -16,6 +16,7 @@ from tests.helpers import (
     DEVICE,
     Comparison,
     as_numpy,
+    default_dtype,
     gradient,
     normal,
     parameters,
@@ -284,11 +285,8 @@ def test_settings_of_a_port_that_have_a_meaning(group: dict[str, Any], next_lr: 
 def test_the_counter_of_a_release_has_all_its_digits() -> None:
     saved = of_a_port({"step": 301}, {"weight_decay_type": "decoupled", "lr": 0.1})
     optimizer = Apollo(parameters([(5,)]))
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with default_dtype(torch.bfloat16):
         optimizer.load_state_dict(saved)
-    finally:
-        torch.set_default_dtype(torch.float32)
     (state,) = optimizer.state.values()
     assert (state["step"].item(), state["previous_lr"].item()) == (301.0, 0.1)
 

@@ -12,8 +12,9 @@ from torch.optim.optimizer import StateDict
 
 from apollo_qn import migrate
 from apollo_qn.advice import check_origin
+from apollo_qn.backends.base import Describe
 from apollo_qn.distributed import is_sharded, place_like
-from apollo_qn.saved_entries import Describe, check_present, check_scalar, check_tensor
+from apollo_qn.saved_entries import check_present, check_scalar, check_tensor
 from apollo_qn.state import SCALARS, TENSORS, state_dtype, stored_dtype
 from apollo_qn.summary import parameter_name
 

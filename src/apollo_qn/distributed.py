@@ -13,7 +13,7 @@ sum over ranks gathers all slots.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from apollo_qn import rounding
-from apollo_qn.backends.base import TensorLists, unnamed
+from apollo_qn.backends.base import Describe, TensorLists, unnamed
 from apollo_qn.hyperparameters import Hyperparameters
 from apollo_qn.secant import Sums, arithmetic
 
@@ -88,7 +88,7 @@ def place_like(p: Any, tensor: Any) -> Any:
 def localize(
     groups: list[Group],
     before: Reduction | None,
-    describe: Callable[[Tensor], str] = unnamed,
+    describe: Describe = unnamed,
 ) -> tuple[list[Group], Reduction | None]:
     """Return the groups with local shards, and the reduction of their sums to global sums.
 
@@ -128,7 +128,7 @@ def _local_lists(
     h: Hyperparameters,
     kind: Any,
     shards: list[_Shard],
-    describe: Callable[[Tensor], str],
+    describe: Describe,
 ) -> TensorLists:
     """Return the local tensors of one group, and append its shards to ``shards``."""
     if h.differentiable and any(isinstance(p, kind) for p in lists.params):
@@ -174,7 +174,7 @@ def _local_lists(
     )
 
 
-def _shard(p: Any, m: Tensor, belief: bool, describe: Callable[[Tensor], str]) -> _Shard | None:
+def _shard(p: Any, m: Tensor, belief: bool, describe: Describe) -> _Shard | None:
     """Return the placement of a sharded parameter; None if the local tensor is the full one."""
     mesh, placements = p.device_mesh, p.placements
     if any(placement.is_partial() for placement in placements):
@@ -196,7 +196,7 @@ def _shard(p: Any, m: Tensor, belief: bool, describe: Callable[[Tensor], str]) -
     return _Shard(mesh, sharded_dims, dtype, belief, index) if sharded_dims else None
 
 
-def _placed_like(tensor: Any, p: Any, describe: Callable[[Tensor], str] = unnamed) -> Any:
+def _placed_like(tensor: Any, p: Any, describe: Describe = unnamed) -> Any:
     """Return a gradient or loaded state with the placements of its parameter ``p``, a DTensor."""
     if not is_sharded(tensor):
         raise RuntimeError(
@@ -215,7 +215,7 @@ def _same_placement(tensor: Any, p: Any) -> bool:
     )
 
 
-def _checked_state(tensor: Any, p: Any, name: str, describe: Callable[[Tensor], str]) -> Any:
+def _checked_state(tensor: Any, p: Any, name: str, describe: Describe) -> Any:
     """Return the state tensor, or raise RuntimeError if its parameter was resharded since."""
     if not is_sharded(tensor) or not _same_placement(tensor, p):
         found = tensor.placements if is_sharded(tensor) else "a plain tensor"

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import StateDict
 
+from apollo_qn.backends.base import Describe
 from apollo_qn.hyperparameters import Hyperparameters, check_ranges, warmup_start
-from apollo_qn.saved_entries import Describe, check_present, check_scalar, check_tensor
+from apollo_qn.saved_entries import check_present, check_scalar, check_tensor
 from apollo_qn.summary import parameter_name
 
 _SIGMAS = (1.0, 0.01)  # sigma of the first two releases, and of the third
@@ -149,8 +150,9 @@ def _sigma(settings: list[dict[str, Any]], members: list[list[_Member]], first: 
         for _, state, p in found:
             last = _LastStep(state, own, p)
             telling = last.B.lt(_SIGMAS[0])  # the other elements have the same D for both
+            direction = last.direction()
             for sigma in _SIGMAS:
-                missed = last.direction() - last.m / last.B.clamp(min=sigma)
+                missed = direction - last.m / last.B.clamp(min=sigma)
                 errors[sigma] += float(missed[telling].square().sum())
     if constant and not any(members):
         raise ValueError(

@@ -10,7 +10,6 @@ back end that compares them, and reads all of them if that back end then refuses
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -21,7 +20,15 @@ from torch import Tensor
 from apollo_qn import advice, distributed
 from apollo_qn import rounding as storage
 from apollo_qn.backends import cpu, triton
-from apollo_qn.backends.base import Backend, Batch, TensorLists, copy_to_device, is_plain, unnamed
+from apollo_qn.backends.base import (
+    Backend,
+    Batch,
+    Describe,
+    TensorLists,
+    copy_to_device,
+    is_plain,
+    unnamed,
+)
 from apollo_qn.backends.foreach import Foreach
 from apollo_qn.backends.reference import Reference
 from apollo_qn.distributed import Group, Reduction
@@ -75,7 +82,7 @@ class Part:
 class Step:
     """A validated step of all groups, with a back end for each tensor."""
 
-    describe: Callable[[Tensor], str]
+    describe: Describe
     backends: Backends
     traced: bool = False  # whether a tracer or a functional transform sees the operations
     reduction: Reduction | None = None
@@ -89,7 +96,7 @@ class Step:
 def prepare(
     groups: list[Group],
     backends: Backends,
-    describe: Callable[[Tensor], str] | None = None,
+    describe: Describe | None = None,
 ) -> Step:
     """Validate all groups and choose a back end for each tensor; nothing is changed.
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
-Describe: TypeAlias = Callable[[Tensor], str]  # returns the name of a parameter for a message
+from apollo_qn.backends.base import Describe
 
 
 def check_present(

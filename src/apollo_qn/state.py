@@ -113,9 +113,7 @@ def compensations_of(
     for p, state in zip(params, states, strict=True):
         low = state.get("compensation")
         if low is not None and low.dtype is not p.dtype:
-            del state["compensation"]  # the parameter's type has changed
-            if new is not None:
-                new.replaced.append((state, "compensation", low))
+            _remove_compensation(state, new)  # the parameter's type has changed
         if "compensation" not in state and p.dtype in storage.NARROW:
             with torch.inference_mode(False):
                 state["compensation"] = torch.zeros_like(p)
@@ -133,7 +131,13 @@ def drop_compensation(state: dict[str, Any], new: NewState | None) -> None:
     if new is None:
         state["compensation"].zero_()
     else:
-        new.replaced.append((state, "compensation", state.pop("compensation")))
+        _remove_compensation(state, new)
+
+
+def _remove_compensation(state: dict[str, Any], new: NewState | None) -> None:
+    before = state.pop("compensation")
+    if new is not None:
+        new.replaced.append((state, "compensation", before))
 
 
 def follow_state_dtype(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from apollo_qn import rounding as storage
 from apollo_qn.backends import cpu, triton
-from apollo_qn.backends.base import TensorLists
+from apollo_qn.backends.base import Describe, TensorLists
 from apollo_qn.distributed import Group, is_sharded
 from apollo_qn.hyperparameters import Hyperparameters, check_ranges, number
 from apollo_qn.state import dtype_name
@@ -69,7 +69,7 @@ _TENSOR = object()  # stands for a tensor, which a cache must not keep alive
 
 
 def checked_group(
-    lists: TensorLists, h: Hyperparameters, traced: bool, describe: Callable[[Tensor], str]
+    lists: TensorLists, h: Hyperparameters, traced: bool, describe: Describe
 ) -> Group:
     """Validate a group; return it with the learning rate as a number if possible."""
     check_back_end_choice(h.foreach, h.fused, h.differentiable)
@@ -123,7 +123,7 @@ def check_length(
         )
 
 
-def _compensations(lists: TensorLists, describe: Callable[[Tensor], str]) -> list[Tensor | None]:
+def _compensations(lists: TensorLists, describe: Describe) -> list[Tensor | None]:
     """Return the compensations of 16-bit parameters, None for others; empty if none is 16-bit."""
     narrow = [p.dtype in storage.NARROW for p in lists.params]
     if not any(narrow):
@@ -140,7 +140,7 @@ def _compensations(lists: TensorLists, describe: Callable[[Tensor], str]) -> lis
     return found
 
 
-def check_tensors(lists: TensorLists, describe: Callable[[Tensor], str]) -> None:
+def check_tensors(lists: TensorLists, describe: Describe) -> None:
     """Raise RuntimeError for gradients and shapes that no back end takes."""
     for p, g in zip(lists.params, lists.grads, strict=True):
         if g.device != p.device or g.is_complex() != p.is_complex():
@@ -167,7 +167,7 @@ def check_tensors(lists: TensorLists, describe: Callable[[Tensor], str]) -> None
     check_shapes(lists, describe)
 
 
-def check_shapes(lists: TensorLists, describe: Callable[[Tensor], str]) -> None:
+def check_shapes(lists: TensorLists, describe: Describe) -> None:
     """Raise RuntimeError if a gradient or state tensor lacks its parameter's shape."""
     named = {"gradient": lists.grads, "exp_avg": lists.exp_avgs}
     for name, column in {**named, "hessian_diag": lists.hessian_diags}.items():

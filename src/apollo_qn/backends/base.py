@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from apollo_qn.hyperparameters import Hyperparameters, StepScalars
 from apollo_qn.secant import Sums
+
+Describe: TypeAlias = Callable[[Tensor], str]  # returns the name of a parameter for a message
 
 
 @dataclass(slots=True)

@@ -113,7 +113,7 @@ class Prefetcher {
     Prefetcher(const Item *first, const Item *end) : item_(first), end_(end) { open(); }
     Prefetcher(const Item &large, size_t at) : item_(&large), end_(&large + 1), left_(large.n)
     {
-        begin(large.scalars->decay != 0, at + 4 * STEP);
+        begin(large.scalars->decay != 0, at + AHEAD);
     }
 
     INLINE void advance(size_t measured)
@@ -133,7 +133,8 @@ class Prefetcher {
     }
 
   private:
-    static constexpr size_t STEP = 64, LINE = 64; // elements; bytes
+    static constexpr size_t STEP = 64, LINE = 64;   // elements; bytes
+    static constexpr size_t AHEAD = 4 * STEP;       // elements between measuring and prefetching
     static constexpr int STREAMS = 5;
     const Item *item_ = nullptr, *end_ = nullptr;
     size_t due_ = 0, left_ = 0;

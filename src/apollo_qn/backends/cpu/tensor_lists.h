@@ -85,8 +85,8 @@ class TensorList {
     AtenTensorHandle operator[](size_t i) const { return tensors_[i]; }
 
     // Reads layout, dimension and storage size of the tensors from `begin` on, to bring all cache lines of
-    // their descriptions into the cache. The elements of all tensors have displaced them since the last step. In a loop as short as
-    // this one the processor waits for many cache misses at the same time.
+    // their descriptions into the cache. The elements of all tensors have displaced them since the last
+    // step. In a loop as short as this one the processor waits for many cache misses at the same time.
     void prefetch(size_t begin) const
     {
         int32_t layout = 0;
