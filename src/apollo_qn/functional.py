@@ -128,6 +128,8 @@ def apollo(
         list(compensations or []) if rounding == "kahan" else [],
         [storage.rng_key(seed, number) for number in numbers],
     )
+    for name in ("grads", "exp_avgs", "hessian_diags", "state_steps"):
+        check_length(name, getattr(tensors, name), params)
     if torch.compiler.is_compiling():
         execute(prepare([(tensors, h)], TRACED))
         return

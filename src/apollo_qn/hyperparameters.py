@@ -54,12 +54,12 @@ class Hyperparameters(NamedTuple):
     @property
     def l2(self) -> bool:
         """Return whether decay is added to the gradient."""
-        return self.decays and not self.decoupled_weight_decay
+        return not self.decoupled_weight_decay and self.decays
 
     @property
     def decoupled(self) -> bool:
         """Return whether decay is added to the direction."""
-        return self.decays and self.decoupled_weight_decay
+        return self.decoupled_weight_decay and self.decays
 
     def secant_eps(self) -> float:  # Dynamo of torch 2.10 cannot read the number of a property
         """Return the number added to ||d||_4: eps with belief, else eps / sigma (Theorem 1)."""

@@ -279,20 +279,20 @@ def _batches(lists: TensorLists, h: Hyperparameters, only_first: bool = False) -
     # in this order: while Dynamo of torch 2.15 traces, it cannot negate capturable
     on_host = not (torch.compiler.is_compiling() or h.capturable)
     shard = [row >= 0 for row in lists.rows] or [False]
-    read = slice(1 if only_first else None)
-    steps = [x.item() for x in lists.state_steps[read]] if on_host else [0.0]
+    read = 1 if only_first else len(lists)
+    steps = [x.item() for x in lists.state_steps[:read]] if on_host else [0.0]
     rates = [0.0]
     if (
         on_host and lists.previous_lrs and not h.differentiable
     ):  # otherwise autograd runs through the rate
-        rates = [x.item() for x in lists.previous_lrs[read]]
+        rates = [x.item() for x in lists.previous_lrs[:read]]
     if on_host and math.isnan(sum(steps) + sum(rates)):
         raise RuntimeError("a step counter or a previous_lr is not a number: load a valid state")
-    columns: tuple[list[Any], ...] = (shard, steps, rates)
     indices: dict[Any, list[int] | None] = {}
-    if all(len(set(column)) == 1 for column in columns):
+    if len(set(shard)) == len(set(steps)) == len(set(rates)) == 1:
         indices[shard[0], steps[0], rates[0]] = None
     else:
+        columns: tuple[list[Any], ...] = (shard, steps, rates)
         long = (column * len(lists) if len(column) == 1 else column for column in columns)
         for i, key in enumerate(zip(*long, strict=True)):
             indices.setdefault(key, []).append(i)  # type: ignore[union-attr]
@@ -355,25 +355,27 @@ def _fused_backend(lists: TensorLists, h: Hyperparameters, backends: Backends) -
     wanted = h.fused or (h.fused is None and h.foreach is None)
     if not wanted or h.differentiable:
         return None
-    p = lists.params[0]
     if torch.is_grad_enabled() and any(p.requires_grad for p in lists.params):
         return None  # the other back ends raise autograd's error for in-place changes
-    if triton.serves(p.device):
-        reason = triton.why_not() if h.fused else triton.why_not_default(p.device)
-    elif p.is_cpu:
+    device = lists.params[0].device
+    backend: Backend = backends.cpu
+    if triton.serves(device):
+        reason = triton.why_not() if h.fused else triton.why_not_default(device)
+        backend = backends.triton
+    elif device.type == "cpu":
         if h.capturable:
             return None  # the counters must not be read on the host
         reason = cpu.why_not()
     else:
-        reason = f"none serves {p.device.type}"
+        reason = f"none serves {device.type}"
         if not h.fused:
             return None
     if reason is None:
-        return backends.triton if triton.serves(p.device) else backends.cpu
+        return backend
     if h.fused:
         raise RuntimeError(
-            f"fused=True: no fused back end serves the parameter of shape {tuple(p.shape)} on "
-            f"{p.device} ({reason}); use fused=None for the fastest back end that there is"
+            f"fused=True: no fused back end serves {unnamed(lists.params[0])} on "
+            f"{device} ({reason}); use fused=None for the fastest back end that there is"
         )
     _warn_once(f"Apollo: {reason}; its foreach back end serves, more slowly")
     return None

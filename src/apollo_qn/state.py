@@ -13,6 +13,7 @@ from apollo_qn.hyperparameters import Hyperparameters, warmup_start
 
 TENSORS = ("exp_avg", "hessian_diag")
 SCALARS = ("step", "previous_lr", "threshold")
+_UNROUNDED = {torch.float32, torch.float64, torch.complex64, torch.complex128}
 
 
 def state_dtype(p: Tensor) -> torch.dtype:
@@ -150,8 +151,7 @@ def follow_state_dtype(
 ) -> None:
     """Convert m and B where the group's ``state_dtype`` has changed since they were made."""
     asked = _dtype(group["state_dtype"])
-    found = {m.dtype for m in exp_avgs}
-    if all(dtype is asked or (asked is None and dtype.itemsize >= 4) for dtype in found):
+    if {m.dtype for m in exp_avgs} <= (_UNROUNDED if asked is None else {asked}):
         return
     for p, state in zip(params, states, strict=True):
         for name in TENSORS:

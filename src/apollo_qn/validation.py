@@ -73,13 +73,12 @@ def checked_group(
 ) -> Group:
     """Validate a group; return it with the learning rate as a number if possible."""
     check_back_end_choice(h.foreach, h.fused, h.differentiable)
-    for name in ("grads", "exp_avgs", "hessian_diags", "state_steps"):
-        check_length(name, getattr(lists, name), lists.params)
     if not torch.compiler.is_compiling():
         given_tensor = isinstance(h.beta, Tensor) or isinstance(h.weight_decay, Tensor)
         if given_tensor and not h.differentiable:
             h = h._replace(beta=number(h.beta), weight_decay=number(h.weight_decay))
-        beta, decay = (_TENSOR if isinstance(x, Tensor) else x for x in (h.beta, h.weight_decay))
+        beta = _TENSOR if isinstance(h.beta, Tensor) else h.beta
+        decay = _TENSOR if isinstance(h.weight_decay, Tensor) else h.weight_decay
         _check_once(beta=beta, eps=h.eps, sigma=h.sigma, weight_decay=decay, rebound=h.rebound)
     if h.rounding == "kahan":
         lists = replace(lists, compensations=_compensations(lists, describe))
@@ -99,7 +98,8 @@ def checked_group(
                 "repeats its numbers, got False"
             )
         key = torch._C._TorchDispatchModeKey
-        if any(torch._C._get_dispatch_mode(mode) is not None for mode in (key.PROXY, key.FAKE)):
+        modes = (key.PROXY, key.FAKE) if traced else ()
+        if any(torch._C._get_dispatch_mode(mode) is not None for mode in modes):
             raise RuntimeError(
                 "capturable must be True where a step is traced (make_fx, FakeTensorMode): its "
                 "counters cannot be read on the host then, got False"

@@ -267,7 +267,7 @@ def test_gradients_on_and_off_autograd() -> None:
 def test_elsewhere_than_on_the_cpu() -> None:
     p = torch.nn.Parameter(torch.ones(3, device="meta"))
     p.grad = torch.ones(3, device="meta")
-    with pytest.raises(RuntimeError, match="no fused back end serves the parameter"):
+    with pytest.raises(RuntimeError, match="no fused back end serves a parameter"):
         Apollo([p], fused=True).step()
 
 

@@ -80,8 +80,8 @@ FAULTS = [
     Fault(
         "the kernels take decoupled decay for L2",
         f"{QN}/backends/base.py",
-        "h.weight_decay if h.l2 else 0.0",
-        "h.weight_decay",
+        "(0.0, h.weight_decay) if h.decoupled_weight_decay else (h.weight_decay, 0.0)",
+        "(h.weight_decay, 0.0)",
         BACK_ENDS,
     ),
     Fault(

@@ -136,10 +136,10 @@ def unnamed(p: Tensor) -> str:
 def step_scalars(batch: Batch) -> tuple[Any, ...]:
     """Return the row of scalars that the fused kernels read, as ``Scalars`` in ``kernel.h``."""
     h, s = batch.h, batch.scalars
+    decay = (0.0, h.weight_decay) if h.decoupled_weight_decay else (h.weight_decay, 0.0)
     return (
         *(s.alpha, s.rate, s.offset, h.sigma, s.previous_offset, s.kappa, s.omega),
-        *(h.sigma, h.secant_eps(), -1.0 if h.maximize else 1.0),
-        *(h.weight_decay if h.l2 else 0.0, h.weight_decay if h.decoupled else 0.0),
+        *(h.sigma, h.secant_eps(), -1.0 if h.maximize else 1.0, *decay),
         *(float(h.decays), float(h.belief), float(h.rounding == "stochastic"), s.t),
     )
 
