@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measure the comparison of lengths (results/LENGTHS.md), about 6 hours of one core. Stop it at any time: the same
+# Measure the comparison of lengths (results/LENGTHS.md), about 9 hours of one core. Stop it at any time: the same
 # command continues where it stopped, and skips the pieces that results/ already holds.
 #   results/run_lengths.sh DATA [RUNS]
 # DATA has CIFAR-10 as parquet, wordnet_{train,valid,test}.txt.gz and multi30k/.
@@ -42,11 +42,13 @@ compare() {
     apollo-bench archive "$out" --out "results/$name"
   fi
   name="$task/length-$length-curvature" out="$runs/$task-$length-curvature"
+  local every=$((${last[$task-16th]} / 12))
+  [ "$length" = all ] && every=$((5 * every))
   measured "$name" && return
   settings=$(python scripts/lengths.py chosen "$task" "$length" apollo)
   # shellcheck disable=SC2086
   apollo-bench train "results/$task/length-$length.toml" --data "${folder[$task]}" --out "$out" --threads 1 \
-    --diagnostics "$((${last[$task-16th]} / 12))" $settings
+    --diagnostics "$every" $settings
   apollo-bench archive "$out" --out "results/$name"
 }
 
@@ -63,3 +65,4 @@ for length in 16th quarter; do
   compare wordnet $length
 done
 compare wordnet whole
+compare cifar10 all

@@ -31,8 +31,13 @@ from apollo_bench.workloads.workload import Metric
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 TASKS = {"multi30k": "Translation", "cifar10": "Images", "wordnet": "Language"}
-LENGTHS = {"16th": "1/16", "quarter": "1/4", "whole": "1"}
-SEARCHED = {"16th": "16th", "quarter": "quarter", "whole": "quarter"}  # length of the search
+LENGTHS = {"16th": "length 1/16", "quarter": "length 1/4", "whole": "length 1", "all": "all images"}
+SEARCHED = {  # length of the search
+    "16th": "16th",
+    "quarter": "quarter",
+    "whole": "quarter",
+    "all": "quarter",
+}
 OTHER_WARMUP = "-long-warmup"  # ends the name of the second form of an optimizer
 HELD_OUT = 5000  # images, for the search on cifar10
 LABELS = {
@@ -46,12 +51,17 @@ LABELS = {
 OURS = "apollo"
 
 
+def lengths_of(task: str) -> list[str]:
+    """Return the lengths of a task; only images have more data than the whole length uses."""
+    return [length for length in LENGTHS if length != "all" or task == "cifar10"]
+
+
 def pieces() -> list[str]:
     """Return the names of all archives of the protocol, in the order in which they are shown."""
     return [
         f"{task}/length-{length}-{kind}"
         for task in TASKS
-        for length in LENGTHS
+        for length in lengths_of(task)
         for kind in ("tuning", "comparison", "curvature")
         if kind != "tuning" or SEARCHED[length] == length
     ]
@@ -164,17 +174,17 @@ def tables(task: str, results: Path = RESULTS) -> Iterator[str]:
         results: folder of the archives.
     """
     metric = FAMILIES[task].final
-    comparisons = {length: f"{task}/length-{length}-comparison" for length in LENGTHS}
-    there = [length for length in LENGTHS if comparisons[length] in measured(results)]
-    missing = [LENGTHS[length] for length in LENGTHS if length not in there]
+    comparisons = {length: f"{task}/length-{length}-comparison" for length in lengths_of(task)}
+    there = [length for length in comparisons if comparisons[length] in measured(results)]
+    missing = [LENGTHS[length] for length in comparisons if length not in there]
     found = {length: by_method(results / comparisons[length]) for length in there}
     if there:
-        head = " | ".join(f"length {LENGTHS[length]}" for length in there)
+        head = " | ".join(LENGTHS[length] for length in there)
         yield f"| {metric.title} | {head} |"
         yield "|---" * (len(there) + 1) + "|"
         methods = [name for name in LABELS if any(name in runs for runs in found.values())]
         for name in methods:
-            cells = [_score(found[length][name], metric.name) for length in there]
+            cells = [_score(found[length].get(name, []), metric.name) for length in there]
             yield f"| {LABELS[name]} | {' | '.join(cells)} |"
         yield ""
         shown = [metric]
@@ -189,10 +199,12 @@ def tables(task: str, results: Path = RESULTS) -> Iterator[str]:
                     yield f"| {LABELS[name]} | {' | '.join(cells)} |"
             yield ""
     if missing:
-        yield f"Not measured yet: {task} at the length {' and '.join(missing)}."
+        yield f"Not measured yet: {task}, {', '.join(missing)}."
 
 
 def _score(runs: list[loading.Run], metric: str) -> str:
+    if not runs:
+        return "-"
     values = list(scores(runs, metric).values())
     warmup = "20 %" if runs[0].spec.name.endswith(OTHER_WARMUP) else "2 %"
     lost = sum(run.verdict == "diverged" for run in runs)
@@ -207,7 +219,7 @@ def lead(
 ) -> Difference | None:
     """Return Apollo's lead over a method at a length that is measured; > 0 if Apollo is better."""
     found = by_method(results / f"{task}/length-{length}-comparison")
-    ours, other = scores(found[OURS], metric.name), scores(found[method], metric.name)
+    ours, other = (scores(found.get(name, []), metric.name) for name in (OURS, method))
     return difference(ours, other) if metric.higher_is_better else difference(other, ours)
 
 
@@ -218,18 +230,23 @@ def _lead(found: Difference | None) -> str:
     return f"{found.text(2)}, {verdict}"
 
 
+def _tick(length: str) -> str:
+    return length.removeprefix("length ").replace(" ", "\n")
+
+
 def figure(results: Path = RESULTS) -> Figure:
     """Draw Apollo's lead over each other optimizer against the length, one panel per task."""
     drawn = Figure(figsize=(10.5, 3.8), layout="constrained")
     panels = drawn.subplots(1, len(TASKS))
     for axes, task in zip(panels, TASKS, strict=True):
-        there = [x for x in LENGTHS if f"{task}/length-{x}-comparison" in measured(results)]
+        places = lengths_of(task)
+        there = [x for x in places if f"{task}/length-{x}-comparison" in measured(results)]
         metric = FAMILIES[task].final
         others = [name for name in LABELS if name not in (OURS, "apollow")]
         for place, method in enumerate(others):
             found = {length: lead(task, length, method, metric, results) for length in there}
             points = [
-                (list(LENGTHS).index(length) + 0.1 * (place - 1.5), one.mean, one.low, one.high)
+                (places.index(length) + 0.1 * (place - 1.5), one.mean, one.low, one.high)
                 for length, one in found.items()
                 if one is not None and one.low is not None and one.high is not None
             ]
@@ -243,8 +260,8 @@ def figure(results: Path = RESULTS) -> Figure:
                     markersize=5, linewidth=1.2, capsize=3, label=f"over {LABELS[method]}",
                 )  # fmt: skip
         axes.axhline(0.0, color="0.5", linewidth=0.8)
-        axes.set_xticks(range(len(LENGTHS)), LENGTHS.values())
-        axes.set_xlim(-0.4, len(LENGTHS) - 0.6)
+        axes.set_xticks(range(len(places)), [_tick(LENGTHS[x]) for x in places])
+        axes.set_xlim(-0.4, len(places) - 0.6)
         axes.set_xlabel("length of the training")
         axes.set_ylabel(f"Apollo's lead, {metric.title}")
         axes.set_title(TASKS[task])
@@ -274,7 +291,7 @@ def curvature(results: Path = RESULTS) -> Iterator[str]:
             one = min(run.curvature, key=lambda line: abs(line.step - step))
             shares.append(f"{100 * (1 - one.tensors.rectified):.2f}")
         length = LENGTHS[piece.split("-")[1]]
-        yield f"| {task}, length {length} | {run.spec.optimizer.lr:.3g} | {' | '.join(shares)} |"
+        yield f"| {task}, {length} | {run.spec.optimizer.lr:.3g} | {' | '.join(shares)} |"
 
 
 def main(arguments: list[str]) -> int:

@@ -43,7 +43,7 @@ def searched(
 ) -> tuple[Path, list[SimpleNamespace]]:
     """Return a folder with a search in which each optimizer's second trial is best."""
     (tmp_path / "multi30k").mkdir()
-    for length in lengths.LENGTHS:
+    for length in lengths.lengths_of("multi30k"):
         name = f"multi30k/length-{length}.toml"
         shutil.copy(ROOT / "results" / name, tmp_path / name)
     planned = lengths.planned("multi30k/length-quarter-tuning", tmp_path)
@@ -139,5 +139,16 @@ def test_the_figure_shows_every_measured_lead(lengths: ModuleType) -> None:
 
 def test_missing_measurements_are_reported(lengths: ModuleType, tmp_path: Path) -> None:
     [line] = lengths.tables("wordnet", tmp_path)
-    assert line == "Not measured yet: wordnet at the length 1/16 and 1/4 and 1."
+    assert line == "Not measured yet: wordnet, length 1/16, length 1/4, length 1."
     assert list(lengths.curvature(tmp_path)) == ["Not measured yet."]
+
+
+def test_all_images_have_the_settings_of_the_search(lengths: ModuleType) -> None:
+    whole, everything = (lengths.chosen("cifar10", length) for length in ("whole", "all"))
+    assert len(everything.optimizers) == 3
+    for name, settings in everything.optimizers.items():
+        # warmup_steps follow the length
+        found, searched = settings.model_dump(), whole.optimizers[name].model_dump()
+        found.pop("warmup_steps", None), searched.pop("warmup_steps", None)
+        assert found == searched
+    assert "length-all" not in " ".join(n for n in lengths.pieces() if "cifar10" not in n)

@@ -34,7 +34,7 @@ def test_a_recipe_gives_all_the_same_chance(path: Path) -> None:
         assert set(ranges) == {"lr"}
         low, high = ranges["lr"]
         assert high / low == pytest.approx(100.0)
-    assert len(plan.seeds) >= (3 if path.stem == "length-whole" else 5)
+    assert len(plan.seeds) >= (3 if path.stem in ("length-whole", "length-all") else 5)
     assert plan.search.seed not in plan.seeds
     if path.stem in ("forms", "warmup") or path.stem.startswith("length-"):
         return

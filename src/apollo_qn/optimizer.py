@@ -402,9 +402,8 @@ class Apollo(Optimizer):
         if group["rounding"] == "kahan":
             compensations += compensations_of(params, states, new)
         else:
-            for state in states:
-                if "compensation" in state:  # it would be stale if "kahan" were chosen again
-                    drop_compensation(state, new)
+            for state in [each for each in states if "compensation" in each]:
+                drop_compensation(state, new)  # it would be stale if "kahan" were chosen again
         if group["state_dtype"] is not None or not storage.NARROW.isdisjoint(
             {p.dtype for p in params}
         ):
