@@ -161,6 +161,22 @@ BROKEN = {
     "no m": (lambda s: s["state"][1].pop("exp_avg"), r"lacks 'exp_avg'"),
     "no B": (lambda s: s["state"][1].pop("hessian_diag"), r"lacks 'hessian_diag'"),
     "no step": (lambda s: s["state"][1].pop("step"), r"lacks 'step'"),
+    "no number of steps": (
+        lambda s: s["state"][1].update(step=torch.tensor(-1.0)),
+        r"step must be a finite number >= 0, got tensor\(-1.\) for a parameter of shape \(4, 2\)",
+    ),
+    "complex": (
+        lambda s: s["state"][1].update(exp_avg=torch.zeros(4, 2, dtype=torch.complex64)),
+        r"exp_avg must be real, got torch.complex64",
+    ),
+    "of other code": (
+        lambda s: s["state"].update({1: {"threshold": torch.ones(2)}}),
+        r"threshold must have one element, got shape \(2,\)",
+    ),
+    "settings of another state": (
+        lambda s: s["param_groups"][1].update(rebound="belief"),
+        r"shape \(5,\) lacks 'threshold', which rebound='belief' of its group needs",
+    ),
     "a group too few": (lambda s: s["param_groups"].pop(), r"groups of \[2\] parameters"),
     "a parameter too few": (
         lambda s: s["param_groups"][0]["params"].pop(),

@@ -102,14 +102,39 @@ def test_an_error_undoes_the_conversion_of_a_state(how: str, back_end: dict[str,
 
 
 @BACK_ENDS
+def test_an_error_undoes_the_restart_of_an_incomplete_state(back_end: dict[str, Any]) -> None:
+    a, b = parameters([(3,), (4,)])
+    optimizer = Apollo([a, b], **back_end)
+    run_steps(optimizer, range(1))
+    del optimizer.state[a]["hessian_diag"]
+    optimizer.state[b]["exp_avg"] = torch.zeros(5)
+    before = {name: value.clone() for name, value in optimizer.state[a].items()}
+    with pytest.raises(RuntimeError, match="exp_avg has the shape"):
+        optimizer.step()
+    assert same(before, dict(optimizer.state[a]))
+
+
+@BACK_ENDS
+def test_an_expanded_parameter_changes_nothing(back_end: dict[str, Any]) -> None:
+    a, b = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(1).expand(4))
+    optimizer = Apollo([a, b], warmup_steps=0, **back_end)
+    give_gradients([a, b], 0)
+    with pytest.raises(RuntimeError, match=r"parameter of shape \(4,\), whose elements share"):
+        optimizer.step()
+    assert torch.equal(a, torch.ones(3))
+    assert not optimizer.state
+
+
+@BACK_ENDS
 @pytest.mark.parametrize(
-    ("name", "value"), [("sigma", 0.0), ("beta", 1.0), ("eps", None), ("rebound", "belif")]
+    ("name", "value"),
+    [("sigma", 0.0), ("beta", 1.0), ("eps", None), ("rebound", "belif"), ("warmup_steps", -1)],
 )
 def test_a_bad_setting_of_a_group_changes_nothing(
     name: str, value: Any, back_end: dict[str, Any]
 ) -> None:
     a, b = parameters([(3,), (4,)])
-    optimizer = Apollo([{"params": [a]}, {"params": [b]}], warmup_steps=0, **back_end)
+    optimizer = Apollo([{"params": [a]}, {"params": [b]}], **back_end)
     give_gradients([a, b], 0)
     before = [a.detach().clone(), b.detach().clone()]
     optimizer.param_groups[1][name] = value
@@ -175,6 +200,14 @@ def test_flattened_parameters_are_reported() -> None:
     flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in net.parameters()]))
     optimizer.param_groups[0]["params"] = [flat]
     flat.grad = torch.ones_like(flat)
+    before = flat.detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ApolloWarning)
+        for _ in range(2):  # as an error it comes at each step, and no step is taken
+            with pytest.raises(ApolloWarning, match="fully_shard"):
+                optimizer.step()
+    assert torch.equal(flat, before)
+    assert not optimizer.state
     with pytest.warns(ApolloWarning, match=r"fully_shard"):
         optimizer.step()
     with warnings.catch_warnings():
@@ -209,6 +242,14 @@ def test_a_replacement_of_the_same_shape_is_not_reported(recwarn: pytest.Warning
     p = torch.nn.Parameter(torch.ones(4))
     optimizer = Apollo([p])
     optimizer.param_groups[0]["params"] = [torch.nn.Parameter(torch.ones(4))]
+    run_steps(optimizer, range(1))
+    assert not [w for w in recwarn if issubclass(w.category, ApolloWarning)]
+
+
+def test_a_group_added_to_a_copy_is_not_reported(recwarn: pytest.WarningsRecorder) -> None:
+    """A copy does not know with which shapes its groups were given."""
+    optimizer = copy.deepcopy(Apollo(parameters([(4,)])))
+    optimizer.add_param_group({"params": parameters([(3,)])})
     run_steps(optimizer, range(1))
     assert not [w for w in recwarn if issubclass(w.category, ApolloWarning)]
 

@@ -14,11 +14,13 @@ from apollo_qn import migrate
 from apollo_qn.advice import check_origin
 from apollo_qn.backends.base import Describe
 from apollo_qn.distributed import is_sharded, place_like
-from apollo_qn.saved_entries import check_present, check_scalar, check_tensor
+from apollo_qn.saved_entries import check_present, check_scalar, check_step, check_tensor
 from apollo_qn.state import SCALARS, TENSORS, state_dtype, stored_dtype
 from apollo_qn.summary import parameter_name
 
 _STORAGE = ("rounding", "state_dtype", "seed")
+# entries that a state has with one value of a setting
+_OF_SETTINGS = {"previous_lr": ("decoupled_weight_decay", True), "threshold": ("rebound", "belief")}
 
 
 def prepare(state_dict: StateDict, groups: list[dict[str, Any]]) -> StateDict:
@@ -47,29 +49,37 @@ def prepare(state_dict: StateDict, groups: list[dict[str, Any]]) -> StateDict:
             settings["state_dtype"] = "bfloat16"
         saved_groups.append(settings)
     result["param_groups"] = saved_groups
-    for p, _, state in _entries(result, groups):
-        _check(p, state, partial(parameter_name, groups))
+    for p, saved, _, state in _entries(result, groups):
+        _check(p, state, saved, partial(parameter_name, groups))
     return result
 
 
 def _entries(
     state_dict: StateDict, groups: list[dict[str, Any]]
-) -> Iterator[tuple[Tensor, dict[str, Any], dict[str, Any]]]:
-    """Yield each parameter with its group and its saved state, in the order of the groups."""
+) -> Iterator[tuple[Tensor, dict[str, Any], dict[str, Any], dict[str, Any]]]:
+    """Yield each parameter, the saved and the present form of its group, and its saved state."""
     for saved, group in zip(state_dict["param_groups"], groups, strict=True):
         for key, p in zip(saved["params"], group["params"], strict=True):
             if key in state_dict["state"]:
-                yield p, group, state_dict["state"][key]
+                yield p, saved, group, state_dict["state"][key]
 
 
-def _check(p: Tensor, state: dict[str, Any], describe: Describe) -> None:
-    """Raise ValueError if a saved state does not fit its parameter."""
+def _check(p: Tensor, state: dict[str, Any], group: dict[str, Any], describe: Describe) -> None:
+    """Raise ValueError if a saved state does not fit its parameter or the settings of its group."""
+    for name in SCALARS:
+        check_scalar(name, state.get(name, 0), p, describe)
     needed = ("step", *TENSORS)
     if not any(name in state for name in needed):
         return  # no state of Apollo
     check_present(needed, state, p, describe)
-    for name in SCALARS:
-        check_scalar(name, state.get(name, 0), p, describe)
+    check_step(state, p, describe)
+    for name, (setting, value) in _OF_SETTINGS.items():
+        if name not in state and group.get(setting) == value:
+            raise ValueError(
+                f"the saved state of {describe(p)} lacks {name!r}, which {setting}={value!r} of "
+                "its group needs: make the optimizer with this setting before torch.distributed."
+                "checkpoint loads its state, and change a setting after loading"
+            )
     for name in (*TENSORS, "compensation"):
         if name not in state:
             continue
@@ -92,7 +102,7 @@ def restore(
     tensor. Entries that are not Apollo's stay as torch has loaded them.
     """
     with torch.inference_mode(False):  # later steps may run outside of this mode
-        for p, group, saved in _entries(state_dict, groups):
+        for p, _, group, saved in _entries(state_dict, groups):
             for name, (device, dtype) in _scalar_types(p, group["capturable"]).items():
                 if name in saved:
                     state[p][name] = _scalar(saved[name]).to(device=device, dtype=dtype)

@@ -8,7 +8,6 @@ A state that was saved before the first step is recognized by the keys of its gr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ from torch.optim.optimizer import StateDict
 
 from apollo_qn.backends.base import Describe
 from apollo_qn.hyperparameters import Hyperparameters, check_ranges, warmup_start
-from apollo_qn.saved_entries import check_present, check_scalar, check_tensor
+from apollo_qn.saved_entries import check_present, check_step, check_tensor
 from apollo_qn.summary import parameter_name
 
 _SIGMAS = (1.0, 0.01)  # sigma of the first two releases, and of the third
@@ -72,11 +71,7 @@ def _is_released(state: Any) -> bool:
 def _check_state(state: dict[str, Any], p: Tensor, describe: Describe) -> None:
     """Raise ValueError if a parameter's state lacks an entry of the releases or has a wrong one."""
     check_present(("step", *_TENSORS), state, p, describe)
-    check_scalar("step", state["step"], p, describe)
-    if not 0 <= float(state["step"]) < math.inf:
-        raise ValueError(
-            f"step must be a finite number >= 0, got {state['step']!r} for {describe(p)}"
-        )
+    check_step(state, p, describe)
     for name in _TENSORS:
         check_tensor(name, state[name], p, describe)
         dtype = state[name].dtype

@@ -122,8 +122,8 @@ class Apollo(Optimizer):
     """
 
     _backends: plan.Backends | None = None
-    _given_shapes: frozenset[torch.Size] = frozenset()  # of the parameters when they were added
-    _checks_shapes = True  # until the first warning, or if the shapes are not known
+    # of the parameters when they were added; None if not known, or after the first warning
+    _given_shapes: frozenset[torch.Size] | None = None
     _has_warned_of_rate = False
     _default_seed: DefaultSeed | None = None  # until a state is loaded
 
@@ -173,6 +173,7 @@ class Apollo(Optimizer):
             "seed": seed,
         }
         validation.check_settings(defaults)
+        self._given_shapes = frozenset()
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -189,11 +190,11 @@ class Apollo(Optimizer):
                     f"was given, got {settings['differentiable']!r}"
                 )
             # the warmup divides warmup_init_lr by this, even after a scheduler has changed lr
-            settings.setdefault("warmup_base_lr", number(settings["lr"]))
+            base_lr = param_group.setdefault("warmup_base_lr", number(settings["lr"]))
+            settings["warmup_base_lr"] = base_lr
             if not self._has_warned_of_rate:
                 position = len(self.param_groups)
                 self._has_warned_of_rate = advice.warn_if_small_rate(settings, position)
-            param_group.setdefault("warmup_base_lr", settings["warmup_base_lr"])
             params = param_group["params"]
             if not isinstance(params, Tensor | set):
                 param_group["params"] = params = list(params)
@@ -204,8 +205,8 @@ class Apollo(Optimizer):
         super().add_param_group(param_group)
         added = self.param_groups[-1]["params"]
         if any(isinstance(p, torch.nn.parameter.UninitializedParameter) for p in added):
-            self._checks_shapes = False
-        else:
+            self._given_shapes = None
+        elif self._given_shapes is not None:
             self._given_shapes |= {p.shape for p in added}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -214,7 +215,6 @@ class Apollo(Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
             group.setdefault("warmup_base_lr", number(group["lr"]))
-            group["state_dtype"] = dtype_name(group["state_dtype"])
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state of this optimizer or of the authors' released optimizer.
@@ -324,14 +324,14 @@ class Apollo(Optimizer):
             try:
                 lists = [self._tensor_lists(*group, new) for group in groups]
                 step = plan.prepare(lists, self._backends, describe)
+                known = self._given_shapes
+                if known is not None and advice.warn_of_flattened(new.parameters, known, describe):
+                    self._given_shapes = None
                 plan.execute(step)
             except Exception:
                 if step is None or not step.started:
                     new.undo(self.state)
                 raise
-            if new.parameters and self._given_shapes and self._checks_shapes:
-                known = self._given_shapes
-                self._checks_shapes = not advice.warn_of_flattened(new.parameters, known, describe)
 
     def _tensor_lists(
         self,

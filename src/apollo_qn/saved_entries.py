@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,10 +40,21 @@ def check_scalar(name: str, value: Any, p: Tensor, describe: Describe) -> None:
         )
 
 
+def check_step(state: Mapping[str, Any], p: Tensor, describe: Describe) -> None:
+    """Raise ValueError if the number of steps is not a finite number >= 0."""
+    check_scalar("step", state["step"], p, describe)
+    if not 0 <= float(state["step"]) < math.inf:
+        raise ValueError(
+            f"step must be a finite number >= 0, got {state['step']!r} for {describe(p)}"
+        )
+
+
 def check_tensor(name: str, value: Any, p: Tensor, describe: Describe) -> None:
-    """Raise ValueError if an entry is no tensor of its parameter's shape."""
+    """Raise ValueError if an entry is no tensor of its parameter's shape, real where that is."""
     if not isinstance(value, Tensor) or value.shape != p.shape:
         got = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
         raise ValueError(
             f"{name} must have its parameter's shape {tuple(p.shape)}, got {got} for {describe(p)}"
         )
+    if value.is_complex() and not p.is_complex():
+        raise ValueError(f"{name} must be real, got {value.dtype} for {describe(p)}")

@@ -91,6 +91,8 @@ def add_missing_state(
     """Add the missing entries to a parameter's state; leave the others unchanged."""
     before = set(state)
     if not before.issuperset(("step", *TENSORS)):
+        if new is not None:
+            new.replaced += [(state, n, state[n]) for n in ("step", *TENSORS) if n in before]
         state["step"] = _scalar(p, group["capturable"])
         dtype = _dtype(group["state_dtype"]) or state_dtype(p)
         for name in TENSORS:

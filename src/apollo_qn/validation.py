@@ -79,7 +79,8 @@ def checked_group(
             h = h._replace(beta=number(h.beta), weight_decay=number(h.weight_decay))
         beta = _TENSOR if isinstance(h.beta, Tensor) else h.beta
         decay = _TENSOR if isinstance(h.weight_decay, Tensor) else h.weight_decay
-        _check_once(beta=beta, eps=h.eps, sigma=h.sigma, weight_decay=decay, rebound=h.rebound)
+        given = {"warmup_steps": h.warmup_steps, "weight_decay": decay, "rebound": h.rebound}
+        _check_once(beta=beta, eps=h.eps, sigma=h.sigma, **given)
     if h.rounding == "kahan":
         lists = replace(lists, compensations=_compensations(lists, describe))
     if torch.compiler.is_compiling():
@@ -152,6 +153,13 @@ def check_tensors(lists: TensorLists, describe: Describe) -> None:
             raise RuntimeError(
                 f"a gradient is a DTensor, but belongs to {describe(p)}, which is a plain tensor: "
                 "distribute the parameter too, or give it the full gradient"
+            )
+        if 0 in p.stride() and any(
+            s == 0 and n > 1 for s, n in zip(p.stride(), p.shape, strict=True)
+        ):
+            raise RuntimeError(
+                f"Apollo cannot update {describe(p)}, whose elements share memory (it was made by "
+                "expand()): give it memory of its own with clone()"
             )
         if g.is_sparse:
             raise RuntimeError(
