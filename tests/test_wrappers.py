@@ -215,6 +215,16 @@ def test_flattened_parameters_are_reported() -> None:
         optimizer.step()  # the warning comes once
 
 
+def test_a_model_that_was_sharded_afterwards_is_reported() -> None:
+    """fully_shard replaces the parameters, so that those of the optimizer never get a gradient."""
+    optimizer = Apollo(parameters([(4, 3)]))
+    with pytest.warns(ApolloWarning, match="no parameter of this optimizer has had a gradient"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()  # the warning comes once
+
+
 def test_a_parameter_reshaped_before_its_first_step_is_reported() -> None:
     p = torch.nn.Parameter(torch.ones(4, 3))
     optimizer = Apollo([p])

@@ -55,15 +55,31 @@ _FLATTENED = (
     "have been changed"
 )
 
+_NO_GRADIENT = (
+    "step() updates nothing, because no parameter of this optimizer has had a gradient yet. If the "
+    "model's parameters have been replaced since (fully_shard, parallelize_module), this optimizer "
+    "holds the old ones: make it afterwards"
+)
 
-def warn_of_flattened(
-    new: Sequence[Tensor], given: Collection[torch.Size], describe: Callable[[Tensor], str]
+
+def warn_of_replaced(
+    new: Sequence[Tensor],
+    given: Collection[torch.Size],
+    untouched: bool,
+    describe: Callable[[Tensor], str],
 ) -> bool:
-    """Warn of a vector that takes its first step and whose shape no given parameter had.
+    """Warn where a wrapper seems to have replaced the parameters, and return whether it does.
 
-    Returns:
-        Whether there was one.
+    Args:
+        new: parameters that take their first step. A vector whose shape is not in ``given`` is one
+            that a wrapper has flattened.
+        given: shapes of the parameters when they were given to the optimizer.
+        untouched: whether no parameter has had a gradient yet.
+        describe: function that returns the name of a parameter for a message.
     """
+    if untouched:
+        warn(_NO_GRADIENT, ApolloWarning)
+        return True
     vectors = [p for p in new if p.dim() == 1 and p.shape not in given]
     if vectors:
         warn(f"{describe(vectors[0])} {_FLATTENED}", ApolloWarning)

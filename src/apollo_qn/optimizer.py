@@ -122,8 +122,7 @@ class Apollo(Optimizer):
     """
 
     _backends: plan.Backends | None = None
-    # of the parameters when they were added; None if not known, or after the first warning
-    _given_shapes: frozenset[torch.Size] | None = None
+    _given_shapes: frozenset[torch.Size] | None = None  # None if not known, or after a warning
     _has_warned_of_rate = False
     _default_seed: DefaultSeed | None = None  # until a state is loaded
 
@@ -324,8 +323,9 @@ class Apollo(Optimizer):
             try:
                 lists = [self._tensor_lists(*group, new) for group in groups]
                 step = plan.prepare(lists, self._backends, describe)
-                known = self._given_shapes
-                if known is not None and advice.warn_of_flattened(new.parameters, known, describe):
+                if (known := self._given_shapes) is not None and advice.warn_of_replaced(
+                    new.parameters, known, not self.state, describe
+                ):
                     self._given_shapes = None
                 plan.execute(step)
             except Exception:
