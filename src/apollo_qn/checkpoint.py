@@ -15,7 +15,7 @@ from apollo_qn.advice import check_origin
 from apollo_qn.backends.base import Describe
 from apollo_qn.distributed import is_sharded, place_like
 from apollo_qn.saved_entries import check_present, check_scalar, check_step, check_tensor
-from apollo_qn.state import SCALARS, TENSORS, state_dtype, stored_dtype
+from apollo_qn.state import SCALARS, TENSORS, scalar_types, stored_dtype
 from apollo_qn.summary import parameter_name
 
 _STORAGE = ("rounding", "state_dtype", "seed")
@@ -103,22 +103,12 @@ def restore(
     """
     with torch.inference_mode(False):  # later steps may run outside of this mode
         for p, _, group, saved in _entries(state_dict, groups):
-            for name, (device, dtype) in _scalar_types(p, group["capturable"]).items():
+            for name, types in scalar_types(p, group["capturable"]).items():
                 if name in saved:
-                    state[p][name] = _scalar(saved[name]).to(device=device, dtype=dtype)
+                    state[p][name] = _scalar(saved[name]).to(**types)
             for name in (*TENSORS, "compensation"):
                 if name in saved:
                     state[p][name] = _restored(saved[name], p, group, name)
-
-
-def _scalar_types(p: Tensor, capturable: bool) -> dict[str, tuple[torch.device, torch.dtype]]:
-    """Return the device and the type of each scalar of a parameter's state."""
-    device = p.device if capturable else torch.device("cpu")
-    return {
-        "step": (device, torch.float32),
-        "previous_lr": (device, torch.float64 if device.type == "cpu" else torch.float32),
-        "threshold": (p.device, state_dtype(p).to_real()),
-    }
 
 
 def _scalar(value: float | Tensor) -> Tensor:

@@ -21,6 +21,17 @@ def state_dtype(p: Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
 
 
+def scalar_types(p: Tensor, capturable: bool) -> dict[str, dict[str, Any]]:
+    """Return the device and the type of each scalar of a parameter's state."""
+    device = p.device if capturable else torch.device("cpu")
+    rate = torch.float64 if device.type == "cpu" else torch.float32
+    return {
+        "step": {"device": device, "dtype": torch.float32},
+        "previous_lr": {"device": device, "dtype": rate},
+        "threshold": {"device": p.device, "dtype": state_dtype(p).to_real()},
+    }
+
+
 def stored_dtype(found: torch.dtype, p: Tensor, asked: torch.dtype | None) -> torch.dtype:
     """Return the type to store m or B in; precision is only reduced if ``asked`` says so."""
     return torch.promote_types(found, state_dtype(p)) if asked is None else asked
@@ -89,22 +100,21 @@ def add_missing_state(
     state: dict[str, Any], p: Tensor, group: dict[str, Any], new: NewState | None
 ) -> None:
     """Add the missing entries to a parameter's state; leave the others unchanged."""
-    before = set(state)
+    before, types = set(state), scalar_types(p, group["capturable"])
     if not before.issuperset(("step", *TENSORS)):
         if new is not None:
             new.replaced += [(state, n, state[n]) for n in ("step", *TENSORS) if n in before]
-        state["step"] = _scalar(p, group["capturable"])
+        state["step"] = torch.zeros((), **types["step"])
         dtype = _dtype(group["state_dtype"]) or state_dtype(p)
         for name in TENSORS:
             state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
     if group["decoupled_weight_decay"] and "previous_lr" not in state:
         # the mode was turned on during training: assume that the rate has not changed
         lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
-        state["previous_lr"] = _scalar(p, group["capturable"], torch.float64)
+        state["previous_lr"] = torch.zeros((), **types["previous_lr"])
         state["previous_lr"] += lr
     if group["rebound"] == "belief" and "threshold" not in state:
-        real = state_dtype(p).to_real()
-        state["threshold"] = torch.full((), group["sigma"], dtype=real, device=p.device)
+        state["threshold"] = torch.full((), group["sigma"], **types["threshold"])
     if new is not None:
         new.entries += [(state, name) for name in state.keys() - before]
 
@@ -164,13 +174,6 @@ def follow_state_dtype(
                 new.replaced.append((state, name, before))
     exp_avgs[:] = [state["exp_avg"] for state in states]
     hessian_diags[:] = [state["hessian_diag"] for state in states]
-
-
-def _scalar(p: Tensor, capturable: bool, dtype: torch.dtype = torch.float32) -> Tensor:
-    if capturable and not p.is_cpu:
-        return torch.zeros((), dtype=torch.float32, device=p.device)
-    # on the host even under torch.set_default_device, because the step reads it there
-    return torch.zeros((), dtype=dtype, device="cpu")
 
 
 def dtype_name(dtype: Any) -> Any:
