@@ -115,6 +115,20 @@ def test_an_error_undoes_the_restart_of_an_incomplete_state(back_end: dict[str, 
 
 
 @BACK_ENDS
+def test_a_state_that_was_left_on_another_device_changes_nothing(back_end: dict[str, Any]) -> None:
+    a, b = parameters([(3,), (4,)])
+    optimizer = Apollo([a, b], warmup_steps=0, **back_end)
+    run_steps(optimizer, range(1))
+    optimizer.state[b]["hessian_diag"] = torch.zeros(4, device="meta")  # meta stands for a GPU
+    before = a.detach().clone()
+    with pytest.raises(
+        RuntimeError, match=r"hessian_diag lies on meta, but belongs to a parameter"
+    ):
+        optimizer.step()
+    assert torch.equal(a, before)
+
+
+@BACK_ENDS
 def test_an_expanded_parameter_changes_nothing(back_end: dict[str, Any]) -> None:
     a, b = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(1).expand(4))
     optimizer = Apollo([a, b], warmup_steps=0, **back_end)

@@ -176,17 +176,20 @@ def check_tensors(lists: TensorLists, describe: Describe) -> None:
 
 
 def check_shapes(lists: TensorLists, describe: Describe) -> None:
-    """Raise RuntimeError if a gradient or state tensor lacks its parameter's shape."""
+    """Raise RuntimeError if a gradient or state tensor lacks its parameter's shape or device."""
     named = {"gradient": lists.grads, "exp_avg": lists.exp_avgs}
     for name, column in {**named, "hessian_diag": lists.hessian_diags}.items():
         for p, x in zip(lists.params, column, strict=True):
-            if x.shape == p.shape:
+            if x.shape == p.shape and x.device == p.device:
                 continue
             message = f"{name} has the shape {tuple(x.shape)}, but belongs to {describe(p)}"
+            if x.shape == p.shape:
+                message = f"{name} lies on {x.device}, but belongs to {describe(p)} on {p.device}"
             if name != "gradient":
                 message += (
-                    ": the parameter was replaced, flattened or resharded after its state had been "
-                    "made. Make a new optimizer, or put a state of the new shape in its place"
+                    ": the parameter was moved, replaced, flattened or resharded after its state "
+                    "had been made. Move the state by load_state_dict(state_dict()), make a new "
+                    "optimizer, or put a state of the new shape in its place"
                 )
             raise RuntimeError(message)
 
