@@ -184,7 +184,14 @@ def tables(task: str, results: Path = RESULTS) -> Iterator[str]:
         yield "|---" * (len(there) + 1) + "|"
         methods = [name for name in LABELS if any(name in runs for runs in found.values())]
         for name in methods:
-            cells = [_score(found[length].get(name, []), metric.name) for length in there]
+            cells = [
+                _score(
+                    found[length].get(name, []),
+                    metric.name,
+                    tried(task, length, name, results),
+                )
+                for length in there
+            ]
             yield f"| {LABELS[name]} | {' | '.join(cells)} |"
         yield ""
         shown = [metric]
@@ -202,7 +209,14 @@ def tables(task: str, results: Path = RESULTS) -> Iterator[str]:
         yield f"Not measured yet: {task}, {', '.join(missing)}."
 
 
-def _score(runs: list[loading.Run], metric: str) -> str:
+def tried(task: str, length: str, method: str, results: Path = RESULTS) -> list[float]:
+    """Return the rates that the search of a length tried for an optimizer, in ascending order."""
+    found = by_method(results / f"{task}/length-{SEARCHED[length]}-tuning")
+    rates = {run.spec.optimizer.lr for run in found.get(method, [])}
+    return sorted(lr for lr in rates if lr is not None)
+
+
+def _score(runs: list[loading.Run], metric: str, rates: list[float]) -> str:
     if not runs:
         return "-"
     values = list(scores(runs, metric).values())
@@ -211,7 +225,10 @@ def _score(runs: list[loading.Run], metric: str) -> str:
     text = f"{statistics.fmean(values):.2f}" if values else "-"
     text += f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     text += f", {lost} of {len(runs)} diverged" if lost else ""
-    return f"{text} (lr {runs[0].spec.optimizer.lr:.3g}, warmup {warmup})"
+    lr = runs[0].spec.optimizer.lr
+    end = ", the smallest tried" if lr in rates[:1] else ""
+    end = ", the largest tried" if lr in rates[-1:] else end
+    return f"{text} (lr {lr:.3g}{end}, warmup {warmup})"
 
 
 def lead(
@@ -273,25 +290,29 @@ def figure(results: Path = RESULTS) -> Figure:
 
 
 def curvature(results: Path = RESULTS) -> Iterator[str]:
-    """Yield the lines of a table: the share of B above sigma at four times of Apollo's run."""
+    """Yield the lines of a table: the share of B above sigma at four times, and B at the end."""
     names = [name for name in measured(results) if name.endswith("-curvature")]
     if not names:
         yield "Not measured yet."
         return
-    times = (0.25, 0.5, 0.75, 1.0)
-    head = " | ".join(f"after {time:g} of the run" for time in times)
-    yield f"| elements of B above sigma (%) | lr | {head} |"
-    yield "|---" * (len(times) + 2) + "|"
+    times = {0.25: "after 1/4", 0.5: "after 1/2", 0.75: "after 3/4", 1.0: "at the end"}
+    shares = [f"B above sigma {time} (%)" for time in times.values()]
+    ends = ["RMS of B at the end", "mean of B at the end", "B < 0 at the end (%)"]
+    head = ["run of Apollo", "peak lr", *shares, *ends]
+    yield f"| {' | '.join(head)} |"
+    yield "|---" * len(head) + "|"
     for name in names:
         [run] = archived(results / name)
         task, piece = name.split("/")
-        shares = []
+        cells = [f"{run.spec.optimizer.lr:.3g}"]
         for time in times:
             step = time * run.result["steps"]
-            one = min(run.curvature, key=lambda line: abs(line.step - step))
-            shares.append(f"{100 * (1 - one.tensors.rectified):.2f}")
+            one = min(run.curvature, key=lambda line: abs(line.step - step)).tensors
+            cells.append(f"{100 * (1 - one.rectified):.2f}")
+        cells += [f"{one.curvature_rms:.2f}", f"{one.curvature_mean:.2f}"]
+        cells.append(f"{100 * one.negative:.0f}")
         length = LENGTHS[piece.split("-")[1]]
-        yield f"| {task}, {length} | {run.spec.optimizer.lr:.3g} | {' | '.join(shares)} |"
+        yield f"| {TASKS[task]}, {length} | {' | '.join(cells)} |"
 
 
 def main(arguments: list[str]) -> int:

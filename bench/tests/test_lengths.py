@@ -126,14 +126,35 @@ def test_the_lead_is_positive_where_apollo_is_better(
     assert lengths.lead("multi30k", "whole", "sgd", perplexity).mean == -2.0
 
 
+@pytest.mark.parametrize(
+    ("lr", "end"), [(0.5, ", the smallest tried"), (1.0, ""), (2.0, ", the largest tried")]
+)
+def test_a_rate_at_an_end_of_the_search_is_marked(lengths: ModuleType, lr: float, end: str) -> None:
+    run = SimpleNamespace(
+        spec=SimpleNamespace(name="sgd", seed=1, optimizer=SimpleNamespace(lr=lr)),
+        verdict="finished",
+        final=lambda name: 3.0,
+    )
+    cell = lengths._score([run], "accuracy", [0.5, 1.0, 2.0])
+    assert cell == f"3.00 (lr {lr:.3g}{end}, warmup 2 %)"
+
+
+def test_the_rates_of_both_warmups_were_tried(lengths: ModuleType) -> None:
+    assert lengths.tried("cifar10", "whole", "apollo") == [0.632, 2.0, 6.32]
+
+
 def test_the_figure_shows_every_measured_lead(lengths: ModuleType) -> None:
     drawn = lengths.figure()
     for axes, task in zip(drawn.axes, lengths.TASKS, strict=True):
         there = [
-            x for x in lengths.LENGTHS if f"{task}/length-{x}-comparison" in lengths.measured()
+            lengths.by_method(lengths.RESULTS / f"{task}/length-{x}-comparison")
+            for x in lengths.lengths_of(task)
+            if f"{task}/length-{x}-comparison" in lengths.measured()
         ]
-        assert [len(bars.lines[0].get_xdata()) for bars in axes.containers] == [len(there)] * (
-            4 if there else 0
+        others = ("sgd", "adamw", "radam", "muon")  # all images have no RAdam and no Muon
+        expected = [sum(name in found for found in there) for name in others]
+        assert [len(bars.lines[0].get_xdata()) for bars in axes.containers] == (
+            expected if there else []
         )
 
 
