@@ -102,9 +102,9 @@ FAULTS = [
     Fault(
         "the shape of a state is not checked",
         f"{QN}/validation.py",
-        "if x.shape == p.shape:",
+        "if x.shape == p.shape and x.device == p.device:",
         "if True:",
-        WRAPPERS,
+        ("tests/test_validation.py",),
     ),
     Fault(
         "a list of another length is taken",
@@ -112,6 +112,27 @@ FAULTS = [
         "if len(column) != len(params):",
         "if False:",
         ("tests/test_functional.py",),
+    ),
+    Fault(
+        "a parameter whose elements share memory is updated",
+        f"{QN}/validation.py",
+        "if 0 in p.stride() and any(",
+        "if False and any(",
+        ("tests/test_validation.py",),
+    ),
+    Fault(
+        "a saved number of steps may be negative",
+        f"{QN}/saved_entries.py",
+        'if not 0 <= float(state["step"]) < math.inf:',
+        "if False:",
+        ("tests/test_checkpoint.py",),
+    ),
+    Fault(
+        "a saved state may lack an entry that its settings need",
+        f"{QN}/checkpoint.py",
+        "if name not in state and group.get(setting) == value:",
+        "if False:",
+        ("tests/test_checkpoint.py",),
     ),
     Fault(
         "all optimizers have one seed",
