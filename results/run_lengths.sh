@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measure the comparison of lengths (results/LENGTHS.md), about 9 hours of one core. Stop it at any time: the same
+# Measure the comparison of lengths (results/LENGTHS.md), about 11 hours of one core. Stop it at any time: the same
 # command continues where it stopped, and skips the pieces that results/ already holds.
 #   results/run_lengths.sh DATA [RUNS]
 # DATA has CIFAR-10 as parquet, wordnet_{train,valid,test}.txt.gz and multi30k/.
@@ -34,20 +34,23 @@ search() {
 
 # compare TASK LENGTH: the settings that the search chose, on the recipe's seeds; then what B is like
 compare() {
-  local task=$1 length=$2 name="$1/length-$2-comparison" out="$runs/$1-$2-comparison" settings
+  local task=$1 length=$2 name="$1/length-$2-comparison" out="$runs/$1-$2-comparison" settings recipe
+  recipe="results/$task/length-$length.toml"
+  [ "$length" = lower ] && recipe="results/$task/length-whole.toml"
   if ! measured "$name"; then
     settings=$(python scripts/lengths.py chosen "$task" "$length")
     # shellcheck disable=SC2086 # the settings are words without spaces
-    apollo-bench compare "results/$task/length-$length.toml" --data "${folder[$task]}" --out "$out" --jobs 1 --threads 1 $settings
+    apollo-bench compare "$recipe" --data "${folder[$task]}" --out "$out" --jobs 1 --threads 1 $settings
     apollo-bench archive "$out" --out "results/$name"
   fi
+  [ "$length" = lower ] && return
   name="$task/length-$length-curvature" out="$runs/$task-$length-curvature"
   local every=$((${last[$task-16th]} / 12))
   [ "$length" = all ] && every=$((5 * every))
   measured "$name" && return
   settings=$(python scripts/lengths.py chosen "$task" "$length" apollo)
   # shellcheck disable=SC2086
-  apollo-bench train "results/$task/length-$length.toml" --data "${folder[$task]}" --out "$out" --threads 1 \
+  apollo-bench train "$recipe" --data "${folder[$task]}" --out "$out" --threads 1 \
     --diagnostics "$every" $settings
   apollo-bench archive "$out" --out "results/$name"
 }
@@ -65,4 +68,6 @@ for length in 16th quarter; do
   compare wordnet $length
 done
 compare wordnet whole
+compare multi30k lower
+compare wordnet lower
 compare cifar10 all

@@ -9,6 +9,7 @@ settings of the search: the better one of each optimizer's two warmups, and its 
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 import sys
 from collections.abc import Iterator
@@ -31,13 +32,21 @@ from apollo_bench.workloads.workload import Metric
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 TASKS = {"multi30k": "Translation", "cifar10": "Images", "wordnet": "Language"}
-LENGTHS = {"16th": "length 1/16", "quarter": "length 1/4", "whole": "length 1", "all": "all images"}
+LENGTHS = {
+    "16th": "length 1/16",
+    "quarter": "length 1/4",
+    "whole": "length 1",
+    "lower": "length 1, better of two rates",
+    "all": "all images",
+}
 SEARCHED = {  # length of the search
     "16th": "16th",
     "quarter": "quarter",
     "whole": "quarter",
+    "lower": "quarter",
     "all": "quarter",
 }
+RECIPES = {"lower": "whole"}  # the recipe of a length, if it is another's
 OTHER_WARMUP = "-long-warmup"  # ends the name of the second form of an optimizer
 HELD_OUT = 5000  # images, for the search on cifar10
 LABELS = {
@@ -52,8 +61,12 @@ OURS = "apollo"
 
 
 def lengths_of(task: str) -> list[str]:
-    """Return the lengths of a task; only images have more data than the whole length uses."""
-    return [length for length in LENGTHS if length != "all" or task == "cifar10"]
+    """Return the lengths of a task.
+
+    Only images have more data than the whole length uses, and no data that choose between rates.
+    """
+    other = "lower" if task == "cifar10" else "all"
+    return [length for length in LENGTHS if length != other]
 
 
 def pieces() -> list[str]:
@@ -63,7 +76,8 @@ def pieces() -> list[str]:
         for task in TASKS
         for length in lengths_of(task)
         for kind in ("tuning", "comparison", "curvature")
-        if kind != "tuning" or SEARCHED[length] == length
+        if kind == "comparison"
+        or (length != "lower" if kind == "curvature" else length in SEARCHED.values())
     ]
 
 
@@ -75,6 +89,8 @@ def measured(results: Path = RESULTS) -> list[str]:
 def chosen(task: str, length: str, results: Path = RESULTS) -> Recipe:
     """Return the recipe of a length with the best warmup and rate of each optimizer, no others.
 
+    At the length "lower" all rates are divided by the square root of 10, as between two trials.
+
     Args:
         task: one of TASKS.
         length: one of LENGTHS.
@@ -83,7 +99,7 @@ def chosen(task: str, length: str, results: Path = RESULTS) -> Recipe:
     Raises:
         ExperimentError: the search is not finished.
     """
-    plan = recipe.load(str(results / task / f"length-{length}.toml"))
+    plan = recipe.load(str(results / task / f"length-{RECIPES.get(length, length)}.toml"))
     folder = results / task / f"length-{SEARCHED[length]}-tuning"
     runs = loading.load_runs([folder])
     sign = 1 if FAMILIES[task].monitored.higher_is_better else -1
@@ -102,6 +118,8 @@ def chosen(task: str, length: str, results: Path = RESULTS) -> Recipe:
     for _, name, lr in best.values():
         before = plan.run(name, plan.seeds[0]).optimizer
         assert before.lr is not None, f"{name} has no rate to scale"
+        if length == "lower":
+            lr = float(f"{lr / 10**0.5:.3g}")
         optimizers[name] = scale_lr(before, lr / before.lr).model_copy(update={"lr": lr})
     return plan.model_copy(update={"optimizers": optimizers})
 
@@ -152,6 +170,25 @@ def archived(path: Path) -> list[loading.Run]:
     return loading.load_runs([path])
 
 
+def runs_of(task: str, length: str, results: Path = RESULTS) -> dict[str, list[loading.Run]]:
+    """Return the runs of a comparison by optimizer.
+
+    At the length "lower" these are the runs with the better of two rates, by validation.
+    """
+    found = by_method(results / f"{task}/length-{length}-comparison")
+    if length != "lower":
+        return found
+    metric = FAMILIES[task].monitored
+    sign = 1 if metric.higher_is_better else -1
+
+    def score(runs: list[loading.Run]) -> float:
+        values = scores(runs, metric.name).values()
+        return sign * statistics.fmean(values) if len(values) == len(runs) else -math.inf
+
+    tuned = runs_of(task, "whole", results)
+    return {name: max(tuned[name], found[name], key=score) for name in tuned}
+
+
 def by_method(path: Path) -> dict[str, list[loading.Run]]:
     """Return the runs of a comparison by optimizer, whichever warmup was chosen."""
     found: dict[str, list[loading.Run]] = {}
@@ -177,7 +214,7 @@ def tables(task: str, results: Path = RESULTS) -> Iterator[str]:
     comparisons = {length: f"{task}/length-{length}-comparison" for length in lengths_of(task)}
     there = [length for length in comparisons if comparisons[length] in measured(results)]
     missing = [LENGTHS[length] for length in comparisons if length not in there]
-    found = {length: by_method(results / comparisons[length]) for length in there}
+    found = {length: runs_of(task, length, results) for length in there}
     if there:
         head = " | ".join(LENGTHS[length] for length in there)
         yield f"| {metric.title} | {head} |"
@@ -206,13 +243,15 @@ def tables(task: str, results: Path = RESULTS) -> Iterator[str]:
                     yield f"| {LABELS[name]} | {' | '.join(cells)} |"
             yield ""
     if missing:
-        yield f"Not measured yet: {task}, {', '.join(missing)}."
+        yield f"Not measured yet: {task}, {'; '.join(missing)}."
 
 
 def tried(task: str, length: str, method: str, results: Path = RESULTS) -> list[float]:
-    """Return the rates that the search of a length tried for an optimizer, in ascending order."""
-    found = by_method(results / f"{task}/length-{SEARCHED[length]}-tuning")
-    rates = {run.spec.optimizer.lr for run in found.get(method, [])}
+    """Return the rates that were tried for an optimizer at a length, in ascending order."""
+    folders = [f"length-{SEARCHED[length]}-tuning"]
+    folders += ["length-lower-comparison"] if length == "lower" else []
+    found = [by_method(results / task / folder).get(method, []) for folder in folders]
+    rates = {run.spec.optimizer.lr for runs in found for run in runs}
     return sorted(lr for lr in rates if lr is not None)
 
 
@@ -235,7 +274,7 @@ def lead(
     task: str, length: str, method: str, metric: Metric, results: Path = RESULTS
 ) -> Difference | None:
     """Return Apollo's lead over a method at a length that is measured; > 0 if Apollo is better."""
-    found = by_method(results / f"{task}/length-{length}-comparison")
+    found = runs_of(task, length, results)
     ours, other = (scores(found.get(name, []), metric.name) for name in (OURS, method))
     return difference(ours, other) if metric.higher_is_better else difference(other, ours)
 
@@ -248,7 +287,13 @@ def _lead(found: Difference | None) -> str:
 
 
 def _tick(length: str) -> str:
-    return length.removeprefix("length ").replace(" ", "\n")
+    return length.partition(",")[0].removeprefix("length ").replace(" ", "\n")
+
+
+def drawn_lengths(task: str, results: Path = RESULTS) -> list[str]:
+    """Return the lengths on the figure's axis; the whole one has the better rates if measured."""
+    better = f"{task}/length-lower-comparison" in measured(results)
+    return [x for x in lengths_of(task) if x != ("whole" if better else "lower")]
 
 
 def figure(results: Path = RESULTS) -> Figure:
@@ -256,7 +301,7 @@ def figure(results: Path = RESULTS) -> Figure:
     drawn = Figure(figsize=(10.5, 3.8), layout="constrained")
     panels = drawn.subplots(1, len(TASKS))
     for axes, task in zip(panels, TASKS, strict=True):
-        places = lengths_of(task)
+        places = drawn_lengths(task, results)
         there = [x for x in places if f"{task}/length-{x}-comparison" in measured(results)]
         metric = FAMILIES[task].final
         others = [name for name in LABELS if name not in (OURS, "apollow")]

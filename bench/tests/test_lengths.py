@@ -43,7 +43,7 @@ def searched(
 ) -> tuple[Path, list[SimpleNamespace]]:
     """Return a folder with a search in which each optimizer's second trial is best."""
     (tmp_path / "multi30k").mkdir()
-    for length in lengths.lengths_of("multi30k"):
+    for length in ("16th", "quarter", "whole"):
         name = f"multi30k/length-{length}.toml"
         shutil.copy(ROOT / "results" / name, tmp_path / name)
     planned = lengths.planned("multi30k/length-quarter-tuning", tmp_path)
@@ -148,7 +148,7 @@ def test_the_figure_shows_every_measured_lead(lengths: ModuleType) -> None:
     for axes, task in zip(drawn.axes, lengths.TASKS, strict=True):
         there = [
             lengths.by_method(lengths.RESULTS / f"{task}/length-{x}-comparison")
-            for x in lengths.lengths_of(task)
+            for x in lengths.drawn_lengths(task)
             if f"{task}/length-{x}-comparison" in lengths.measured()
         ]
         others = ("sgd", "adamw", "radam", "muon")  # all images have no RAdam and no Muon
@@ -160,7 +160,10 @@ def test_the_figure_shows_every_measured_lead(lengths: ModuleType) -> None:
 
 def test_missing_measurements_are_reported(lengths: ModuleType, tmp_path: Path) -> None:
     [line] = lengths.tables("wordnet", tmp_path)
-    assert line == "Not measured yet: wordnet, length 1/16, length 1/4, length 1."
+    assert line == (
+        "Not measured yet: wordnet, length 1/16; length 1/4; length 1; "
+        "length 1, better of two rates."
+    )
     assert list(lengths.curvature(tmp_path)) == ["Not measured yet."]
 
 
@@ -173,3 +176,43 @@ def test_all_images_have_the_settings_of_the_search(lengths: ModuleType) -> None
         found.pop("warmup_steps", None), searched.pop("warmup_steps", None)
         assert found == searched
     assert "length-all" not in " ".join(n for n in lengths.pieces() if "cifar10" not in n)
+
+
+def test_a_lower_rate_keeps_all_else(
+    lengths: ModuleType, searched: tuple[Path, list[SimpleNamespace]]
+) -> None:
+    whole, lower = (
+        lengths.chosen("multi30k", length, searched[0]).optimizers for length in ("whole", "lower")
+    )
+    for name, settings in lower.items():
+        before = whole[name]
+        assert settings.lr == pytest.approx(before.lr / 10**0.5, rel=5e-3)
+        decay = before.lr * before.weight_decay  # of equal strength
+        assert settings.lr * settings.weight_decay == pytest.approx(decay)
+
+
+def test_the_better_of_two_rates_counts(
+    lengths: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By validation perplexity, which must be finite in all runs."""
+
+    def run_of(name: str, value: float | None) -> SimpleNamespace:
+        spec = SimpleNamespace(name=name, seed=1)
+        return SimpleNamespace(spec=spec, final=lambda metric: value)
+
+    values: dict[str, dict[str, float | None]] = {
+        "whole": {"sgd": 15.0, "adamw": 14.6, "apollo": 14.5},
+        "lower": {"sgd": 15.5, "adamw": 12.4, "apollo": None},
+    }
+
+    def by_method(path: Path) -> dict[str, list[SimpleNamespace]]:
+        given = values[path.name.split("-")[1]]
+        return {name: [run_of(name, value)] for name, value in given.items()}
+
+    monkeypatch.setattr(lengths, "by_method", by_method)
+    better = lengths.runs_of("multi30k", "lower")
+    assert {name: run.final("") for name, [run] in better.items()} == {
+        "sgd": 15.0,
+        "adamw": 12.4,
+        "apollo": 14.5,
+    }
