@@ -46,6 +46,13 @@ SEARCHED = {  # length of the search
     "lower": "quarter",
     "all": "quarter",
 }
+ARCHIVES = {  # the archives of a length
+    "16th": ("tuning", "comparison", "curvature"),
+    "quarter": ("tuning", "comparison", "curvature"),
+    "whole": ("comparison", "curvature"),
+    "lower": ("comparison",),
+    "all": ("comparison", "curvature"),
+}
 RECIPES = {"lower": "whole"}  # the recipe of a length, if it is another's
 OTHER_WARMUP = "-long-warmup"  # ends the name of the second form of an optimizer
 HELD_OUT = 5000  # images, for the search on cifar10
@@ -75,9 +82,7 @@ def pieces() -> list[str]:
         f"{task}/length-{length}-{kind}"
         for task in TASKS
         for length in lengths_of(task)
-        for kind in ("tuning", "comparison", "curvature")
-        if kind == "comparison"
-        or (length != "lower" if kind == "curvature" else length in SEARCHED.values())
+        for kind in ARCHIVES[length]
     ]
 
 

@@ -13,7 +13,12 @@ from apollo_qn.hyperparameters import Hyperparameters, warmup_start
 
 TENSORS = ("exp_avg", "hessian_diag")
 SCALARS = ("step", "previous_lr", "threshold")
-_UNROUNDED = {torch.float32, torch.float64, torch.complex64, torch.complex128}
+UNROUNDED = {
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+    torch.complex128,
+}  # of m and B by default
 
 
 def state_dtype(p: Tensor) -> torch.dtype:
@@ -23,6 +28,7 @@ def state_dtype(p: Tensor) -> torch.dtype:
 
 def scalar_types(p: Tensor, capturable: bool) -> dict[str, dict[str, Any]]:
     """Return the device and the type of each scalar of a parameter's state."""
+    # on the host even under torch.set_default_device, because the step reads them there
     device = p.device if capturable else torch.device("cpu")
     rate = torch.float64 if device.type == "cpu" else torch.float32
     return {
@@ -163,7 +169,7 @@ def follow_state_dtype(
 ) -> None:
     """Convert m and B where the group's ``state_dtype`` has changed since they were made."""
     asked = _dtype(group["state_dtype"])
-    if {m.dtype for m in exp_avgs} <= (_UNROUNDED if asked is None else {asked}):
+    if {m.dtype for m in exp_avgs} <= (UNROUNDED if asked is None else {asked}):
         return
     for p, state in zip(params, states, strict=True):
         for name in TENSORS:

@@ -15,7 +15,7 @@ from apollo_qn.backends import cpu, triton
 from apollo_qn.backends.base import Describe, TensorLists
 from apollo_qn.distributed import Group, is_sharded
 from apollo_qn.hyperparameters import Hyperparameters, check_ranges, number
-from apollo_qn.state import dtype_name
+from apollo_qn.state import UNROUNDED, dtype_name
 
 
 def required_list(
@@ -30,13 +30,6 @@ def required_list(
     return list(tensors)
 
 
-# Types of m and B.
-_STATE_TYPES = {
-    *(torch.bfloat16, torch.float32, torch.float64),
-    *(torch.complex64, torch.complex128),
-}
-
-
 def check_lists(lists: TensorLists) -> None:
     """Raise ValueError for tensors that a caller's lists must not hold."""
     for name in ("params", "grads", "exp_avgs", "hessian_diags"):
@@ -45,7 +38,10 @@ def check_lists(lists: TensorLists) -> None:
                 raise ValueError(f"{name} must hold tensors, got {x!r}")
             if name == "params" and not (x.is_floating_point() or x.is_complex()):
                 raise ValueError(f"params must be floating or complex, got {x.dtype}")
-            if name in ("exp_avgs", "hessian_diags") and x.dtype not in _STATE_TYPES:
+            if name in ("exp_avgs", "hessian_diags") and x.dtype not in {
+                torch.bfloat16,
+                *UNROUNDED,
+            }:
                 raise ValueError(f"{name} must be bfloat16, float32 or float64, got {x.dtype}")
     for name in ("state_steps", "previous_lrs", "thresholds"):
         for x in getattr(lists, name):
@@ -79,8 +75,14 @@ def checked_group(
             h = h._replace(beta=number(h.beta), weight_decay=number(h.weight_decay))
         beta = _TENSOR if isinstance(h.beta, Tensor) else h.beta
         decay = _TENSOR if isinstance(h.weight_decay, Tensor) else h.weight_decay
-        given = {"warmup_steps": h.warmup_steps, "weight_decay": decay, "rebound": h.rebound}
-        _check_once(beta=beta, eps=h.eps, sigma=h.sigma, **given)
+        _check_once(
+            beta=beta,
+            eps=h.eps,
+            sigma=h.sigma,
+            weight_decay=decay,
+            rebound=h.rebound,
+            warmup_steps=h.warmup_steps,
+        )
     if h.rounding == "kahan":
         lists = replace(lists, compensations=_compensations(lists, describe))
     if torch.compiler.is_compiling():
