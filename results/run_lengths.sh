@@ -51,7 +51,18 @@ compare() {
   settings=$(python scripts/lengths.py chosen "$task" "$length" apollo)
   # shellcheck disable=SC2086
   apollo-bench train "$recipe" --data "${folder[$task]}" --out "$out" --threads 1 \
-    --diagnostics "$every" $settings
+    --diagnose-every "$every" $settings
+  apollo-bench archive "$out" --out "results/$name"
+}
+
+# rates TASK: what B is like at other rates, at a quarter of the length
+rates() {
+  local task=$1 name="$1/length-quarter-rates" out="$runs/$1-quarter-rates"
+  measured "$name" && return
+  settings=$(python scripts/lengths.py chosen "$task" quarter apollo)
+  # shellcheck disable=SC2086
+  apollo-bench sweep "results/$task/length-quarter.toml" lr-robustness --data "${folder[$task]}" --out "$out" \
+    --jobs 1 --threads 1 --seeds 1 --diagnose-every $((${last[$task-16th]} / 12)) ${settings/--optimizer/--optimizers}
   apollo-bench archive "$out" --out "results/$name"
 }
 
@@ -71,3 +82,6 @@ compare wordnet whole
 compare multi30k lower
 compare wordnet lower
 compare cifar10 all
+for task in multi30k cifar10 wordnet; do
+  rates $task
+done

@@ -48,7 +48,7 @@ SEARCHED = {  # length of the search
 }
 ARCHIVES = {  # the archives of a length
     "16th": ("tuning", "comparison", "curvature"),
-    "quarter": ("tuning", "comparison", "curvature"),
+    "quarter": ("tuning", "comparison", "curvature", "rates"),
     "whole": ("comparison", "curvature"),
     "lower": ("comparison",),
     "all": ("comparison", "curvature"),
@@ -166,6 +166,8 @@ def planned(name: str, results: Path = RESULTS) -> list[RunSpec]:
     if kind == "comparison":
         return plan.runs()
     [ours] = [name for name in plan.optimizers if name.removesuffix(OTHER_WARMUP) == OURS]
+    if kind == "rates":
+        return plan.sweep("lr-robustness", [ours], seeds=1)
     return [plan.run(ours, plan.seeds[0])]
 
 
@@ -340,29 +342,51 @@ def figure(results: Path = RESULTS) -> Figure:
 
 
 def curvature(results: Path = RESULTS) -> Iterator[str]:
-    """Yield the lines of a table: the share of B above sigma at four times, and B at the end."""
-    names = [name for name in measured(results) if name.endswith("-curvature")]
-    if not names:
+    """Yield the lines of a table of B: Apollo's first run of each comparison."""
+    rows = {}
+    for name in measured(results):
+        if name.endswith("-curvature"):
+            task, piece = name.split("/")
+            [run] = archived(results / name)
+            rows[f"{TASKS[task]}, {LENGTHS[piece.split('-')[1]]}"] = run
+    yield from _table_of_curvature(rows)
+
+
+def rates(results: Path = RESULTS) -> Iterator[str]:
+    """Yield the lines of a table of B: Apollo's first run at a quarter, at several rates."""
+    rows = {}
+    for name in measured(results):
+        if name.endswith("-rates"):
+            for run in sorted(archived(results / name), key=lambda run: run.spec.optimizer.lr or 0):
+                assert run.spec.sweep is not None
+                rows[f"{TASKS[name.split('/')[0]]}, lr × {run.spec.sweep.value:g}"] = run
+    yield from _table_of_curvature(rows)
+
+
+def _table_of_curvature(rows: dict[str, loading.Run]) -> Iterator[str]:
+    """Yield the lines of a table: the share of B above sigma at four times, B and the metric."""
+    if not rows:
         yield "Not measured yet."
         return
     times = {0.25: "after 1/4", 0.5: "after 1/2", 0.75: "after 3/4", 1.0: "at the end"}
     shares = [f"B above sigma {time} (%)" for time in times.values()]
-    ends = ["RMS of B at the end", "mean of B at the end", "B < 0 at the end (%)"]
+    ends = ["RMS of B at the end", "mean of B at the end", "B < 0 at the end (%)", "test metric"]
     head = ["run of Apollo", "peak lr", *shares, *ends]
     yield f"| {' | '.join(head)} |"
     yield "|---" * len(head) + "|"
-    for name in names:
-        [run] = archived(results / name)
-        task, piece = name.split("/")
+    for label, run in rows.items():
         cells = [f"{run.spec.optimizer.lr:.3g}"]
-        for time in times:
-            step = time * run.result["steps"]
-            one = min(run.curvature, key=lambda line: abs(line.step - step)).tensors
-            cells.append(f"{100 * (1 - one.rectified):.2f}")
-        cells += [f"{one.curvature_rms:.2f}", f"{one.curvature_mean:.2f}"]
-        cells.append(f"{100 * one.negative:.0f}")
-        length = LENGTHS[piece.split("-")[1]]
-        yield f"| {TASKS[task]}, {length} | {' | '.join(cells)} |"
+        score = run.final(FAMILIES[run.spec.task].final.name)
+        if score is None:
+            cells += ["-"] * (len(head) - 3) + [run.verdict]
+        else:
+            for time in times:
+                step = time * run.result["steps"]
+                one = min(run.curvature, key=lambda line: abs(line.step - step)).tensors
+                cells.append(f"{100 * (1 - one.rectified):.2f}")
+            cells += [f"{one.curvature_rms:.2f}", f"{one.curvature_mean:.2f}"]
+            cells += [f"{100 * one.negative:.0f}", f"{score:.2f}"]
+        yield f"| {label} | {' | '.join(cells)} |"
 
 
 def main(arguments: list[str]) -> int:

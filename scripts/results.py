@@ -282,7 +282,8 @@ def block(name: str) -> str:
         return curvature()
     if name.startswith("lengths/"):
         task = name.removeprefix("lengths/")
-        lines = lengths.curvature(RESULTS) if task == "curvature" else lengths.tables(task, RESULTS)
+        others = {"curvature": lengths.curvature, "rates": lengths.rates}
+        lines = others[task](RESULTS) if task in others else lengths.tables(task, RESULTS)
         return "\n".join(lines).rstrip() + "\n"
     if not (RESULTS / name / RUNS).exists():
         return f"(not measured: {name})\n"

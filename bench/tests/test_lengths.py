@@ -92,6 +92,19 @@ def test_a_warmup_that_always_diverged_is_not_chosen(
     assert "sgd-long-warmup" in lengths.chosen("multi30k", "quarter", folder).optimizers
 
 
+def test_rates_are_multiples_of_the_best(
+    lengths: ModuleType, searched: tuple[Path, list[SimpleNamespace]]
+) -> None:
+    best = lengths.chosen("multi30k", "quarter", searched[0]).optimizers["apollo"]
+    planned = lengths.planned("multi30k/length-quarter-rates", searched[0])
+    assert [spec.optimizer.lr / best.lr for spec in planned] == pytest.approx(
+        [0.1, 0.316, 1, 3.16, 10]
+    )
+    decay = {round(spec.optimizer.lr * spec.optimizer.weight_decay, 12) for spec in planned}
+    assert decay == {1e-7}  # as in all trials
+    assert {(spec.name, spec.seed) for spec in planned} == {("apollo", 1)}
+
+
 @pytest.mark.parametrize("length", ["quarter", "whole"])
 def test_the_options_make_the_recipe_what_was_chosen(
     lengths: ModuleType, searched: tuple[Path, list[SimpleNamespace]], length: str
@@ -165,6 +178,7 @@ def test_missing_measurements_are_reported(lengths: ModuleType, tmp_path: Path) 
         "length 1, better of two rates."
     )
     assert list(lengths.curvature(tmp_path)) == ["Not measured yet."]
+    assert list(lengths.rates(tmp_path)) == ["Not measured yet."]
 
 
 def test_all_images_have_the_settings_of_the_search(lengths: ModuleType) -> None:

@@ -10,6 +10,7 @@ import pytest
 from apollo_bench.config import recipe
 from apollo_bench.report import curvature_figures, figures, overview, sweep_figures
 from apollo_bench.report.summary import collect
+from apollo_bench.runs.curvature_log import Curvature
 from apollo_bench.search import trials
 from apollo_qn.diagnostics import TensorDiagnostics
 from bench.tests.conftest import TINY
@@ -20,7 +21,7 @@ from bench.tests.report.made_up_runs import made_up
 def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Return a dictionary that gets each figure by its name, instead of its files."""
     found: dict[str, Any] = {}
-    for module in (figures, overview, sweep_figures):
+    for module in (curvature_figures, figures, overview, sweep_figures):
         monkeypatch.setattr(
             module, "picture", lambda name, caption, figure: found.setdefault(name, figure)
         )
@@ -75,13 +76,35 @@ def test_rates_of_trials_are_multiples_of_the_best(
 
 
 def test_shares_of_the_curvature_are_percentages() -> None:
+    measured = [value_of(_tensors()) for value_of in curvature_figures._CURVATURES.values()]
+    assert measured == [25.0, 75.0, 0.75, 0.125]
+
+
+def test_the_curvature_of_a_sweep_has_a_line_per_value(
+    recipe_file: Path, tmp_path: Path, drawn: dict[str, Any]
+) -> None:
+    recipe_file.write_text(f"{TINY}\n[sweeps.lr-robustness]\nvalues = [0.2, 1.0]\n")
+    for spec in recipe.load(str(recipe_file)).sweep("lr-robustness", ["apollo"]):
+        made_up(tmp_path, spec, [50.0])
+    [summary] = collect([tmp_path])
+    for row in summary.rows:
+        assert row.point is not None
+        for run in row.runs:
+            share = 0.1 * row.point.value
+            run.curvature.append(Curvature(1, 1.0, _tensors(negative=share)))
+    figures.draw(summary)
+    negative = drawn["curvature"].axes[0]
+    lines = {line.get_label(): line.get_ydata().tolist() for line in negative.lines}
+    assert lines == {"Apollo × 0.2": [pytest.approx(2.0)], "Apollo × 1": [pytest.approx(10.0)]}
+    assert len({str(line.get_color()) for line in negative.lines}) == 2
+
+
+def _tensors(negative: float = 0.25) -> TensorDiagnostics:
     counts = {"numel": 4, "step": 2, "lr": 0.5, "threshold": 1.0}
     rest = dict.fromkeys(("parameter_norm", "step_norm", "rate_min", "rate_max"), 1.0)
     rest |= dict.fromkeys(("curvature_mean", "curvature_min", "curvature_max"), 1.0)
-    tensors = TensorDiagnostics(
+    return TensorDiagnostics(
         **{"name": "a", **counts, **rest},
-        **{"negative": 0.25, "rectified": 0.75, "step_ratio": 0.125},
+        **{"negative": negative, "rectified": 0.75, "step_ratio": 0.125},
         **{"secant_correction": 3.0, "curvature_rms": 4.0},
     )
-    measured = [value_of(tensors) for value_of in curvature_figures._CURVATURES.values()]
-    assert measured == [25.0, 75.0, 0.75, 0.125]

@@ -177,6 +177,11 @@ def test_the_command_line(recipe_file: Path, tmp_path: Path) -> None:
         code, said = invoke(*command, *arguments)
         assert code == 2
         assert message in said
+    values = "sweeps.lr-robustness.values=[0.5, 1]"
+    sweep = ["sweep", str(recipe_file), "lr-robustness", "--set", values, "--out", str(out)]
+    code, said = invoke(*sweep, "--optimizers", "apollo,sgd", "--diagnostics")
+    assert code == 2
+    assert "the optimizer 'sgd' (sgd) has none" in said
     assert not out.exists(), "something was written"
 
     directory, task = prepared(directory.path, spec)

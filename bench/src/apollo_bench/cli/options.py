@@ -115,6 +115,27 @@ Threads = Annotated[
     ),
 ]
 
+_DIAGNOSE_EVERY = 25  # steps
+Diagnostics = Annotated[
+    bool,
+    typer.Option(
+        "--diagnostics",
+        help=f"Measure Apollo's curvature every {_DIAGNOSE_EVERY} steps, for TensorBoard, the "
+        "report and diagnostics.jsonl.",
+    ),
+]
+DiagnoseEvery = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="STEPS", help="Interval of these measurements, instead of --diagnostics."
+    ),
+]
+
+
+def measuring_interval(diagnostics: bool, interval: int | None) -> int | None:
+    """Return the steps between two measurements of the curvature; None: none are made."""
+    return interval or (_DIAGNOSE_EVERY if diagnostics else None)
+
 
 @dataclass(frozen=True)
 class TrainingOptions:

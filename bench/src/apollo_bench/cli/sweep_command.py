@@ -25,6 +25,8 @@ def sweep(
         Path | None,
         typer.Option(metavar="DIR", help="Output folder.  [default: runs/sweep-TASK-ANALYSIS]"),
     ] = None,
+    diagnostics: options.Diagnostics = False,
+    diagnose_every: options.DiagnoseEvery = None,
 ) -> None:
     """Train a task at several values of a setting, and write a report.
 
@@ -44,4 +46,6 @@ def sweep(
         else:
             specs = plan.sweep(analysis, chosen.optimizers, training.seeds, chosen.schedules)
         name = f"sweep-{plan.task}-{analysis}{'-quick' if training.quick else ''}"
-        runtime.train_and_report(training.request(specs, out or Path("runs") / name))
+        every = options.measuring_interval(diagnostics, diagnose_every)
+        request = training.request(specs, out or Path("runs") / name)
+        runtime.train_and_report(request._replace(diagnose_every=every))

@@ -10,8 +10,6 @@ import typer
 from apollo_bench.cli import options, runtime, selection
 from apollo_bench.errors import ExperimentError
 
-_DIAGNOSE_EVERY = 25  # steps
-
 
 def train(
     task: options.TaskName,
@@ -38,20 +36,8 @@ def train(
     devices: options.Devices = 1,
     strategy: options.StrategyName = "ddp",
     threads: options.Threads = None,
-    diagnostics: Annotated[
-        bool,
-        typer.Option(
-            "--diagnostics",
-            help=f"Measure Apollo's curvature every {_DIAGNOSE_EVERY} steps, for TensorBoard, the "
-            "report and diagnostics.jsonl.",
-        ),
-    ] = False,
-    diagnose_every: Annotated[
-        int | None,
-        typer.Option(
-            min=1, metavar="STEPS", help="Interval of these measurements, instead of --diagnostics."
-        ),
-    ] = None,
+    diagnostics: options.Diagnostics = False,
+    diagnose_every: options.DiagnoseEvery = None,
 ) -> None:
     """Train one run.
 
@@ -66,7 +52,7 @@ def train(
         if chosen.optimizers is None or len(chosen.optimizers) != 1:
             raise ExperimentError(f"--optimizer must be one name or class, got {optimizer!r}")
         spec = chosen.recipe.run(chosen.optimizers[0], seed, schedule or chosen.schedules[0])
-        every = diagnose_every or (_DIAGNOSE_EVERY if diagnostics else None)
+        every = options.measuring_interval(diagnostics, diagnose_every)
         machines = Machines(accelerator, devices, 1, threads, strategy)
         failed = runtime.train_and_print_failures(
             Request([spec], out, data, machines, diagnose_every=every)

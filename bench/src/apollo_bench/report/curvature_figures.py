@@ -10,6 +10,7 @@ import matplotlib.colors
 import matplotlib.ticker
 import pandas
 from matplotlib.figure import Figure
+from matplotlib.typing import ColorType
 
 from apollo_bench.optimizers.plot_style import style_of
 from apollo_bench.report.figure_axes import (
@@ -24,6 +25,7 @@ from apollo_bench.report.figure_axes import (
 )
 from apollo_bench.report.statistics import stats_over_time
 from apollo_bench.report.summary import Row, Summary
+from apollo_bench.report.sweep_figures import shade, value_label
 from apollo_qn.diagnostics import TensorDiagnostics
 
 
@@ -42,7 +44,11 @@ def curvature(summary: Summary) -> list[FigureFile]:
                 continue
             line = LINES[schedules.index(row.schedule) % len(LINES)]
             label = f"{row.label}, {row.schedule}" if len(schedules) > 1 else row.label
-            color = style_of(row.name).color
+            color: ColorType = style_of(row.name).color
+            if row.point is not None:
+                same = [x for x in rows if (x.name, x.schedule) == (row.name, row.schedule)]
+                label = f"{label} {value_label(row)}"
+                color = shade(style_of(row.name).color, same.index(row), len(same))
             axes.plot(found["mean"], color=color, linestyle=line, linewidth=1.8, label=label)
             draw_band(axes, found, color)
         axes.set_title(title)

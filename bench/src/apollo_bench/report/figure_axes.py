@@ -10,6 +10,7 @@ import matplotlib.colors
 import matplotlib.ticker
 import pandas
 from matplotlib.figure import Figure
+from matplotlib.typing import ColorType
 
 from apollo_bench.report.statistics import stats_over_time
 from apollo_bench.report.summary import Row
@@ -40,7 +41,7 @@ def over_time(row: Row, metric: str) -> pandas.DataFrame:
     return stats_over_time([line[time] for line in lines], [line[metric] for line in lines])
 
 
-def draw_band(axes: Any, found: pandas.DataFrame, color: str) -> None:
+def draw_band(axes: Any, found: pandas.DataFrame, color: ColorType) -> None:
     """Fill the area of one standard deviation around a mean over time."""
     low, high = found["mean"] - found["std"], found["mean"] + found["std"]
     axes.fill_between(found.index, low, high, color=color, alpha=0.15, linewidth=0)

@@ -30,8 +30,10 @@ from apollo_bench.report.sweep_figures import sweep, tuning
 def draw(summary: Summary) -> list[FigureFile]:
     """Draw all figures of a report."""
     with mpl.rc_context(SETTINGS):
-        make = {None: _comparison, "tuning": tuning}.get(summary.sweep, sweep)
-        return make(summary)
+        if summary.sweep == "tuning":
+            return tuning(summary)
+        made = sweep(summary) if summary.sweep else _comparison(summary)
+        return [*made, *curvature(summary)]
 
 
 def _comparison(summary: Summary) -> list[FigureFile]:
@@ -65,7 +67,6 @@ def _comparison(summary: Summary) -> list[FigureFile]:
                 [row.stats("optimizer_ms") for row in summary.rows],
             ),
         ),
-        *curvature(summary),
     ]
 
 

@@ -140,7 +140,7 @@ def _curves_by_value(summary: Summary, section: ScheduleSection) -> Figure:
                     continue
                 axes.plot(
                     found["mean"], linewidth=1.8, linestyle=LINES[index % len(LINES)],
-                    color=_shade(style_of(name).color, index, len(own_rows)), label=_value(row),
+                    color=shade(style_of(name).color, index, len(own_rows)), label=value_label(row),
                 )  # fmt: skip
                 scale.include(found, band=False)
             if line == 0:
@@ -211,14 +211,15 @@ def _train_loss(row: Row) -> SampleStats | None:
     return row.stats("train_loss")
 
 
-def _value(row: Row) -> str:
+def value_label(row: Row) -> str:
+    """Return the value of a sweep that the runs were trained at, as a legend shows it."""
     if row.point is None:
         return ""
     factor = row.point.kind == "lr-robustness"
     return f"× {row.point.value:g}" if factor else short(row.point.value)
 
 
-def _shade(color: str, index: int, count: int) -> tuple[float, float, float]:
+def shade(color: str, index: int, count: int) -> tuple[float, float, float]:
     """Return a shade of a color: the first is light, the last is dark."""
     rgb = matplotlib.colors.to_rgb(color)
     at = index / max(1, count - 1)  # 0 ... 1
