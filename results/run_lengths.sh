@@ -55,14 +55,22 @@ compare() {
   apollo-bench archive "$out" --out "results/$name"
 }
 
-# rates TASK: what B is like at other rates, at a quarter of the length
+# rates TASK: what B is like at other rates, and with weights that stand still, at a quarter of the length
 rates() {
-  local task=$1 name="$1/length-quarter-rates" out="$runs/$1-quarter-rates"
-  measured "$name" && return
+  local task=$1 name="$1/length-quarter-rates" out="$runs/$1-quarter-rates" recipe="results/$1/length-quarter.toml"
+  local every=$((${last[$task-16th]} / 12)) settings
   settings=$(python scripts/lengths.py chosen "$task" quarter apollo)
+  if ! measured "$name"; then
+    # shellcheck disable=SC2086
+    apollo-bench sweep "$recipe" lr-robustness --data "${folder[$task]}" --out "$out" --jobs 1 --threads 1 \
+      --seeds 1 --diagnose-every "$every" ${settings/--optimizer/--optimizers}
+    apollo-bench archive "$out" --out "results/$name"
+  fi
+  name="$task/length-quarter-still" out="$runs/$task-quarter-still"
+  measured "$name" && return
   # shellcheck disable=SC2086
-  apollo-bench sweep "results/$task/length-quarter.toml" lr-robustness --data "${folder[$task]}" --out "$out" \
-    --jobs 1 --threads 1 --seeds 1 --diagnose-every $((${last[$task-16th]} / 12)) ${settings/--optimizer/--optimizers}
+  apollo-bench train "$recipe" --data "${folder[$task]}" --out "$out" --threads 1 --diagnose-every "$every" \
+    $settings --set schedules.milestone.factor=1e-6
   apollo-bench archive "$out" --out "results/$name"
 }
 

@@ -12,7 +12,7 @@ import functools
 import math
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -48,11 +48,12 @@ SEARCHED = {  # length of the search
 }
 ARCHIVES = {  # the archives of a length
     "16th": ("tuning", "comparison", "curvature"),
-    "quarter": ("tuning", "comparison", "curvature", "rates"),
+    "quarter": ("tuning", "comparison", "curvature", "rates", "still"),
     "whole": ("comparison", "curvature"),
     "lower": ("comparison",),
     "all": ("comparison", "curvature"),
 }
+STILL = ["schedules.milestone.factor=1e-6"]  # holds the weights still after half of a run
 RECIPES = {"lower": "whole"}  # the recipe of a length, if it is another's
 OTHER_WARMUP = "-long-warmup"  # ends the name of the second form of an optimizer
 HELD_OUT = 5000  # images, for the search on cifar10
@@ -91,7 +92,7 @@ def measured(results: Path = RESULTS) -> list[str]:
     return [name for name in pieces() if (results / name / RUNS).exists()]
 
 
-def chosen(task: str, length: str, results: Path = RESULTS) -> Recipe:
+def chosen(task: str, length: str, results: Path = RESULTS, changes: Sequence[str] = ()) -> Recipe:
     """Return the recipe of a length with the best warmup and rate of each optimizer, no others.
 
     At the length "lower" all rates are divided by the square root of 10, as between two trials.
@@ -100,11 +101,13 @@ def chosen(task: str, length: str, results: Path = RESULTS) -> Recipe:
         task: one of TASKS.
         length: one of LENGTHS.
         results: folder of recipes and archives.
+        changes: changes of the recipe, as for ``--set``.
 
     Raises:
         ExperimentError: the search is not finished.
     """
-    plan = recipe.load(str(results / task / f"length-{RECIPES.get(length, length)}.toml"))
+    path = results / task / f"length-{RECIPES.get(length, length)}.toml"
+    plan = recipe.load(str(path), list(changes))
     folder = results / task / f"length-{SEARCHED[length]}-tuning"
     runs = loading.load_runs([folder])
     sign = 1 if FAMILIES[task].monitored.higher_is_better else -1
@@ -162,7 +165,7 @@ def planned(name: str, results: Path = RESULTS) -> list[RunSpec]:
         plan = recipe.load(str(results / task / f"length-{length}.toml"))
         plan = plan.model_copy(update={"data": plan.data.holding_out(HELD_OUT)})
         return make_trials(plan, list(plan.optimizers))
-    plan = chosen(task, length, results)
+    plan = chosen(task, length, results, STILL if kind == "still" else ())
     if kind == "comparison":
         return plan.runs()
     [ours] = [name for name in plan.optimizers if name.removesuffix(OTHER_WARMUP) == OURS]
@@ -353,13 +356,16 @@ def curvature(results: Path = RESULTS) -> Iterator[str]:
 
 
 def rates(results: Path = RESULTS) -> Iterator[str]:
-    """Yield the lines of a table of B: Apollo's first run at a quarter, at several rates."""
+    """Yield the lines of a table of B: Apollo's first run at a quarter, at other rates."""
     rows = {}
     for name in measured(results):
+        task = TASKS[name.split("/")[0]]
         if name.endswith("-rates"):
             for run in sorted(archived(results / name), key=lambda run: run.spec.optimizer.lr or 0):
                 assert run.spec.sweep is not None
-                rows[f"{TASKS[name.split('/')[0]]}, lr × {run.spec.sweep.value:g}"] = run
+                rows[f"{task}, lr × {run.spec.sweep.value:g}"] = run
+        elif name.endswith("-still"):
+            [rows[f"{task}, lr × 1, weights still after 1/2"]] = archived(results / name)
     yield from _table_of_curvature(rows)
 
 

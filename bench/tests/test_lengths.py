@@ -105,6 +105,17 @@ def test_rates_are_multiples_of_the_best(
     assert {(spec.name, spec.seed) for spec in planned} == {("apollo", 1)}
 
 
+def test_weights_stand_still_after_half_of_a_run(
+    lengths: ModuleType, searched: tuple[Path, list[SimpleNamespace]]
+) -> None:
+    [spec] = lengths.planned("multi30k/length-quarter-still", searched[0])
+    [moving] = lengths.planned("multi30k/length-quarter-curvature", searched[0])
+    assert spec.optimizer == moving.optimizer
+    schedule, before = spec.train.schedule, moving.train.schedule
+    assert (schedule.milestones[0], schedule.factor) == (0.5 * schedule.updates, 1e-6)
+    assert schedule.model_copy(update={"factor": before.factor}) == before
+
+
 @pytest.mark.parametrize("length", ["quarter", "whole"])
 def test_the_options_make_the_recipe_what_was_chosen(
     lengths: ModuleType, searched: tuple[Path, list[SimpleNamespace]], length: str
