@@ -22,7 +22,7 @@ from apollo_bench.config.equal_strength import scale_lr
 from apollo_bench.config.recipe import Recipe, RunSpec
 from apollo_bench.optimizers.plot_style import style_of
 from apollo_bench.report.figure_axes import mark_empty
-from apollo_bench.report.statistics import Difference, difference
+from apollo_bench.report.statistics import Difference, difference, number_text
 from apollo_bench.runs import loading
 from apollo_bench.runs.archive import RUNS
 from apollo_bench.search.best_trials import best_trial, mean_score
@@ -391,7 +391,7 @@ def _table_of_curvature(rows: dict[str, loading.Run]) -> Iterator[str]:
                 one = min(run.curvature, key=lambda line: abs(line.step - step)).tensors
                 cells.append(f"{100 * (1 - one.rectified):.2f}")
             cells += [f"{one.curvature_rms:.2f}", f"{one.curvature_mean:.2f}"]
-            cells += [f"{100 * one.negative:.0f}", f"{score:.2f}"]
+            cells += [f"{100 * one.negative:.0f}", number_text(score, 2)]
         yield f"| {label} | {' | '.join(cells)} |"
 
 

@@ -58,6 +58,8 @@ SHOWN = {  # the figure of an analysis that the pages show
     "lr-robustness": "learning_rate",
     "weight-decay": "weight_decay",
     "curvature": "curvature",
+    "rates": "curvature",
+    "still": "curvature",
 }
 OMITTED_COLUMNS = (  # by the beginning of their titles
     "weight decay",

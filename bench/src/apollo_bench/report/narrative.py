@@ -7,6 +7,7 @@ import math
 from apollo_bench.config.custom_optimizer import CustomSettings
 from apollo_bench.config.recipe import Recipe, RunSpec
 from apollo_bench.report.run_table import sampled_settings
+from apollo_bench.report.statistics import number_text
 from apollo_bench.report.summary import Row, ScheduleSection, Summary, best_of
 from apollo_bench.runs.loading import Run
 
@@ -133,7 +134,7 @@ def _swept(section: ScheduleSection, summary: Summary) -> str:
     if not spans:
         return "no run has finished."
     parts = ", ".join(
-        f"{label} {'diverged at one' if math.isinf(span) else f'{span:.2f}'}"
+        f"{label} {'diverged at one' if math.isinf(span) else number_text(span, 2)}"
         for span, label in sorted(spans)
     )
     return f"Between its best and worst value the mean {summary.metric.label} differs by: {parts}."

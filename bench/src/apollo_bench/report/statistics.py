@@ -14,6 +14,18 @@ import numpy
 import pandas
 from scipy import stats
 
+_LARGE = 1e7  # from here on numbers have an exponent
+
+
+def number_text(value: float, digits: int) -> str:
+    """Return a number with so many digits after the point, or with an exponent if it is large.
+
+    Example:
+        >>> number_text(87.1234, 2), number_text(10250186991862601728.0, 2)
+        ('87.12', '1.03e+19')
+    """
+    return f"{value:.{digits}f}" if abs(value) < _LARGE else f"{value:.2e}"
+
 
 @dataclass(frozen=True)
 class SampleStats:
@@ -25,8 +37,8 @@ class SampleStats:
 
     def text(self, digits: int) -> str:
         """Return the values as "87.12 ± 0.34"."""
-        mean = f"{self.mean:.{digits}f}"
-        return mean if self.std is None else f"{mean} ± {self.std:.{digits}f}"
+        mean = number_text(self.mean, digits)
+        return mean if self.std is None else f"{mean} ± {number_text(self.std, digits)}"
 
 
 def sample_stats(values: Iterable[float | None]) -> SampleStats | None:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from apollo_bench.console_table import Cell, Column, Table
 from apollo_bench.report.run_table import run_table, sampled_settings
-from apollo_bench.report.statistics import Difference, SampleStats, sample_stats
+from apollo_bench.report.statistics import Difference, SampleStats, number_text, sample_stats
 from apollo_bench.report.summary import Row, ScheduleSection, Summary, best_of, winner_of
 
 NOTHING = "-"
@@ -173,7 +173,7 @@ def _sweep(summary: Summary, section: ScheduleSection) -> Table:
                 Cell(text, row is not None and score is not None and row is winners[value])
             )
         bad = sum(row.diverged > 0 for row in there)
-        span = f"{max(means) - min(means):.2f}" if means else NOTHING
+        span = number_text(max(means) - min(means), 2) if means else NOTHING
         # divergence is worse than any number
         cells.append(Cell("diverged" if bad else span))
         runs = [run for row in there for run in row.runs]
