@@ -219,19 +219,18 @@ def test_a_bfloat16_state_in_a_full_state_dict() -> None:
 
 
 def test_seeds_of_optimizers() -> None:
-    """Each optimizer draws a seed from torch's generator; a resumed run draws the same bits."""
+    """The seed follows torch's generator; what a run draws from it does not depend on Apollo."""
     torch.manual_seed(0)
-    first, second = (Apollo(parameters([(3,)])).param_groups[0]["seed"] for _ in range(2))
-    assert first != second
+    before = torch.get_rng_state()
+    first = Apollo(parameters([(3,)])).param_groups[0]["seed"]
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(1)
+    assert Apollo(parameters([(3,)])).param_groups[0]["seed"] != first
     torch.manual_seed(0)
-    assert Apollo(parameters([(3,)])).param_groups[0]["seed"] == first
-    torch.manual_seed(1)
-    wanted = torch.rand(3)
-    torch.manual_seed(1)
     resumed = Apollo(parameters([(3,)]))
+    assert resumed.param_groups[0]["seed"] == first
     resumed.load_state_dict(Apollo(parameters([(3,)]), seed=7).state_dict())
     assert resumed.param_groups[0]["seed"] == 7
-    assert torch.equal(torch.rand(3), wanted)
 
 
 @BACK_ENDS

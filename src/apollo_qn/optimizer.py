@@ -17,7 +17,7 @@ from apollo_qn.backends.base import TensorLists
 from apollo_qn.distributed import Group
 from apollo_qn.hyperparameters import Rebound, Scalar, number
 from apollo_qn.rounding import Rounding
-from apollo_qn.seeds import DefaultSeed
+from apollo_qn.seeds import default_seed
 from apollo_qn.state import (
     NewState,
     add_missing_state,
@@ -99,10 +99,10 @@ class Apollo(Optimizer):
             ``torch.bfloat16`` rounds B stochastically and excludes complex parameters. Groups store
             it as a string.
         seed: seed of the random bits of stochastic rounding, an integer in [0, 2**64), saved with
-            the group. None draws it from torch's default generator. With several processes None
-            takes the number of optimizers made before, so that all ranks agree. The bits depend
-            only on seed, position of the parameter in the optimizer, step and element. A resumed
-            run therefore draws the same bits.
+            the group. None takes the next number of torch's CPU generator and leaves the generator
+            as it is. With several processes None takes the number of optimizers made before, so
+            that all ranks agree. The bits depend only on seed, position of the parameter in the
+            optimizer, step and element. A resumed run therefore draws the same bits.
 
     Raises:
         TypeError: a keyword is one of another optimizer, such as ``betas``.
@@ -124,7 +124,6 @@ class Apollo(Optimizer):
     _backends: plan.Backends | None = None
     _given_shapes: frozenset[torch.Size] | None = None  # None if not known, or after a warning
     _has_warned_of_rate = False
-    _default_seed: DefaultSeed | None = None  # until a state is loaded
 
     @advice.advises
     def __init__(
@@ -149,9 +148,6 @@ class Apollo(Optimizer):
         state_dtype: torch.dtype | str | None = None,
         seed: int | None = None,
     ) -> None:
-        if seed is None:
-            self._default_seed = DefaultSeed.draw()
-            seed = self._default_seed.value
         defaults: dict[str, Any] = {
             "lr": lr,
             "beta": beta,
@@ -169,7 +165,7 @@ class Apollo(Optimizer):
             "differentiable": differentiable,
             "rounding": rounding,
             "state_dtype": dtype_name(state_dtype),
-            "seed": seed,
+            "seed": default_seed() if seed is None else seed,
         }
         validation.check_settings(defaults)
         self._given_shapes = frozenset()
@@ -246,9 +242,6 @@ class Apollo(Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
-        if self._default_seed is not None:
-            self._default_seed.undo_draw()
-            self._default_seed = None
 
     def effective_lrs(self) -> list[float]:
         """Return the learning rate of the next step of each group, with the warmup included.

@@ -137,15 +137,15 @@ FAULTS = [
     Fault(
         "all optimizers have one seed",
         f"{QN}/seeds.py",
-        'value = int(torch.randint(1 << 62, (), device="cpu"))',
-        "value = 0",
+        'return int(torch.randint(1 << 62, (), device="cpu"))',
+        "return 0",
         WRAPPERS,
     ),
     Fault(
-        "a resumed run draws other random numbers than the first",
+        "batches and dropout are not those of a run with another optimizer",
         f"{QN}/seeds.py",
-        "torch.set_rng_state(self.before)",
-        "pass",
+        "with torch.random.fork_rng(devices=[]):",
+        "if True:",
         WRAPPERS,
     ),
     Fault(
