@@ -8,6 +8,7 @@ settings of the search: the better one of each optimizer's two warmups, and its 
 
 from __future__ import annotations
 
+import fractions
 import functools
 import math
 import statistics
@@ -53,7 +54,7 @@ ARCHIVES = {  # the archives of a length
     "lower": ("comparison",),
     "all": ("comparison", "curvature"),
 }
-STILL = ["schedules.milestone.factor=1e-6"]  # holds the weights still after half of a run
+STILL = ["schedules.milestone.factor=1e-6"]  # holds the weights still from a milestone on
 RECIPES = {"lower": "whole"}  # the recipe of a length, if it is another's
 OTHER_WARMUP = "-long-warmup"  # ends the name of the second form of an optimizer
 HELD_OUT = 5000  # images, for the search on cifar10
@@ -365,7 +366,11 @@ def rates(results: Path = RESULTS) -> Iterator[str]:
                 assert run.spec.sweep is not None
                 rows[f"{task}, lr × {run.spec.sweep.value:g}"] = run
         elif name.endswith("-still"):
-            [rows[f"{task}, lr × 1, weights still after 1/2"]] = archived(results / name)
+            [run] = archived(results / name)
+            schedule = run.spec.train.schedule
+            share = fractions.Fraction(schedule.milestones[0] / schedule.length)
+            when = share.limit_denominator(10)
+            rows[f"{task}, lr × 1, weights still after {when}"] = run
     yield from _table_of_curvature(rows)
 
 
