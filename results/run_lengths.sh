@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measure the comparison of lengths (results/LENGTHS.md), about 11 hours of one core. Stop it at any time: the same
+# Measure the comparison of lengths (results/LENGTHS.md), about 14 hours of one core. Stop it at any time: the same
 # command continues where it stopped, and skips the pieces that results/ already holds.
 #   results/run_lengths.sh DATA [RUNS]
 # DATA has CIFAR-10 as parquet, wordnet_{train,valid,test}.txt.gz and multi30k/.
