@@ -13,12 +13,8 @@ from apollo_qn.hyperparameters import Hyperparameters, warmup_start
 
 TENSORS = ("exp_avg", "hessian_diag")
 SCALARS = ("step", "previous_lr", "threshold")
-UNROUNDED = {
-    torch.float32,
-    torch.float64,
-    torch.complex64,
-    torch.complex128,
-}  # of m and B by default
+_UNROUNDED = {torch.float32, torch.float64, torch.complex64, torch.complex128}
+STATE_TYPES = {torch.bfloat16, *_UNROUNDED}  # of m and B
 
 
 def state_dtype(p: Tensor) -> torch.dtype:
@@ -169,7 +165,7 @@ def follow_state_dtype(
 ) -> None:
     """Convert m and B where the group's ``state_dtype`` has changed since they were made."""
     asked = _dtype(group["state_dtype"])
-    if {m.dtype for m in exp_avgs} <= (UNROUNDED if asked is None else {asked}):
+    if {m.dtype for m in exp_avgs} <= (_UNROUNDED if asked is None else {asked}):
         return
     for p, state in zip(params, states, strict=True):
         for name in TENSORS:

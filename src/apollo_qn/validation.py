@@ -15,7 +15,7 @@ from apollo_qn.backends import cpu, triton
 from apollo_qn.backends.base import Describe, TensorLists
 from apollo_qn.distributed import Group, is_sharded
 from apollo_qn.hyperparameters import Hyperparameters, check_ranges, number
-from apollo_qn.state import UNROUNDED, dtype_name
+from apollo_qn.state import STATE_TYPES, dtype_name
 
 
 def required_list(
@@ -38,10 +38,7 @@ def check_lists(lists: TensorLists) -> None:
                 raise ValueError(f"{name} must hold tensors, got {x!r}")
             if name == "params" and not (x.is_floating_point() or x.is_complex()):
                 raise ValueError(f"params must be floating or complex, got {x.dtype}")
-            if name in ("exp_avgs", "hessian_diags") and x.dtype not in {
-                torch.bfloat16,
-                *UNROUNDED,
-            }:
+            if name in ("exp_avgs", "hessian_diags") and x.dtype not in STATE_TYPES:
                 raise ValueError(f"{name} must be bfloat16, float32 or float64, got {x.dtype}")
     for name in ("state_steps", "previous_lrs", "thresholds"):
         for x in getattr(lists, name):
